@@ -1,0 +1,51 @@
+# make quickstart   a distillation on generated data, from nothing; PAIR=teacher-student
+# make test         the tests; DETECTRON2=DIR runs them against another Detectron2 source tree
+# make lint         ruff, lint and format
+# make lock         remakes requirements.txt from requirements.in
+# make teacher      retrains the quickstart's teacher (about 20 minutes on 2 cores) into TEACHER
+
+PAIR ?= faster_rcnn-faster_rcnn
+TEACHER := configs/quickstart/teacher-FasterRCNN.pth
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+# The packaged Detectron2 v0.6 has no C++ sources: see tools/build_without_extension.
+UV := PYTHONPATH="$(CURDIR)/tools/build_without_extension" $(PYTHON) -m uv pip
+NO_ISOLATION := --no-build-isolation-package pb1-detectron2
+PACKAGES := $(CURDIR)/projects/GDetKD
+export PYTHONPATH := $(if $(DETECTRON2),$(abspath $(DETECTRON2)):)$(PACKAGES)
+export PYTHONWARNINGS := ignore
+
+.PHONY: quickstart test lint format lock teacher clean
+
+quickstart: $(INSTALLED)
+	$(PYTHON) tools/quickstart.py --pair $(PAIR)
+
+test: $(INSTALLED)
+	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+format: $(INSTALLED)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+teacher: $(INSTALLED)
+	$(PYTHON) tools/make_teacher.py --config-file configs/quickstart/teacher-FasterRCNN.yaml --output $(TEACHER)
+
+lock: $(VENV)/bin/uv
+	$(UV) compile --python $(PYTHON) --upgrade --generate-hashes --no-header --no-emit-index-url \
+	    $(NO_ISOLATION) requirements.in -o requirements.txt
+
+$(INSTALLED): requirements.txt $(VENV)/bin/uv
+	$(UV) install --python $(PYTHON) --require-hashes $(NO_ISOLATION) -r requirements.txt
+	touch $@
+
+$(VENV)/bin/uv: requirements-uv.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --require-hashes -r requirements-uv.txt
+
+clean:
+	rm -rf $(VENV) output datasets

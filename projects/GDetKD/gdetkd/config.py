@@ -1,0 +1,68 @@
+"""Every config key that GDetKD adds to Detectron2's: meaning, unit and source beside each default."""
+
+from detectron2.config import CfgNode
+
+
+def add_gdetkd_config(cfg: CfgNode) -> None:
+    """Adds GDetKD's keys to a Detectron2 config, in place."""
+    # Data sets to register before anything else reads them; each entry a mapping with `name`, `kind` and paths:
+    #   {name: my_train, kind: coco, json: my/train.json, images: my/train}
+    #   {name: my_train, kind: voc, root: my/VOC, split: train, classes: [cat, dog]}
+    # `limit: N` keeps the first N images. A relative path is taken from the folder that the environment variable
+    # DETECTRON2_DATASETS names, `datasets` by default, as for Detectron2's own sets.
+    cfg.DATASETS.REGISTER = []
+
+    # "SGD" is Detectron2's own, untouched. "AdamW" trains small detectors from scratch much faster;
+    # SOLVER.WEIGHT_DECAY, BIAS_LR_FACTOR and the like act on it in the same way.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+
+    # Keep model_best.pth, the student with the highest bbox/AP (percent) so far, at every TEST.EVAL_PERIOD.
+    cfg.TEST.KEEP_BEST = True
+
+    cfg.DISTILL = CfgNode()
+    # The student's own meta-architecture: what MODEL.META_ARCHITECTURE would say without distillation.
+    cfg.DISTILL.STUDENT_META_ARCHITECTURE = "GeneralizedRCNN"
+    # Which terms are added to the student's own losses: any of "SGFI", "CKD", "CLS", "REG". None: plain training.
+    cfg.DISTILL.LOSSES = ()
+    # Start the student's heads (everything but the backbone) from the teacher's weights where name and shape agree.
+    cfg.DISTILL.HEAD_TRANSFER = False
+    # Evaluate the teacher once before training, and log its AP beside the student's.
+    cfg.DISTILL.EVAL_TEACHER = False
+
+    cfg.DISTILL.TEACHER = CfgNode()
+    # The teacher's own Detectron2 yaml file, relative to the current folder.
+    cfg.DISTILL.TEACHER.CONFIG_FILE = ""
+    # Its weights: a path or URL that Detectron2 can read. Empty: the teacher config's own MODEL.WEIGHTS.
+    cfg.DISTILL.TEACHER.WEIGHTS = ""
+    # Changes to the teacher's config, as on a command line: ["MODEL.ROI_HEADS.NUM_CLASSES", 6].
+    cfg.DISTILL.TEACHER.OPTS = []
+
+    _add_loss_node(cfg, "SGFI", weight=1.0)  # weight: the only public configuration
+    # RoIAlign samples per bin and axis on the student's pyramid. The teacher's comes from its own box head.
+    cfg.DISTILL.SGFI.SAMPLING_RATIO = 2
+    # Output channels of the two 3x3 convolutions of f_embed: the only public configuration.
+    cfg.DISTILL.SGFI.EMBED_CHANNELS = (128, 64)
+    # Initial temperature of the softmax over levels; it is learned and stays positive.
+    cfg.DISTILL.SGFI.TAU = 1.0
+
+    _add_loss_node(cfg, "CKD", weight=0.5)  # weight: the only public configuration
+    # Temperature of the contrastive similarities (cosines): the only public configuration.
+    cfg.DISTILL.CKD.GAMMA = 0.07
+    # Regions of one image that overlap by more than this IoU are not negatives of each other (paper, section 3.2).
+    cfg.DISTILL.CKD.IOU_THRESHOLD = 0.5
+    # Width of the shared projection f. Unpublished.
+    cfg.DISTILL.CKD.PROJECTION_DIM = 128
+    # Teacher embeddings of past steps that are kept as negatives, in regions; 0: none. Unpublished; the public
+    # configuration keeps ten iterations, which is about this many at 512 regions an image and 2 images a GPU.
+    cfg.DISTILL.CKD.QUEUE_SIZE = 8192
+
+    _add_loss_node(cfg, "CLS", weight=1.0)  # unpublished
+    _add_loss_node(cfg, "REG", weight=1.0)  # unpublished
+
+
+def _add_loss_node(cfg: CfgNode, name: str, weight: float) -> None:
+    node = cfg.DISTILL[name] = CfgNode()
+    # Factor on the term in the total loss.
+    node.WEIGHT = weight
+    # The weight rises linearly from 0 over this many iterations; 0: constant from the start.
+    node.WARMUP_ITERS = 0

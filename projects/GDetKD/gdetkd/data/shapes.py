@@ -1,0 +1,199 @@
+"""A generated detection set in COCO format, for quick starts: a stand-in for a user's own data, read by the same code.
+
+Six kinds of textured shapes, of sizes that use every pyramid level of a small detector, partly hidden, before
+clutter that resembles them. Colour hints at the class but does not tell it.
+"""
+
+import colorsys
+import json
+import os
+from typing import Any, Dict, List, Tuple
+
+import numpy as np
+from tqdm import tqdm
+
+from ..errors import GDetKDError
+
+CLASSES = ("triangle", "square", "circle", "star", "ring", "cross")
+IMAGE_SIZE = 128  # pixels
+OBJECT_SIZES = (18, 76)  # pixels, drawn log-uniformly
+OBJECTS = (2, 5)  # an image
+HUE_TELLS_CLASS = 0.7  # share of objects whose hue is their class's
+MIN_VISIBLE = 0.5  # an object of which less can be seen is not annotated, nor drawn
+# Images of each split, and the seed of its first image: splits share no image.
+SPLITS = {"teacher": (1000, 1_000_000), "student": (80, 2_000_000), "val": (200, 3_000_000)}
+
+
+def make_shapes(folder: str) -> None:
+    """Writes `<split>.json` and `<split>/*.png` for each split, unless they are complete already.
+
+    Args:
+        folder: made where it is not there.
+
+    Raises:
+        GDetKDError: OpenCV, which draws, is not installed.
+    """
+    for split, (count, seed) in SPLITS.items():
+        annotations = os.path.join(folder, f"{split}.json")
+        if os.path.exists(annotations):
+            continue
+        os.makedirs(os.path.join(folder, split), exist_ok=True)
+        images = [
+            _write(os.path.join(folder, split, f"{index:05d}.png"), seed + index)
+            for index in tqdm(range(count), desc=f"drawing {split}", unit="image")
+        ]
+        # The JSON comes last and in one piece: where it is, the set is complete.
+        with open(annotations + ".part", "w") as file:
+            json.dump(_coco(images, split), file)
+        os.replace(annotations + ".part", annotations)
+
+
+def _opencv() -> Any:
+    try:
+        import cv2
+    except ImportError as e:
+        raise GDetKDError("The generated set is drawn with OpenCV: python -m pip install opencv-python-headless") from e
+    return cv2
+
+
+def _write(path: str, seed: int) -> List[Dict[str, Any]]:
+    image, objects = draw_image(seed)
+    if not _opencv().imwrite(path, image):
+        raise GDetKDError(f"{path!r} cannot be written.")
+    return objects
+
+
+def _coco(images: List[List[Dict[str, Any]]], split: str) -> Dict[str, Any]:
+    annotations = [
+        {**item, "id": number + 1, "image_id": image + 1, "iscrowd": 0}
+        for number, (image, item) in enumerate((i, item) for i, objects in enumerate(images) for item in objects)
+    ]
+    return {
+        "info": {"description": f"GDetKD's generated shapes, {split}"},
+        "images": [
+            {"id": i + 1, "file_name": f"{i:05d}.png", "width": IMAGE_SIZE, "height": IMAGE_SIZE}
+            for i in range(len(images))
+        ],
+        "annotations": annotations,
+        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)],
+    }
+
+
+def draw_image(seed: int) -> Tuple[np.ndarray, List[Dict[str, Any]]]:
+    """
+    Returns:
+        the image (IMAGE_SIZE, IMAGE_SIZE, 3), uint8 BGR, and its objects as COCO's `bbox` (xywh in pixels),
+        `area` (visible pixels) and `category_id`.
+    """
+    rng = np.random.default_rng(seed)
+    image = _texture(rng, low=60, high=190, contrast=45)
+    _clutter(rng, image)
+    owner = np.full((IMAGE_SIZE, IMAGE_SIZE), -1)  # which object each pixel shows
+    drawn: List[Tuple[int, np.ndarray]] = []
+    for _ in range(rng.integers(OBJECTS[0], OBJECTS[1] + 1)):
+        label = int(rng.integers(len(CLASSES)))
+        mask = _mask(rng, label)
+        if not _leaves_visible(owner, mask, [m for _, m in drawn]):
+            continue
+        owner[mask] = len(drawn)
+        drawn.append((label, mask))
+        image[mask] = _paint(rng, label)[mask]
+    _cover(rng, image, owner, [mask for _, mask in drawn])
+    image = np.clip(image + rng.normal(0, 7, image.shape), 0, 255).astype(np.uint8)
+    return image, [_annotation(label, mask, owner == i) for i, (label, mask) in enumerate(drawn)]
+
+
+def _annotation(label: int, mask: np.ndarray, visible: np.ndarray) -> Dict[str, Any]:
+    ys, xs = np.nonzero(mask)
+    x, y = int(xs.min()), int(ys.min())
+    box = [x, y, int(xs.max()) + 1 - x, int(ys.max()) + 1 - y]
+    return {"bbox": box, "area": int(visible.sum()), "category_id": label + 1}
+
+
+def _leaves_visible(owner: np.ndarray, mask: np.ndarray, others: List[np.ndarray]) -> bool:
+    return all(((owner == i) & ~mask).sum() >= MIN_VISIBLE * other.sum() for i, other in enumerate(others))
+
+
+def _mask(rng: np.random.Generator, label: int) -> np.ndarray:
+    """(IMAGE_SIZE, IMAGE_SIZE) bool: where a shape of random place, size and turn lies."""
+    cv2 = _opencv()
+    radius = np.exp(rng.uniform(*np.log(OBJECT_SIZES))) / 2
+    center = rng.uniform(0.6 * radius, IMAGE_SIZE - 0.6 * radius, 2)
+    canvas = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    name = CLASSES[label]
+    if name in ("circle", "ring"):
+        cv2.circle(canvas, tuple(int(c) for c in center), int(radius), 1, -1)
+        if name == "ring":
+            cv2.circle(canvas, tuple(int(c) for c in center), int(radius * rng.uniform(0.45, 0.65)), 0, -1)
+    else:
+        points = _outline(name, rng) * radius + center
+        cv2.fillPoly(canvas, [np.round(points).astype(np.int32)], 1)
+    return canvas.astype(bool)
+
+
+def _outline(name: str, rng: np.random.Generator) -> np.ndarray:
+    """(points, 2) of a polygon in the unit circle, turned at random."""
+    if name == "cross":
+        arm = rng.uniform(0.25, 0.4)
+        long = np.sqrt(1 - arm**2)
+        quarter = np.array([[arm, arm], [long, arm], [long, -arm]])
+        quarter_turn = np.array([[0, 1], [-1, 0]])
+        points = np.concatenate([quarter @ np.linalg.matrix_power(quarter_turn, k).T for k in range(4)])
+    else:
+        count = {"triangle": 3, "square": 4, "star": 10}[name]
+        radii = np.where(np.arange(count) % 2, rng.uniform(0.4, 0.55), 1.0) if name == "star" else np.ones(count)
+        angles = np.arange(count) * 2 * np.pi / count
+        points = np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
+    turn = rng.uniform(0, 2 * np.pi)
+    cos, sin = np.cos(turn), np.sin(turn)
+    return points @ np.array([[cos, -sin], [sin, cos]])
+
+
+def _paint(rng: np.random.Generator, label: int) -> np.ndarray:
+    """A striped or blotched surface (IMAGE_SIZE, IMAGE_SIZE, 3) in a hue that is the class's, or any."""
+    told = rng.random() < HUE_TELLS_CLASS
+    hue = (label / len(CLASSES) + rng.normal(0, 0.03)) % 1 if told else rng.random()
+    color = 255 * np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.35, 0.9), rng.uniform(0.5, 1.0)))[::-1]
+    if rng.random() < 0.5:
+        ys, xs = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE]
+        angle, period = rng.uniform(0, np.pi), rng.uniform(5, 14)
+        wave = np.sin((xs * np.cos(angle) + ys * np.sin(angle)) * 2 * np.pi / period)
+        shade = 1 + rng.uniform(0.05, 0.3) * wave
+    else:
+        shade = 1 + (_texture(rng, 0, 1, 1)[..., 0] - 0.5) * 0.4
+    return np.clip(color * shade[..., None], 0, 255)
+
+
+def _texture(rng: np.random.Generator, low: float, high: float, contrast: float) -> np.ndarray:
+    """Smooth coloured blotches (IMAGE_SIZE, IMAGE_SIZE, 3) around one random colour."""
+    cells = int(rng.integers(4, 14))
+    base = rng.uniform(low, high, 3)
+    noise = rng.uniform(-0.5, 0.5, (cells, cells, 3)).astype(np.float32)
+    blotches = _opencv().resize(noise, (IMAGE_SIZE, IMAGE_SIZE), interpolation=_opencv().INTER_CUBIC)
+    return np.clip(base + contrast * blotches, min(low, 0), max(high, 1) + contrast)
+
+
+def _clutter(rng: np.random.Generator, image: np.ndarray) -> None:
+    """Lines, arcs and corners: pieces of what the objects are made of."""
+    cv2 = _opencv()
+    for _ in range(rng.integers(4, 12)):
+        color = tuple(float(c) for c in rng.uniform(20, 235, 3))
+        x, y, size = (int(v) for v in (*rng.integers(0, IMAGE_SIZE, 2), rng.integers(5, 30)))
+        start, thickness = float(rng.uniform(0, 360)), int(rng.integers(1, 4))
+        if rng.random() < 0.4:
+            cv2.ellipse(image, (x, y), (size, size), start, 0, float(rng.uniform(40, 150)), color, thickness)
+        else:
+            corners = (np.array([x, y]) + rng.integers(-size, size + 1, (rng.integers(2, 4), 2))).astype(np.int32)
+            cv2.polylines(image, [corners], False, color, thickness)
+
+
+def _cover(rng: np.random.Generator, image: np.ndarray, owner: np.ndarray, masks: List[np.ndarray]) -> None:
+    """Lays bars over the objects, as far as enough of each stays visible."""
+    cv2 = _opencv()
+    for _ in range(rng.integers(0, 4)):
+        bar = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+        start, end = (tuple(int(v) for v in rng.integers(0, IMAGE_SIZE, 2)) for _ in range(2))
+        cv2.line(bar, start, end, 1, int(rng.integers(2, 8)))
+        if _leaves_visible(owner, bar > 0, masks):
+            owner[bar > 0] = -1
+            image[bar > 0] = rng.uniform(20, 235, 3)

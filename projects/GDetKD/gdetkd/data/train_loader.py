@@ -1,0 +1,168 @@
+"""A training loader whose every batch is a function of seed and position, so that a run continues where it stopped.
+
+Detectron2's sampler starts over on resume, and its augmentations draw from the state of whichever worker runs them.
+"""
+
+import random
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, DatasetMapper, get_detection_dataset_dicts
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import GDetKDError
+
+Sample = Dict[str, Any]
+
+
+@contextmanager
+def random_state(seed: Sequence[int]) -> Iterator[None]:
+    """Python's, NumPy's and torch's (CPU) generators are seeded inside, and as before outside."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence(list(seed)).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+class PositionedDataset(Dataset):
+    """Maps (index, position) to a sample whose augmentations depend on seed and position alone."""
+
+    def __init__(self, dicts: List[Sample], mapper: Callable[[Sample], Sample], seed: int) -> None:
+        self._dicts = DatasetFromList(dicts, copy=False)
+        self._mapper = mapper
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._dicts)
+
+    def __getitem__(self, key: Tuple[int, int]) -> Sample:
+        index, position = key
+        with random_state((self._seed, position)):
+            return self._mapper(self._dicts[index])
+
+
+class BatchStream:
+    """The endless stream of batches of this process, as lists of (index, position).
+
+    Args:
+        indices: yields this process's image indices, endlessly.
+        batch_size: images of a batch.
+        wide: of each image, whether it is wider than high; batches are of one kind, as Detectron2's
+            ASPECT_RATIO_GROUPING makes them. None: no grouping.
+    """
+
+    def __init__(self, indices: Callable[[], Iterator[int]], batch_size: int, wide: Any = None) -> None:
+        self._indices = indices
+        self._batch_size = batch_size
+        self._wide = wide
+
+    def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        buckets: Dict[bool, List[Tuple[int, int]]] = {False: [], True: []}
+        for step, index in enumerate(self._indices()):
+            bucket = buckets[bool(self._wide is not None and self._wide[index])]
+            bucket.append((index, step * world_size + rank))
+            if len(bucket) == self._batch_size:
+                yield bucket[:]
+                bucket.clear()
+
+
+class ResumableLoader:
+    """Iterates over training batches from iteration `start_iter` on, which may be set until the first is taken.
+
+    Attributes:
+        seed: determines the order of images and every augmentation.
+        start_iter: iterations that an earlier run took already.
+    """
+
+    def __init__(
+        self,
+        dicts: List[Sample],
+        mapper: Callable[[Sample], Sample],
+        batches: Callable[[int], BatchStream],
+        seed: int,
+        num_workers: int,
+    ) -> None:
+        self.seed = seed
+        self.start_iter = 0
+        self._dicts = dicts
+        self._mapper = mapper
+        self._batches = batches
+        self._num_workers = num_workers
+
+    def __iter__(self) -> Iterator[List[Sample]]:
+        # A generator: Detectron2 v0.6 asks for it in the trainer's constructor, before it is known where to start.
+        loader = DataLoader(
+            PositionedDataset(self._dicts, self._mapper, self.seed),
+            batch_sampler=_Skipping(self._batches(self.seed), self.start_iter),
+            num_workers=self._num_workers,
+            collate_fn=list,
+            # Of its own, because the loader would take its workers' seeds from the state that training draws from.
+            generator=torch.Generator().manual_seed(self.seed % 2**63),
+        )
+        yield from loader
+
+
+class _Skipping:
+    """An iterable without its first `count` items."""
+
+    def __init__(self, items: BatchStream, count: int) -> None:
+        self._items = items
+        self._count = count
+
+    def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
+        return islice(iter(self._items), self._count, None)
+
+
+def build_train_loader(cfg: CfgNode) -> ResumableLoader:
+    """Detectron2's training loader, config keys and all, but resumable.
+
+    Raises:
+        GDetKDError: the number of images a step does not divide by the number of processes, or the sampler cannot be
+            resumed.
+    """
+    world_size = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH % world_size:
+        raise GDetKDError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide by {world_size} processes.")
+    dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    wide = [image["width"] > image["height"] for image in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
+    sampler = _sampler(cfg, dicts)
+    return ResumableLoader(
+        dicts,
+        DatasetMapper(cfg, is_train=True),
+        lambda seed: BatchStream(lambda: iter(sampler(seed)), cfg.SOLVER.IMS_PER_BATCH // world_size, wide),
+        seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def _sampler(cfg: CfgNode, dicts: List[Sample]) -> Callable[[int], Any]:
+    """Makes one of Detectron2's samplers from a seed."""
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        return lambda seed: TrainingSampler(len(dicts), seed=seed)
+    if name == "RepeatFactorTrainingSampler":
+        threshold = cfg.DATALOADER.REPEAT_THRESHOLD
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(dicts, threshold)
+        return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
+    raise GDetKDError(
+        f"DATALOADER.SAMPLER_TRAIN {name!r} cannot be resumed; take TrainingSampler or RepeatFactorTrainingSampler."
+    )

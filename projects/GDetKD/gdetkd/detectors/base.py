@@ -1,0 +1,78 @@
+"""What the rest of the package knows of a detector: this interface, and nothing else."""
+
+from abc import ABC, abstractmethod
+from typing import Collection, Dict, List
+
+import torch
+from detectron2.utils.registry import Registry
+from torch import nn
+
+from ..errors import GDetKDError
+from ..recorder import Call
+from ..structures import DetectorOutputs, DetectorSpec, Regions
+
+DETECTOR_ADAPTER_REGISTRY = Registry("DETECTOR_ADAPTER")
+DETECTOR_ADAPTER_REGISTRY.__doc__ = """
+Adapters, one for each detector family; the first whose `matches(model)` holds is taken.
+Register a subclass of `DetectorAdapter` to add a family.
+"""
+
+
+class DetectorAdapter(ABC):
+    """Shows a detector's pyramid, regions, embeddings and predictions.
+
+    Args:
+        model: a plain Detectron2 detector.
+        role: "teacher" or "student", for error messages.
+
+    Raises:
+        GDetKDError: the detector lacks something that distillation needs.
+    """
+
+    def __init__(self, model: nn.Module, role: str) -> None:
+        self.model = model
+        self.role = role
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether this adapter is for such a detector."""
+
+    @property
+    @abstractmethod
+    def spec(self) -> DetectorSpec:
+        """Widths, levels and classes."""
+
+    @abstractmethod
+    def points(self) -> Dict[str, nn.Module]:
+        """The modules whose calls `observe` reads."""
+
+    @abstractmethod
+    def observe(self, calls: Dict[str, List[Call]]) -> DetectorOutputs:
+        """Reads a recorded training step of a student: its regions and what it computed for them."""
+
+    @abstractmethod
+    def look(self, images: torch.Tensor, regions: Regions, needs: Collection[str]) -> DetectorOutputs:
+        """Computes what a teacher has to say on given regions.
+
+        Args:
+            images: (B, 3, H, W), normalised and padded as this detector wants them.
+            regions: boxes in pixels of those images.
+            needs: names of the `DetectorOutputs` to fill: "pooled", "embeddings", "logits", "deltas".
+        """
+
+
+def build_adapter(model: nn.Module, role: str) -> DetectorAdapter:
+    """The adapter for a detector.
+
+    Raises:
+        GDetKDError: no registered adapter matches, or the one that does finds something missing.
+    """
+    for _, adapter in DETECTOR_ADAPTER_REGISTRY:
+        if adapter.matches(model):
+            return adapter(model, role)
+    families = ", ".join(name for name, _ in DETECTOR_ADAPTER_REGISTRY)
+    raise GDetKDError(
+        f"The {role} is a {type(model).__name__}, for which there is no adapter (there is: {families}). "
+        "Register one in gdetkd.detectors.DETECTOR_ADAPTER_REGISTRY."
+    )

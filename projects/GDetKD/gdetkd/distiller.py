@@ -1,0 +1,77 @@
+"""The meta-architecture: a plain Detectron2 student, and a teacher that looks at the same regions."""
+
+from typing import Any, Dict, List, Optional
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from torch import nn
+
+from .detectors import build_adapter
+from .errors import GDetKDError
+from .losses import build_losses
+from .recorder import Recorder
+from .regions import pool_all_levels
+from .structures import DetectorOutputs
+from .teacher import FrozenTeacher, plain_config
+
+
+@META_ARCH_REGISTRY.register()
+class GDetKD(nn.Module):
+    """In training, the student's own losses and the *unweighted* distillation terms; else the plain student.
+
+    The trainer weights the terms. `student` is the plain detector, and its state dict is what a checkpoint calls
+    `model`; `losses` holds what distillation learns beside it. The teacher is no submodule.
+
+    Args:
+        cfg: with MODEL.META_ARCHITECTURE "GDetKD".
+
+    Raises:
+        GDetKDError: teacher, student and losses do not fit together.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__()
+        if cfg.DISTILL.STUDENT_META_ARCHITECTURE == "GDetKD":
+            raise GDetKDError('DISTILL.STUDENT_META_ARCHITECTURE is the plain student\'s, such as "GeneralizedRCNN".')
+        self.student: nn.Module = build_model(plain_config(cfg))
+        self.losses = nn.ModuleDict()
+        self.teacher: Optional[FrozenTeacher] = None
+        # What follows draws random numbers that a plain run does not; the student's run must not see them.
+        with torch.random.fork_rng(devices=[]):
+            if cfg.DISTILL.LOSSES or cfg.DISTILL.HEAD_TRANSFER or cfg.DISTILL.EVAL_TEACHER:
+                self.teacher = FrozenTeacher(cfg)
+            if cfg.DISTILL.LOSSES:
+                self.adapter = build_adapter(self.student, "student")
+                self.losses = build_losses(cfg, self.adapter.spec, self.teacher.adapter.spec)
+        self._needs = frozenset().union(*(loss.needs for loss in self.losses.values()))
+        self._sampling_ratio = cfg.DISTILL.SGFI.SAMPLING_RATIO
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.device
+
+    def forward(self, batched_inputs: List[Dict[str, Any]]) -> Any:
+        """Detectron2's interface: a dict of losses in training, a list of predictions in evaluation."""
+        if not self.training or not self.losses:
+            return self.student(batched_inputs)
+        with Recorder(self.adapter.points()) as calls:
+            losses = self.student(batched_inputs)
+        student = self.adapter.observe(calls)
+        teacher = self.teacher.look(batched_inputs, student.regions, self._needs)
+        if "pooled" in self._needs:
+            student.level_pooled = self._pool_all_levels(student)
+        for name, loss in self.losses.items():
+            losses[term_name(name)] = loss(student, teacher)
+        return losses
+
+    def _pool_all_levels(self, student: DetectorOutputs) -> torch.Tensor:
+        """(N, L, C, h, w), of the size that the teacher pools to."""
+        size = self.teacher.adapter.spec.pooled_size
+        maps, strides = list(student.pyramid.values()), list(student.strides.values())
+        return pool_all_levels(maps, strides, student.regions, size, self._sampling_ratio)
+
+
+def term_name(loss: str) -> str:
+    """The key of a distillation term among the losses: Detectron2 has a "loss_cls" of its own."""
+    return f"loss_distill_{loss.lower()}"

@@ -1,0 +1,54 @@
+"""Checks that cost no time, made before every training."""
+
+from typing import List, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..errors import GDetKDError
+
+
+def check_datasets(cfg: CfgNode) -> None:
+    """
+    Raises:
+        GDetKDError: DATASETS.TRAIN or TEST names a set that is not registered, or one without images.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise GDetKDError("DATASETS.TRAIN is empty: name the data set to train on.")
+    for name in [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]:
+        load_dataset(name)
+
+
+def load_dataset(name: str) -> List[dict]:
+    """A registered set's dicts in Detectron2's format, and with them its metadata.
+
+    Raises:
+        GDetKDError: it is not registered, its files are not there, or it holds no image.
+    """
+    if name not in DatasetCatalog.list():
+        similar = [known for known in DatasetCatalog.list() if known.split("_")[0] == name.split("_")[0]]
+        hint = f" Similar names: {', '.join(sorted(similar))}." if similar else ""
+        raise GDetKDError(f"The data set {name!r} is not registered: add it to DATASETS.REGISTER.{hint}")
+    try:
+        dicts = DatasetCatalog.get(name)
+    except FileNotFoundError as e:
+        raise GDetKDError(
+            f"A file of the data set {name!r} is not there: {e.filename}. Is DETECTRON2_DATASETS the folder it is in?"
+        ) from e
+    if not dicts:
+        raise GDetKDError(f"The data set {name!r} holds no image.")
+    return dicts
+
+
+def check_classes(names: Sequence[str], num_classes: int) -> None:
+    """
+    Raises:
+        GDetKDError: a data set has another number of classes than the student, which training would not notice.
+    """
+    for name in names:
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes is not None and len(classes) != num_classes:
+            raise GDetKDError(
+                f"The data set {name!r} has {len(classes)} classes and the student {num_classes}. Set the student's "
+                f"number of classes (MODEL.ROI_HEADS.NUM_CLASSES, MODEL.RETINANET.NUM_CLASSES) to {len(classes)}."
+            )

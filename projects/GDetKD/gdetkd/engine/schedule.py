@@ -1,0 +1,56 @@
+"""Weights of the distillation terms over training, and what is logged of them."""
+
+from typing import Any, Dict, Optional
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from ..distiller import term_name
+
+
+class LossSchedule:
+    """Weights the distillation terms among a model's losses and leaves the student's own as they are.
+
+    Args:
+        cfg: DISTILL.<loss>.WEIGHT and WARMUP_ITERS of each loss in DISTILL.LOSSES.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self._nodes = {term_name(name): cfg.DISTILL[name] for name in cfg.DISTILL.LOSSES}
+
+    def weight(self, term: str, iteration: int) -> float:
+        """The factor on a term at an iteration; it rises linearly from the first to iteration WARMUP_ITERS."""
+        node = self._nodes[term]
+        warmup = min(1.0, (iteration + 1) / node.WARMUP_ITERS) if node.WARMUP_ITERS > 0 else 1.0
+        return node.WEIGHT * warmup
+
+    def __call__(self, losses: Dict[str, torch.Tensor], iteration: int) -> Dict[str, torch.Tensor]:
+        """The losses with each distillation term times its weight."""
+        return {
+            name: loss * self.weight(name, iteration) if name in self._nodes else loss for name, loss in losses.items()
+        }
+
+    def attach(self, model: nn.Module) -> Any:
+        """Weights what `model` returns in training, and logs it. Returns the handle that undoes this."""
+        return model.register_forward_hook(self._hook)
+
+    def _hook(self, model: nn.Module, inputs: Any, output: Any) -> Optional[Dict[str, torch.Tensor]]:
+        if not model.training or not self._nodes:
+            return None
+        storage = get_event_storage()
+        weighted = self(output, storage.iter)
+        self._log(output, weighted)
+        return weighted
+
+    def _log(self, raw: Dict[str, torch.Tensor], weighted: Dict[str, torch.Tensor]) -> None:
+        """Raw values and shares of the total; the trainer logs the weighted ones under the terms' own names."""
+        values = {f"raw/{name}": raw[name].detach() for name in self._nodes}
+        total = torch.stack([loss.detach() for loss in weighted.values()]).sum()
+        values.update({f"share/{name}": weighted[name].detach() / total for name in self._nodes})
+        values = comm.reduce_dict(values)
+        if comm.is_main_process():
+            names, numbers = list(values), torch.stack(list(values.values())).tolist()
+            get_event_storage().put_scalars(smoothing_hint=False, **dict(zip(names, numbers)))

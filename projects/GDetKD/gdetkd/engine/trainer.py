@@ -1,0 +1,208 @@
+"""Detectron2's default training, with a teacher."""
+
+import logging
+import os
+import weakref
+from typing import Any, Dict, List, Optional
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .._compat import has_compiled_ops
+from ..data import ResumableLoader, build_train_loader, register_datasets
+from ..data.train_loader import random_state
+from ..detectors import build_adapter
+from ..distiller import GDetKD
+from ..errors import GDetKDError
+from ..teacher import FrozenTeacher, plain_config, transfer_heads
+from .hooks import KeepBest, RandomState
+from .optimizer import build_optimizer
+from .preflight import check_classes, check_datasets
+from .schedule import LossSchedule
+
+logger = logging.getLogger(__name__)
+
+
+class DistillTrainer(DefaultTrainer):
+    """Trains the student of a `GDetKD` model, or any plain Detectron2 detector.
+
+    A checkpoint's `model` is the plain student; what distillation learns beside it lies under `distill`. A run that is
+    resumed gives the losses, bit for bit on a CPU, that it would have given uninterrupted.
+
+    Raises:
+        GDetKDError: a data set, the teacher, or how they fit together is wrong.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        # Not DefaultTrainer's: that saves the whole model, puts a CPU model on a GPU under DDP, and in v0.6 leaves the
+        # optimizer out of the checkpoint.
+        super(DefaultTrainer, self).__init__()
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        register_datasets(cfg)
+        check_datasets(cfg)
+        model = self.build_model(cfg)
+        self.student: nn.Module = model.student if isinstance(model, GDetKD) else model
+        self.distiller: Optional[GDetKD] = model if isinstance(model, GDetKD) else None
+        check_classes(
+            [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], build_adapter(self.student, "student").spec.num_classes
+        )
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        model = _distributed(model)
+        LossSchedule(cfg).attach(model)
+        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        # Loaded in this order: what is under `distill` can say what differs, the optimizer's state cannot.
+        beside = {"distill": _DistillState(self.distiller)} if self.distiller and self.distiller.teacher else {}
+        self.checkpointer = DetectionCheckpointer(self.student, cfg.OUTPUT_DIR, **beside, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """Detectron2's, or AdamW where SOLVER.OPTIMIZER says so."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """A `ResumableLoader`; any iterable of batches does where resuming need not be exact."""
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """COCO's metrics for every data set."""
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        return COCOEvaluator(dataset_name, output_dir=folder, use_fast_impl=has_compiled_ops())
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Optional[List[DatasetEvaluator]] = None) -> Dict:
+        """Detectron2's evaluation; it leaves the random state of training alone."""
+        with random_state((0,)):
+            return super().test(cfg, model, evaluators)
+
+    def build_hooks(self) -> List[Optional[HookBase]]:
+        """Detectron2's, the random states before the checkpoint, the best checkpoint after the evaluation."""
+        hooks = super().build_hooks()
+        writes = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicCheckpointer)]
+        # Only the main process has that hook; the others take part in gathering the states just the same.
+        hooks.insert(writes[0] if writes else len(hooks), RandomState(self.cfg.SOLVER.CHECKPOINT_PERIOD))
+        if self.cfg.TEST.KEEP_BEST and self.cfg.DATASETS.TEST and comm.is_main_process():
+            after = 1 + max(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+            hooks.insert(after, KeepBest(self.cfg.TEST.EVAL_PERIOD, self.student, self.cfg.OUTPUT_DIR))
+        return hooks
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Resumes, or loads MODEL.WEIGHTS into the student and then the teacher's heads where they are asked for."""
+        super().resume_or_load(resume)
+        if self.start_iter > 0:
+            if isinstance(self.data_loader, ResumableLoader):
+                self.data_loader.start_iter = self.start_iter
+        elif self.cfg.DISTILL.HEAD_TRANSFER and self.distiller is not None:
+            transfer_heads(self.distiller.teacher.model, self.student)
+
+    def train(self) -> Any:
+        if self.cfg.DISTILL.EVAL_TEACHER and self.distiller is not None and self.start_iter == 0:
+            self.register_hooks([_TeacherScore(evaluate_teacher(self.cfg, self.distiller.teacher))])
+        return super().train()
+
+    def state_dict(self) -> Dict[str, Any]:
+        state = super().state_dict()
+        state["_trainer"] = self._trainer.state_dict()
+        if isinstance(self.data_loader, ResumableLoader):
+            state["data_seed"] = self.data_loader.seed
+        return state
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # v0.6 leaves the optimizer out; later versions have loaded it by now, which is done again without harm.
+        self._trainer.load_state_dict(state_dict["_trainer"])
+        if "data_seed" in state_dict and isinstance(self.data_loader, ResumableLoader):
+            self.data_loader.seed = state_dict["data_seed"]
+
+
+def evaluate_teacher(cfg: CfgNode, teacher: Optional[FrozenTeacher] = None) -> Dict[str, Any]:
+    """Evaluates the teacher on the student's DATASETS.TEST, with the teacher's own image size and preprocessing.
+
+    Args:
+        cfg: the config of the distillation.
+        teacher: built from `cfg` where it is not given.
+
+    Returns:
+        metrics in percent as Detectron2 gives them, by task; with several data sets, by data set first.
+    """
+    register_datasets(cfg)
+    check_datasets(cfg)
+    teacher = teacher or FrozenTeacher(cfg)
+    check_classes(cfg.DATASETS.TEST, teacher.adapter.spec.num_classes)
+    config = teacher.cfg.clone()
+    config.defrost()
+    config.DATASETS = cfg.DATASETS.clone()
+    config.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
+    config.freeze()
+    logger.info("Evaluating the teacher.")
+    return DistillTrainer.test(config, teacher.model)
+
+
+def build_plain_student(cfg: CfgNode) -> nn.Module:
+    """The student alone, for evaluation: it needs no teacher."""
+    return build_model(plain_config(cfg))
+
+
+def _distributed(model: nn.Module) -> nn.Module:
+    if comm.get_world_size() == 1:
+        return model
+    on_gpu = next(model.parameters()).is_cuda
+    return DistributedDataParallel(
+        model, device_ids=[comm.get_local_rank()] if on_gpu else None, broadcast_buffers=False
+    )
+
+
+class _DistillState:
+    """What a checkpoint keeps under `distill`: the losses' parameters and queue, and which teacher it was."""
+
+    def __init__(self, distiller: GDetKD) -> None:
+        self._distiller = distiller
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {"losses": self._distiller.losses.state_dict(), "teacher": self._distiller.teacher.describe()}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        now, then = self._distiller.teacher.describe(), state["teacher"]
+        if now["sha256"] != then["sha256"]:
+            raise GDetKDError(
+                f"This run was started with another teacher: {then['weights']!r} (SHA-256 {then['sha256'][:12]}), now "
+                f"{now['weights']!r} ({now['sha256'][:12]}). Resume with the first, or start in a new OUTPUT_DIR."
+            )
+        try:
+            self._distiller.losses.load_state_dict(state["losses"])
+        except RuntimeError as e:
+            raise GDetKDError(
+                f"This run was started with other distillation losses, or other sizes of them ({e}). Resume it with "
+                "the config it was started with, or start in a new OUTPUT_DIR."
+            ) from e
+
+
+class _TeacherScore(HookBase):
+    """Keeps the teacher's metrics in the logs, beside the student's."""
+
+    def __init__(self, metrics: Dict[str, float]) -> None:
+        self._metrics = {f"teacher/{name}": value for name, value in flatten_results_dict(metrics).items()}
+
+    def before_train(self) -> None:
+        self.trainer.storage.put_scalars(smoothing_hint=False, **self._metrics)
+
+    def after_step(self) -> None:
+        period = self.trainer.cfg.TEST.EVAL_PERIOD
+        if period > 0 and (self.trainer.iter + 1) % period == 0:
+            self.trainer.storage.put_scalars(smoothing_hint=False, **self._metrics)

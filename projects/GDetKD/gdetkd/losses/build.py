@@ -1,0 +1,74 @@
+"""The registry of distillation losses and what a loss is."""
+
+from typing import Any, ClassVar, FrozenSet, Iterable
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.registry import Registry
+from torch import nn
+
+from ..errors import GDetKDError
+
+DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
+DISTILL_LOSS_REGISTRY.__doc__ = """
+Distillation losses by the name that DISTILL.LOSSES uses. Each is a subclass of `DistillLoss`, called with
+`(cfg, student_spec, teacher_spec)`, both `gdetkd.structures.DetectorSpec`.
+"""
+
+
+class DistillLoss(nn.Module):
+    """One term: from what student and teacher show of the same regions to an unweighted scalar.
+
+    It runs in float32 (or more) whatever autocast says, and gives every parameter of its own a gradient on every
+    step, also when there is no region.
+
+    Attributes:
+        needs: names of the fields of the teacher's `DetectorOutputs` that it reads.
+    """
+
+    needs: ClassVar[FrozenSet[str]] = frozenset()
+
+    def forward(self, student: Any, teacher: Any) -> torch.Tensor:
+        """
+        Args:
+            student, teacher: `gdetkd.structures.DetectorOutputs` on the same regions.
+
+        Returns:
+            scalar
+        """
+        device = student.embeddings.device.type
+        with torch.autocast(device, enabled=False):
+            loss = self.compute(student, teacher)
+            # With no region a convolution's bias, say, would be left without a gradient, which hangs DDP.
+            return loss + sum_of_zeros(self.parameters())
+
+    def compute(self, student: Any, teacher: Any) -> torch.Tensor:
+        """The term itself; autocast is off here, half-precision inputs are the loss's to convert."""
+        raise NotImplementedError
+
+
+def full_precision(tensor: torch.Tensor) -> torch.Tensor:
+    """float32 of a half-precision tensor; others as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def sum_of_zeros(tensors: Iterable[torch.Tensor]) -> Any:
+    """A zero that each tensor has a (zero) gradient of."""
+    return sum((tensor.sum() * 0.0 for tensor in tensors), 0.0)
+
+
+def build_losses(cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> nn.ModuleDict:
+    """The losses that DISTILL.LOSSES names, in its order.
+
+    Raises:
+        GDetKDError: a name is unknown or stands twice, or a loss cannot be had for this pair of detectors.
+    """
+    losses = nn.ModuleDict()
+    for name in cfg.DISTILL.LOSSES:
+        if name not in DISTILL_LOSS_REGISTRY:
+            known = ", ".join(key for key, _ in DISTILL_LOSS_REGISTRY)
+            raise GDetKDError(f"DISTILL.LOSSES names {name!r}, which is no loss. There are: {known}.")
+        if name in losses:
+            raise GDetKDError(f"DISTILL.LOSSES names {name!r} twice. Give DISTILL.{name}.WEIGHT instead.")
+        losses[name] = DISTILL_LOSS_REGISTRY.get(name)(cfg, student_spec, teacher_spec)
+    return losses

@@ -1,0 +1,149 @@
+"""Contrastive distillation (paper section 3.2; method section 2).
+
+Shapes: N regions of this process, M of other processes, K in the queue, D the width of what is compared.
+"""
+
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from torch import nn
+from torchvision.ops import box_iou
+
+from .build import DISTILL_LOSS_REGISTRY, DistillLoss, full_precision, sum_of_zeros
+
+
+def contrastive_distillation(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    boxes: torch.Tensor,
+    image_ids: torch.Tensor,
+    queue: Optional[torch.Tensor] = None,
+    gamma: float = 0.07,
+    iou_threshold: float = 0.5,
+) -> torch.Tensor:
+    """InfoNCE between each region's student and teacher embedding.
+
+    Negatives of a region are the teacher embeddings of all other regions and of the queue, but for regions of the
+    same image that overlap it by more than `iou_threshold`. The positive stays in the denominator, so the loss
+    is never negative.
+
+    Args:
+        student: (N, D) projected embeddings, of any length.
+        teacher: (N, D) the same regions'.
+        boxes: (N, 4) xyxy in pixels.
+        image_ids: (N,) the image that each region is of.
+        queue: (K, D) further negatives, or None.
+        gamma: temperature of the cosine similarities.
+        iou_threshold: in IoU.
+
+    Returns:
+        mean over N of -log( g(s_i, t_i) / (g(s_i, t_i) + sum over negatives g(s_i, t_j)) ), g = exp(cos / gamma);
+        0 for N = 0.
+    """
+    count = len(student)
+    if count == 0:
+        return sum_of_zeros([student, teacher] + ([] if queue is None else [queue]))
+    candidates = teacher if queue is None else torch.cat([teacher, queue])
+    similarity = F.normalize(student, dim=1) @ F.normalize(candidates, dim=1).t() / gamma  # (N, N + K)
+    left_out = (image_ids[:, None] == image_ids) & (box_iou(boxes, boxes) > iou_threshold)
+    left_out.fill_diagonal_(False)  # a region is its own positive, though it overlaps itself
+    similarity = torch.cat([similarity[:, :count].masked_fill(left_out, float("-inf")), similarity[:, count:]], dim=1)
+    target = torch.arange(count, device=student.device)
+    return F.cross_entropy(similarity, target)
+
+
+def gather_embeddings(embeddings: torch.Tensor) -> Tuple[int, List[torch.Tensor]]:
+    """Collects (N_rank, D) of all processes; N may differ, and be 0. No gradient flows.
+
+    Returns:
+        this process's rank, and the embeddings of each rank.
+    """
+    embeddings = embeddings.detach()
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return 0, [embeddings]
+    counts = [torch.zeros(1, dtype=torch.long, device=embeddings.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(embeddings)], device=embeddings.device))
+    sizes = [int(count) for count in counts]
+    padded = embeddings.new_zeros(max(sizes), embeddings.shape[1])
+    padded[: len(embeddings)] = embeddings
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    return dist.get_rank(), [part[:size] for part, size in zip(gathered, sizes)]
+
+
+class EmbeddingQueue(nn.Module):
+    """The last `size` raw teacher embeddings, oldest overwritten first.
+
+    They are raw because a frozen teacher's never go stale, while their projection is learned. What is pushed becomes
+    visible at the next `contents`, that is after the backward pass, which still reads the queue.
+    """
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("embeddings", torch.zeros(size, dim))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.long))
+        self.register_buffer("next", torch.zeros((), dtype=torch.long))
+        self._pending: Optional[torch.Tensor] = None
+
+    def push(self, embeddings: torch.Tensor) -> None:
+        """(N, D), the newest last."""
+        self._pending = embeddings
+
+    def contents(self) -> torch.Tensor:
+        """(filled, D); a view, valid until the next call."""
+        self._write_pending()
+        return self.embeddings[: int(self.filled)]
+
+    def _write_pending(self) -> None:
+        new, self._pending = self._pending, None
+        size = len(self.embeddings)
+        if new is None or size == 0:
+            return
+        new = new[-size:]
+        places = (torch.arange(len(new), device=new.device) + self.next) % size
+        self.embeddings[places] = new.to(self.embeddings.dtype)
+        self.next.copy_((self.next + len(new)) % size)
+        self.filled.copy_((self.filled + len(new)).clamp(max=size))
+
+    def _save_to_state_dict(self, destination: Dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._write_pending()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._pending = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class CKD(DistillLoss):
+    """Owns the linear adapter to the teacher's width, the projection f that both sides share, and the queue."""
+
+    needs = frozenset({"embeddings"})
+
+    def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
+        super().__init__()
+        config = cfg.DISTILL.CKD
+        self.gamma = config.GAMMA
+        self.iou_threshold = config.IOU_THRESHOLD
+        self.adapter = nn.Linear(student_spec.embedding_dim, teacher_spec.embedding_dim)
+        self.projection = nn.Linear(teacher_spec.embedding_dim, config.PROJECTION_DIM)
+        self.queue = EmbeddingQueue(config.QUEUE_SIZE, teacher_spec.embedding_dim)
+
+    def compute(self, student: Any, teacher: Any) -> torch.Tensor:
+        raw = full_precision(teacher.embeddings)  # (N, D_T)
+        rank, everyone = gather_embeddings(raw)
+        negatives = torch.cat([*everyone[:rank], *everyone[rank + 1 :], self.queue.contents()])
+        loss = contrastive_distillation(
+            self.projection(self.adapter(full_precision(student.embeddings))),
+            self.projection(raw),
+            student.regions.tensor(),
+            student.regions.image_ids(),
+            self.projection(negatives),
+            self.gamma,
+            self.iou_threshold,
+        )
+        self.queue.push(torch.cat(everyone))
+        return loss

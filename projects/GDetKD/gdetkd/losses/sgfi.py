@@ -1,0 +1,127 @@
+"""Semantic-guided feature imitation (paper section 3.1; method section 1).
+
+Shapes: N regions, L student levels, C_S and C_T channels, (H, W) the pooled size, D the key width.
+"""
+
+import math
+from typing import Any, Tuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from torch import nn
+
+from ..errors import GDetKDError
+from .build import DISTILL_LOSS_REGISTRY, DistillLoss, full_precision, sum_of_zeros
+
+# Two 3x3 convolutions of stride 2 without padding need at least this many cells.
+MIN_POOLED_SIZE = 7
+
+
+def level_attention(student_keys: torch.Tensor, teacher_keys: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+    """How much each student level resembles the teacher's region: softmax over the *levels*.
+
+    Args:
+        student_keys: (N, L, D)
+        teacher_keys: (N, D)
+        tau: temperature, a positive scalar.
+
+    Returns:
+        (N, L), each row summing to 1.
+    """
+    similarity = torch.einsum("nld,nd->nl", student_keys, teacher_keys)
+    return torch.softmax(similarity / tau, dim=1)
+
+
+def semantic_guided_imitation(
+    student_rois: torch.Tensor,
+    teacher_rois: torch.Tensor,
+    student_keys: torch.Tensor,
+    teacher_keys: torch.Tensor,
+    tau: torch.Tensor,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The equations as they stand: aggregate the adapted student levels, compare with the teacher.
+
+    Args:
+        student_rois: (N, L, C, H, W), adapted to the teacher's channels.
+        teacher_rois: (N, C, H, W)
+        student_keys: (N, L, D)
+        teacher_keys: (N, D)
+        tau: temperature, a positive scalar.
+
+    Returns:
+        The mean squared error over N, C, H, W (0 for N = 0), and the attention (N, L).
+    """
+    alpha = level_attention(student_keys, teacher_keys, tau)
+    aggregated = torch.einsum("nl,nlchw->nchw", alpha, student_rois)
+    return _mean_squared_error(aggregated, teacher_rois), alpha
+
+
+def _mean_squared_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    if len(student) == 0:
+        return sum_of_zeros([student, teacher])
+    return F.mse_loss(student, teacher)
+
+
+class RegionEmbedding(nn.Module):
+    """f_embed: two 3x3 convolutions of stride 2, each followed by ReLU; one for both sides.
+
+    For the student, f_adap (1x1) is folded into the first of them. Both are linear and there is no padding, so
+    this is exact, and nothing of size (N, L, C_T, H, W) has to be made.
+    """
+
+    def __init__(self, in_channels: int, channels: Tuple[int, int]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels[0], kernel_size=3, stride=2)
+        self.conv2 = nn.Conv2d(channels[0], channels[1], kernel_size=3, stride=2)
+
+    def forward(self, rois: torch.Tensor) -> torch.Tensor:
+        """(N, C_T, H, W) -> (N, D)"""
+        return self._finish(self.conv1(rois))
+
+    def forward_adapted(self, rois: torch.Tensor, adapter: nn.Conv2d) -> torch.Tensor:
+        """The same of `adapter(rois)`: (N, C_S, H, W) -> (N, D)"""
+        weight = torch.einsum("ethw,ts->eshw", self.conv1.weight, adapter.weight[:, :, 0, 0])
+        bias = self.conv1.bias + torch.einsum("ethw,t->e", self.conv1.weight, adapter.bias)
+        return self._finish(F.conv2d(rois, weight, bias, stride=2))
+
+    def _finish(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.conv2(F.relu(hidden))).flatten(start_dim=1)
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class SGFI(DistillLoss):
+    """Owns f_adap, f_embed and tau.
+
+    Raises:
+        GDetKDError: the teacher pools its regions to fewer than 7x7 cells.
+    """
+
+    needs = frozenset({"pooled"})
+
+    def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
+        super().__init__()
+        if min(teacher_spec.pooled_size) < MIN_POOLED_SIZE:
+            raise GDetKDError(
+                f"SGFI embeds regions with two strided convolutions, which need {MIN_POOLED_SIZE}x{MIN_POOLED_SIZE} "
+                f"cells; the teacher pools to {teacher_spec.pooled_size} (MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION)."
+            )
+        if cfg.DISTILL.SGFI.TAU <= 0:
+            raise GDetKDError(f"DISTILL.SGFI.TAU is a temperature and must be positive, not {cfg.DISTILL.SGFI.TAU}.")
+        self.adapter = nn.Conv2d(student_spec.channels, teacher_spec.channels, kernel_size=1)
+        self.embed = RegionEmbedding(teacher_spec.channels, tuple(cfg.DISTILL.SGFI.EMBED_CHANNELS))
+        # The logarithm is what is learned, so that tau stays positive.
+        self.log_tau = nn.Parameter(torch.tensor(math.log(cfg.DISTILL.SGFI.TAU)))
+
+    @property
+    def tau(self) -> torch.Tensor:
+        return self.log_tau.exp()
+
+    def compute(self, student: Any, teacher: Any) -> torch.Tensor:
+        rois = full_precision(student.level_pooled)  # (N, L, C_S, H, W)
+        target = full_precision(teacher.pooled)  # (N, C_T, H, W)
+        keys = self.embed.forward_adapted(rois.flatten(0, 1), self.adapter)
+        alpha = level_attention(keys.view(*rois.shape[:2], keys.shape[1]), self.embed(target), self.tau)
+        # The alphas sum to 1, so adapting the aggregate equals aggregating the adapted.
+        aggregated = self.adapter(torch.einsum("nl,nlchw->nchw", alpha, rois))
+        return _mean_squared_error(aggregated, target)

@@ -1,0 +1,87 @@
+"""RoIAlign of the same regions on every level of a pyramid.
+
+Shapes: B images, N regions in all of them, L levels, C channels, (h, w) the pooled size.
+"""
+
+from typing import Sequence, Tuple
+
+import torch
+from torchvision.ops import roi_align
+
+from .structures import Regions
+
+# Cells of a feature map up to which, on a CPU, two matrix products are faster than torchvision's RoIAlign,
+# whose backward scatters one sample at a time (benchmarks/roi_align.py; figures in docs/results.md).
+SEPARABLE_MAX_CELLS = 10_000
+
+
+def pool_all_levels(
+    maps: Sequence[torch.Tensor],
+    strides: Sequence[int],
+    regions: Regions,
+    size: Tuple[int, int],
+    sampling_ratio: int,
+) -> torch.Tensor:
+    """RoIAlign (aligned, i.e. half a pixel shifted) of each region on each level.
+
+    Args:
+        maps: L maps, each (B, C, H_l, W_l).
+        strides: pixels of the input image per cell of each map.
+        regions: N boxes over B images.
+        size: (h, w).
+        sampling_ratio: samples per bin and axis, at least 1.
+
+    Returns:
+        (N, L, C, h, w)
+    """
+    pooled = []
+    for feature_map, stride in zip(maps, strides):
+        small = feature_map.shape[-2] * feature_map.shape[-1] <= SEPARABLE_MAX_CELLS
+        pool = roi_align_separable if small and not feature_map.is_cuda else roi_align_torchvision
+        pooled.append(pool(feature_map, stride, regions, size, sampling_ratio))
+    return torch.stack(pooled, dim=1)
+
+
+def roi_align_torchvision(
+    feature_map: torch.Tensor, stride: int, regions: Regions, size: Tuple[int, int], sampling_ratio: int
+) -> torch.Tensor:
+    """(N, C, h, w): torchvision's RoIAlign, arguments as in `pool_all_levels`."""
+    boxes = [boxes.tensor.to(feature_map.dtype) for boxes in regions.boxes]
+    return roi_align(feature_map, boxes, size, 1.0 / stride, sampling_ratio, aligned=True)
+
+
+def roi_align_separable(
+    feature_map: torch.Tensor, stride: int, regions: Regions, size: Tuple[int, int], sampling_ratio: int
+) -> torch.Tensor:
+    """(N, C, h, w): the same values, as two matrix products per image.
+
+    Bilinear interpolation and the mean over a bin's samples both factor into a vertical and a horizontal part, so a
+    region's output is A_y F A_x^T with A_y (h, H) and A_x (w, W). Its backward is two more products.
+    """
+    channels, height, width = feature_map.shape[1:]
+    pooled = []
+    for image, boxes in zip(feature_map, regions.boxes):
+        count = len(boxes)
+        x1, y1, x2, y2 = (boxes.tensor.to(feature_map.dtype) / stride - 0.5).unbind(dim=1)
+        along_x = _sampling_matrix(x1, x2, size[1], width, sampling_ratio)  # (n, w, W)
+        along_y = _sampling_matrix(y1, y2, size[0], height, sampling_ratio)  # (n, h, H)
+        columns = image.reshape(channels * height, width) @ along_x.reshape(count * size[1], width).t()
+        columns = columns.view(channels, height, count, size[1]).permute(2, 1, 0, 3)  # (n, H, C, w)
+        rows = torch.bmm(along_y, columns.reshape(count, height, channels * size[1]))  # (n, h, C w)
+        pooled.append(rows.view(count, size[0], channels, size[1]).transpose(1, 2))
+    return torch.cat(pooled)
+
+
+def _sampling_matrix(
+    start: torch.Tensor, end: torch.Tensor, bins: int, cells: int, sampling_ratio: int
+) -> torch.Tensor:
+    """(n, bins, cells): the weight of each cell in each bin along one axis, for n intervals in cell units.
+
+    As in torchvision, a sample more than one cell outside counts as zero and others are moved to the border.
+    """
+    offsets = (torch.arange(bins * sampling_ratio, dtype=start.dtype, device=start.device) + 0.5) / sampling_ratio
+    samples = start[:, None] + offsets * ((end - start) / bins)[:, None]  # (n, bins * sampling_ratio)
+    inside = (samples >= -1) & (samples <= cells)
+    cell = torch.arange(cells, dtype=start.dtype, device=start.device)
+    weights = (1 - (samples.clamp(0, cells - 1)[..., None] - cell).abs()).clamp(min=0) * inside[..., None]
+    return weights.view(len(start), bins, sampling_ratio, cells).mean(dim=2)

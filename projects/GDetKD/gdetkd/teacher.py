@@ -1,0 +1,205 @@
+"""The teacher: built from its own config, loaded completely or not at all, and frozen."""
+
+import hashlib
+import logging
+import os
+import pickle
+from typing import Any, Collection, Dict, List, Sequence
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import ImageList
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from .config import add_gdetkd_config
+from .detectors import build_adapter
+from .errors import GDetKDError
+from .structures import DetectorOutputs, Regions
+
+logger = logging.getLogger(__name__)
+
+# Parts of a detector that are not its heads.
+NOT_HEADS = ("backbone.", "pixel_")
+
+
+def plain_config(cfg: CfgNode) -> CfgNode:
+    """The config of the plain Detectron2 detector that a GDetKD config trains; a plain config as it is."""
+    if cfg.MODEL.META_ARCHITECTURE != "GDetKD":
+        return cfg
+    plain = cfg.clone()
+    plain.defrost()
+    plain.MODEL.META_ARCHITECTURE = cfg.DISTILL.STUDENT_META_ARCHITECTURE
+    plain.freeze()
+    return plain
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """The teacher's own config, with DISTILL.TEACHER.OPTS applied, on the student's device.
+
+    Raises:
+        GDetKDError: DISTILL.TEACHER.CONFIG_FILE is not given or not there.
+    """
+    path = cfg.DISTILL.TEACHER.CONFIG_FILE
+    if not path:
+        raise GDetKDError("DISTILL.TEACHER.CONFIG_FILE is empty: give the Detectron2 yaml file of the teacher.")
+    if not PathManager.isfile(path):
+        raise GDetKDError(
+            f"The teacher's config {path!r} (DISTILL.TEACHER.CONFIG_FILE) is not there, seen from {os.getcwd()}."
+        )
+    config = get_cfg()
+    add_gdetkd_config(config)
+    config.merge_from_file(path)
+    config.merge_from_list(list(cfg.DISTILL.TEACHER.OPTS))
+    config.MODEL.DEVICE = cfg.MODEL.DEVICE
+    if cfg.DISTILL.TEACHER.WEIGHTS:
+        config.MODEL.WEIGHTS = cfg.DISTILL.TEACHER.WEIGHTS
+    config.freeze()
+    return plain_config(config)
+
+
+class CompleteCheckpointer(DetectionCheckpointer):
+    """Loads weights as Detectron2 does, but refuses what it would only warn of: a model not wholly loaded."""
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        # The count of batches that a BatchNorm has seen plays no part in eval mode, and old files lack it.
+        missing = [key for key in incompatible.missing_keys if not key.endswith("num_batches_tracked")]
+        misshapen = [f"{key} {have} for {want}" for key, have, want in incompatible.incorrect_shapes]
+        left = misshapen + sorted(set(missing) - {key for key, _, _ in incompatible.incorrect_shapes})
+        if left:
+            raise GDetKDError(
+                f"The teacher's weights leave {len(left)} of its {len(self.model.state_dict())} tensors unloaded "
+                f"({_some(left)}). Do the file and DISTILL.TEACHER.CONFIG_FILE belong together?"
+            )
+        if incompatible.unexpected_keys:
+            logger.warning(
+                "The teacher's weights hold tensors that its config has no place for: %s.",
+                _some(incompatible.unexpected_keys),
+            )
+        return incompatible
+
+
+def _some(names: Sequence[str], count: int = 5) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def load_weights(model: nn.Module, path: str) -> str:
+    """Loads all of a teacher's weights.
+
+    Returns:
+        the file's SHA-256, in hexadecimal.
+
+    Raises:
+        GDetKDError: no file is given, it is missing, empty or damaged, or it leaves a tensor unloaded.
+    """
+    if not path:
+        raise GDetKDError("The teacher has no weights: give DISTILL.TEACHER.WEIGHTS.")
+    if "://" not in path and not os.path.isfile(path):
+        raise GDetKDError(f"The teacher's weights {path!r} are not there, seen from {os.getcwd()}.")
+    local = PathManager.get_local_path(path)
+    if os.path.getsize(local) == 0:
+        raise GDetKDError(f"The teacher's weights {path!r} are an empty file. Copy or download it again.")
+    try:
+        CompleteCheckpointer(model).load(path)
+    except GDetKDError:
+        raise
+    except (RuntimeError, EOFError, OSError, KeyError, TypeError, AttributeError, ValueError, pickle.PickleError) as e:
+        raise GDetKDError(
+            f"The teacher's weights {path!r} cannot be read ({type(e).__name__}: {str(e).splitlines()[0]}). Is the "
+            f"file complete ({os.path.getsize(local)} bytes), and a Detectron2 checkpoint?"
+        ) from e
+    with open(local, "rb") as file:
+        return _sha256(file.read())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+class FrozenTeacher:
+    """Holds the teacher without being a module, so that no checkpoint, optimizer, DDP bucket or `.train()` reaches it.
+
+    Args:
+        cfg: the config of the distillation.
+
+    Raises:
+        GDetKDError: config or weights are missing or do not fit each other, the detector has no pyramid, or its images
+            cannot be made from the student's.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self.cfg = teacher_config(cfg)
+        self._reorder = _needs_reordering(cfg.INPUT.FORMAT, self.cfg.INPUT.FORMAT)
+        self.model: nn.Module = build_model(self.cfg)
+        self.adapter = build_adapter(self.model, "teacher")
+        self.sha256 = load_weights(self.model, self.cfg.MODEL.WEIGHTS)
+        self.model.eval()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        logger.info("Teacher: %s, SHA-256 %s", self.cfg.MODEL.WEIGHTS, self.sha256)
+
+    @torch.no_grad()
+    def look(self, batched_inputs: List[Dict[str, Any]], regions: Regions, needs: Collection[str]) -> DetectorOutputs:
+        """What the teacher has to say on the regions of a training batch.
+
+        Args:
+            batched_inputs: as the student gets them, in *its* channel order, not normalised.
+            regions: boxes in pixels of these images.
+            needs: fields of `DetectorOutputs` to fill.
+        """
+        return self.adapter.look(self.preprocess(batched_inputs).tensor, regions, needs)
+
+    def preprocess(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:
+        """The teacher's own channel order, pixel mean and std, and padding."""
+        if self._reorder:
+            batched_inputs = [{"image": inputs["image"].flip(0)} for inputs in batched_inputs]
+        return self.model.preprocess_image(batched_inputs)
+
+    def describe(self) -> Dict[str, str]:
+        """What a checkpoint keeps of the teacher: where its weights were, and what they were."""
+        return {"weights": self.cfg.MODEL.WEIGHTS, "sha256": self.sha256}
+
+
+def _needs_reordering(student_format: str, teacher_format: str) -> bool:
+    if student_format == teacher_format:
+        return False
+    if {student_format, teacher_format} == {"RGB", "BGR"}:
+        return True
+    raise GDetKDError(
+        f"The student reads images as {student_format} and the teacher as {teacher_format} (INPUT.FORMAT). GDetKD "
+        "converts between RGB and BGR; make the two agree."
+    )
+
+
+def transfer_heads(teacher: nn.Module, student: nn.Module) -> List[str]:
+    """Copies the teacher's heads into the student wherever name and shape agree (method section 3).
+
+    Returns:
+        the names of the tensors that were copied.
+
+    Raises:
+        GDetKDError: none agrees.
+    """
+    source = teacher.state_dict()
+    copied, skipped = [], []
+    for name, tensor in student.state_dict().items():
+        if name.startswith(NOT_HEADS):
+            continue
+        if name in source and source[name].shape == tensor.shape:
+            tensor.copy_(source[name])
+            copied.append(name)
+        else:
+            skipped.append(name)
+    if not copied:
+        raise GDetKDError(
+            "DISTILL.HEAD_TRANSFER would transfer nothing: no tensor outside the backbones agrees in name and shape "
+            f"(the student has {_some(skipped)}). Give the student the teacher's head widths and FPN channels, or "
+            "switch it off."
+        )
+    logger.info("Head transfer: %d tensors from the teacher.", len(copied))
+    if skipped:
+        logger.warning("Head transfer leaves %d tensors as they were: %s", len(skipped), _some(skipped))
+    return copied

@@ -1,0 +1,25 @@
+"""Installs gdetkd beside a torch and a Detectron2 that are already there; it pins neither."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+PACKAGES = "projects/GDetKD"
+
+setup(
+    name="gdetkd",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / PACKAGES / "gdetkd/__init__.py").read_text()).group(1),
+    description="G-DetKD for Detectron2: a small object detector learns from a big one",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.8",
+    package_dir={"": PACKAGES},
+    packages=find_packages(PACKAGES),
+    package_data={"gdetkd": ["py.typed"]},
+    # Both are needed, but how to get them differs between machines: `import gdetkd` says what is missing.
+    install_requires=["tqdm", "matplotlib"],
+    extras_require={"quickstart": ["opencv-python-headless"]},
+)

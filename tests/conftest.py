@@ -1,0 +1,194 @@
+"""Tiny detectors of stock Detectron2 parts, and a tiny data set, for every test."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, List
+
+import gdetkd  # first: it prepares the import of Detectron2
+import gdetkd.data
+
+import numpy as np  # isort: skip
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+NUM_CLASSES = 3
+TINY = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.MASK_ON": False,
+    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.RESNETS.NORM": "BN",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 4,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 2,
+    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.OUT_CHANNELS": 8,
+    "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5"],
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 60,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 30,
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": 60,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 30,
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16], [32], [48]],
+    "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
+    "MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
+    "MODEL.ROI_HEADS.NUM_CLASSES": NUM_CLASSES,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 8,
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+    "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 16,
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
+    "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": 2,
+    "INPUT.MIN_SIZE_TRAIN": (64,),
+    "INPUT.MIN_SIZE_TEST": 64,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.BASE_LR": 0.0005,
+    "SOLVER.WARMUP_ITERS": 2,
+    "SOLVER.MAX_ITER": 4,
+    "DATALOADER.NUM_WORKERS": 0,
+    "DATASETS.TRAIN": ("tiny",),
+    "DATASETS.TEST": (),
+    "DISTILL.SGFI.EMBED_CHANNELS": (8, 6),
+    "DISTILL.CKD.PROJECTION_DIM": 8,
+    "DISTILL.CKD.QUEUE_SIZE": 24,
+    "SEED": 3,
+}
+# What makes a detector wider than the tiny one.
+WIDER = {
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+}
+ALL_LOSSES = ("SGFI", "CKD", "CLS", "REG")
+
+
+def make_cfg(changes: Dict[str, Any]) -> CfgNode:
+    cfg = get_cfg()
+    gdetkd.add_gdetkd_config(cfg)
+    cfg.merge_from_list([item for pair in {**TINY, **changes}.items() for item in pair])
+    return cfg
+
+
+def plain_keys_of(cfg: CfgNode) -> CfgNode:
+    """The config without GDetKD's keys, as a teacher's or a plain Detectron2 user's file would be."""
+    plain = cfg.clone()
+    del plain["DISTILL"]
+    del plain["DATASETS"]["REGISTER"]
+    del plain["SOLVER"]["OPTIMIZER"]
+    del plain["TEST"]["KEEP_BEST"]
+    return plain
+
+
+def make_batch(sizes=((64, 64), (64, 48)), boxes_each: int = 3, seed: int = 0) -> List[Dict[str, Any]]:
+    """A training batch of random images (height, width) in pixels."""
+    rng = torch.Generator().manual_seed(seed)
+    batch = []
+    for height, width in sizes:
+        corner = torch.rand(boxes_each, 2, generator=rng) * torch.tensor([width / 2, height / 2])
+        size = 8 + torch.rand(boxes_each, 2, generator=rng) * torch.tensor([width / 2 - 8, height / 2 - 8])
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.cat([corner, corner + size], dim=1))
+        instances.gt_classes = torch.randint(NUM_CLASSES, (boxes_each,), generator=rng)
+        image = torch.randint(256, (3, height, width), generator=rng).to(torch.uint8)
+        batch.append({"image": image, "instances": instances, "height": height, "width": width})
+    return batch
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tiny_dataset(tmp_path_factory) -> Path:
+    """Twelve images with up to three boxes each, registered as "tiny"; returns the folder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_coco(folder, count=12)
+    entry = {"name": "tiny", "kind": "coco", "json": str(folder / "tiny.json"), "images": str(folder)}
+    cfg = make_cfg({"DATASETS.REGISTER": [entry]})
+    gdetkd.data.register_datasets(cfg)
+    return folder
+
+
+def write_coco(folder: Path, count: int, name: str = "tiny", seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    images, annotations = [], []
+    for i in range(count):
+        height, width = (64, 64) if i % 3 else (64, 80)
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        images.append({"id": i + 1, "file_name": f"{name}{i}.png", "height": height, "width": width})
+        for _ in range(1 + i % 3):
+            x, y, w, h = (int(v) for v in (*rng.integers(0, 30, 2), *rng.integers(10, 30, 2)))
+            category = int(rng.integers(NUM_CLASSES))
+            pixels[y : y + h, x : x + w] = 40 + 80 * category
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": i + 1,
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": 0,
+                    "category_id": category + 1,
+                }
+            )
+        Image.fromarray(pixels).save(folder / f"{name}{i}.png")
+    categories = [{"id": c + 1, "name": f"class{c}"} for c in range(NUM_CLASSES)]
+    content = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+    (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def forget_datasets():
+    """Takes data sets that a test registers out of the catalog again."""
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def make_teacher(tmp_path):
+    """Writes a teacher's config and weights; returns the config keys that name them."""
+
+    def make(changes: Dict[str, Any] = WIDER, seed: int = 7) -> Dict[str, Any]:
+        cfg = plain_keys_of(make_cfg(changes))
+        config_file, weights = tmp_path / "teacher.yaml", tmp_path / "teacher.pth"
+        config_file.write_text(cfg.dump())
+        torch.manual_seed(seed)
+        model = build_model(cfg)
+        settle_batch_norm(model)
+        torch.save({"model": model.state_dict()}, weights)
+        return {"DISTILL.TEACHER.CONFIG_FILE": str(config_file), "DISTILL.TEACHER.WEIGHTS": str(weights)}
+
+    return make
+
+
+def settle_batch_norm(model: torch.nn.Module) -> None:
+    """Gives an untrained detector running statistics, without which its features in eval mode are in the thousands."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the running statistics become those of the one batch
+    with torch.no_grad():
+        model.train().backbone(model.preprocess_image(make_batch()).tensor)
+
+
+@pytest.fixture
+def distill_cfg(make_teacher, tmp_path):
+    """The config of a distillation with the given changes; its teacher is the wider tiny detector."""
+
+    def make(changes: Dict[str, Any] = {}, teacher: Dict[str, Any] = WIDER) -> CfgNode:
+        keys = {"MODEL.META_ARCHITECTURE": "GDetKD", "DISTILL.LOSSES": ALL_LOSSES, "OUTPUT_DIR": str(tmp_path / "run")}
+        os.makedirs(keys["OUTPUT_DIR"], exist_ok=True)
+        return make_cfg({**keys, **make_teacher(teacher), **changes})
+
+    return make

@@ -1,0 +1,101 @@
+import math
+
+import pytest
+import torch
+
+from conftest import make_cfg
+from gdetkd.errors import GDetKDError
+from gdetkd.losses import CLS, REG, class_aware_localization, soft_classification
+from gdetkd.structures import DetectorSpec
+
+
+def softmax(row):
+    norm = sum(math.exp(v) for v in row)
+    return [math.exp(v) / norm for v in row]
+
+
+def spec(num_classes=3, weights=(10.0, 10.0, 5.0, 5.0)):
+    return DetectorSpec(4, {"p2": 4, "p3": 8}, (7, 7), 6, num_classes, weights)
+
+
+def test_classification_matches_plain_loops():
+    student, teacher = torch.randn(2, 5, 4, dtype=torch.float64)
+    expected = 0.0
+    for s, t in zip(student.tolist(), teacher.tolist()):
+        expected -= sum(p * math.log(q) for p, q in zip(softmax(t), softmax(s))) / 5
+    assert soft_classification(student, teacher).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_classification_closed_form():
+    # Teacher (1/2, 1/2), student (3/4, 1/4): -(ln(3/4) + ln(1/4)) / 2.
+    loss = soft_classification(torch.tensor([[math.log(3.0), 0.0]]), torch.zeros(1, 2))
+    assert loss.item() == pytest.approx(-(math.log(0.75) + math.log(0.25)) / 2, rel=1e-6)
+
+
+def test_classification_is_zero_for_the_same_certainty_and_least_at_the_teacher():
+    sure = torch.tensor([[100.0, 0.0, 0.0]])
+    assert soft_classification(sure, sure).item() == pytest.approx(0.0, abs=1e-6)
+    teacher = torch.randn(4, 3, dtype=torch.float64)
+    student = teacher.clone().requires_grad_()
+    soft_classification(student, teacher).backward()
+    torch.testing.assert_close(student.grad, torch.zeros_like(student))
+
+
+def test_localization_matches_plain_loops():
+    n, classes = 4, 3
+    student, teacher = torch.randn(2, n, 4 * classes, dtype=torch.float64)
+    logits = torch.randn(n, classes + 1, dtype=torch.float64)
+    expected = 0.0
+    for i in range(n):
+        p = softmax(logits[i].tolist())
+        for d in range(4):
+            total = sum(p[c] * float(teacher[i, 4 * c + d] - student[i, 4 * c + d]) for c in range(classes))
+            expected += abs(total) / n
+    assert class_aware_localization(student, teacher, logits).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_localization_closed_form():
+    # Two classes at 1/4 each, background 1/2. Differences 1 and 3 in each delta: |1/4 + 3/4| * 4 = 4.
+    logits = torch.tensor([[0.0, 0.0, math.log(2.0)]])
+    student, teacher = torch.zeros(1, 8), torch.tensor([[1.0] * 4 + [3.0] * 4])
+    assert class_aware_localization(student, teacher, logits).item() == pytest.approx(4.0)
+
+
+def test_localization_class_agnostic_is_foreground_times_difference():
+    logits = torch.tensor([[0.0, 0.0, math.log(2.0)]])  # foreground 1/2
+    student, teacher = torch.zeros(1, 4), torch.full((1, 4), -3.0)
+    assert class_aware_localization(student, teacher, logits).item() == pytest.approx(0.5 * 3 * 4)
+    # One side per class, the other not: as if the agnostic deltas stood for every class.
+    mixed = class_aware_localization(torch.zeros(1, 8), teacher, logits)
+    assert mixed.item() == pytest.approx(6.0)
+
+
+def test_localization_zero_where_equal():
+    deltas = torch.randn(3, 8)
+    assert class_aware_localization(deltas, deltas, torch.randn(3, 3)).item() == 0.0
+
+
+def test_gradchecks():
+    logits = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    student, teacher = (torch.randn(3, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(class_aware_localization, (student, teacher, logits))
+    other = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(soft_classification, (other, logits))
+
+
+def test_no_regions():
+    student, logits = torch.zeros(0, 8, requires_grad=True), torch.zeros(0, 3, requires_grad=True)
+    loss = class_aware_localization(student, torch.zeros(0, 8), logits) + soft_classification(logits, torch.zeros(0, 3))
+    loss.backward()
+    assert loss.item() == 0 and student.grad is not None and logits.grad is not None
+
+
+def test_other_classes_are_refused():
+    for loss in (CLS, REG):
+        with pytest.raises(GDetKDError, match="3 classes and the teacher 80.*SGFI and CKD"):
+            loss(make_cfg({}), spec(3), spec(80))
+
+
+def test_other_units_are_refused():
+    with pytest.raises(GDetKDError, match="BBOX_REG_WEIGHTS"):
+        REG(make_cfg({}), spec(), spec(weights=(1.0, 1.0, 1.0, 1.0)))

@@ -1,0 +1,46 @@
+import torch
+from detectron2.structures import Boxes
+
+from gdetkd.regions import pool_all_levels, roi_align_separable, roi_align_torchvision
+from gdetkd.structures import Regions
+
+BOXES = [
+    Boxes(torch.tensor([[3.0, 5, 30, 41], [0, 0, 64, 48], [-20, -9, 5, 7], [60, 40, 90, 70], [8, 8, 8, 8]])),
+    Boxes(torch.zeros(0, 4)),
+    Boxes(torch.tensor([[10.0, 0, 11, 48], [200, 200, 230, 230]])),
+]
+
+
+def test_separable_equals_torchvision_in_value_and_gradient():
+    """Boxes inside, across the border, outside, without area; an image without a box."""
+    regions = Regions(BOXES)
+    for stride, sampling in ((4, 2), (8, 1), (16, 3)):
+        features = torch.randn(3, 5, 48 // stride, 64 // stride, dtype=torch.float64, requires_grad=True)
+        ours = roi_align_separable(features, stride, regions, (7, 6), sampling)
+        theirs = roi_align_torchvision(features, stride, regions, (7, 6), sampling)
+        torch.testing.assert_close(ours, theirs)
+        weights = torch.randn_like(ours)
+        (gradient,) = torch.autograd.grad((ours * weights).sum(), features)
+        (expected,) = torch.autograd.grad((theirs * weights).sum(), features)
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_pools_every_region_on_every_level():
+    maps = [torch.randn(3, 2, 12, 16), torch.randn(3, 2, 6, 8)]
+    pooled = pool_all_levels(maps, [4, 8], Regions(BOXES), (7, 7), 2)
+    assert pooled.shape == (7, 2, 2, 7, 7)
+    for level, (feature_map, stride) in enumerate(zip(maps, (4, 8))):
+        expected = roi_align_torchvision(feature_map, stride, Regions(BOXES), (7, 7), 2)
+        torch.testing.assert_close(pooled[:, level], expected)
+
+
+def test_large_maps_take_the_other_way_to_the_same_values(monkeypatch):
+    maps = [torch.randn(3, 2, 12, 16)]
+    separable = pool_all_levels(maps, [4], Regions(BOXES), (7, 7), 2)
+    monkeypatch.setattr("gdetkd.regions.SEPARABLE_MAX_CELLS", 0)
+    torch.testing.assert_close(separable, pool_all_levels(maps, [4], Regions(BOXES), (7, 7), 2))
+
+
+def test_image_ids_follow_the_boxes():
+    assert Regions(BOXES).image_ids().tolist() == [0] * 5 + [2] * 2
+    assert len(Regions(BOXES)) == 7

@@ -1,0 +1,76 @@
+#!/usr/bin/env python
+"""Distils, trains or evaluates a detector:
+
+python train_net.py --config-file FILE [--num-gpus N] [--resume] [--eval-only | --eval-teacher] [KEY VALUE ...]
+"""
+
+import logging
+import sys
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from gdetkd import DistillTrainer, add_gdetkd_config  # first: it prepares the import of Detectron2
+
+import torch  # isort: skip
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup, launch
+
+from gdetkd.data import register_datasets
+from gdetkd.engine import build_plain_student, evaluate_teacher
+from gdetkd.engine.preflight import check_datasets
+from gdetkd.errors import GDetKDError
+
+logger = logging.getLogger("gdetkd")
+
+
+def parser() -> ArgumentParser:
+    parser = default_argument_parser(__doc__)
+    parser.add_argument("--eval-teacher", action="store_true", help="evaluate the teacher alone on DATASETS.TEST")
+    return parser
+
+
+def setup(args: Namespace) -> CfgNode:
+    """The config of FILE and of KEY VALUE, with the CPU in place of a GPU that is not there."""
+    cfg = get_cfg()
+    add_gdetkd_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+        logging.warning("There is no CUDA device: running on the CPU, which is much slower.")
+    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
+        raise GDetKDError("SOLVER.AMP.ENABLED needs a CUDA device. Set it to False, or train on a GPU.")
+    cfg.freeze()
+    default_setup(cfg, args)
+    return cfg
+
+
+def main(args: Namespace) -> Any:
+    cfg = setup(args)
+    register_datasets(cfg)
+    if args.eval_teacher:
+        return evaluate_teacher(cfg)
+    if args.eval_only:
+        check_datasets(cfg)
+        student = build_plain_student(cfg)
+        DetectionCheckpointer(student, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        return DistillTrainer.test(cfg, student)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    arguments = parser().parse_args()
+    try:
+        launch(
+            main,
+            arguments.num_gpus,
+            num_machines=arguments.num_machines,
+            machine_rank=arguments.machine_rank,
+            dist_url=arguments.dist_url,
+            args=(arguments,),
+        )
+    except GDetKDError as error:
+        sys.exit(f"{error}")
