@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import ALL_LOSSES, make_batch, plain_keys_of
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
+
+from conftest import ALL_LOSSES, make_batch, plain_keys_of
 from gdetkd import DistillTrainer
 from gdetkd.engine import build_plain_student
 from gdetkd.errors import GDetKDError

@@ -10,11 +10,14 @@ import os
 from typing import Any, Dict, List, Tuple
 
 import numpy as np
+from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from ..errors import GDetKDError
+from .register import resolve
 
 CLASSES = ("triangle", "square", "circle", "star", "ring", "cross")
+FOLDER = "gdetkd_shapes"  # in Detectron2's data folder
 IMAGE_SIZE = 128  # pixels
 OBJECT_SIZES = (18, 76)  # pixels, drawn log-uniformly
 OBJECTS = (2, 5)  # an image
@@ -46,6 +49,12 @@ def make_shapes(folder: str) -> None:
         with open(annotations + ".part", "w") as file:
             json.dump(_coco(images, split), file)
         os.replace(annotations + ".part", annotations)
+
+
+def make_shapes_for(cfg: CfgNode) -> None:
+    """Draws the generated set where a config registers it, in the folder that its entries name."""
+    if any(entry["json"] == f"{FOLDER}/val.json" for entry in cfg.DATASETS.REGISTER if entry["kind"] == "coco"):
+        make_shapes(resolve(FOLDER))
 
 
 def _opencv() -> Any:

@@ -1,6 +1,7 @@
-"""What the trainer does beside the steps: random states for resume, and the best checkpoint."""
+"""What the trainer does beside the steps: random states for resume, time, and the best checkpoint."""
 
 import random
+import time
 from typing import Any, Dict, List, Optional
 
 import numpy as np
@@ -64,6 +65,30 @@ class RandomState(HookBase):
         # With another number of processes there is nothing to continue bit by bit.
         if len(state["states"]) == comm.get_world_size():
             self._loaded = state["states"]
+
+
+class Stopwatch(HookBase):
+    """Logs `train_seconds`: time in training steps so far, without evaluations and checkpoints, kept across resumes.
+
+    It must stand first, before the hooks that take time.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._start = 0.0
+
+    def before_step(self) -> None:
+        self._start = time.perf_counter()
+
+    def after_step(self) -> None:
+        self._seconds += time.perf_counter() - self._start
+        self.trainer.storage.put_scalar("train_seconds", self._seconds, smoothing_hint=False)
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {"seconds": self._seconds}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        self._seconds = state["seconds"]
 
 
 class _WeightsOnly(DetectionCheckpointer):

@@ -24,7 +24,7 @@ from ..detectors import build_adapter
 from ..distiller import GDetKD
 from ..errors import GDetKDError
 from ..teacher import FrozenTeacher, plain_config, transfer_heads
-from .hooks import KeepBest, RandomState
+from .hooks import KeepBest, RandomState, Stopwatch
 from .optimizer import build_optimizer
 from .preflight import check_classes, check_datasets
 from .schedule import LossSchedule
@@ -100,7 +100,7 @@ class DistillTrainer(DefaultTrainer):
         if self.cfg.TEST.KEEP_BEST and self.cfg.DATASETS.TEST and comm.is_main_process():
             after = 1 + max(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
             hooks.insert(after, KeepBest(self.cfg.TEST.EVAL_PERIOD, self.student, self.cfg.OUTPUT_DIR))
-        return hooks
+        return [Stopwatch(), *hooks]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resumes, or loads MODEL.WEIGHTS into the student and then the teacher's heads where they are asked for."""

@@ -1,0 +1,143 @@
+"""Runs of train_net.py side by side, and what they came to: the ground of the quickstart and of docs/results.md.
+
+Each run is a process of its own with its share of the cores. A run that is complete is not repeated.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional, Sequence
+
+from tqdm import tqdm
+
+from .errors import GDetKDError
+
+PLAIN = ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "False"]
+# What each method changes in the config of the full distillation.
+METHODS: Dict[str, List[str]] = {
+    "baseline": PLAIN,
+    "head_transfer": ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "True"],
+    "SGFI": ["DISTILL.LOSSES", "('SGFI',)", "DISTILL.HEAD_TRANSFER", "False"],
+    "CKD": ["DISTILL.LOSSES", "('CKD',)", "DISTILL.HEAD_TRANSFER", "False"],
+    "SGFI+CKD": ["DISTILL.LOSSES", "('SGFI', 'CKD')", "DISTILL.HEAD_TRANSFER", "False"],
+    "distilled": [],
+}
+POLL_SECONDS = 1.0
+
+
+@dataclass
+class Point:
+    """An evaluation during training: AP, AP50, AP75 in percent, and training time without evaluations."""
+
+    iteration: int
+    seconds: float
+    metrics: Dict[str, float]
+
+
+@dataclass
+class Run:
+    """One training.
+
+    Attributes:
+        folder: its OUTPUT_DIR.
+        config_file: of the full distillation.
+        opts: KEY VALUE changes to it.
+        max_iter: iterations of this run.
+    """
+
+    folder: Path
+    config_file: str
+    opts: List[str]
+    max_iter: int
+    process: Optional[subprocess.Popen] = field(default=None, repr=False)
+
+    def command(self, train_net: Path) -> List[str]:
+        keys = ["SOLVER.MAX_ITER", str(self.max_iter), "OUTPUT_DIR", str(self.folder)]
+        return [sys.executable, str(train_net), "--config-file", self.config_file, "--resume", *self.opts, *keys]
+
+    def lines(self) -> List[Dict[str, Any]]:
+        """What the run has written to metrics.json so far."""
+        path = self.folder / "metrics.json"
+        if not path.exists():
+            return []
+        # The last line may be half written.
+        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+    def iterations_done(self) -> int:
+        return max((line["iteration"] + 1 for line in self.lines() if "iteration" in line), default=0)
+
+    def curve(self) -> List[Point]:
+        points, seconds = [], 0.0
+        for line in self.lines():
+            seconds = line.get("train_seconds", seconds)
+            if "bbox/AP" in line:
+                # Detectron2 writes the last evaluation one iteration after the last, on a line of its own.
+                iteration = min(line["iteration"] + 1, self.max_iter)
+                points.append(Point(iteration, seconds, {k: line[f"bbox/{k}"] for k in ("AP", "AP50", "AP75")}))
+        return points
+
+    def is_complete(self) -> bool:
+        last = self.curve()[-1:]
+        return bool(last) and last[0].iteration == self.max_iter and (self.folder / "model_final.pth").exists()
+
+    def result(self) -> Dict[str, float]:
+        """AP, AP50, AP75 (percent), iterations, and seconds of training alone."""
+        last = self.curve()[-1]
+        return {**last.metrics, "iterations": last.iteration, "seconds": round(last.seconds, 1)}
+
+    def seconds_per_iteration(self) -> float:
+        """Of training alone."""
+        last = self.curve()[-1]
+        return last.seconds / last.iteration
+
+
+def run_all(runs: Iterable[Run], train_net: Path, jobs: int = 2) -> None:
+    """Trains what is not complete yet, `jobs` at once, with a progress bar.
+
+    Raises:
+        GDetKDError: a run failed; the message names its log and gives the log's last line.
+    """
+    waiting = [run for run in runs if not run.is_complete()]
+    running: List[Run] = []
+    total = sum(run.max_iter for run in waiting)
+    with tqdm(total=total, unit="it", mininterval=5, desc=_names(waiting), disable=not waiting) as bar:
+        done = 0
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                running.append(_start(waiting.pop(0), train_net, jobs))
+            time.sleep(POLL_SECONDS)
+            for run in [run for run in running if run.process.poll() is not None]:
+                _check(run)
+                running.remove(run)
+                done += run.max_iter
+            bar.update(done + sum(run.iterations_done() for run in running) - bar.n)
+
+
+def _names(runs: Sequence[Run]) -> str:
+    return ", ".join(run.folder.name for run in runs[:3]) + (", ..." if len(runs) > 3 else "")
+
+
+def _start(run: Run, train_net: Path, jobs: int) -> Run:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    with open(run.folder / "stdout.txt", "a") as log:
+        run.process = subprocess.Popen(
+            run.command(train_net), stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads}
+        )
+    return run
+
+
+def _check(run: Run) -> None:
+    if run.process.returncode != 0 or not run.is_complete():
+        log = run.folder / "stdout.txt"
+        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+        raise GDetKDError(f"The run in {run.folder} failed; its log is {log}, which ends with: {last}")
+
+
+def equal_time_iterations(baseline: Run, distilled: Run) -> int:
+    """Iterations of the baseline that take as long as the distilled run took, from the seconds an iteration of each."""
+    return round(distilled.max_iter * distilled.seconds_per_iteration() / baseline.seconds_per_iteration())

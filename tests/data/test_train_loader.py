@@ -1,0 +1,77 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import make_cfg
+from gdetkd.data import build_train_loader
+from gdetkd.data.train_loader import BatchStream, random_state
+from gdetkd.errors import GDetKDError
+
+
+def batches(count, start=0, **changes):
+    loader = build_train_loader(make_cfg({"INPUT.MIN_SIZE_TRAIN": (40, 48, 56, 64), **changes}))
+    loader.start_iter = start
+    stream = iter(loader)
+    return [[(sample["file_name"], sample["image"]) for sample in next(stream)] for _ in range(count)]
+
+
+def same(first, second):
+    return all(
+        a[0] == b[0] and torch.equal(a[1], b[1]) for one, two in zip(first, second) for a, b in zip(one, two)
+    ) and len(first) == len(second)
+
+
+@pytest.mark.parametrize("grouping", [True, False])
+def test_starts_where_it_is_told_with_the_same_augmentations(grouping):
+    keys = {"DATALOADER.ASPECT_RATIO_GROUPING": grouping}
+    whole = batches(20, **keys)
+    assert same(whole[7:], batches(13, start=7, **keys))
+    assert not same(whole[6:19], whole[7:])
+
+
+def test_workers_do_not_matter():
+    assert same(batches(6), batches(6, **{"DATALOADER.NUM_WORKERS": 2}))
+
+
+def test_seed_does_matter():
+    assert not same(batches(6), batches(6, SEED=4))
+
+
+def test_epochs_draw_other_augmentations():
+    drawn = [image.shape for batch in batches(18) for name, image in batch if name.endswith("tiny1.png")]
+    assert len(drawn) >= 2 and len(set(drawn)) > 1
+
+
+def test_training_draws_as_if_there_were_no_loader():
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    batches(3)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert (before[1] == np.random.get_state()[1]).all() and before[2] == random.getstate()
+
+
+def test_every_image_is_seen_once_an_epoch():
+    names = [name for batch in batches(6, **{"DATALOADER.ASPECT_RATIO_GROUPING": False}) for name, _ in batch]
+    assert len(set(names)) == 12
+
+
+def test_batches_are_of_one_kind_with_grouping():
+    stream = iter(BatchStream(lambda: iter(range(100)), 2, wide=[i % 3 == 0 for i in range(100)]))
+    for _ in range(20):
+        (a, _), (b, _) = next(stream)
+        assert (a % 3 == 0) == (b % 3 == 0)
+
+
+def test_random_state_is_restored_after_an_exception():
+    before = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError), random_state((1, 2)):
+        torch.rand(3), random.random()
+        raise ZeroDivisionError
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_samplers_that_cannot_be_resumed_are_refused():
+    with pytest.raises(GDetKDError, match="RandomSubsetTrainingSampler"):
+        build_train_loader(make_cfg({"DATALOADER.SAMPLER_TRAIN": "RandomSubsetTrainingSampler"}))
+    build_train_loader(make_cfg({"DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler"}))

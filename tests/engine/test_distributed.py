@@ -1,0 +1,105 @@
+"""Two processes on the CPU (gloo): unequal regions do not hang them, and all that is shared stays equal."""
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.data import MetadataCatalog
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from conftest import ALL_LOSSES, make_batch
+from gdetkd import DistillTrainer
+from gdetkd.losses.ckd import gather_embeddings
+
+TIMEOUT_SECONDS = 120
+
+
+def run_in_two_processes(function, tmp_path, *args):
+    """Calls `function(rank, *args)` in two processes that can talk; what it returns, by rank."""
+    context = mp.start_processes(
+        _worker,
+        (f"file://{tmp_path}/meeting", str(tmp_path), function, args),
+        nprocs=2,
+        join=False,
+        start_method="spawn",
+    )
+    if not context.join(TIMEOUT_SECONDS):  # the first join returns when one ends, the next when both have
+        assert context.join(TIMEOUT_SECONDS), "the processes hang"
+    return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def _worker(rank, meeting, folder, function, args):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(2)
+    else:
+        comm._LOCAL_PROCESS_GROUP = dist.new_group([0, 1])
+    torch.save(function(rank, *args), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+COUNTS = [(2, 5), (0, 3), (4, 0), (0, 0)]
+
+
+def _gather(rank):
+    return [gather_embeddings(torch.full((counts[rank], 3), float(rank + 1))) for counts in COUNTS]
+
+
+def test_gathering_allows_for_unequal_and_no_embeddings(tmp_path):
+    for rank, results in enumerate(run_in_two_processes(_gather, tmp_path)):
+        for counts, (own_rank, parts) in zip(COUNTS, results):
+            assert own_rank == rank and [len(part) for part in parts] == list(counts)
+            assert all((part == i + 1).all() for i, part in enumerate(parts))
+
+
+class _Record(HookBase):
+    def __init__(self):
+        self.queues = []
+
+    def after_step(self):
+        queue = self.trainer.distiller.losses["CKD"].queue
+        queue.contents()
+        self.queues.append((queue.embeddings.clone(), queue.filled.clone()))
+
+
+class _NoRegions:
+    """A sampler of proposals that keeps none."""
+
+    def __init__(self, heads):
+        self._original = heads.label_and_sample_proposals
+
+    def __call__(self, proposals, targets):
+        return [sampled[:0] for sampled in self._original(proposals, targets)]
+
+
+class _Trainer(DistillTrainer):
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return [make_batch(seed=10 * i + comm.get_rank(), boxes_each=0 if comm.get_rank() else 3) for i in range(9)]
+
+
+def _train(rank, cfg):
+    torch.manual_seed(0)
+    trainer = _Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    if rank == 1:
+        heads = trainer.student.roi_heads
+        heads.label_and_sample_proposals = _NoRegions(heads)
+    record = _Record()
+    trainer.register_hooks([record])
+    trainer.train()
+    state = {name: value.clone() for name, value in trainer.distiller.named_parameters()}
+    return {"queues": record.queues, "parameters": state, "teacher": trainer.distiller.teacher.sha256}
+
+
+def test_one_rank_without_any_region_neither_hangs_nor_parts_the_ranks(distill_cfg, tmp_path):
+    # The processes start anew and have to register the set for themselves.
+    keys = {"DATASETS.REGISTER": [MetadataCatalog.get("tiny").gdetkd_entry]}
+    cfg = distill_cfg({**keys, "SOLVER.MAX_ITER": 3, "SOLVER.IMS_PER_BATCH": 4, "DISTILL.LOSSES": ALL_LOSSES})
+    first, second = run_in_two_processes(_train, tmp_path, cfg)
+    assert len(first["queues"]) == 3
+    for (ours, filled), (theirs, their_filled) in zip(first["queues"], second["queues"]):
+        assert filled == their_filled > 0 and torch.equal(ours, theirs)
+    for name, value in first["parameters"].items():
+        assert torch.equal(value, second["parameters"][name]), name

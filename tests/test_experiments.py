@@ -1,0 +1,64 @@
+"""What the quickstart reports is what its runs wrote."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from gdetkd.errors import GDetKDError
+from gdetkd.experiments import METHODS, Run, equal_time_iterations, run_all
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_quickstart():
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "tools" / "quickstart.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def finished(folder, ap, iterations, seconds):
+    folder.mkdir()
+    lines = [{"iteration": 19, "train_seconds": 1.0, "total_loss": 3.0}]
+    metrics = {"bbox/AP": ap, "bbox/AP50": ap + 20, "bbox/AP75": ap + 5}
+    lines.append({"iteration": iterations - 1, "train_seconds": seconds, "total_loss": 2.0})
+    lines.append({"iteration": iterations, **metrics})  # as Detectron2 writes the last evaluation
+    (folder / "metrics.json").write_text("\n".join(json.dumps(line) for line in lines) + '\n{"iteration": 9')
+    (folder / "model_final.pth").touch()
+    return Run(folder, "config.yaml", [], iterations)
+
+
+def test_summary_and_table(tmp_path):
+    quickstart = load_quickstart()
+    runs = {
+        "baseline": finished(tmp_path / "b", 10.0, 100, 20.0),
+        "baseline_equal_time": finished(tmp_path / "e", 20.0, 150, 30.0),
+        "distilled": finished(tmp_path / "d", 35.0, 100, 30.0),
+    }
+    summary = quickstart.summarize({"AP": 60.0, "AP50": 80.0, "AP75": 65.0, "APs": float("nan")}, runs)
+    assert summary["teacher"] == {"AP": 60.0, "AP50": 80.0, "AP75": 65.0}
+    assert summary["distilled"]["lead_closed"] == pytest.approx(0.5)
+    assert summary["baseline_equal_time"] == pytest.approx(
+        {"AP": 20.0, "AP50": 40.0, "AP75": 25.0, "iterations": 150, "seconds": 30.0, "lead_closed": 0.2}
+    )
+    assert equal_time_iterations(runs["baseline"], runs["distilled"]) == 150
+    table = quickstart.as_table(summary)
+    assert "35.0" in table and "50 %" in table and "baseline, equal time" in table
+
+
+def test_unknown_pair_names_the_known_ones(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(GDetKDError, match="faster_rcnn-faster_rcnn"):
+        load_quickstart().load_config("yolo-yolo")
+
+
+def test_complete_runs_are_not_repeated_and_failed_ones_are_named(tmp_path):
+    program = tmp_path / "train_net.py"
+    program.write_text("import sys; print('the reason'); sys.exit(1)")
+    run_all([finished(tmp_path / "done", 10.0, 100, 20.0)], program)
+    with pytest.raises(GDetKDError, match="the reason"):
+        run_all([Run(tmp_path / "new", "config.yaml", METHODS["distilled"], 5)], program)
+    assert sys.executable

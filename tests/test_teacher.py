@@ -1,0 +1,136 @@
+"""What is wrong with a teacher is said before training, with its remedy."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from conftest import WIDER, make_cfg
+from gdetkd.errors import GDetKDError
+from gdetkd.teacher import FrozenTeacher, transfer_heads
+
+RESNET_C4 = {
+    "MODEL.BACKBONE.NAME": "build_resnet_backbone",
+    "MODEL.RESNETS.OUT_FEATURES": ["res4"],
+    "MODEL.RPN.IN_FEATURES": ["res4"],
+    "MODEL.ROI_HEADS.IN_FEATURES": ["res4"],
+    "MODEL.ROI_HEADS.NAME": "Res5ROIHeads",
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[32]],
+}
+
+
+def refused(cfg, match):
+    with pytest.raises(GDetKDError, match=match) as error:
+        build_model(cfg)
+    assert str(error.value).endswith((".", "?", ")"))
+
+
+def test_config_file_missing(distill_cfg):
+    refused(distill_cfg({"DISTILL.TEACHER.CONFIG_FILE": "nowhere.yaml"}), "nowhere.yaml.*DISTILL.TEACHER.CONFIG_FILE")
+    refused(distill_cfg({"DISTILL.TEACHER.CONFIG_FILE": ""}), "DISTILL.TEACHER.CONFIG_FILE is empty")
+
+
+def test_weights_not_given_missing_or_empty(distill_cfg, tmp_path):
+    refused(distill_cfg({"DISTILL.TEACHER.WEIGHTS": ""}), "no weights: give DISTILL.TEACHER.WEIGHTS")
+    refused(distill_cfg({"DISTILL.TEACHER.WEIGHTS": "nowhere.pth"}), "nowhere.pth.*are not there")
+    (tmp_path / "empty.pth").touch()
+    refused(distill_cfg({"DISTILL.TEACHER.WEIGHTS": str(tmp_path / "empty.pth")}), "an empty file")
+
+
+def test_weights_truncated_or_no_checkpoint(distill_cfg, tmp_path):
+    cfg = distill_cfg()
+    data = (tmp_path / "teacher.pth").read_bytes()
+    for name, content in {
+        "half.pth": data[: len(data) // 2],
+        "text.pth": b"<html>404</html>",
+        "text.pkl": b"no",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        cfg.DISTILL.TEACHER.WEIGHTS = str(tmp_path / name)
+        refused(cfg, f"{name}.*cannot be read.*complete")
+
+
+def test_weights_that_leave_keys_unloaded(distill_cfg, tmp_path):
+    cfg = distill_cfg()
+    weights = torch.load(tmp_path / "teacher.pth", weights_only=True)
+    del weights["model"]["roi_heads.box_predictor.cls_score.weight"]
+    torch.save(weights, tmp_path / "teacher.pth")
+    refused(cfg, "1 of its .* unloaded .roi_heads.box_predictor.cls_score.weight.*belong together")
+
+
+def test_weights_of_another_shape(distill_cfg):
+    refused(
+        distill_cfg({"DISTILL.TEACHER.OPTS": ["MODEL.ROI_HEADS.NUM_CLASSES", 5]}),
+        "cls_score.weight .* for .*unloaded|unloaded",
+    )
+
+
+def test_weights_with_more_than_asked_for_only_warn(distill_cfg, caplog):
+    """A Mask R-CNN's weights in a Faster R-CNN teacher."""
+    cfg = distill_cfg({"DISTILL.TEACHER.OPTS": ["MODEL.MASK_ON", False]}, teacher={**WIDER, "MODEL.MASK_ON": True})
+    build_model(cfg)
+    assert "mask_head" in caplog.text
+
+
+def test_weights_in_the_model_zoos_format(distill_cfg, tmp_path):
+    import pickle
+
+    cfg = distill_cfg()
+    weights = torch.load(tmp_path / "teacher.pth", weights_only=True)["model"]
+    arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+    path = tmp_path / "teacher.pkl"
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "someone"}))
+    cfg.DISTILL.TEACHER.WEIGHTS = str(path)
+    teacher = FrozenTeacher(cfg)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in teacher.model.state_dict().items())
+
+
+def test_teacher_or_student_without_pyramid(distill_cfg):
+    refused(distill_cfg(teacher={**WIDER, **RESNET_C4}), "The teacher has no FPN")
+    refused(distill_cfg({**RESNET_C4}), "The student has no FPN")
+
+
+def test_unknown_or_repeated_loss(distill_cfg):
+    refused(distill_cfg({"DISTILL.LOSSES": ("SGFI", "SGFY")}), "'SGFY'.*CKD")
+    refused(distill_cfg({"DISTILL.LOSSES": ("SGFI", "SGFI")}), "twice")
+
+
+def test_other_number_of_classes(distill_cfg):
+    other = {**WIDER, "MODEL.ROI_HEADS.NUM_CLASSES": 5}
+    refused(distill_cfg(teacher=other), "3 classes and the teacher 5")
+    build_model(distill_cfg({"DISTILL.LOSSES": ("SGFI", "CKD")}, teacher=other))  # which need no equal classes
+
+
+def test_unequal_regression_weights(distill_cfg):
+    weights = {"MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0)}
+    refused(distill_cfg(teacher={**WIDER, **weights}), "BBOX_REG_WEIGHTS")
+
+
+def test_channel_orders_that_cannot_be_converted(distill_cfg):
+    refused(distill_cfg({"INPUT.FORMAT": "YUV-BT.601"}), "INPUT.FORMAT")
+
+
+def test_a_distilled_student_can_teach(distill_cfg, tmp_path):
+    cfg = distill_cfg()
+    (tmp_path / "student.yaml").write_text(cfg.dump())
+    torch.save({"model": build_model(cfg).student.state_dict()}, tmp_path / "student.pth")
+    cfg.DISTILL.TEACHER.CONFIG_FILE = str(tmp_path / "student.yaml")
+    cfg.DISTILL.TEACHER.WEIGHTS = str(tmp_path / "student.pth")
+    assert type(FrozenTeacher(cfg).model).__name__ == "GeneralizedRCNN"
+
+
+def test_head_transfer_copies_what_agrees_and_names_what_does_not(caplog):
+    teacher, student = build_model(make_cfg(WIDER)), build_model(make_cfg({"MODEL.ROI_HEADS.NUM_CLASSES": 5}))
+    before = student.roi_heads.box_predictor.cls_score.weight.clone()
+    copied = transfer_heads(teacher, student)
+    assert torch.equal(student.roi_heads.box_head.fc1.weight, teacher.roi_heads.box_head.fc1.weight)
+    assert torch.equal(student.roi_heads.box_predictor.cls_score.weight, before)
+    assert not any(name.startswith("backbone") for name in copied)
+    assert "cls_score" in caplog.text
+
+
+def test_head_transfer_that_would_transfer_nothing():
+    teacher = build_model(make_cfg(WIDER))
+    keys = {"MODEL.FPN.OUT_CHANNELS": 12, "MODEL.ROI_BOX_HEAD.FC_DIM": 20, "MODEL.ROI_HEADS.NUM_CLASSES": 5}
+    student = build_model(make_cfg({**keys, "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[1.0]]}))
+    with pytest.raises(GDetKDError, match="transfer nothing"):
+        transfer_heads(teacher, student)

@@ -1,0 +1,70 @@
+"""The command line, run as a user runs it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+
+from conftest import make_cfg
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments, environment=None):
+    command = [sys.executable, "-W", "ignore", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture
+def config_file(distill_cfg, tmp_path):
+    entry = dict(MetadataCatalog.get("tiny").gdetkd_entry)
+    cfg = distill_cfg({"DATASETS.REGISTER": [entry], "DATASETS.TEST": ("tiny",), "SOLVER.MAX_ITER": 2})
+    cfg.merge_from_list(["MODEL.DEVICE", "cuda"])  # as in every config of Detectron2
+    path = tmp_path / "distill.yaml"
+    path.write_text(cfg.dump())
+    return str(path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
+def test_trains_and_evaluates_without_cuda_and_without_teacher(config_file, tmp_path):
+    result = run("train_net.py", "--config-file", config_file, "DISTILL.EVAL_TEACHER", "True")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "There is no CUDA device: running on the CPU" in result.stderr
+    weights = str(tmp_path / "run" / "model_final.pth")
+    (tmp_path / "teacher.pth").unlink()
+    keys = ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(tmp_path / "eval")]
+    result = run("train_net.py", "--config-file", config_file, "--eval-only", *keys)
+    assert result.returncode == 0 and "Evaluation results for bbox" in result.stdout, result.stderr[-2000:]
+    result = run("train_net.py", "--config-file", config_file)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "are not there" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
+def test_evaluates_the_teacher_alone(config_file):
+    result = run("train_net.py", "--config-file", config_file, "--eval-teacher")
+    assert result.returncode == 0 and "Evaluation results for bbox" in result.stdout, result.stderr[-2000:]
+
+
+def test_without_detectron2_the_import_says_how_to_get_it(tmp_path):
+    hide = tmp_path / "hide.py"
+    hide.write_text(
+        "import sys, importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'detectron2' else find(name, *a)\n"
+        "import gdetkd\n"
+    )
+    result = run(str(hide), environment={"PYTHONPATH": str(ROOT / "projects" / "GDetKD")})
+    assert result.returncode != 0 and "pip install" in result.stderr and "facebookresearch/detectron2" in result.stderr
+
+
+def test_every_config_is_understood():
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        cfg = make_cfg({})
+        os.chdir(ROOT)
+        cfg.merge_from_file(str(path))

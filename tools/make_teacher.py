@@ -1,0 +1,38 @@
+#!/usr/bin/env python
+"""Trains a teacher and writes its weights alone: tensors, which load without running code.
+
+python tools/make_teacher.py --config-file configs/quickstart/teacher-FasterRCNN.yaml --output teacher.pth
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from gdetkd import add_gdetkd_config
+from gdetkd.data.shapes import make_shapes_for
+
+from detectron2.config import get_cfg  # isort: skip
+
+TRAIN_NET = Path(__file__).resolve().parents[1] / "train_net.py"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--output", required=True, help="the weights file to write")
+    args = parser.parse_args()
+    cfg = get_cfg()
+    add_gdetkd_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    make_shapes_for(cfg)
+    subprocess.run([sys.executable, str(TRAIN_NET), "--config-file", args.config_file, "--resume"], check=True)
+    weights = torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)["model"]
+    torch.save({"model": weights}, args.output)
+    print(f"{args.output}: {Path(args.output).stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
