@@ -6,6 +6,7 @@ Shapes: B images, N regions in all of them, L levels, C channels, (h, w) the poo
 from typing import Sequence, Tuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import roi_align
 
 from .structures import Regions
@@ -53,23 +54,26 @@ def roi_align_torchvision(
 def roi_align_separable(
     feature_map: torch.Tensor, stride: int, regions: Regions, size: Tuple[int, int], sampling_ratio: int
 ) -> torch.Tensor:
-    """(N, C, h, w): the same values, as two matrix products per image.
+    """(N, C, h, w): the same values, as two matrix products.
 
     Bilinear interpolation and the mean over a bin's samples both factor into a vertical and a horizontal part, so a
     region's output is A_y F A_x^T with A_y (h, H) and A_x (w, W). Its backward is two more products.
     """
-    channels, height, width = feature_map.shape[1:]
-    pooled = []
-    for image, boxes in zip(feature_map, regions.boxes):
-        count = len(boxes)
-        x1, y1, x2, y2 = (boxes.tensor.to(feature_map.dtype) / stride - 0.5).unbind(dim=1)
-        along_x = _sampling_matrix(x1, x2, size[1], width, sampling_ratio)  # (n, w, W)
-        along_y = _sampling_matrix(y1, y2, size[0], height, sampling_ratio)  # (n, h, H)
-        columns = image.reshape(channels * height, width) @ along_x.reshape(count * size[1], width).t()
-        columns = columns.view(channels, height, count, size[1]).permute(2, 1, 0, 3)  # (n, H, C, w)
-        rows = torch.bmm(along_y, columns.reshape(count, height, channels * size[1]))  # (n, h, C w)
-        pooled.append(rows.view(count, size[0], channels, size[1]).transpose(1, 2))
-    return torch.cat(pooled)
+    images, channels, height, width = feature_map.shape
+    counts = [len(boxes) for boxes in regions.boxes]
+    # All images at once: those with fewer regions than the most, n, get empty ones that are dropped again.
+    boxes = pad_sequence([boxes.tensor for boxes in regions.boxes], batch_first=True).flatten(0, 1)  # (B n, 4)
+    x1, y1, x2, y2 = (boxes.to(feature_map.dtype) / stride - 0.5).unbind(dim=1)
+    along_x = _sampling_matrix(x1, x2, size[1], width, sampling_ratio)  # (B n, w, W)
+    along_y = _sampling_matrix(y1, y2, size[0], height, sampling_ratio)  # (B n, h, H)
+    lines = feature_map.permute(0, 2, 1, 3).reshape(images, height, channels * width)
+    rows = torch.bmm(along_y.view(images, max(counts) * size[0], height), lines)  # (B, n h, C W)
+    pooled = torch.bmm(rows.view(len(boxes), size[0] * channels, width), along_x.transpose(1, 2))  # (B n, h C, w)
+    pooled = pooled.view(len(boxes), size[0], channels, size[1]).transpose(1, 2)
+    if min(counts) == max(counts):
+        return pooled
+    real = torch.cat([torch.arange(max(counts)) < count for count in counts]).to(pooled.device)
+    return pooled[real]
 
 
 def _sampling_matrix(
