@@ -35,17 +35,18 @@ format: $(INSTALLED)
 teacher: $(INSTALLED)
 	$(PYTHON) tools/make_teacher.py --config-file configs/quickstart/teacher-FasterRCNN.yaml --output $(TEACHER)
 
-lock: $(VENV)/bin/uv
-	$(UV) compile --python $(PYTHON) --upgrade --generate-hashes --no-header --no-emit-index-url \
+lock: $(VENV)/.uv
+	$(UV) compile --python $(PYTHON) --upgrade --universal --generate-hashes --no-header --no-emit-index-url \
 	    $(NO_ISOLATION) requirements.in -o requirements.txt
 
-$(INSTALLED): requirements.txt $(VENV)/bin/uv
+$(INSTALLED): requirements.txt $(VENV)/.uv
 	$(UV) install --python $(PYTHON) --require-hashes $(NO_ISOLATION) -r requirements.txt
 	touch $@
 
-$(VENV)/bin/uv: requirements-uv.txt
+$(VENV)/.uv: requirements-uv.txt
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --require-hashes -r requirements-uv.txt
+	touch $@
 
 clean:
 	rm -rf $(VENV) output datasets

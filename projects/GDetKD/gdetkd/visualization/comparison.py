@@ -45,10 +45,10 @@ def draw_comparison(
         dataset: a registered set, of which the first images with at least three objects are shown.
     """
     images = [image for image in DatasetCatalog.get(dataset) if len(image["annotations"]) >= 3][:5]
-    figure = plt.figure(figsize=(15, 6.2), dpi=110)
+    figure = plt.figure(figsize=(15, 5.5), dpi=110)
     left, right = figure.subfigures(1, 2, width_ratios=(0.78, 1))
     _draw_curves(left.subplots(), curves, teacher_ap)
-    left.subplots_adjust(left=0.12, right=0.97, bottom=0.11, top=0.92)
+    left.subplots_adjust(left=0.1, right=0.97, bottom=0.11, top=0.92)
     axes = right.subplots(len(detectors), len(images), squeeze=False)
     right.subplots_adjust(left=0.05, right=0.99, bottom=0.06, top=0.95, wspace=0.04, hspace=0.04)
     for row, (title, (model, cfg)) in zip(axes, detectors.items()):
@@ -71,11 +71,12 @@ def _draw_curves(axis: Axes, curves: Sequence[Curve], teacher_ap: float) -> None
             f"{curve.label} {curve.ap[-1]:.1f}",
             (curve.seconds[-1], curve.ap[-1]),
             textcoords="offset points",
-            xytext=(-4, -14) if curve.label == "baseline, equal time" else (-4, 8),
+            xytext=(2, -18) if curve.label == "baseline, equal time" else (2, 9),
             ha="right",
             color=color,
             fontsize=11,
             weight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
     axis.set(xlim=(0, end * 1.03), ylim=(0, max(teacher_ap, 1) * 1.12))
     axis.set_xlabel("training time, seconds", fontsize=11)
