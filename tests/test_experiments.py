@@ -2,15 +2,15 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import METHODS, Run, equal_time_iterations, run_all
+from gdetkd.experiments import METHODS, Run, equal_time_run, run_all
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIG = str(ROOT / "configs" / "quickstart" / "faster_rcnn-faster_rcnn.yaml")
 
 
 def load_quickstart():
@@ -28,7 +28,9 @@ def finished(folder, ap, iterations, seconds):
     lines.append({"iteration": iterations, **metrics})  # as Detectron2 writes the last evaluation
     (folder / "metrics.json").write_text("\n".join(json.dumps(line) for line in lines) + '\n{"iteration": 9')
     (folder / "model_final.pth").touch()
-    return Run(folder, "config.yaml", [], iterations)
+    run = Run(folder, CONFIG, [], iterations)
+    (folder / "fingerprint.txt").write_text(run.fingerprint())
+    return run
 
 
 def test_summary_and_table(tmp_path):
@@ -44,7 +46,8 @@ def test_summary_and_table(tmp_path):
     assert summary["baseline_equal_time"] == pytest.approx(
         {"AP": 20.0, "AP50": 40.0, "AP75": 25.0, "iterations": 150, "seconds": 30.0, "lead_closed": 0.2}
     )
-    assert equal_time_iterations(runs["baseline"], runs["distilled"]) == 150
+    equal_time = equal_time_run(tmp_path / "e", runs["baseline"], runs["distilled"])
+    assert equal_time.max_iter == 150 and equal_time.config().TEST.EVAL_PERIOD == 160  # 100 * 1.5, in twenties
     table = quickstart.as_table(summary)
     assert "35.0" in table and "50 %" in table and "baseline, equal time" in table
 
@@ -60,5 +63,11 @@ def test_complete_runs_are_not_repeated_and_failed_ones_are_named(tmp_path):
     program.write_text("import sys; print('the reason'); sys.exit(1)")
     run_all([finished(tmp_path / "done", 10.0, 100, 20.0)], program)
     with pytest.raises(GDetKDError, match="the reason"):
-        run_all([Run(tmp_path / "new", "config.yaml", METHODS["distilled"], 5)], program)
-    assert sys.executable
+        run_all([Run(tmp_path / "new", CONFIG, METHODS["distilled"], 5)], program)
+
+
+def test_a_folder_of_another_config_is_refused(tmp_path):
+    finished(tmp_path / "done", 10.0, 100, 20.0)
+    changed = Run(tmp_path / "done", CONFIG, ["DISTILL.SGFI.WEIGHT", "9.0"], 100)
+    with pytest.raises(GDetKDError, match="holds a run of another config"):
+        run_all([changed], tmp_path / "train_net.py")

@@ -20,7 +20,7 @@ from gdetkd.data import register_datasets
 from gdetkd.data.shapes import make_shapes_for
 from gdetkd.engine import evaluate_teacher
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import METHODS, Run, equal_time_iterations, run_all
+from gdetkd.experiments import METHODS, Run, equal_time_run, run_all
 from gdetkd.teacher import FrozenTeacher, plain_config
 from gdetkd.visualization.comparison import Curve, draw_comparison
 
@@ -66,9 +66,7 @@ def train(config_file: str, cfg: CfgNode, output: Path, seed: int) -> Dict[str, 
         name: Run(output / name, config_file, METHODS[name] + opts, iterations) for name in ("baseline", "distilled")
     }
     run_all(runs.values(), train_net)
-    longer = equal_time_iterations(runs["baseline"], runs["distilled"])
-    period = ["TEST.EVAL_PERIOD", str(cfg.TEST.EVAL_PERIOD * longer // iterations // 20 * 20)]
-    equal_time = Run(output / "baseline_equal_time", config_file, METHODS["baseline"] + opts + period, longer)
+    equal_time = equal_time_run(output / "baseline_equal_time", runs["baseline"], runs["distilled"])
     # In the company of a second process, as the first two were, so that all are timed alike.
     run_all([equal_time], train_net, jobs=2)
     return {"baseline": runs["baseline"], "baseline_equal_time": equal_time, "distilled": runs["distilled"]}

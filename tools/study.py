@@ -19,7 +19,7 @@ from typing import Dict, List, Optional
 from gdetkd import add_gdetkd_config
 from gdetkd.data.shapes import make_shapes_for
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import METHODS, Run, equal_time_iterations, run_all
+from gdetkd.experiments import METHODS, Run, equal_time_run, run_all
 
 from detectron2.config import get_cfg  # isort: skip
 from tabulate import tabulate
@@ -65,12 +65,10 @@ def make_runs(args: argparse.Namespace, methods: List[str]) -> Dict[str, List[Ru
 def add_equal_time(args: argparse.Namespace, runs: Dict[str, List[Run]]) -> None:
     if not {"baseline", "distilled"} <= set(runs):
         raise GDetKDError(f"{EQUAL_TIME} needs baseline and distilled among the methods.")
-    runs[EQUAL_TIME] = []
-    for seed, baseline, distilled in zip(args.seeds.split(","), runs["baseline"], runs["distilled"]):
-        iterations = equal_time_iterations(baseline, distilled)
-        runs[EQUAL_TIME].append(
-            Run(args.output / f"{EQUAL_TIME}-seed{seed}", args.config_file, baseline.opts, iterations)
-        )
+    runs[EQUAL_TIME] = [
+        equal_time_run(args.output / f"{EQUAL_TIME}-seed{seed}", baseline, distilled)
+        for seed, baseline, distilled in zip(args.seeds.split(","), runs["baseline"], runs["distilled"])
+    ]
 
 
 def tabulate_runs(runs: Dict[str, List[Run]]) -> str:

@@ -1,5 +1,6 @@
 """Two processes on the CPU (gloo): unequal regions do not hang them, and all that is shared stays equal."""
 
+import gdetkd  # noqa: F401, I001  first, in the spawned processes too: it prepares the import of Detectron2
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp

@@ -3,6 +3,7 @@
 Each run is a process of its own with its share of the cores. A run that is complete is not repeated.
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -12,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Sequence
 
+from detectron2.config import CfgNode, get_cfg
 from tqdm import tqdm
 
+from .config import add_gdetkd_config
 from .errors import GDetKDError
 
 PLAIN = ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "False"]
@@ -59,6 +62,32 @@ class Run:
         keys = ["SOLVER.MAX_ITER", str(self.max_iter), "OUTPUT_DIR", str(self.folder)]
         return [sys.executable, str(train_net), "--config-file", self.config_file, "--resume", *self.opts, *keys]
 
+    def config(self) -> CfgNode:
+        """Its whole config, defaults included."""
+        cfg = get_cfg()
+        add_gdetkd_config(cfg)
+        cfg.merge_from_file(self.config_file)
+        cfg.merge_from_list([*self.opts, "SOLVER.MAX_ITER", self.max_iter, "OUTPUT_DIR", ""])
+        return cfg
+
+    def fingerprint(self) -> str:
+        """A digest of all that determines the run."""
+        return hashlib.sha256(self.config().dump().encode()).hexdigest()
+
+    def claim_folder(self) -> None:
+        """Marks the folder as this run's.
+
+        Raises:
+            GDetKDError: it holds a run of another config, whose results would be taken for this one's.
+        """
+        mark = self.folder / "fingerprint.txt"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (mark.exists() or self.lines()) and (not mark.exists() or mark.read_text() != self.fingerprint()):
+            raise GDetKDError(
+                f"{self.folder} holds a run of another config. Remove that folder, or choose another --output."
+            )
+        mark.write_text(self.fingerprint())
+
     def lines(self) -> List[Dict[str, Any]]:
         """What the run has written to metrics.json so far."""
         path = self.folder / "metrics.json"
@@ -99,8 +128,12 @@ def run_all(runs: Iterable[Run], train_net: Path, jobs: int = 2) -> None:
     """Trains what is not complete yet, `jobs` at once, with a progress bar.
 
     Raises:
-        GDetKDError: a run failed; the message names its log and gives the log's last line.
+        GDetKDError: a folder holds a run of another config, or a run failed; then the message names its log and gives
+            the log's last line.
     """
+    runs = list(runs)
+    for run in runs:
+        run.claim_folder()
     waiting = [run for run in runs if not run.is_complete()]
     running: List[Run] = []
     total = sum(run.max_iter for run in waiting)
@@ -122,7 +155,6 @@ def _names(runs: Sequence[Run]) -> str:
 
 
 def _start(run: Run, train_net: Path, jobs: int) -> Run:
-    run.folder.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     with open(run.folder / "stdout.txt", "a") as log:
         run.process = subprocess.Popen(
@@ -138,6 +170,14 @@ def _check(run: Run) -> None:
         raise GDetKDError(f"The run in {run.folder} failed; its log is {log}, which ends with: {last}")
 
 
-def equal_time_iterations(baseline: Run, distilled: Run) -> int:
-    """Iterations of the baseline that take as long as the distilled run took, from the seconds an iteration of each."""
-    return round(distilled.max_iter * distilled.seconds_per_iteration() / baseline.seconds_per_iteration())
+def equal_time_run(folder: Path, baseline: Run, distilled: Run) -> Run:
+    """The baseline with as many iterations as take as long as the distilled run took.
+
+    It is evaluated as often as the baseline, at multiples of the 20 iterations after which Detectron2 writes.
+    """
+    ratio = (
+        distilled.max_iter * distilled.seconds_per_iteration() / (baseline.max_iter * baseline.seconds_per_iteration())
+    )
+    cfg = baseline.config()
+    period = ["TEST.EVAL_PERIOD", str(round(cfg.TEST.EVAL_PERIOD * ratio / 20) * 20)]
+    return Run(folder, baseline.config_file, baseline.opts + period, round(baseline.max_iter * ratio))
