@@ -10,7 +10,7 @@ from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
-from conftest import ALL_LOSSES, make_batch, plain_keys_of
+from conftest import make_batch, plain_keys_of
 from gdetkd import DistillTrainer
 from gdetkd.engine import build_plain_student
 from gdetkd.errors import GDetKDError
@@ -198,5 +198,8 @@ def test_gradient_clipping_reaches_both_optimizers(distill_cfg):
         DistillTrainer(cfg)
 
 
-def test_all_losses_are_named_in_the_config():
-    assert ALL_LOSSES == ("SGFI", "CKD", "CLS", "REG")
+@pytest.mark.parametrize("keys", [{}, {"DISTILL.LOSSES": (), "DISTILL.HEAD_TRANSFER": True}])
+def test_distillation_that_would_have_no_effect_is_refused(distill_cfg, keys):
+    cfg = distill_cfg({"MODEL.META_ARCHITECTURE": "GeneralizedRCNN", **keys})
+    with pytest.raises(GDetKDError, match="DISTILL has no effect"):
+        DistillTrainer(cfg)

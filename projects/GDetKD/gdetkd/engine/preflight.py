@@ -8,6 +8,18 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..errors import GDetKDError
 
 
+def check_architecture(cfg: CfgNode) -> None:
+    """
+    Raises:
+        GDetKDError: the config asks for distillation of a detector that would be trained without.
+    """
+    if cfg.MODEL.META_ARCHITECTURE != "GDetKD" and (cfg.DISTILL.LOSSES or cfg.DISTILL.HEAD_TRANSFER):
+        raise GDetKDError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, with which DISTILL has no effect: set it to "
+            "'GDetKD' and DISTILL.STUDENT_META_ARCHITECTURE to the student's, or empty DISTILL.LOSSES."
+        )
+
+
 def check_datasets(cfg: CfgNode) -> None:
     """
     Raises:

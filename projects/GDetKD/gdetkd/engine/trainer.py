@@ -26,7 +26,7 @@ from ..errors import GDetKDError
 from ..teacher import FrozenTeacher, plain_config, transfer_heads
 from .hooks import KeepBest, RandomState, Stopwatch
 from .optimizer import build_optimizer
-from .preflight import check_classes, check_datasets
+from .preflight import check_architecture, check_classes, check_datasets
 from .schedule import LossSchedule
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class DistillTrainer(DefaultTrainer):
         # optimizer out of the checkpoint.
         super(DefaultTrainer, self).__init__()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        check_architecture(cfg)
         register_datasets(cfg)
         check_datasets(cfg)
         model = self.build_model(cfg)
