@@ -71,7 +71,7 @@ def _draw_curves(axis: Axes, curves: Sequence[Curve], teacher_ap: float) -> None
             f"{curve.label} {curve.ap[-1]:.1f}",
             (curve.seconds[-1], curve.ap[-1]),
             textcoords="offset points",
-            xytext=(2, -18) if curve.label == "baseline, equal time" else (2, 9),
+            xytext=(2, -18) if curve.label == "baseline" else (2, 9),
             ha="right",
             color=color,
             fontsize=11,
