@@ -6,7 +6,6 @@ python tools/quickstart.py [--pair faster_rcnn-faster_rcnn] [--seed 1] [--output
 
 import argparse
 import json
-import logging
 import os
 import sys
 import warnings
@@ -67,7 +66,7 @@ def train(config_file: str, cfg: CfgNode, output: Path, seed: int) -> Dict[str, 
     }
     run_all(runs.values(), train_net)
     equal_time = equal_time_run(output / "baseline_equal_time", runs["baseline"], runs["distilled"])
-    # In the company of a second process, as the first two were, so that all are timed alike.
+    # Two jobs, though it is alone: the same number of threads as the first two had.
     run_all([equal_time], train_net, jobs=2)
     return {"baseline": runs["baseline"], "baseline_equal_time": equal_time, "distilled": runs["distilled"]}
 
@@ -102,7 +101,6 @@ def load_student(run: Run, cfg: CfgNode) -> Tuple[nn.Module, CfgNode]:
 def main() -> None:
     args = parse_arguments()
     os.chdir(ROOT)
-    logging.getLogger("detectron2").addHandler(logging.NullHandler())
     config_file, cfg = load_config(args.pair)
     output = args.output or Path("output/quickstart") / args.pair
     output.mkdir(parents=True, exist_ok=True)
