@@ -13,6 +13,7 @@ from detectron2.utils.env import seed_all_rng
 from conftest import make_batch, plain_keys_of
 from gdetkd import DistillTrainer
 from gdetkd.engine import build_plain_student
+from gdetkd.engine.hooks import RandomState
 from gdetkd.errors import GDetKDError
 from gdetkd.teacher import plain_config
 
@@ -132,6 +133,11 @@ def test_resume_refuses_another_teacher_and_other_losses(distill_cfg, make_teach
     cfg.DISTILL.LOSSES = ("SGFI",)
     with pytest.raises(GDetKDError, match="other distillation losses"):
         train(DistillTrainer, cfg, resume=True)
+
+
+def test_resuming_with_another_number_of_processes_is_said(caplog):
+    RandomState(period=1).load_state_dict({"states": [{}, {}]})
+    assert "started with 2 processes and goes on with 1" in caplog.text
 
 
 def test_terms_are_weighted_warmed_up_and_logged(distill_cfg, tmp_path):

@@ -1,5 +1,6 @@
 """What the trainer does beside the steps: random states for resume, time, and the best checkpoint."""
 
+import logging
 import random
 import time
 from typing import Any, Dict, List, Optional
@@ -62,9 +63,15 @@ class RandomState(HookBase):
         return {"states": self._states} if self._states else {}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        # With another number of processes there is nothing to continue bit by bit.
-        if len(state["states"]) == comm.get_world_size():
+        processes = len(state["states"])
+        if processes == comm.get_world_size():
             self._loaded = state["states"]
+        else:
+            logging.getLogger(__name__).warning(
+                "The run was started with %d processes and goes on with %d: its draws and batches will be others.",
+                processes,
+                comm.get_world_size(),
+            )
 
 
 class Stopwatch(HookBase):
