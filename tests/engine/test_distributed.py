@@ -1,16 +1,20 @@
 """Two processes on the CPU (gloo): unequal regions do not hang them, and all that is shared stays equal."""
 
 import gdetkd  # noqa: F401, I001  first, in the spawned processes too: it prepares the import of Detectron2
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
+from detectron2.structures import Boxes
 from detectron2.utils import comm
 
-from conftest import ALL_LOSSES, make_batch
+from conftest import ALL_LOSSES, make_batch, make_cfg
 from gdetkd import DistillTrainer
+from gdetkd.losses import CKD
 from gdetkd.losses.ckd import gather_embeddings
+from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
 
 TIMEOUT_SECONDS = 120
 
@@ -52,6 +56,27 @@ def test_gathering_allows_for_unequal_and_no_embeddings(tmp_path):
         for counts, (own_rank, parts) in zip(COUNTS, results):
             assert own_rank == rank and [len(part) for part in parts] == list(counts)
             assert all((part == i + 1).all() for i, part in enumerate(parts))
+
+
+def _outputs(images):
+    """Embeddings of two regions, far apart, in each of the given images."""
+    boxes = [Boxes(torch.tensor([[0.0, 0, 10, 10], [30, 30, 50, 50]])) for _ in images]
+    embeddings = torch.cat([torch.randn(2, 6, generator=torch.Generator().manual_seed(image)) for image in images])
+    return DetectorOutputs({}, {}, Regions(boxes), embeddings=embeddings)
+
+
+def _contrast(rank, images_of_ranks):
+    torch.manual_seed(0)
+    spec = DetectorSpec(4, {"p2": 4, "p3": 8}, (7, 7), 6, 3, None)
+    student, teacher = _outputs(images_of_ranks[rank]), _outputs([i + 10 for i in images_of_ranks[rank]])
+    return CKD(make_cfg({}), spec, spec)(student, teacher).item()
+
+
+def test_regions_of_other_processes_are_negatives(tmp_path):
+    """Over all regions the mean of two processes is that of one process with both batches."""
+    losses = run_in_two_processes(_contrast, tmp_path, [[0], [1, 2]])
+    together = _contrast(0, [[0, 1, 2]])
+    assert together == pytest.approx((losses[0] + 2 * losses[1]) / 3, rel=1e-5)
 
 
 class _Record(HookBase):

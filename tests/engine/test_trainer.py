@@ -171,6 +171,19 @@ def test_best_checkpoint_and_teacher_score(distill_cfg, tmp_path):
     assert "teacher/bbox/AP" in metrics and '"bbox/AP"' in metrics
 
 
+def test_the_best_score_so_far_survives_a_resume(distill_cfg, tmp_path, monkeypatch):
+    """Else the first evaluation after it would overwrite a better checkpoint."""
+    cfg = distill_cfg({"DISTILL.LOSSES": (), "DATASETS.TEST": ("tiny",), "TEST.EVAL_PERIOD": 2, "SOLVER.MAX_ITER": 4})
+    scores = iter([50.0, 40.0, 40.0])
+    monkeypatch.setattr(DistillTrainer, "test", classmethod(lambda *args: {"bbox": {"AP": next(scores)}}))
+    cfg.SOLVER.CHECKPOINT_PERIOD = 2
+    train(DistillTrainer, cfg, stop_at=3)
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")  # as a kill after iteration 3 leaves it
+    best = (tmp_path / "run" / "model_best.pth").read_bytes()
+    train(DistillTrainer, cfg, resume=True)
+    assert (tmp_path / "run" / "model_best.pth").read_bytes() == best
+
+
 def test_head_transfer_happens_before_training_but_not_on_resume(distill_cfg):
     cfg = distill_cfg({"DISTILL.LOSSES": (), "DISTILL.HEAD_TRANSFER": True, "SOLVER.MAX_ITER": 1})
     trainer = DistillTrainer(cfg)

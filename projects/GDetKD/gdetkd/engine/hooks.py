@@ -1,6 +1,7 @@
 """What the trainer does beside the steps: random states for resume, time, and the best checkpoint."""
 
 import logging
+import os
 import random
 import time
 from typing import Any, Dict, List, Optional
@@ -106,13 +107,35 @@ class _WeightsOnly(DetectionCheckpointer):
 
 
 class KeepBest(BestCheckpointer):
-    """Detectron2's best checkpoint, but resumed with its record, and never resumed from."""
+    """Detectron2's best checkpoint, but resumed with its record, and never resumed from.
+
+    The record is kept in model_best.pth itself: the checkpoint to resume from is written before the evaluation of the
+    same iteration, and would forget it.
+    """
 
     def __init__(self, period: int, student: torch.nn.Module, output_dir: str, metric: str = "bbox/AP") -> None:
-        super().__init__(period, _WeightsOnly(student, output_dir), metric)
+        self._metric = metric
+        self._path = os.path.join(output_dir, "model_best.pth")
+        self._record = _Record()
+        super().__init__(period, _WeightsOnly(student, output_dir, record=self._record), metric)
+
+    def _best_checking(self) -> None:
+        self._record.metric = self.trainer.storage.latest().get(self._metric, (None,))[0]
+        super()._best_checking()
 
     def state_dict(self) -> Dict[str, Any]:
-        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
+        return {"path": os.path.basename(self._path)}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+        if os.path.exists(self._path):
+            best = torch.load(self._path, map_location="cpu", weights_only=True)
+            self.best_metric, self.best_iter = best["record"]["metric"], best["iteration"]
+
+
+class _Record:
+    """The score of the weights that it is written beside."""
+
+    metric: Optional[float] = None
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {"metric": self.metric}

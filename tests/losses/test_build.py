@@ -1,0 +1,55 @@
+"""What every loss is promised, whatever it computes."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.structures import Boxes
+from torch import nn
+
+from conftest import make_cfg
+from gdetkd.losses import CKD, CLS, REG, SGFI, DistillLoss
+from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
+
+SPEC = DetectorSpec(4, {"p2": 4, "p3": 8}, (7, 7), 6, 3, (10.0, 10.0, 5.0, 5.0))
+
+
+def outputs(count: int) -> DetectorOutputs:
+    corner = torch.rand(count, 2) * 30
+    return DetectorOutputs(
+        pyramid={},
+        strides=SPEC.strides,
+        regions=Regions([Boxes(torch.cat([corner, corner + 10], dim=1))]),
+        pooled=torch.randn(count, 4, 7, 7),
+        level_pooled=torch.randn(count, 2, 4, 7, 7),
+        embeddings=torch.randn(count, 6),
+        logits=torch.randn(count, 4),
+        deltas=torch.randn(count, 12),
+    )
+
+
+@pytest.mark.parametrize("loss_class", [SGFI, CKD, CLS, REG])
+def test_autocast_does_not_reach_a_loss(loss_class):
+    loss, student, teacher = loss_class(make_cfg({}), SPEC, SPEC), outputs(5), outputs(5)
+    teacher.regions = student.regions
+    again = copy.deepcopy(loss)  # CKD's queue holds the teacher's embeddings after the first call
+    expected = loss(student, teacher)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(again(student, teacher), expected)
+
+
+class _Idle(DistillLoss):
+    """Owns a parameter that its value does not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Parameter(torch.ones(3))
+
+    def compute(self, student, teacher):
+        return student.embeddings.sum()
+
+
+def test_a_parameter_that_a_step_does_not_use_has_a_gradient_of_zero():
+    loss = _Idle()
+    loss(outputs(0), outputs(0)).backward()
+    assert torch.equal(loss.idle.grad, torch.zeros(3))
