@@ -14,7 +14,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, PolygonMasks
 from PIL import Image
 
 NUM_CLASSES = 3
@@ -67,6 +67,26 @@ WIDER = {
     "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
     "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
 }
+# What makes the tiny detector a dense one; for a student, the meta-architecture stands under DISTILL.
+DENSE = {
+    "MODEL.BACKBONE.NAME": "build_retinanet_resnet_fpn_backbone",
+    "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[8, 10, 12], [16, 20, 24], [32, 40, 48], [64, 80, 96], [128, 160, 192]],
+    "MODEL.RETINANET.NUM_CLASSES": NUM_CLASSES,
+    "MODEL.RETINANET.NUM_CONVS": 1,
+    "MODEL.FCOS.NUM_CLASSES": NUM_CLASSES,
+    "MODEL.FCOS.NUM_CONVS": 1,
+    "MODEL.FCOS.NORM": "",
+}
+CASCADE = {"MODEL.ROI_HEADS.NAME": "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True}
+# Families by the names that pairs are called by.
+FAMILIES = {
+    "faster_rcnn": ("GeneralizedRCNN", {}),
+    "mask_rcnn": ("GeneralizedRCNN", {"MODEL.MASK_ON": True}),
+    "cascade_rcnn": ("GeneralizedRCNN", CASCADE),
+    "retinanet": ("RetinaNet", DENSE),
+    "fcos": ("FCOS", DENSE),
+}
 ALL_LOSSES = ("SGFI", "CKD", "CLS", "REG")
 
 
@@ -84,6 +104,8 @@ def plain_keys_of(cfg: CfgNode) -> CfgNode:
     del plain["DATASETS"]["REGISTER"]
     del plain["SOLVER"]["OPTIMIZER"]
     del plain["TEST"]["KEEP_BEST"]
+    if cfg.MODEL.META_ARCHITECTURE != "FCOS":
+        del plain["MODEL"]["FCOS"]
     return plain
 
 
@@ -97,6 +119,9 @@ def make_batch(sizes=((64, 64), (64, 48)), boxes_each: int = 3, seed: int = 0) -
         instances = Instances((height, width))
         instances.gt_boxes = Boxes(torch.cat([corner, corner + size], dim=1))
         instances.gt_classes = torch.randint(NUM_CLASSES, (boxes_each,), generator=rng)
+        instances.gt_masks = PolygonMasks(
+            [[box[[0, 1, 2, 1, 2, 3, 0, 3]]] for box in instances.gt_boxes.tensor.numpy()]
+        )
         image = torch.randint(256, (3, height, width), generator=rng).to(torch.uint8)
         batch.append({"image": image, "instances": instances, "height": height, "width": width})
     return batch
@@ -190,5 +215,20 @@ def distill_cfg(make_teacher, tmp_path):
         keys = {"MODEL.META_ARCHITECTURE": "GDetKD", "DISTILL.LOSSES": ALL_LOSSES, "OUTPUT_DIR": str(tmp_path / "run")}
         os.makedirs(keys["OUTPUT_DIR"], exist_ok=True)
         return make_cfg({**keys, **make_teacher(teacher), **changes})
+
+    return make
+
+
+@pytest.fixture
+def pair_cfg(distill_cfg):
+    """The config of a tiny pair, named as in configs/: "teacher-student"."""
+
+    def make(pair: str, changes: Dict[str, Any] = {}, teacher: Dict[str, Any] = {}) -> CfgNode:
+        (teacher_arch, teacher_keys), (student_arch, student_keys) = (FAMILIES[name] for name in pair.split("-"))
+        keys = {"DISTILL.STUDENT_META_ARCHITECTURE": student_arch, "DISTILL.LOSSES": ("SGFI", "CKD")}
+        return distill_cfg(
+            {**keys, **student_keys, **changes},
+            teacher={**WIDER, "MODEL.META_ARCHITECTURE": teacher_arch, **teacher_keys, **teacher},
+        )
 
     return make

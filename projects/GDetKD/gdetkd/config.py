@@ -19,6 +19,8 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # Keep model_best.pth, the student with the highest bbox/AP (percent) so far, at every TEST.EVAL_PERIOD.
     cfg.TEST.KEEP_BEST = True
 
+    _add_fcos_node(cfg)
+
     cfg.DISTILL = CfgNode()
     # The student's own meta-architecture: what MODEL.META_ARCHITECTURE would say without distillation.
     cfg.DISTILL.STUDENT_META_ARCHITECTURE = "GeneralizedRCNN"
@@ -36,6 +38,15 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     cfg.DISTILL.TEACHER.WEIGHTS = ""
     # Changes to the teacher's config, as on a command line: ["MODEL.ROI_HEADS.NUM_CLASSES", 6].
     cfg.DISTILL.TEACHER.OPTS = []
+    # Names of its classes in order, where its own DATASETS.TRAIN does not tell them.
+    cfg.DISTILL.TEACHER.CLASSES = []
+    # CLS and REG run on the classes that student and teacher both have, by name. Pairs [student's, teacher's] add
+    # those that mean the same under different names: [["car", "vehicle"]].
+    cfg.DISTILL.CLASS_MAP = []
+    # All terms rise linearly from 0 over this many iterations, or over their own WARMUP_ITERS where that is more.
+    cfg.DISTILL.WARMUP_ITERS = 0
+
+    _add_regions_node(cfg)
 
     _add_loss_node(cfg, "SGFI", weight=1.0)  # weight: the only public configuration
     # RoIAlign samples per bin and axis on the student's pyramid. The teacher's comes from its own box head.
@@ -66,3 +77,44 @@ def _add_loss_node(cfg: CfgNode, name: str, weight: float) -> None:
     node.WEIGHT = weight
     # The weight rises linearly from 0 over this many iterations; 0: constant from the start.
     node.WARMUP_ITERS = 0
+
+
+def _add_regions_node(cfg: CfgNode) -> None:
+    """Which of a dense student's predictions become regions (method section 4; the values are the paper's)."""
+    node = cfg.DISTILL.REGIONS = CfgNode()
+    # Predictions of an image that are decoded, by class-maximum score, over all levels.
+    node.PRE_NMS_TOPK = 2000
+    # IoU of class-agnostic suppression, and how many boxes of an image it leaves at most.
+    node.NMS_THRESH = 0.7
+    node.POST_NMS_TOPK = 1000
+    # Shortest side, in pixels after clipping to the image, below which a box is no region. Ours.
+    node.MIN_SIZE = 1.0
+    # IoU with an object from which on a box is positive.
+    node.IOU_THRESHOLD = 0.5
+    # Regions of an image, and the most of them that are positive.
+    node.BATCH_SIZE_PER_IMAGE = 512
+    node.POSITIVE_FRACTION = 0.25
+
+
+def _add_fcos_node(cfg: CfgNode) -> None:
+    """Detectron2's FCOS, which has no keys of its own; the values are its own configuration's.
+
+    MODEL.META_ARCHITECTURE "FCOS"; MODEL.BACKBONE.NAME "build_fcos_resnet_fpn_backbone", or RetinaNet's.
+    """
+    node = cfg.MODEL.FCOS = CfgNode()
+    node.NUM_CLASSES = 80
+    # Levels of the pyramid that the head reads.
+    node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Convolutions in each of the two towers, and their normalisation; "GN" is the paper's, "" none.
+    node.NUM_CONVS = 4
+    node.NORM = "GN"
+    # Probability of an object that the classification starts from.
+    node.PRIOR_PROB = 0.01
+    # A location is positive within this many strides of an object's centre.
+    node.CENTER_SAMPLING_RADIUS = 1.5
+    node.FOCAL_LOSS_ALPHA = 0.25
+    node.FOCAL_LOSS_GAMMA = 2.0
+    # Inference: least score, candidates of a level before suppression, and the IoU of suppression.
+    node.SCORE_THRESH_TEST = 0.2
+    node.TOPK_CANDIDATES_TEST = 1000
+    node.NMS_THRESH_TEST = 0.6

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
+from .classes import class_names, with_class_names
 from .detectors import build_adapter
 from .errors import GDetKDError
 from .losses import build_losses
@@ -42,8 +43,9 @@ class GDetKD(nn.Module):
             if cfg.DISTILL.LOSSES or cfg.DISTILL.HEAD_TRANSFER or cfg.DISTILL.EVAL_TEACHER:
                 self.teacher = FrozenTeacher(cfg)
             if cfg.DISTILL.LOSSES:
-                self.adapter = build_adapter(self.student, "student")
-                self.losses = build_losses(cfg, self.adapter.spec, self.teacher.adapter.spec)
+                self.adapter = build_adapter(self.student, "student", cfg)
+                spec = with_class_names(self.adapter.spec, class_names(cfg))
+                self.losses = build_losses(cfg, spec, self.teacher.spec)
         self._needs = frozenset().union(*(loss.needs for loss in self.losses.values()))
         self._sampling_ratio = cfg.DISTILL.SGFI.SAMPLING_RATIO
 
@@ -57,8 +59,9 @@ class GDetKD(nn.Module):
             return self.student(batched_inputs)
         with Recorder(self.adapter.points()) as calls:
             losses = self.student(batched_inputs)
-        student = self.adapter.observe(calls)
-        teacher = self.teacher.look(batched_inputs, student.regions, self._needs)
+        student = self.adapter.observe(calls, batched_inputs)
+        later_regions = [stage.regions for stage in student.later_stages]
+        teacher = self.teacher.look(batched_inputs, student.regions, self._needs, later_regions)
         if "pooled" in self._needs:
             student.level_pooled = self._pool_all_levels(student)
         for name, loss in self.losses.items():

@@ -1,4 +1,4 @@
-"""RoIAlign of the same regions on every level of a pyramid.
+"""RoIAlign of the same regions on every level of a pyramid, and which of a dense detector's boxes are regions.
 
 Shapes: B images, N regions in all of them, L levels, C channels, (h, w) the pooled size.
 """
@@ -6,8 +6,10 @@ Shapes: B images, N regions in all of them, L levels, C channels, (h, w) the poo
 from typing import Sequence, Tuple
 
 import torch
+from detectron2.config import CfgNode
+from detectron2.modeling.sampling import subsample_labels
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import roi_align
+from torchvision.ops import box_iou, nms, roi_align
 
 from .structures import Regions
 
@@ -89,3 +91,31 @@ def _sampling_matrix(
     cell = torch.arange(cells, dtype=start.dtype, device=start.device)
     weights = (1 - (samples.clamp(0, cells - 1)[..., None] - cell).abs()).clamp(min=0) * inside[..., None]
     return weights.view(len(start), bins, sampling_ratio, cells).mean(dim=2)
+
+
+def suppress(boxes: torch.Tensor, scores: torch.Tensor, config: CfgNode) -> torch.Tensor:
+    """Indices of the boxes that stand for the others, best first (method section 4).
+
+    Args:
+        boxes: (K, 4) xyxy in pixels, finite, with area.
+        scores: (K,) the class-maximum score.
+        config: the node DISTILL.REGIONS.
+    """
+    return nms(boxes, scores, config.NMS_THRESH)[: config.POST_NMS_TOPK]
+
+
+def match_and_sample(boxes: torch.Tensor, gt_boxes: torch.Tensor, config: CfgNode) -> torch.Tensor:
+    """Indices of the boxes that become regions: positives, those that overlap an object, and negatives.
+
+    Args:
+        boxes: (K, 4) xyxy in pixels.
+        gt_boxes: (G, 4), G may be 0.
+        config: the node DISTILL.REGIONS.
+
+    Returns:
+        at most BATCH_SIZE_PER_IMAGE indices; fewer positives than POSITIVE_FRACTION are made up for by negatives.
+    """
+    overlap = box_iou(gt_boxes, boxes).amax(dim=0) if len(gt_boxes) else boxes.new_zeros(len(boxes))
+    labels = (overlap >= config.IOU_THRESHOLD).long()
+    sampled = subsample_labels(labels, config.BATCH_SIZE_PER_IMAGE, config.POSITIVE_FRACTION, bg_label=0)
+    return torch.cat(sampled)

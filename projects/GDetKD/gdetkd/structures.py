@@ -1,7 +1,7 @@
 """What a detector shows of itself to the losses."""
 
-from dataclasses import dataclass
-from typing import Dict, List, Optional, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from detectron2.structures import Boxes
@@ -13,9 +13,12 @@ class Regions:
 
     Attributes:
         boxes: one `Boxes` an image, xyxy in pixels of the (augmented, unpadded) input image; N in all.
+        sources: (N, 4) level, row, column and anchor of the dense prediction that each box is; None where the boxes
+            come from proposals.
     """
 
     boxes: List[Boxes]
+    sources: Optional[torch.Tensor] = None
 
     def tensor(self) -> torch.Tensor:
         """(N, 4) xyxy in pixels, images one after another."""
@@ -31,6 +34,21 @@ class Regions:
 
 
 @dataclass
+class Predictions:
+    """Of a later stage of a cascade, on boxes of its own.
+
+    Attributes:
+        regions: N_k boxes.
+        logits: (N_k, n + 1) class scores, background last.
+        deltas: (N_k, 4 n) box regression, or (N_k, 4) where it is class-agnostic.
+    """
+
+    regions: Regions
+    logits: torch.Tensor
+    deltas: torch.Tensor
+
+
+@dataclass
 class DetectorOutputs:
     """One detector's view of the regions; what a loss did not ask for is None.
 
@@ -41,8 +59,9 @@ class DetectorOutputs:
         pooled: (N, C, h, w) RoIAlign on the level that the box-size rule assigns.
         level_pooled: (N, L, C, h, w) RoIAlign on every level; of a student alone.
         embeddings: (N, D) the vector just before the classification layer.
-        logits: (N, n + 1) class scores, background last.
+        logits: (N, n + 1) class scores, background last; (N, n) where classes are scored independently (sigmoid).
         deltas: (N, 4 n) box regression, or (N, 4) where it is class-agnostic.
+        later_stages: of a cascade, what its stages after the first predict.
     """
 
     pyramid: Dict[str, torch.Tensor]
@@ -53,6 +72,7 @@ class DetectorOutputs:
     embeddings: Optional[torch.Tensor] = None
     logits: Optional[torch.Tensor] = None
     deltas: Optional[torch.Tensor] = None
+    later_stages: List[Predictions] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -66,6 +86,10 @@ class DetectorSpec:
         embedding_dim: width of the vector before the classification layer.
         num_classes: foreground classes.
         regression_weights: `BBOX_REG_WEIGHTS`, the units of its deltas; None where it has no such head.
+        later_regression_weights: the same of a cascade's stages after the first.
+        anchors: of a dense detector, stride and cell anchors (xyxy in pixels) of each level; else None. Its classes are
+            scored independently (sigmoid), and two of them can be compared where they predict from the same anchors.
+        class_names: in the order of its scores; None where they are not known.
     """
 
     channels: int
@@ -74,3 +98,6 @@ class DetectorSpec:
     embedding_dim: int
     num_classes: int
     regression_weights: Optional[Tuple[float, ...]]
+    later_regression_weights: Tuple[Tuple[float, ...], ...] = ()
+    anchors: Optional[Tuple[Any, ...]] = None
+    class_names: Optional[Tuple[str, ...]] = None

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import pickle
-from typing import Any, Collection, Dict, List, Sequence
+from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -14,6 +14,7 @@ from detectron2.structures import ImageList
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from .classes import class_names, with_class_names
 from .config import add_gdetkd_config
 from .detectors import build_adapter
 from .errors import GDetKDError
@@ -134,7 +135,8 @@ class FrozenTeacher:
         self.cfg = teacher_config(cfg)
         self._reorder = _needs_reordering(cfg.INPUT.FORMAT, self.cfg.INPUT.FORMAT)
         self.model: nn.Module = build_model(self.cfg)
-        self.adapter = build_adapter(self.model, "teacher")
+        self.adapter = build_adapter(self.model, "teacher", cfg)
+        self.spec = with_class_names(self.adapter.spec, _teachers_classes(cfg, self.cfg, self.adapter.spec.num_classes))
         self.sha256 = load_weights(self.model, self.cfg.MODEL.WEIGHTS)
         self.model.eval()
         for parameter in self.model.parameters():
@@ -142,15 +144,22 @@ class FrozenTeacher:
         logger.info("Teacher: %s, SHA-256 %s", self.cfg.MODEL.WEIGHTS, self.sha256)
 
     @torch.no_grad()
-    def look(self, batched_inputs: List[Dict[str, Any]], regions: Regions, needs: Collection[str]) -> DetectorOutputs:
+    def look(
+        self,
+        batched_inputs: List[Dict[str, Any]],
+        regions: Regions,
+        needs: Collection[str],
+        later_regions: Sequence[Regions] = (),
+    ) -> DetectorOutputs:
         """What the teacher has to say on the regions of a training batch.
 
         Args:
             batched_inputs: as the student gets them, in *its* channel order, not normalised.
             regions: boxes in pixels of these images.
             needs: fields of `DetectorOutputs` to fill.
+            later_regions: boxes of the later stages of a student that is a cascade.
         """
-        return self.adapter.look(self.preprocess(batched_inputs).tensor, regions, needs)
+        return self.adapter.look(self.preprocess(batched_inputs).tensor, regions, needs, later_regions)
 
     def preprocess(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:
         """The teacher's own channel order, pixel mean and std, and padding."""
@@ -161,6 +170,14 @@ class FrozenTeacher:
     def describe(self) -> Dict[str, str]:
         """What a checkpoint keeps of the teacher: where its weights were, and what they were."""
         return {"weights": self.cfg.MODEL.WEIGHTS, "sha256": self.sha256}
+
+
+def _teachers_classes(cfg: CfgNode, teachers: CfgNode, num_classes: int) -> Optional[Tuple[str, ...]]:
+    """Names of the teacher's classes: as given, or those of the set that its own config trains on."""
+    given = tuple(cfg.DISTILL.TEACHER.CLASSES)
+    if given and len(given) != num_classes:
+        raise GDetKDError(f"DISTILL.TEACHER.CLASSES has {len(given)} names, and the teacher {num_classes} classes.")
+    return given or class_names(teachers)
 
 
 def _needs_reordering(student_format: str, teacher_format: str) -> bool:

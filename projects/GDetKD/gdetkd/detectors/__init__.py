@@ -1,4 +1,17 @@
-from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, build_adapter
-from .rcnn import RCNNAdapter
+from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, build_adapter, find_adapter
+from .dense import DenseAdapter, FCOSAdapter, RetinaNetAdapter
+from .fcos import FCOS
+from .rcnn import CascadeAdapter, RCNNAdapter
 
-__all__ = ["DETECTOR_ADAPTER_REGISTRY", "DetectorAdapter", "RCNNAdapter", "build_adapter"]
+__all__ = [
+    "DETECTOR_ADAPTER_REGISTRY",
+    "CascadeAdapter",
+    "DenseAdapter",
+    "DetectorAdapter",
+    "FCOS",
+    "FCOSAdapter",
+    "RCNNAdapter",
+    "RetinaNetAdapter",
+    "build_adapter",
+    "find_adapter",
+]

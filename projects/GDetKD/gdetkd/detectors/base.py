@@ -1,9 +1,10 @@
 """What the rest of the package knows of a detector: this interface, and nothing else."""
 
 from abc import ABC, abstractmethod
-from typing import Collection, Dict, List
+from typing import Any, Collection, Dict, List, Optional, Sequence, Type
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 from torch import nn
 
@@ -24,14 +25,16 @@ class DetectorAdapter(ABC):
     Args:
         model: a plain Detectron2 detector.
         role: "teacher" or "student", for error messages.
+        cfg: the config of the distillation.
 
     Raises:
         GDetKDError: the detector lacks something that distillation needs.
     """
 
-    def __init__(self, model: nn.Module, role: str) -> None:
+    def __init__(self, model: nn.Module, role: str, cfg: CfgNode) -> None:
         self.model = model
         self.role = role
+        self.cfg = cfg
 
     @classmethod
     @abstractmethod
@@ -48,29 +51,43 @@ class DetectorAdapter(ABC):
         """The modules whose calls `observe` reads."""
 
     @abstractmethod
-    def observe(self, calls: Dict[str, List[Call]]) -> DetectorOutputs:
-        """Reads a recorded training step of a student: its regions and what it computed for them."""
+    def observe(self, calls: Dict[str, List[Call]], batched_inputs: List[Dict[str, Any]]) -> DetectorOutputs:
+        """Reads a recorded training step of a student: its regions and what it computed for them.
+
+        Args:
+            calls: of each point, in order.
+            batched_inputs: the step's images and ground truth, in Detectron2's format.
+        """
 
     @abstractmethod
-    def look(self, images: torch.Tensor, regions: Regions, needs: Collection[str]) -> DetectorOutputs:
+    def look(
+        self, images: torch.Tensor, regions: Regions, needs: Collection[str], later_regions: Sequence[Regions] = ()
+    ) -> DetectorOutputs:
         """Computes what a teacher has to say on given regions.
 
         Args:
             images: (B, 3, H, W), normalised and padded as this detector wants them.
             regions: boxes in pixels of those images.
             needs: names of the `DetectorOutputs` to fill: "pooled", "embeddings", "logits", "deltas".
+            later_regions: of a cascade of a student, the boxes of its stages after the first. Where the teacher is a
+                cascade too, its predictions for them fill `later_stages`.
         """
 
 
-def build_adapter(model: nn.Module, role: str) -> DetectorAdapter:
+def find_adapter(model: nn.Module) -> Optional[Type[DetectorAdapter]]:
+    """The registered adapter class for a detector, or None."""
+    return next((adapter for _, adapter in DETECTOR_ADAPTER_REGISTRY if adapter.matches(model)), None)
+
+
+def build_adapter(model: nn.Module, role: str, cfg: CfgNode) -> DetectorAdapter:
     """The adapter for a detector.
 
     Raises:
         GDetKDError: no registered adapter matches, or the one that does finds something missing.
     """
-    for _, adapter in DETECTOR_ADAPTER_REGISTRY:
-        if adapter.matches(model):
-            return adapter(model, role)
+    adapter = find_adapter(model)
+    if adapter is not None:
+        return adapter(model, role, cfg)
     families = ", ".join(name for name, _ in DETECTOR_ADAPTER_REGISTRY)
     raise GDetKDError(
         f"The {role} is a {type(model).__name__}, for which there is no adapter (there is: {families}). "

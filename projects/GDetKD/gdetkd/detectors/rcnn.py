@@ -1,23 +1,26 @@
-"""Two-stage detectors: Faster R-CNN and Mask R-CNN with an FPN."""
+"""Two-stage detectors with an FPN: Faster R-CNN, Mask R-CNN and Cascade R-CNN."""
 
-from typing import Collection, Dict, List
+from typing import Any, Collection, Dict, List, Sequence
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN
 from torch import nn
 
 from ..errors import GDetKDError
 from ..recorder import Call
-from ..structures import DetectorOutputs, DetectorSpec, Regions
+from ..structures import DetectorOutputs, DetectorSpec, Predictions, Regions
 from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter
 
 
-@DETECTOR_ADAPTER_REGISTRY.register()
-class RCNNAdapter(DetectorAdapter):
-    """The regions are the proposals that the student's own sampler keeps for its box head (method section 4)."""
+class _TwoStageAdapter(DetectorAdapter):
+    """The regions are the proposals that the student's own sampler keeps for its box head (method section 4).
 
-    def __init__(self, model: nn.Module, role: str) -> None:
-        super().__init__(model, role)
+    A detector with one box head is treated as a cascade of one stage.
+    """
+
+    def __init__(self, model: nn.Module, role: str, cfg: CfgNode) -> None:
+        super().__init__(model, role, cfg)
         heads = model.roi_heads
         features = getattr(heads, "box_in_features", None)
         if features is None or len(features) < 2:
@@ -26,55 +29,83 @@ class RCNNAdapter(DetectorAdapter):
                 f"{'one feature map' if features is None else ', '.join(features)}. GDetKD imitates pyramids; take a "
                 "config whose MODEL.BACKBONE.NAME builds an FPN and whose MODEL.ROI_HEADS.NAME is StandardROIHeads."
             )
-        if isinstance(heads.box_head, nn.ModuleList):
-            raise GDetKDError(f"The {role} has a cascade of box heads ({type(heads).__name__}), not supported yet.")
         self._features = list(features)
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        return isinstance(model, GeneralizedRCNN)
+        self._heads = list(heads.box_head) if _is_cascade(model) else [heads.box_head]
+        self._predictors = list(heads.box_predictor) if _is_cascade(model) else [heads.box_predictor]
 
     @property
     def spec(self) -> DetectorSpec:
         heads = self.model.roi_heads
         shapes = self.model.backbone.output_shape()
-        head_shape = heads.box_head.output_shape
+        head_shape = self._heads[0].output_shape
+        weights = [tuple(predictor.box2box_transform.weights) for predictor in self._predictors]
         return DetectorSpec(
             channels=shapes[self._features[0]].channels,
             strides={name: shapes[name].stride for name in self._features},
             pooled_size=tuple(heads.box_pooler.output_size),
             embedding_dim=head_shape.channels * (head_shape.height or 1) * (head_shape.width or 1),
             num_classes=heads.num_classes,
-            regression_weights=tuple(heads.box_predictor.box2box_transform.weights),
+            regression_weights=weights[0],
+            later_regression_weights=tuple(weights[1:]),
         )
 
     def points(self) -> Dict[str, nn.Module]:
-        heads = self.model.roi_heads
-        return {"pooler": heads.box_pooler, "head": heads.box_head, "predictor": heads.box_predictor}
+        points = {"pooler": self.model.roi_heads.box_pooler, "head": self._heads[0]}
+        points.update({f"predictor{k}": predictor for k, predictor in enumerate(self._predictors)})
+        return points
 
-    def observe(self, calls: Dict[str, List[Call]]) -> DetectorOutputs:
+    def observe(self, calls: Dict[str, List[Call]], batched_inputs: List[Dict[str, Any]]) -> DetectorOutputs:
         # The pooler's own inputs, because TRAIN_ON_PRED_BOXES replaces the boxes in the proposals afterwards.
-        maps, boxes = calls["pooler"][0].inputs
-        logits, deltas = calls["predictor"][0].output
+        maps, _ = calls["pooler"][0].inputs
+        regions = [Regions(list(call.inputs[1])) for call in calls["pooler"]]
+        predictions = [calls[f"predictor{k}"][0].output for k in range(len(self._predictors))]
         return DetectorOutputs(
             pyramid=dict(zip(self._features, maps)),
             strides=self.spec.strides,
-            regions=Regions(list(boxes)),
+            regions=regions[0],
             pooled=calls["pooler"][0].output,
             embeddings=calls["head"][0].output.flatten(start_dim=1),
-            logits=logits,
-            deltas=deltas,
+            logits=predictions[0][0],
+            deltas=predictions[0][1],
+            later_stages=[Predictions(*stage) for stage in zip(regions[1:], *zip(*predictions[1:]))],
         )
 
-    def look(self, images: torch.Tensor, regions: Regions, needs: Collection[str]) -> DetectorOutputs:
-        heads = self.model.roi_heads
+    def look(
+        self, images: torch.Tensor, regions: Regions, needs: Collection[str], later_regions: Sequence[Regions] = ()
+    ) -> DetectorOutputs:
+        pooler = self.model.roi_heads.box_pooler
         features = self.model.backbone(images)
         maps = [features[name] for name in self._features]
         outputs = DetectorOutputs(dict(zip(self._features, maps)), self.spec.strides, regions)
-        outputs.pooled = heads.box_pooler(maps, regions.boxes)
-        if {"embeddings", "logits", "deltas"} & set(needs):
-            head = heads.box_head(outputs.pooled)
-            outputs.embeddings = head.flatten(start_dim=1)
-            if {"logits", "deltas"} & set(needs):
-                outputs.logits, outputs.deltas = heads.box_predictor(head)
+        outputs.pooled = pooler(maps, regions.boxes)
+        if not {"embeddings", "logits", "deltas"} & set(needs):
+            return outputs
+        head = self._heads[0](outputs.pooled)
+        outputs.embeddings = head.flatten(start_dim=1)
+        if {"logits", "deltas"} & set(needs):
+            outputs.logits, outputs.deltas = self._predictors[0](head)
+            for boxes, head, predictor in zip(later_regions, self._heads[1:], self._predictors[1:]):
+                outputs.later_stages.append(Predictions(boxes, *predictor(head(pooler(maps, boxes.boxes)))))
         return outputs
+
+
+def _is_cascade(model: nn.Module) -> bool:
+    return isinstance(getattr(model.roi_heads, "box_head", None), nn.ModuleList)
+
+
+@DETECTOR_ADAPTER_REGISTRY.register()
+class RCNNAdapter(_TwoStageAdapter):
+    """Faster and Mask R-CNN."""
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return isinstance(model, GeneralizedRCNN) and not _is_cascade(model)
+
+
+@DETECTOR_ADAPTER_REGISTRY.register()
+class CascadeAdapter(_TwoStageAdapter):
+    """Cascade R-CNN: regions, features and embeddings of its first stage, predictions of each."""
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return isinstance(model, GeneralizedRCNN) and _is_cascade(model)

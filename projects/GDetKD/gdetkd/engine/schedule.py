@@ -15,17 +15,18 @@ class LossSchedule:
     """Weights the distillation terms among a model's losses and leaves the student's own as they are.
 
     Args:
-        cfg: DISTILL.<loss>.WEIGHT and WARMUP_ITERS of each loss in DISTILL.LOSSES.
+        cfg: DISTILL.<loss>.WEIGHT and WARMUP_ITERS of each loss in DISTILL.LOSSES, and DISTILL.WARMUP_ITERS.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        self._warmup_iters = cfg.DISTILL.WARMUP_ITERS
         self._nodes = {term_name(name): cfg.DISTILL[name] for name in cfg.DISTILL.LOSSES}
 
     def weight(self, term: str, iteration: int) -> float:
         """The factor on a term at an iteration; it rises linearly from the first to iteration WARMUP_ITERS."""
         node = self._nodes[term]
-        warmup = min(1.0, (iteration + 1) / node.WARMUP_ITERS) if node.WARMUP_ITERS > 0 else 1.0
-        return node.WEIGHT * warmup
+        length = max(1, node.WARMUP_ITERS, self._warmup_iters)
+        return node.WEIGHT * min(1.0, (iteration + 1) / length)
 
     def __call__(self, losses: Dict[str, torch.Tensor], iteration: int) -> Dict[str, torch.Tensor]:
         """The losses with each distillation term times its weight."""

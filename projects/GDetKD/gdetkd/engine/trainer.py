@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .._compat import has_compiled_ops
 from ..data import ResumableLoader, build_train_loader, register_datasets
 from ..data.train_loader import random_state
-from ..detectors import build_adapter
+from ..detectors import build_adapter, find_adapter
 from ..distiller import GDetKD
 from ..errors import GDetKDError
 from ..teacher import FrozenTeacher, plain_config, transfer_heads
@@ -53,9 +53,9 @@ class DistillTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         self.student: nn.Module = model.student if isinstance(model, GDetKD) else model
         self.distiller: Optional[GDetKD] = model if isinstance(model, GDetKD) else None
-        check_classes(
-            [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], build_adapter(self.student, "student").spec.num_classes
-        )
+        if find_adapter(self.student) is not None:  # without losses any detector can be trained
+            spec = build_adapter(self.student, "student", cfg).spec
+            check_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], spec.num_classes)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         model = _distributed(model)

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 
+from ..classes import match_classes, merge_logits, select_deltas
 from ..errors import GDetKDError
 from .build import DISTILL_LOSS_REGISTRY, DistillLoss, full_precision, sum_of_zeros
-from .soft_classification import check_same_classes
+from .soft_classification import check_comparable
 
 
 def class_aware_localization(
@@ -33,27 +34,62 @@ def class_aware_localization(
     return (foreground[..., None] * difference).sum(dim=1).abs().sum(dim=1).mean()
 
 
+def confidence_weighted_localization(
+    student_deltas: torch.Tensor, teacher_deltas: torch.Tensor, confidence: torch.Tensor
+) -> torch.Tensor:
+    """The same of dense detectors, whose deltas are class-agnostic: p_T | reg_T - reg_S |, summed over the four deltas.
+
+    Args:
+        student_deltas, teacher_deltas: (N, 4) from the same anchors, in the same units.
+        confidence: (N,) the teacher's class-maximum probability. Ours: the paper has none for dense detectors.
+
+    Returns:
+        mean over N; 0 for N = 0.
+    """
+    if len(student_deltas) == 0:
+        return sum_of_zeros([student_deltas, teacher_deltas, confidence])
+    return (confidence * (teacher_deltas - student_deltas).abs().sum(dim=1)).mean()
+
+
 @DISTILL_LOSS_REGISTRY.register()
 class REG(DistillLoss):
-    """`class_aware_localization` of the two box heads.
+    """`class_aware_localization` of the two box heads, summed over the stages that both have; of two dense detectors
+    `confidence_weighted_localization`. It is on the classes that both have.
 
     Raises:
-        GDetKDError: student and teacher have different numbers of classes, or deltas in different units.
+        GDetKDError: the detectors cannot be compared, have no class in common, or have deltas in different units.
     """
 
     needs = frozenset({"logits", "deltas"})
 
     def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
         super().__init__()
-        check_same_classes("REG", student_spec, teacher_spec)
-        if student_spec.regression_weights != teacher_spec.regression_weights:
-            raise GDetKDError(
-                "REG compares box deltas in the same units, but MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS is "
-                f"{student_spec.regression_weights} for the student and {teacher_spec.regression_weights} for the "
-                "teacher. Give the student the teacher's, or take REG out of DISTILL.LOSSES."
-            )
+        check_comparable("REG", student_spec, teacher_spec)
+        self.classes = match_classes("REG", cfg, student_spec, teacher_spec)
+        self.num_classes = student_spec.num_classes, teacher_spec.num_classes
+        self.independent = student_spec.anchors is not None
+        ours = [student_spec.regression_weights, *student_spec.later_regression_weights]
+        its = [teacher_spec.regression_weights, *teacher_spec.later_regression_weights]
+        for stage, (of_student, of_teacher) in enumerate(zip(ours, its)):
+            if of_student != of_teacher:
+                raise GDetKDError(
+                    f"REG compares box deltas in the same units, but BBOX_REG_WEIGHTS is {of_student} for the student "
+                    f"and {of_teacher} for the teacher{f', at stage {stage + 1}' if stage else ''}. Give the student "
+                    "the teacher's, or take REG out of DISTILL.LOSSES."
+                )
 
     def compute(self, student: Any, teacher: Any) -> torch.Tensor:
+        stages = [(student, teacher), *zip(student.later_stages, teacher.later_stages)]
+        return sum(self._compare(ours, its) for ours, its in stages)
+
+    def _compare(self, student: Any, teacher: Any) -> torch.Tensor:
+        ours, its = full_precision(student.deltas), full_precision(teacher.deltas)
+        logits = full_precision(teacher.logits)
+        if self.independent:
+            common = slice(None) if self.classes.teacher is None else list(self.classes.teacher)
+            return confidence_weighted_localization(ours, its, logits[:, common].sigmoid().amax(dim=1))
         return class_aware_localization(
-            full_precision(student.deltas), full_precision(teacher.deltas), full_precision(teacher.logits)
+            select_deltas(ours, self.num_classes[0], self.classes.student),
+            select_deltas(its, self.num_classes[1], self.classes.teacher),
+            merge_logits(logits, self.classes.teacher),
         )

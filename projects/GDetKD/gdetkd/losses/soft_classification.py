@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode
 
+from ..classes import match_classes, merge_logits
 from ..errors import GDetKDError
 from .build import DISTILL_LOSS_REGISTRY, DistillLoss, full_precision, sum_of_zeros
 
@@ -24,32 +26,67 @@ def soft_classification(student_logits: torch.Tensor, teacher_logits: torch.Tens
     return -(probabilities * torch.log_softmax(student_logits, dim=1)).sum(dim=1).mean()
 
 
-def check_same_classes(name: str, student_spec: Any, teacher_spec: Any) -> None:
+def soft_binary_classification(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """The same for classes that are scored independently: binary cross-entropies, summed over classes.
+
+    Args:
+        student_logits, teacher_logits: (N, n), sigmoid classes. Ours: the paper has none for dense detectors.
+
+    Returns:
+        mean over N; 0 for N = 0.
+    """
+    if len(student_logits) == 0:
+        return sum_of_zeros([student_logits, teacher_logits])
+    loss = F.binary_cross_entropy_with_logits(student_logits, teacher_logits.sigmoid(), reduction="none")
+    return loss.sum(dim=1).mean()
+
+
+def check_comparable(name: str, student_spec: Any, teacher_spec: Any) -> None:
     """
     Raises:
-        GDetKDError: student and teacher have different numbers of classes.
+        GDetKDError: one is dense and the other is not, or they predict from other anchors.
     """
-    if student_spec.num_classes != teacher_spec.num_classes:
+    if (student_spec.anchors is None) != (teacher_spec.anchors is None):
         raise GDetKDError(
-            f"{name} compares class by class, but the student has {student_spec.num_classes} classes and the teacher "
-            f"{teacher_spec.num_classes}. Take {name} out of DISTILL.LOSSES (SGFI and CKD do not need equal classes), "
-            "or use a teacher that was trained on the student's classes."
+            f"{name} compares predictions of detectors of one family, but one of teacher and student is dense and the "
+            f"other is not. Take {name} out of DISTILL.LOSSES: SGFI and CKD are for such pairs (paper, section 3.4)."
         )
+    if student_spec.anchors != teacher_spec.anchors:
+        raise GDetKDError(
+            f"{name} compares dense predictions anchor by anchor, but the teacher has {_anchors(teacher_spec)} and the "
+            f"student {_anchors(student_spec)}, or other sizes. Take {name} out of DISTILL.LOSSES, or give both "
+            "the same MODEL.ANCHOR_GENERATOR and head features."
+        )
+
+
+def _anchors(spec: Any) -> str:
+    return ", ".join(f"{len(cells)} at stride {stride}" for stride, cells in spec.anchors)
 
 
 @DISTILL_LOSS_REGISTRY.register()
 class CLS(DistillLoss):
-    """`soft_classification` of the two box heads.
+    """`soft_classification` of the two box heads, summed over the stages that both have; of two dense detectors
+    `soft_binary_classification`. It is on the classes that both have.
 
     Raises:
-        GDetKDError: student and teacher have different numbers of classes.
+        GDetKDError: the detectors cannot be compared, or have no class in common.
     """
 
     needs = frozenset({"logits"})
 
     def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
         super().__init__()
-        check_same_classes("CLS", student_spec, teacher_spec)
+        check_comparable("CLS", student_spec, teacher_spec)
+        self.classes = match_classes("CLS", cfg, student_spec, teacher_spec)
+        self.independent = student_spec.anchors is not None
 
     def compute(self, student: Any, teacher: Any) -> torch.Tensor:
-        return soft_classification(full_precision(student.logits), full_precision(teacher.logits))
+        stages = [(student, teacher), *zip(student.later_stages, teacher.later_stages)]
+        return sum(self._compare(full_precision(ours.logits), full_precision(its.logits)) for ours, its in stages)
+
+    def _compare(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+        ours, its = self.classes.student, self.classes.teacher
+        if self.independent:
+            common = slice(None) if ours is None else list(ours), slice(None) if its is None else list(its)
+            return soft_binary_classification(student_logits[:, common[0]], teacher_logits[:, common[1]])
+        return soft_classification(merge_logits(student_logits, ours), merge_logits(teacher_logits, its))

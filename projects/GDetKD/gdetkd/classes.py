@@ -1,0 +1,152 @@
+"""Which classes of student and teacher are the same, by name, and predictions restricted to those."""
+
+import json
+import logging
+import os
+from dataclasses import dataclass, replace
+from typing import Dict, Optional, Sequence, Tuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from .data.register import resolve
+from .errors import GDetKDError
+from .structures import DetectorSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """Indices of the m classes that both have, in the same order on both sides; None: all, in the same order."""
+
+    student: Optional[Tuple[int, ...]] = None
+    teacher: Optional[Tuple[int, ...]] = None
+
+
+def class_names(cfg: CfgNode) -> Optional[Tuple[str, ...]]:
+    """The classes of the first set that a config trains on, in order; None where they cannot be known here.
+
+    They are known of a set whose metadata Detectron2's catalog has, and of one that DATASETS.REGISTER names.
+    """
+    if not cfg.DATASETS.TRAIN:
+        return None
+    name = cfg.DATASETS.TRAIN[0]
+    entries = [entry for entry in cfg.DATASETS.REGISTER if entry["name"] == name]
+    if name in MetadataCatalog.list():
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("thing_classes"):
+            return tuple(metadata.thing_classes)
+        if metadata.get("gdetkd_entry"):  # registered, but not read yet
+            entries.append(metadata.gdetkd_entry)
+    return _names_of_entry(entries[0]) if entries else None
+
+
+def _names_of_entry(entry: Dict) -> Optional[Tuple[str, ...]]:
+    if "classes" in entry:
+        return tuple(entry["classes"])
+    path = resolve(entry["json"])
+    if not os.path.exists(path):
+        return None
+    with open(path) as file:
+        categories = json.load(file)["categories"]
+    return tuple(category["name"] for category in sorted(categories, key=lambda category: category["id"]))
+
+
+def with_class_names(spec: DetectorSpec, names: Optional[Tuple[str, ...]]) -> DetectorSpec:
+    """The spec with the names of its classes, unless there are not as many: then they are another detector's."""
+    return replace(spec, class_names=names if names is not None and len(names) == spec.num_classes else None)
+
+
+def match_classes(loss: str, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> ClassMap:
+    """The map for a loss that compares class by class.
+
+    Args:
+        loss: its name, for messages.
+        cfg: DISTILL.CLASS_MAP holds pairs of a student's class and the teacher's of another name that means the same.
+
+    Raises:
+        GDetKDError: no class matches, names are needed and not known, or DISTILL.CLASS_MAP names unknown ones.
+    """
+    if student.class_names is None or teacher.class_names is None:
+        return _assume_same_order(loss, cfg, student, teacher)
+    other_name = _other_names(cfg, student.class_names, teacher.class_names)
+    position = {name: index for index, name in enumerate(teacher.class_names)}
+    both = [
+        (index, position[other_name.get(name, name)])
+        for index, name in enumerate(student.class_names)
+        if other_name.get(name, name) in position
+    ]
+    matched = [student.class_names[index] for index, _ in both]
+    alone = [name for name in student.class_names if name not in matched]
+    unused = [name for index, name in enumerate(teacher.class_names) if index not in {index for _, index in both}]
+    if not both:
+        raise GDetKDError(
+            f"{loss} compares class by class, but no class of the student ({_some(alone)}) is one of the teacher's "
+            f"({_some(unused)}). Name those that mean the same in DISTILL.CLASS_MAP, as pairs [student's, teacher's], "
+            f"or take {loss} out of DISTILL.LOSSES (SGFI and CKD need no common class)."
+        )
+    if not alone and not unused and all(index == other for index, other in both):
+        return ClassMap()
+    logger.info("%s: %d classes of student and teacher match: %s", loss, len(both), ", ".join(matched))
+    if alone or unused:
+        logger.warning(
+            "%s leaves out: of the student %s; of the teacher %s.",
+            loss,
+            _some(alone) or "none",
+            _some(unused) or "none",
+        )
+    return ClassMap(tuple(index for index, _ in both), tuple(index for _, index in both))
+
+
+def _assume_same_order(loss: str, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> ClassMap:
+    lacking = "student" if student.class_names is None else "teacher"
+    if cfg.DISTILL.CLASS_MAP or student.num_classes != teacher.num_classes:
+        raise GDetKDError(
+            f"{loss} compares class by class, the student has {student.num_classes} classes and the teacher "
+            f"{teacher.num_classes}, and the names of the {lacking}'s are not known from its DATASETS.TRAIN. Give the "
+            f"teacher's in DISTILL.TEACHER.CLASSES, or take {loss} out of DISTILL.LOSSES (SGFI and CKD do not need "
+            "equal classes)."
+        )
+    logger.warning(
+        "%s takes the classes of student and teacher to be the same in the same order: the names of the %s's are not "
+        "known (DISTILL.TEACHER.CLASSES would give the teacher's).",
+        loss,
+        lacking,
+    )
+    return ClassMap()
+
+
+def _other_names(cfg: CfgNode, student: Tuple[str, ...], teacher: Tuple[str, ...]) -> Dict[str, str]:
+    pairs: Dict[str, str] = {}
+    for pair in cfg.DISTILL.CLASS_MAP:
+        if len(pair) != 2 or pair[0] not in student or pair[1] not in teacher:
+            raise GDetKDError(
+                f"DISTILL.CLASS_MAP: {pair!r} is not a pair of a class of the student ({_some(student)}) and one of "
+                f"the teacher ({_some(teacher)})."
+            )
+        pairs[pair[0]] = pair[1]
+    return pairs
+
+
+def _some(names: Sequence[str], count: int = 10) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def merge_logits(logits: torch.Tensor, classes: Optional[Tuple[int, ...]]) -> torch.Tensor:
+    """(N, n + 1) -> (N, m + 1): softmax logits of the m given classes, and of "none of these" in the last column.
+
+    Its softmax is that of `logits`, with the probabilities of background and all other classes summed.
+    """
+    if classes is None:
+        return logits
+    others = [index for index in range(logits.shape[1]) if index not in classes]
+    return torch.cat([logits[:, list(classes)], logits[:, others].logsumexp(dim=1, keepdim=True)], dim=1)
+
+
+def select_deltas(deltas: torch.Tensor, num_classes: int, classes: Optional[Tuple[int, ...]]) -> torch.Tensor:
+    """(N, 4 n) -> (N, 4 m): the given classes' box deltas; class-agnostic ones, (N, 4), as they are."""
+    if classes is None or deltas.shape[1] == 4 and num_classes != 1:
+        return deltas
+    return deltas.unflatten(1, (-1, 4))[:, list(classes)].flatten(1)

@@ -1,0 +1,244 @@
+"""Dense detectors: RetinaNet and FCOS.
+
+Shapes: B images, L levels, A anchors a location, n classes, N regions.
+"""
+
+import math
+from abc import abstractmethod
+from typing import Any, Collection, Dict, List, Sequence, Tuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling.meta_arch.fcos import FCOS
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
+from detectron2.structures import Boxes
+from torch import nn
+from torchvision.ops import roi_align
+
+from ..errors import GDetKDError
+from ..recorder import Call
+from ..regions import match_and_sample, suppress
+from ..structures import DetectorOutputs, DetectorSpec, Regions
+from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter
+
+# What regions of a dense teacher are pooled to: it has no box head that would say, and 7 is every two-stage one's.
+POOLED_SIZE = (7, 7)
+SAMPLING_RATIO = 2
+
+
+class DenseAdapter(DetectorAdapter):
+    """The regions of a student are its own decoded predictions, matched with ground truth and sampled (section 4).
+
+    Its embedding of a region is the classification tower's last feature at the location that predicted it. A
+    teacher's embedding, of a region that came from elsewhere, is that feature at the region's centre, interpolated, on
+    the level whose objects the detector's own label assignment would take the region for.
+    """
+
+    def __init__(self, model: nn.Module, role: str, cfg: CfgNode) -> None:
+        super().__init__(model, role, cfg)
+        self._features = list(model.head_in_features)
+        if len(self._features) < 2:
+            raise GDetKDError(
+                f"The {role} has no FPN: its head reads {self._features[0]} alone. GDetKD imitates pyramids; take a "
+                "config whose MODEL.BACKBONE.NAME builds an FPN."
+            )
+        strides = list(self.spec.strides.values())
+        size, level = self.level_rule()
+        self._level_range = {"min_level": int(math.log2(strides[0])), "max_level": int(math.log2(strides[-1]))}
+        self._level_rule = {"canonical_box_size": size, "canonical_level": level}
+        self._pooler = ROIPooler(
+            POOLED_SIZE, [1.0 / stride for stride in strides], SAMPLING_RATIO, "ROIAlignV2", **self._level_rule
+        )
+
+    @abstractmethod
+    def level_rule(self) -> Tuple[float, int]:
+        """A box side (pixels) and the level (log2 of its stride) from that size on; the next level from twice it on."""
+
+    @abstractmethod
+    def scores(self, predictions: Sequence[List[torch.Tensor]]) -> List[torch.Tensor]:
+        """Class-maximum scores, by level, each (B, A, H, W), from what the head returned."""
+
+    @property
+    def spec(self) -> DetectorSpec:
+        model = self.model
+        shapes = model.backbone.output_shape()
+        strides = {name: shapes[name].stride for name in self._features}
+        cells = [tuple(map(tuple, anchors.tolist())) for anchors in model.anchor_generator.cell_anchors]
+        weights = getattr(model.box2box_transform, "weights", None)
+        return DetectorSpec(
+            channels=shapes[self._features[0]].channels,
+            strides=strides,
+            pooled_size=POOLED_SIZE,
+            embedding_dim=model.head.cls_score.in_channels,
+            num_classes=model.num_classes,
+            regression_weights=None if weights is None else tuple(weights),
+            anchors=tuple(zip(strides.values(), cells)),
+        )
+
+    def points(self) -> Dict[str, nn.Module]:
+        return {"head": self.model.head, "tower": self.model.head.cls_subnet}
+
+    def observe(self, calls: Dict[str, List[Call]], batched_inputs: List[Dict[str, Any]]) -> DetectorOutputs:
+        maps = calls["head"][0].inputs[0]
+        predictions = calls["head"][0].output
+        regions = self._find_regions(maps, predictions, batched_inputs)
+        outputs = DetectorOutputs(dict(zip(self._features, maps)), self.spec.strides, regions)
+        outputs.embeddings = gather(
+            [call.output[:, None] for call in calls["tower"]], regions.image_ids(), _without_anchor(regions.sources)
+        )
+        self._fill_predictions(outputs, predictions)
+        return outputs
+
+    def look(
+        self, images: torch.Tensor, regions: Regions, needs: Collection[str], later_regions: Sequence[Regions] = ()
+    ) -> DetectorOutputs:
+        model = self.model
+        features = model.backbone(images)
+        maps = [features[name] for name in self._features]
+        outputs = DetectorOutputs(dict(zip(self._features, maps)), self.spec.strides, regions)
+        outputs.pooled = self._pooler(maps, regions.boxes)
+        if "embeddings" in needs:
+            # Every level, in order: a head with BatchNorm has one of them for each and turns to the next by itself.
+            outputs.embeddings = self._embed_at_centres([model.head.cls_subnet(each) for each in maps], regions)
+        if {"logits", "deltas"} & set(needs):
+            self._fill_predictions(outputs, model.head(maps))
+        return outputs
+
+    def _fill_predictions(self, outputs: DetectorOutputs, predictions: Sequence[List[torch.Tensor]]) -> None:
+        """Logits (N, n) and deltas (N, 4) of the very predictions that the regions are."""
+        image_ids, sources = outputs.regions.image_ids(), outputs.regions.sources
+        logits, deltas = predictions[0], predictions[1]
+        outputs.logits = gather([_by_anchor(each, self.model.num_classes) for each in logits], image_ids, sources)
+        outputs.deltas = gather([_by_anchor(each, 4) for each in deltas], image_ids, sources)
+
+    @torch.no_grad()
+    def _find_regions(
+        self, maps: List[torch.Tensor], predictions: Sequence[List[torch.Tensor]], batched_inputs: List[Dict[str, Any]]
+    ) -> Regions:
+        # Detached copies of what is needed: Detectron2's own decoding changes the head's outputs in place.
+        scores = self.scores(predictions)
+        deltas = [_by_anchor(each, 4) for each in predictions[1]]
+        anchors = [boxes.tensor for boxes in self.model.anchor_generator(maps)]
+        boxes, sources = [], []
+        for image, inputs in enumerate(batched_inputs):
+            found, source = self._decode(
+                [each[image] for each in scores], [each[image] for each in deltas], anchors, inputs["image"].shape[-2:]
+            )
+            gt_boxes = inputs["instances"].gt_boxes.tensor.to(found.device)
+            sampled = match_and_sample(found, gt_boxes, self.cfg.DISTILL.REGIONS)
+            boxes.append(Boxes(found[sampled]))
+            sources.append(source[sampled])
+        return Regions(boxes, torch.cat(sources))
+
+    def _decode(
+        self, scores: List[torch.Tensor], deltas: List[torch.Tensor], anchors: List[torch.Tensor], size: Tuple[int, int]
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The best boxes (K, 4) of one image after suppression, and their sources (K, 4).
+
+        Args:
+            scores: by level, (A, H, W).
+            deltas: by level, (A, 4, H, W).
+            anchors: by level, (H W A, 4) xyxy in pixels.
+            size: (height, width) of the unpadded image.
+        """
+        config = self.cfg.DISTILL.REGIONS
+        flat = torch.cat([each.permute(1, 2, 0).flatten() for each in scores]).float()
+        places = torch.cat([_places(level, each) for level, each in enumerate(scores)])
+        best = flat.nan_to_num(nan=-1.0).topk(min(config.PRE_NMS_TOPK, len(flat))).indices
+        sources, all_anchors = places[best], torch.cat(anchors)[best]
+        chosen = gather([each[None] for each in deltas], torch.zeros_like(best), sources)
+        found = Boxes(self.model.box2box_transform.apply_deltas(chosen.float(), all_anchors))
+        inside = (all_anchors[:, :2] + all_anchors[:, 2:]) / 2 < all_anchors.new_tensor([size[1], size[0]])
+        valid = torch.isfinite(found.tensor).all(dim=1) & torch.isfinite(flat[best]) & inside.all(dim=1)
+        found, sources, kept_scores = found[valid], sources[valid], flat[best][valid]
+        found.clip(size)
+        valid = found.nonempty(threshold=config.MIN_SIZE)
+        found, sources, kept_scores = found.tensor[valid], sources[valid], kept_scores[valid]
+        keep = suppress(found, kept_scores, config)
+        return found[keep], sources[keep]
+
+    def _embed_at_centres(self, towers: List[torch.Tensor], regions: Regions) -> torch.Tensor:
+        """(N, D): bilinear interpolation of the tower's map at each region's centre on the region's level."""
+        levels = assign_boxes_to_levels(regions.boxes, **self._level_range, **self._level_rule)
+        boxes, image_ids = regions.tensor(), regions.image_ids()
+        embeddings = towers[0].new_zeros(len(boxes), towers[0].shape[1])
+        for level, (tower, stride) in enumerate(zip(towers, self.spec.strides.values())):
+            mine = levels == level
+            # RoIAlign of one cell is interpolation at its centre. It holds cell i's centre to lie at (i + 0.5) strides,
+            # the detector that of its anchors at (i + offset).
+            shift = (0.5 - self.model.anchor_generator.offset) * stride
+            centre = (boxes[mine, :2] + boxes[mine, 2:]) / 2 + shift
+            cell = torch.cat([image_ids[mine, None], centre - stride / 2, centre + stride / 2], dim=1).to(tower.dtype)
+            embeddings[mine] = roi_align(tower, cell, 1, 1.0 / stride, sampling_ratio=1, aligned=True).flatten(1)
+        return embeddings
+
+
+def gather(maps: Sequence[torch.Tensor], image_ids: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+    """(N, K): what stands at each source.
+
+    Args:
+        maps: by level, (B, A, K, H, W).
+        image_ids: (N,)
+        sources: (N, 4) level, row, column, anchor.
+    """
+    order, found = [], []
+    for level, values in enumerate(maps):
+        mine = torch.nonzero(sources[:, 0] == level)[:, 0]
+        _, row, column, anchor = sources[mine].unbind(dim=1)
+        order.append(mine)
+        found.append(values[image_ids[mine], anchor, :, row, column])
+    return torch.cat(found)[torch.cat(order).argsort()]
+
+
+def _by_anchor(prediction: torch.Tensor, width: int) -> torch.Tensor:
+    """(B, A K, H, W) -> (B, A, K, H, W), K = width"""
+    return prediction.unflatten(1, (-1, width))
+
+
+def _without_anchor(sources: torch.Tensor) -> torch.Tensor:
+    return sources * sources.new_tensor([1, 1, 1, 0])
+
+
+def _places(level: int, scores: torch.Tensor) -> torch.Tensor:
+    """(H W A, 4) level, row, column, anchor, in the order of Detectron2's anchors; scores (A, H, W)."""
+    anchors, height, width = scores.shape
+    ranges = [torch.arange(count, device=scores.device) for count in (height, width, anchors)]
+    places = torch.cartesian_prod(*ranges).view(-1, 3)
+    return torch.cat([places.new_full((len(places), 1), level), places], dim=1)
+
+
+@DETECTOR_ADAPTER_REGISTRY.register()
+class RetinaNetAdapter(DenseAdapter):
+    """A region belongs to the level whose anchors are of its size."""
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return isinstance(model, RetinaNet)
+
+    def level_rule(self) -> Tuple[float, int]:
+        smallest = Boxes(list(self.model.anchor_generator.cell_anchors)[0]).area().min().sqrt()
+        return float(smallest), int(math.log2(next(iter(self.spec.strides.values()))))
+
+    def scores(self, predictions: Sequence[List[torch.Tensor]]) -> List[torch.Tensor]:
+        return [_by_anchor(each, self.model.num_classes).sigmoid().amax(dim=2) for each in predictions[0]]
+
+
+@DETECTOR_ADAPTER_REGISTRY.register()
+class FCOSAdapter(DenseAdapter):
+    """A level takes objects whose farthest side is 4 to 8 strides from a location, so 8 to 16 strides long."""
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return isinstance(model, FCOS)
+
+    def level_rule(self) -> Tuple[float, int]:
+        stride = next(iter(self.spec.strides.values()))
+        return 8.0 * stride, int(math.log2(stride))
+
+    def scores(self, predictions: Sequence[List[torch.Tensor]]) -> List[torch.Tensor]:
+        logits, _, centerness = predictions
+        return [
+            (_by_anchor(cls, self.model.num_classes).sigmoid().amax(dim=2) * ctr.sigmoid()).sqrt()
+            for cls, ctr in zip(logits, centerness)
+        ]

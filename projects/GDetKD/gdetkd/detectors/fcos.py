@@ -1,0 +1,77 @@
+"""Detectron2's FCOS, buildable from a yaml config, which Detectron2 itself does not offer."""
+
+from typing import Any, Dict, List, Tuple
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
+from detectron2.modeling.meta_arch import fcos
+from detectron2.structures import Boxes, Instances
+
+
+@META_ARCH_REGISTRY.register()
+class FCOS(fcos.FCOS):
+    """MODEL.META_ARCHITECTURE "FCOS", with the keys of MODEL.FCOS. Its weights are those of Detectron2's own."""
+
+    @configurable
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+        config = cfg.MODEL.FCOS
+        backbone = build_backbone(cfg)
+        shapes = [backbone.output_shape()[name] for name in config.IN_FEATURES]
+        head = fcos.FCOSHead(
+            input_shape=shapes,
+            num_classes=config.NUM_CLASSES,
+            conv_dims=[shapes[0].channels] * config.NUM_CONVS,
+            norm=_norm(config.NORM),
+            prior_prob=config.PRIOR_PROB,
+        )
+        return {
+            "backbone": backbone,
+            "head": head,
+            "head_in_features": config.IN_FEATURES,
+            "num_classes": config.NUM_CLASSES,
+            "center_sampling_radius": config.CENTER_SAMPLING_RADIUS,
+            "focal_loss_alpha": config.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": config.FOCAL_LOSS_GAMMA,
+            "test_score_thresh": config.SCORE_THRESH_TEST,
+            "test_topk_candidates": config.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": config.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    def label_anchors(self, anchors: List[Boxes], gt_instances: List[Instances]) -> Tuple[Any, Any]:
+        """v0.6 fails on an image without objects: it gets one outside of the image, which no location is in."""
+        return super().label_anchors(anchors, [each if len(each) else _outside(each) for each in gt_instances])
+
+
+def _norm(name: str) -> Any:
+    """v0.6's head asks for the norm of a single channel to see its type, which GroupNorm refuses on current torch."""
+    return (lambda channels: get_norm(name, 32 if channels == 1 else channels)) if name == "GN" else name
+
+
+@BACKBONE_REGISTRY.register()
+def build_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """RetinaNet's backbone, but p6 and p7 are made from p5, not res5, as in Detectron2's configuration of FCOS."""
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    return FPN(
+        bottom_up=build_resnet_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelP6P7(channels, channels, in_feature="p5"),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+def _outside(empty: Instances) -> Instances:
+    instances = Instances(empty.image_size)
+    instances.gt_boxes = Boxes(empty.gt_boxes.tensor.new_tensor([[-2.0, -2.0, -1.0, -1.0]]))
+    instances.gt_classes = empty.gt_classes.new_zeros(1)
+    return instances

@@ -1,0 +1,149 @@
+"""What a dense detector shows of itself, against plain computations."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes
+from detectron2.utils.events import EventStorage
+
+from conftest import FAMILIES, make_batch, make_cfg
+from gdetkd.detectors import FCOS, build_adapter
+from gdetkd.recorder import Recorder
+from gdetkd.regions import match_and_sample
+from gdetkd.structures import Regions
+
+
+def build(family, changes={}):
+    arch, keys = FAMILIES[family]
+    cfg = make_cfg({**keys, "MODEL.META_ARCHITECTURE": arch, **changes})
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    if family == "fcos":
+        torch.nn.init.normal_(model.head.bbox_pred.bias, 1.0, 0.2)
+    return model, build_adapter(model, "student", cfg), cfg
+
+
+def record(model, adapter, batch):
+    with Recorder(adapter.points()) as calls, EventStorage():
+        losses = model(batch)
+    return calls, losses, adapter.observe(calls, batch)
+
+
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+def test_recording_and_decoding_leave_the_students_losses_alone(family):
+    model, adapter, _ = build(family)
+    with EventStorage():
+        alone = model(make_batch())
+    model, adapter, _ = build(family)
+    _, recorded, outputs = record(model, adapter, make_batch())
+    assert len(outputs.regions) > 0
+    for name, loss in alone.items():
+        assert torch.equal(loss, recorded[name]), name
+    sum(recorded.values()).backward()  # nothing that the backward pass reads was written to
+
+
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+def test_regions_are_the_students_own_predictions(family):
+    """Box, logits, deltas and embedding of each region, one by one from the location that its source names."""
+    model, adapter, _ = build(family)
+    batch = make_batch()
+    calls, _, outputs = record(model, adapter, batch)
+    logits, deltas = calls["head"][0].output[:2]
+    anchors = [boxes.tensor for boxes in model.anchor_generator(calls["head"][0].inputs[0])]
+    number = model.anchor_generator.num_cell_anchors[0]
+    boxes, images = outputs.regions.tensor(), outputs.regions.image_ids()
+    for i, (image, (level, row, column, anchor)) in enumerate(zip(images, outputs.regions.sources)):
+        width = logits[level].shape[-1]
+        at = lambda maps, k: maps[level][image, anchor * k : (anchor + 1) * k, row, column]  # noqa: E731, B023
+        assert torch.equal(outputs.logits[i], at(logits, 3)) and torch.equal(outputs.deltas[i], at(deltas, 4))
+        assert torch.equal(outputs.embeddings[i], calls["tower"][level].output[image, :, row, column])
+        box = model.box2box_transform.apply_deltas(
+            outputs.deltas[i][None], anchors[level][None, (row * width + column) * number + anchor]
+        )
+        expected = Boxes(box.detach())
+        expected.clip(batch[image]["image"].shape[-2:])
+        torch.testing.assert_close(boxes[i], expected.tensor[0])
+    assert outputs.embeddings.requires_grad and not boxes.requires_grad
+
+
+def test_predictions_that_are_no_boxes_are_left_out():
+    model, adapter, _ = build("retinanet")
+    batch = make_batch()
+    with Recorder(adapter.points()) as calls, EventStorage():
+        model(batch)
+    logits, deltas = calls["head"][0].output
+    with torch.no_grad():
+        logits[0][:] = float("nan")
+        logits[1][:] = 60.0
+        deltas[1][:, :, 0] = float("inf")
+        deltas[2][:] = 1e6  # far outside: without area once clipped
+    boxes = adapter.observe(calls, batch).regions.tensor()
+    assert torch.isfinite(boxes).all() and (boxes[:, 2:] - boxes[:, :2] >= 1).all()
+    with torch.no_grad():
+        for level in logits:
+            level[:] = float("nan")
+    assert len(adapter.observe(calls, batch).regions) == 0
+
+
+def test_samples_positives_and_negatives_one_to_three():
+    _, _, cfg = build("retinanet")
+    config = cfg.DISTILL.REGIONS
+    config.BATCH_SIZE_PER_IMAGE = 16
+    objects = torch.tensor([[0.0, 0, 20, 20]])
+    near, far = objects.repeat(30, 1), objects.repeat(50, 1) + 100
+    boxes = torch.cat([near, far])
+    sampled = match_and_sample(boxes, objects, config)
+    assert (sampled < 30).sum() == 4 and len(sampled) == 16 and len(sampled.unique()) == 16
+    assert len(match_and_sample(boxes, objects[:0], config)) == 16  # no object: negatives alone
+    assert len(match_and_sample(boxes[:0], objects, config)) == 0
+
+
+SIZES = [[x, x * 2 ** (1 / 3), x * 2 ** (2 / 3)] for x in (32, 64, 128, 256, 512)]  # of RetinaNet
+
+
+@pytest.mark.parametrize(
+    "family, sides", [("retinanet", [33, 63, 65, 130, 300, 600, 9]), ("fcos", [70, 120, 130, 260, 600, 1100, 9])]
+)
+def test_a_teachers_level_of_a_region_is_that_of_its_own_label_assignment(family, sides):
+    _, adapter, _ = build(family, {"MODEL.ANCHOR_GENERATOR.SIZES": SIZES})
+    towers = [torch.full((1, 1, 200, 200), float(level)) for level in range(5)]
+    boxes = torch.tensor([[10.0, 10, 10 + side, 10 + side] for side in sides])
+    levels = adapter._embed_at_centres(towers, Regions([Boxes(boxes)]))[:, 0]
+    assert levels.tolist() == [0, 0, 1, 2, 3, 4, 0]
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_a_teachers_embedding_is_the_towers_feature_at_the_centre(offset):
+    """On maps that hold their own coordinates, by image; anchors lie at (i + offset) strides."""
+    keys = {"MODEL.ANCHOR_GENERATOR.SIZES": SIZES, "MODEL.ANCHOR_GENERATOR.OFFSET": offset}
+    _, adapter, _ = build("retinanet", keys)
+    y, x = torch.meshgrid(torch.arange(40.0), torch.arange(40.0), indexing="ij")
+    towers = [torch.stack([torch.stack([y, x]), torch.stack([y, x]) + 100]) for _ in range(5)]
+    regions = Regions([Boxes(torch.tensor([[40.0, 80, 80, 130]])), Boxes(torch.tensor([[100.0, 50, 190, 150]]))])
+    first, second = adapter._embed_at_centres(towers, regions)
+    torch.testing.assert_close(first, torch.tensor([105 / 8, 60 / 8]) - offset)  # level 0, stride 8
+    torch.testing.assert_close(second, 100 + torch.tensor([100 / 16, 145 / 16]) - offset)  # level 1, stride 16
+
+
+def test_fcos_from_a_config_is_detectron2s():
+    model, _, cfg = build("fcos")
+    keys = {
+        "MODEL.FPN.OUT_CHANNELS": 32,
+        "MODEL.FCOS.NORM": "GN",
+        "MODEL.BACKBONE.NAME": "build_fcos_resnet_fpn_backbone",
+    }
+    other, _, _ = build("fcos", keys)
+    assert other.backbone.top_block.in_feature == "p5" and model.backbone.top_block.in_feature == "res5"
+    assert any(isinstance(module, torch.nn.GroupNorm) for module in other.head.modules())
+    assert isinstance(model, FCOS.__mro__[1]) and model.num_classes == 3
+    with EventStorage():
+        losses = model(make_batch(boxes_each=0))
+        mixed = model([make_batch()[0], make_batch(boxes_each=0)[1]])
+    assert losses["loss_fcos_loc"] == 0 and mixed["loss_fcos_loc"] > 0
+
+
+def test_a_detector_that_reads_one_map_has_no_pyramid():
+    from gdetkd.errors import GDetKDError
+
+    with pytest.raises(GDetKDError, match="student has no FPN"):
+        build("retinanet", {"MODEL.RETINANET.IN_FEATURES": ["p4"], "MODEL.ANCHOR_GENERATOR.SIZES": [[32]]})
