@@ -1,0 +1,79 @@
+"""The example in docs/detector-families.md, as it stands there, teaches and learns."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_model
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes, ImageList
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from conftest import make_batch, make_cfg, plain_keys_of
+from gdetkd.detectors import DETECTOR_ADAPTER_REGISTRY
+from gdetkd.errors import GDetKDError
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "detector-families.md"
+
+
+class MyDetector(nn.Module):
+    """Classifies the whole image and its ground-truth boxes; enough of a detector to have regions."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.backbone = build_backbone(cfg)
+        shapes = self.backbone.output_shape()
+        self.pool = ROIPooler(7, [1 / shape.stride for shape in shapes.values()], 2, "ROIAlignV2")
+        self.embed = nn.Linear(shapes["p2"].channels * 49, 10)
+        self.classify = nn.Linear(10, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+
+    @property
+    def device(self):
+        return self.embed.weight.device
+
+    def preprocess_image(self, batched_inputs):
+        return ImageList.from_tensors([inputs["image"].float() / 255 for inputs in batched_inputs], 32)
+
+    def forward(self, batched_inputs):
+        maps = self.backbone(self.preprocess_image(batched_inputs).tensor)
+        boxes = [Boxes(inputs["instances"].gt_boxes.tensor) for inputs in batched_inputs]
+        logits = self.classify(self.embed(self.pool(list(maps.values()), boxes).flatten(1)))
+        target = torch.cat([inputs["instances"].gt_classes for inputs in batched_inputs])
+        return {"loss_classes": nn.functional.cross_entropy(logits, target)}
+
+
+@pytest.fixture
+def own_family():
+    META_ARCH_REGISTRY.register(MyDetector)
+    yield
+    for registry in (META_ARCH_REGISTRY, DETECTOR_ADAPTER_REGISTRY):
+        for name in ("MyDetector", "MyAdapter"):
+            registry._obj_map.pop(name, None)
+
+
+def test_a_detector_without_an_adapter_is_refused_with_what_to_do(distill_cfg, own_family):
+    with pytest.raises(GDetKDError, match="student is a MyDetector.*RetinaNetAdapter.*Register one"):
+        build_model(distill_cfg({"DISTILL.STUDENT_META_ARCHITECTURE": "MyDetector"}))
+
+
+def test_the_documented_example_learns_and_teaches(distill_cfg, own_family, tmp_path):
+    exec(re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1], {})  # as a user would paste it
+    own = {"DISTILL.STUDENT_META_ARCHITECTURE": "MyDetector", "DISTILL.LOSSES": ("SGFI", "CKD")}
+    check(build_model(distill_cfg(own)).train())
+    teacher = plain_keys_of(make_cfg({"MODEL.META_ARCHITECTURE": "MyDetector"}))
+    (tmp_path / "own.yaml").write_text(teacher.dump())
+    torch.save({"model": build_model(teacher).state_dict()}, tmp_path / "own.pth")
+    files = {"CONFIG_FILE": str(tmp_path / "own.yaml"), "WEIGHTS": str(tmp_path / "own.pth")}
+    cfg = distill_cfg({"DISTILL.LOSSES": ("SGFI", "CKD"), **{f"DISTILL.TEACHER.{k}": v for k, v in files.items()}})
+    check(build_model(cfg).train())
+
+
+def check(model):
+    with EventStorage():
+        losses = model(make_batch())
+    terms = [losses[name] for name in ("loss_distill_sgfi", "loss_distill_ckd")]
+    sum(terms).backward()
+    assert all(torch.isfinite(term) and term > 0 for term in terms)
+    assert any(parameter.grad is not None for parameter in model.student.backbone.parameters())
