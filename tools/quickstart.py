@@ -19,7 +19,7 @@ from gdetkd.data import register_datasets
 from gdetkd.data.shapes import make_shapes_for
 from gdetkd.engine import evaluate_teacher
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import METHODS, Run, equal_time_run, run_all
+from gdetkd.experiments import METHODS, Run, equal_time_run, run_all, time_ratio
 from gdetkd.teacher import FrozenTeacher, plain_config
 from gdetkd.visualization.comparison import Curve, draw_comparison
 
@@ -65,7 +65,8 @@ def train(config_file: str, cfg: CfgNode, output: Path, seed: int) -> Dict[str, 
         name: Run(output / name, config_file, METHODS[name] + opts, iterations) for name in ("baseline", "distilled")
     }
     run_all(runs.values(), train_net)
-    equal_time = equal_time_run(output / "baseline_equal_time", runs["baseline"], runs["distilled"])
+    ratio = time_ratio(runs["baseline"], runs["distilled"])
+    equal_time = equal_time_run(output / "baseline_equal_time", runs["baseline"], ratio)
     # Two jobs, though it is alone: the same number of threads as the first two had.
     run_all([equal_time], train_net, jobs=2)
     return {"baseline": runs["baseline"], "baseline_equal_time": equal_time, "distilled": runs["distilled"]}

@@ -170,14 +170,16 @@ def _check(run: Run) -> None:
         raise GDetKDError(f"The run in {run.folder} failed; its log is {log}, which ends with: {last}")
 
 
-def equal_time_run(folder: Path, baseline: Run, distilled: Run) -> Run:
-    """The baseline with as many iterations as take as long as the distilled run took.
+def time_ratio(baseline: Run, distilled: Run) -> float:
+    """How much longer an iteration of the second takes."""
+    return distilled.seconds_per_iteration() / baseline.seconds_per_iteration()
+
+
+def equal_time_run(folder: Path, baseline: Run, ratio: float) -> Run:
+    """The baseline with `ratio` times as many iterations, which take as long as the distilled run took.
 
     It is evaluated as often as the baseline, at multiples of the 20 iterations after which Detectron2 writes.
     """
-    ratio = (
-        distilled.max_iter * distilled.seconds_per_iteration() / (baseline.max_iter * baseline.seconds_per_iteration())
-    )
     cfg = baseline.config()
     period = ["TEST.EVAL_PERIOD", str(round(cfg.TEST.EVAL_PERIOD * ratio / 20) * 20)]
     return Run(folder, baseline.config_file, baseline.opts + period, round(baseline.max_iter * ratio))
