@@ -4,12 +4,15 @@ from itertools import product
 
 import pytest
 import torch
-from detectron2.modeling import build_model
+from detectron2.modeling import BACKBONE_REGISTRY, build_model
+from detectron2.modeling.backbone.fpn import FPN
+from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
 from detectron2.utils.events import EventStorage
 
 from conftest import ALL_LOSSES, FAMILIES, WIDER, make_batch
 from gdetkd import DistillTrainer
 from gdetkd.detectors import FCOS
+from gdetkd.engine import evaluate_teacher
 from gdetkd.errors import GDetKDError
 from gdetkd.teacher import transfer_heads
 
@@ -133,3 +136,47 @@ def test_other_backbones_norms_widths_and_strides(pair_cfg, pair, changes):
     for keys in ({"changes": changes}, {"teacher": changes}):
         _, losses = step(pair_cfg(pair, **keys))
         assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+@pytest.fixture
+def regnet():
+    """Detectron2 has RegNet, but no builder that a yaml config could name."""
+
+    def build_tiny_regnet_fpn_backbone(cfg, input_shape):
+        stages = RegNet(
+            stem_class=SimpleStem,
+            stem_width=8,
+            block_class=ResBottleneckBlock,
+            depth=6,
+            w_a=8.0,
+            w_0=8,
+            w_m=2.0,
+            group_width=4,
+            norm="BN",
+            out_features=["s1", "s2"],
+        )
+        return FPN(stages, ["s1", "s2"], cfg.MODEL.FPN.OUT_CHANNELS)
+
+    BACKBONE_REGISTRY.register(build_tiny_regnet_fpn_backbone)
+    levels = ["p2", "p3"]
+    yield {
+        "MODEL.BACKBONE.NAME": "build_tiny_regnet_fpn_backbone",
+        "MODEL.ROI_HEADS.IN_FEATURES": levels,
+        "MODEL.RPN.IN_FEATURES": levels,
+        "MODEL.RETINANET.IN_FEATURES": levels,
+        "MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16]],
+    }
+    BACKBONE_REGISTRY._obj_map.pop("build_tiny_regnet_fpn_backbone")
+
+
+@pytest.mark.parametrize("pair", ["faster_rcnn-faster_rcnn", "retinanet-faster_rcnn", "faster_rcnn-retinanet"])
+def test_regnet_and_another_number_of_levels(pair_cfg, pair, regnet):
+    for keys in ({"changes": regnet}, {"teacher": regnet}, {"changes": regnet, "teacher": regnet}):
+        _, losses = step(pair_cfg(pair, **keys))
+        assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_evaluating_a_teacher_of_other_classes_is_refused(pair_cfg):
+    cfg = pair_cfg("fcos-faster_rcnn", {"DATASETS.TEST": ("tiny",)}, teacher={"MODEL.FCOS.NUM_CLASSES": 5})
+    with pytest.raises(GDetKDError, match="3 classes and the teacher 5.*EVAL_TEACHER"):
+        evaluate_teacher(cfg)

@@ -5,6 +5,7 @@ Shapes: B images, L levels, A anchors a location, n classes, N regions.
 
 import math
 from abc import abstractmethod
+from functools import cached_property
 from typing import Any, Collection, Dict, List, Sequence, Tuple
 
 import torch
@@ -59,7 +60,7 @@ class DenseAdapter(DetectorAdapter):
     def scores(self, predictions: Sequence[List[torch.Tensor]]) -> List[torch.Tensor]:
         """Class-maximum scores, by level, each (B, A, H, W), from what the head returned."""
 
-    @property
+    @cached_property
     def spec(self) -> DetectorSpec:
         model = self.model
         shapes = model.backbone.output_shape()

@@ -52,15 +52,21 @@ def load_dataset(name: str) -> List[dict]:
     return dicts
 
 
-def check_classes(names: Sequence[str], num_classes: int) -> None:
+def check_classes(names: Sequence[str], num_classes: int, role: str = "student") -> None:
     """
     Raises:
-        GDetKDError: a data set has another number of classes than the student, which training would not notice.
+        GDetKDError: a data set has another number of classes than the detector, which neither training nor evaluation
+            would notice.
     """
     for name in names:
         classes = MetadataCatalog.get(name).get("thing_classes")
         if classes is not None and len(classes) != num_classes:
+            remedy = (
+                "Evaluate it on a set of its own classes, or without DISTILL.EVAL_TEACHER."
+                if role == "teacher"
+                else "Set the student's number of classes (MODEL.ROI_HEADS.NUM_CLASSES, MODEL.RETINANET.NUM_CLASSES, "
+                f"MODEL.FCOS.NUM_CLASSES) to {len(classes)}."
+            )
             raise GDetKDError(
-                f"The data set {name!r} has {len(classes)} classes and the student {num_classes}. Set the student's "
-                f"number of classes (MODEL.ROI_HEADS.NUM_CLASSES, MODEL.RETINANET.NUM_CLASSES) to {len(classes)}."
+                f"The data set {name!r} has {len(classes)} classes and the {role} {num_classes}. {remedy}"
             )

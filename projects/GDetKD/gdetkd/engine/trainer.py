@@ -145,7 +145,7 @@ def evaluate_teacher(cfg: CfgNode, teacher: Optional[FrozenTeacher] = None) -> D
     register_datasets(cfg)
     check_datasets(cfg)
     teacher = teacher or FrozenTeacher(cfg)
-    check_classes(cfg.DATASETS.TEST, teacher.adapter.spec.num_classes)
+    check_classes(cfg.DATASETS.TEST, teacher.spec.num_classes, "teacher")
     config = teacher.cfg.clone()
     config.defrost()
     config.DATASETS = cfg.DATASETS.clone()
