@@ -31,6 +31,18 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # Evaluate the teacher once before training, and log its AP beside the student's.
     cfg.DISTILL.EVAL_TEACHER = False
 
+    # CLS and REG run on the classes that student and teacher both have, by name. Pairs [student's, teacher's] add
+    # those that mean the same under different names: [["car", "vehicle"]].
+    cfg.DISTILL.CLASS_MAP = []
+    # All terms rise linearly from 0 over this many iterations, or over their own WARMUP_ITERS where that is more.
+    cfg.DISTILL.WARMUP_ITERS = 0
+
+    _add_teacher_node(cfg)
+    _add_regions_node(cfg)
+    _add_loss_nodes(cfg)
+
+
+def _add_teacher_node(cfg: CfgNode) -> None:
     cfg.DISTILL.TEACHER = CfgNode()
     # The teacher's own Detectron2 yaml file, relative to the current folder.
     cfg.DISTILL.TEACHER.CONFIG_FILE = ""
@@ -40,14 +52,9 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     cfg.DISTILL.TEACHER.OPTS = []
     # Names of its classes in order, where its own DATASETS.TRAIN does not tell them.
     cfg.DISTILL.TEACHER.CLASSES = []
-    # CLS and REG run on the classes that student and teacher both have, by name. Pairs [student's, teacher's] add
-    # those that mean the same under different names: [["car", "vehicle"]].
-    cfg.DISTILL.CLASS_MAP = []
-    # All terms rise linearly from 0 over this many iterations, or over their own WARMUP_ITERS where that is more.
-    cfg.DISTILL.WARMUP_ITERS = 0
 
-    _add_regions_node(cfg)
 
+def _add_loss_nodes(cfg: CfgNode) -> None:
     _add_loss_node(cfg, "SGFI", weight=1.0)  # weight: the only public configuration
     # RoIAlign samples per bin and axis on the student's pyramid. The teacher's comes from its own box head.
     cfg.DISTILL.SGFI.SAMPLING_RATIO = 2
