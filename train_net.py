@@ -61,9 +61,22 @@ def main(args: Namespace) -> Any:
     return trainer.train()
 
 
+def check_gpus(args: Namespace) -> None:
+    """
+    Raises:
+        GDetKDError: more GPUs are asked for than this machine has.
+    """
+    if args.num_gpus > max(1, torch.cuda.device_count()):
+        raise GDetKDError(
+            f"--num-gpus {args.num_gpus}, but there are {torch.cuda.device_count()} CUDA devices here. Without any, the "
+            "run goes to the CPU in one process: leave --num-gpus out."
+        )
+
+
 if __name__ == "__main__":
     arguments = parser().parse_args()
     try:
+        check_gpus(arguments)
         launch(
             main,
             arguments.num_gpus,

@@ -45,6 +45,12 @@ def test_trains_and_evaluates_without_cuda_and_without_teacher(config_file, tmp_
     assert "are not there" in result.stderr.splitlines()[-1]
 
 
+def test_more_gpus_than_there_are(config_file):
+    result = run("train_net.py", "--config-file", config_file, "--num-gpus", "64")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "--num-gpus 64" in result.stderr and "leave --num-gpus out" in result.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
 def test_evaluates_the_teacher_alone(config_file):
     result = run("train_net.py", "--config-file", config_file, "--eval-teacher")
