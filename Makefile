@@ -2,10 +2,10 @@
 # make test         the tests; DETECTRON2=DIR runs them against another Detectron2 source tree
 # make lint         ruff, lint and format
 # make lock         remakes requirements.txt from requirements.in
-# make teacher      retrains the quickstart's teacher (about 20 minutes on 2 cores) into TEACHER
+# make teacher      retrains a teacher of the quickstart (about 20 minutes on 2 cores); TEACHER=FasterRCNN
 
 PAIR ?= faster_rcnn-faster_rcnn
-TEACHER := configs/quickstart/teacher-FasterRCNN.pth
+TEACHER ?= FasterRCNN
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
@@ -33,7 +33,8 @@ format: $(INSTALLED)
 	$(PYTHON) -m ruff format .
 
 teacher: $(INSTALLED)
-	$(PYTHON) tools/make_teacher.py --config-file configs/quickstart/teacher-FasterRCNN.yaml --output $(TEACHER)
+	$(PYTHON) tools/make_teacher.py --config-file configs/quickstart/teacher-$(TEACHER).yaml \
+	    --output configs/quickstart/teacher-$(TEACHER).pth
 
 lock: $(VENV)/.uv
 	$(UV) compile --python $(PYTHON) --upgrade --universal --generate-hashes --no-header --no-emit-index-url \

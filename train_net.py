@@ -68,8 +68,8 @@ def check_gpus(args: Namespace) -> None:
     """
     if args.num_gpus > max(1, torch.cuda.device_count()):
         raise GDetKDError(
-            f"--num-gpus {args.num_gpus}, but there are {torch.cuda.device_count()} CUDA devices here. Without any, the "
-            "run goes to the CPU in one process: leave --num-gpus out."
+            f"--num-gpus {args.num_gpus}, but there are {torch.cuda.device_count()} CUDA devices here. Without any, "
+            "the run goes to the CPU in one process: leave --num-gpus out."
         )
 
 

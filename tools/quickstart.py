@@ -47,7 +47,8 @@ def parse_arguments() -> argparse.Namespace:
 def load_config(pair: str) -> Tuple[str, CfgNode]:
     path = f"configs/quickstart/{pair}.yaml"
     if not os.path.exists(path):
-        pairs = sorted(file.stem for file in Path("configs/quickstart").glob("*_*-*.yaml"))
+        files = Path("configs/quickstart").glob("*-*.yaml")
+        pairs = sorted(file.stem for file in files if not file.stem.startswith(("Base-", "teacher-")))
         raise GDetKDError(f"There is no pair {pair!r}. There are: {', '.join(pairs)}.")
     cfg = get_cfg()
     add_gdetkd_config(cfg)

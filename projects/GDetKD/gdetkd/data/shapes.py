@@ -10,6 +10,7 @@ import os
 from typing import Any, Dict, List, Tuple
 
 import numpy as np
+import pycocotools.mask
 from detectron2.config import CfgNode
 from tqdm import tqdm
 
@@ -92,7 +93,7 @@ def draw_image(seed: int) -> Tuple[np.ndarray, List[Dict[str, Any]]]:
     """
     Returns:
         the image (IMAGE_SIZE, IMAGE_SIZE, 3), uint8 BGR, and its objects as COCO's `bbox` (xywh in pixels),
-        `area` (visible pixels) and `category_id`.
+        `area` (visible pixels), `category_id` and `segmentation` (run lengths of the visible pixels).
     """
     rng = np.random.default_rng(seed)
     image = _texture(rng, low=60, high=190, contrast=45)
@@ -116,7 +117,9 @@ def _annotation(label: int, mask: np.ndarray, visible: np.ndarray) -> Dict[str, 
     ys, xs = np.nonzero(mask)
     x, y = int(xs.min()), int(ys.min())
     box = [x, y, int(xs.max()) + 1 - x, int(ys.max()) + 1 - y]
-    return {"bbox": box, "area": int(visible.sum()), "category_id": label + 1}
+    runs = pycocotools.mask.encode(np.asfortranarray(visible.astype(np.uint8)))
+    segmentation = {"size": runs["size"], "counts": runs["counts"].decode("ascii")}
+    return {"bbox": box, "area": int(visible.sum()), "category_id": label + 1, "segmentation": segmentation}
 
 
 def _leaves_visible(owner: np.ndarray, mask: np.ndarray, others: List[np.ndarray]) -> bool:

@@ -1,0 +1,55 @@
+"""Every config that the project ships builds, and its teacher fits its student."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+from conftest import FAMILIES
+from gdetkd import add_gdetkd_config
+from gdetkd.teacher import plain_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PAIRS = sorted(path for path in CONFIGS.glob("*/*-*.yaml") if path.stem.split("-")[0] in FAMILIES)
+TEACHERS = sorted(CONFIGS.glob("*/teacher-*.yaml"))
+
+
+def load(path):
+    cfg = get_cfg()
+    add_gdetkd_config(cfg)
+    cfg.merge_from_file(str(path))
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def name(path):
+    return f"{path.parent.name}/{path.stem}"
+
+
+@pytest.mark.parametrize("path", PAIRS, ids=name)
+def test_pair_builds(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    cfg = load(path)
+    weights = tmp_path / "teacher.pth"
+    torch.save({"model": build_model(plain_config(load(cfg.DISTILL.TEACHER.CONFIG_FILE))).state_dict()}, weights)
+    cfg.DISTILL.TEACHER.WEIGHTS = str(weights)
+    model = build_model(cfg)
+    teacher, student = path.stem.split("-")
+    assert set(model.losses) == set(cfg.DISTILL.LOSSES) >= {"SGFI", "CKD"}
+    assert type(model.student).__name__ == FAMILIES[student][0]
+    assert type(model.teacher.model).__name__ == FAMILIES[teacher][0]
+
+
+@pytest.mark.parametrize("path", TEACHERS, ids=name)
+def test_teacher_starts_from_weights_that_are_made_first(path):
+    cfg = load(path)
+    assert cfg.MODEL.WEIGHTS in ("", "configs/quickstart/teacher-FasterRCNN.pth")
+    assert not cfg.MODEL.WEIGHTS or (CONFIGS.parent / cfg.MODEL.WEIGHTS).exists()
+
+
+def test_every_pair_has_a_row_in_the_readme():
+    readme = (CONFIGS.parent / "README.md").read_text()
+    for path in [path for path in PAIRS if path.parent.name == "quickstart"]:
+        assert f"({path.relative_to(CONFIGS.parent)})" in readme, f"{path.stem} has no row"
