@@ -71,3 +71,12 @@ def test_a_folder_of_another_config_is_refused(tmp_path):
     changed = Run(tmp_path / "done", CONFIG, ["DISTILL.SGFI.WEIGHT", "9.0"], 100)
     with pytest.raises(GDetKDError, match="holds a run of another config"):
         run_all([changed], tmp_path / "train_net.py")
+
+
+def test_a_student_that_finds_nothing_has_no_ap_rather_than_nan(tmp_path):
+    quickstart = load_quickstart()
+    nothing = finished(tmp_path / "b", float("nan"), 100, 20.0)
+    runs = {name: nothing for name in ("baseline", "baseline_equal_time")}
+    runs["distilled"] = finished(tmp_path / "d", 30.0, 100, 32.0)
+    summary = quickstart.summarize({"AP": 60.0, "AP50": 80.0, "AP75": 65.0}, runs)
+    assert summary["baseline"]["AP"] == 0 and summary["distilled"]["lead_closed"] == pytest.approx(0.5)

@@ -5,6 +5,7 @@ Each run is a process of its own with its share of the cores. A run that is comp
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -106,7 +107,10 @@ class Run:
             if "bbox/AP" in line:
                 # Detectron2 writes the last evaluation one iteration after the last, on a line of its own.
                 iteration = min(line["iteration"] + 1, self.max_iter)
-                points.append(Point(iteration, seconds, {k: line[f"bbox/{k}"] for k in ("AP", "AP50", "AP75")}))
+                # Detectron2 gives NaN to a detector that finds nothing at all; there are objects, so its AP is 0.
+                values = {k: line[f"bbox/{k}"] for k in ("AP", "AP50", "AP75")}
+                metrics = {k: 0.0 if math.isnan(value) else value for k, value in values.items()}
+                points.append(Point(iteration, seconds, metrics))
         return points
 
     def is_complete(self) -> bool:
