@@ -104,6 +104,7 @@ def plain_keys_of(cfg: CfgNode) -> CfgNode:
     del plain["DATASETS"]["REGISTER"]
     del plain["SOLVER"]["OPTIMIZER"]
     del plain["TEST"]["KEEP_BEST"]
+    del plain["INPUT"]["INSTABOOST"]
     if cfg.MODEL.META_ARCHITECTURE != "FCOS":
         del plain["MODEL"]["FCOS"]
     return plain

@@ -6,7 +6,7 @@ from detectron2.utils.events import EventStorage
 
 from conftest import ALL_LOSSES, WIDER, make_batch, make_cfg
 from gdetkd import GDetKD
-from gdetkd.teacher import plain_config
+from gdetkd.config import plain_config
 
 
 def one_step(model, batch, optimizer=None):

@@ -15,12 +15,13 @@ from typing import Any, Dict, Tuple
 warnings.filterwarnings("ignore")
 
 from gdetkd import add_gdetkd_config  # noqa: E402, I001
+from gdetkd.config import plain_config
 from gdetkd.data import register_datasets
 from gdetkd.data.shapes import make_shapes_for
 from gdetkd.engine import evaluate_teacher
 from gdetkd.errors import GDetKDError
 from gdetkd.experiments import METHODS, Run, equal_time_run, run_all, time_ratio
-from gdetkd.teacher import FrozenTeacher, plain_config
+from gdetkd.teacher import FrozenTeacher
 from gdetkd.visualization.comparison import Curve, draw_comparison
 
 import torch
@@ -113,7 +114,7 @@ def main() -> None:
     teacher = FrozenTeacher(cfg)
     summary = summarize(quietly(evaluate_teacher, cfg, teacher)["bbox"], runs)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    detectors = {"teacher": (teacher.model, teacher.cfg)}
+    detectors = {"teacher": (teacher.model, teacher.file.cfg)}
     detectors.update({name: load_student(runs[name], cfg) for name in ("baseline", "distilled")})
     curves = [
         Curve(LABELS[name], [p.seconds for p in run.curve()], [p.metrics["AP"] for p in run.curve()])

@@ -12,10 +12,10 @@ from detectron2.utils.env import seed_all_rng
 
 from conftest import make_batch, plain_keys_of
 from gdetkd import DistillTrainer
+from gdetkd.config import plain_config
 from gdetkd.engine import build_plain_student
 from gdetkd.engine.hooks import RandomState
 from gdetkd.errors import GDetKDError
-from gdetkd.teacher import plain_config
 
 
 class Losses(HookBase):
@@ -222,3 +222,13 @@ def test_distillation_that_would_have_no_effect_is_refused(distill_cfg, keys):
     cfg = distill_cfg({"MODEL.META_ARCHITECTURE": "GeneralizedRCNN", **keys})
     with pytest.raises(GDetKDError, match="DISTILL has no effect"):
         DistillTrainer(cfg)
+
+
+def test_other_numbers_of_processes_scale_the_warm_up_of_the_terms(distill_cfg):
+    changes = {"SOLVER.REFERENCE_WORLD_SIZE": 8, "SOLVER.IMS_PER_BATCH": 16, "DISTILL.WARMUP_ITERS": 100}
+    cfg = distill_cfg({**changes, "DISTILL.CKD.WARMUP_ITERS": 50, "SOLVER.MAX_ITER": 1000})
+    scaled = DistillTrainer.auto_scale_workers(cfg, 2)
+    assert (scaled.SOLVER.IMS_PER_BATCH, scaled.SOLVER.MAX_ITER) == (4, 4000)
+    assert (scaled.DISTILL.WARMUP_ITERS, scaled.DISTILL.CKD.WARMUP_ITERS) == (400, 200)
+    assert (cfg.DISTILL.WARMUP_ITERS, scaled.DISTILL.SGFI.WARMUP_ITERS) == (100, 0)
+    assert DistillTrainer.auto_scale_workers(scaled, 2) is scaled

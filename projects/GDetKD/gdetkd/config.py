@@ -19,6 +19,7 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # Keep model_best.pth, the student with the highest bbox/AP (percent) so far, at every TEST.EVAL_PERIOD.
     cfg.TEST.KEEP_BEST = True
 
+    _add_instaboost_node(cfg)
     _add_fcos_node(cfg)
 
     cfg.DISTILL = CfgNode()
@@ -42,13 +43,24 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     _add_loss_nodes(cfg)
 
 
+def plain_config(cfg: CfgNode) -> CfgNode:
+    """The config of the plain Detectron2 detector that a GDetKD config trains; a plain config as it is."""
+    if cfg.MODEL.META_ARCHITECTURE != "GDetKD":
+        return cfg
+    plain = cfg.clone()
+    plain.defrost()
+    plain.MODEL.META_ARCHITECTURE = cfg.DISTILL.STUDENT_META_ARCHITECTURE
+    plain.freeze()
+    return plain
+
+
 def _add_teacher_node(cfg: CfgNode) -> None:
     cfg.DISTILL.TEACHER = CfgNode()
-    # The teacher's own Detectron2 yaml file, relative to the current folder.
+    # The teacher's own Detectron2 file, relative to the current folder: yaml, or LazyConfig's .py, which is run.
     cfg.DISTILL.TEACHER.CONFIG_FILE = ""
     # Its weights: a path or URL that Detectron2 can read. Empty: the teacher config's own MODEL.WEIGHTS.
     cfg.DISTILL.TEACHER.WEIGHTS = ""
-    # Changes to the teacher's config, as on a command line: ["MODEL.ROI_HEADS.NUM_CLASSES", 6].
+    # Changes to it, as on a command line: ["MODEL.ROI_HEADS.NUM_CLASSES", 6]; ["model.roi_heads.num_classes", 6].
     cfg.DISTILL.TEACHER.OPTS = []
     # Names of its classes in order, where its own DATASETS.TRAIN does not tell them.
     cfg.DISTILL.TEACHER.CLASSES = []
@@ -101,6 +113,29 @@ def _add_regions_node(cfg: CfgNode) -> None:
     # Regions of an image, and the most of them that are positive.
     node.BATCH_SIZE_PER_IMAGE = 512
     node.POSITIVE_FRACTION = 0.25
+
+
+def _add_instaboost_node(cfg: CfgNode) -> None:
+    """The augmentation of the paper's strongest teacher; needs `pip install gdetkd[instaboost]`, and masks.
+
+    The values are the authors', under their names.
+    """
+    node = cfg.INPUT.INSTABOOST = CfgNode()
+    node.ENABLED = False
+    # Of an image to be augmented.
+    node.PROBABILITY = 0.5
+    # What happens to an object: "normal" (moved, scaled, turned), "horizontal", "vertical" (flipped as well), "skip".
+    node.ACTION_CANDIDATE = ("normal", "horizontal", "skip")
+    node.ACTION_PROB = (1.0, 0.0, 0.0)
+    # Range of scales; the farthest move, as a share 1/DX of the width, 1/DY of the height; range of turns in degrees.
+    node.SCALE = (0.8, 1.2)
+    node.DX = 15
+    node.DY = 15
+    node.THETA = (-1, 1)
+    # Of an augmented image to change in colour, too.
+    node.COLOR_PROB = 0.5
+    # Moves objects where their surroundings look alike; slow.
+    node.HEATMAP_FLAG = False
 
 
 def _add_fcos_node(cfg: CfgNode) -> None:

@@ -8,13 +8,14 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
 from .classes import class_names, with_class_names
+from .config import plain_config
 from .detectors import build_adapter
 from .errors import GDetKDError
 from .losses import build_losses
 from .recorder import Recorder
 from .regions import pool_all_levels
 from .structures import DetectorOutputs
-from .teacher import FrozenTeacher, plain_config
+from .teacher import FrozenTeacher
 
 
 @META_ARCH_REGISTRY.register()

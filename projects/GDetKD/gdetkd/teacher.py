@@ -8,57 +8,21 @@ from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
+from detectron2.config import CfgNode
 from detectron2.structures import ImageList
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from .classes import class_names, with_class_names
-from .config import add_gdetkd_config
+from .classes import with_class_names
 from .detectors import build_adapter
 from .errors import GDetKDError
 from .structures import DetectorOutputs, Regions
+from .teacher_file import TeacherFile, read_teacher_file
 
 logger = logging.getLogger(__name__)
 
 # Parts of a detector that are not its heads.
 NOT_HEADS = ("backbone.", "pixel_")
-
-
-def plain_config(cfg: CfgNode) -> CfgNode:
-    """The config of the plain Detectron2 detector that a GDetKD config trains; a plain config as it is."""
-    if cfg.MODEL.META_ARCHITECTURE != "GDetKD":
-        return cfg
-    plain = cfg.clone()
-    plain.defrost()
-    plain.MODEL.META_ARCHITECTURE = cfg.DISTILL.STUDENT_META_ARCHITECTURE
-    plain.freeze()
-    return plain
-
-
-def teacher_config(cfg: CfgNode) -> CfgNode:
-    """The teacher's own config, with DISTILL.TEACHER.OPTS applied, on the student's device.
-
-    Raises:
-        GDetKDError: DISTILL.TEACHER.CONFIG_FILE is not given or not there.
-    """
-    path = cfg.DISTILL.TEACHER.CONFIG_FILE
-    if not path:
-        raise GDetKDError("DISTILL.TEACHER.CONFIG_FILE is empty: give the Detectron2 yaml file of the teacher.")
-    if not PathManager.isfile(path):
-        raise GDetKDError(
-            f"The teacher's config {path!r} (DISTILL.TEACHER.CONFIG_FILE) is not there, seen from {os.getcwd()}."
-        )
-    config = get_cfg()
-    add_gdetkd_config(config)
-    config.merge_from_file(path)
-    config.merge_from_list(list(cfg.DISTILL.TEACHER.OPTS))
-    config.MODEL.DEVICE = cfg.MODEL.DEVICE
-    if cfg.DISTILL.TEACHER.WEIGHTS:
-        config.MODEL.WEIGHTS = cfg.DISTILL.TEACHER.WEIGHTS
-    config.freeze()
-    return plain_config(config)
 
 
 class CompleteCheckpointer(DetectionCheckpointer):
@@ -132,16 +96,18 @@ class FrozenTeacher:
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        self.cfg = teacher_config(cfg)
-        self._reorder = _needs_reordering(cfg.INPUT.FORMAT, self.cfg.INPUT.FORMAT)
-        self.model: nn.Module = build_model(self.cfg)
+        self.file = read_teacher_file(cfg)
+        self._reorder = _needs_reordering(cfg.INPUT.FORMAT, self.file.input_format)
+        self.model: nn.Module = self.file.build()
         self.adapter = build_adapter(self.model, "teacher", cfg)
-        self.spec = with_class_names(self.adapter.spec, _teachers_classes(cfg, self.cfg, self.adapter.spec.num_classes))
-        self.sha256 = load_weights(self.model, self.cfg.MODEL.WEIGHTS)
+        _check_size(cfg, self.model)
+        names = _teachers_classes(cfg, self.file, self.adapter.spec.num_classes)
+        self.spec = with_class_names(self.adapter.spec, names)
+        self.sha256 = load_weights(self.model, self.file.weights)
         self.model.eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
-        logger.info("Teacher: %s, SHA-256 %s", self.cfg.MODEL.WEIGHTS, self.sha256)
+        logger.info("Teacher: %s, SHA-256 %s", self.file.weights, self.sha256)
 
     @torch.no_grad()
     def look(
@@ -169,15 +135,25 @@ class FrozenTeacher:
 
     def describe(self) -> Dict[str, str]:
         """What a checkpoint keeps of the teacher: where its weights were, and what they were."""
-        return {"weights": self.cfg.MODEL.WEIGHTS, "sha256": self.sha256}
+        return {"weights": self.file.weights, "sha256": self.sha256}
 
 
-def _teachers_classes(cfg: CfgNode, teachers: CfgNode, num_classes: int) -> Optional[Tuple[str, ...]]:
-    """Names of the teacher's classes: as given, or those of the set that its own config trains on."""
+def _teachers_classes(cfg: CfgNode, file: TeacherFile, num_classes: int) -> Optional[Tuple[str, ...]]:
+    """Names of the teacher's classes: as given, or those of the set that its own file trains on."""
     given = tuple(cfg.DISTILL.TEACHER.CLASSES)
     if given and len(given) != num_classes:
         raise GDetKDError(f"DISTILL.TEACHER.CLASSES has {len(given)} names, and the teacher {num_classes} classes.")
-    return given or class_names(teachers)
+    return given or file.class_names()
+
+
+def _check_size(cfg: CfgNode, teacher: nn.Module) -> None:
+    """A plain vision transformer pads its images to a square of one size, and can take no larger one."""
+    square = getattr(teacher.backbone, "padding_constraints", {}).get("square_size", 0)
+    if 0 < square < cfg.INPUT.MAX_SIZE_TRAIN:
+        raise GDetKDError(
+            f"The teacher takes images of at most {square} pixels on a side, and the student's have up to "
+            f"{cfg.INPUT.MAX_SIZE_TRAIN}. Set INPUT.MAX_SIZE_TRAIN to {square} or less."
+        )
 
 
 def _needs_reordering(student_format: str, teacher_format: str) -> bool:

@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import GDetKDError
+from .instaboost import InstaBoostMapper
 
 Sample = Dict[str, Any]
 
@@ -147,7 +148,7 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
     sampler = _sampler(cfg, dicts)
     return ResumableLoader(
         dicts,
-        DatasetMapper(cfg, is_train=True),
+        InstaBoostMapper(cfg) if cfg.INPUT.INSTABOOST.ENABLED else DatasetMapper(cfg, is_train=True),
         lambda seed: BatchStream(lambda: iter(sampler(seed)), cfg.SOLVER.IMS_PER_BATCH // world_size, wide),
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         num_workers=cfg.DATALOADER.NUM_WORKERS,

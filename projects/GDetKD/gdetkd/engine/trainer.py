@@ -10,20 +10,21 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .._compat import has_compiled_ops
+from ..config import plain_config
 from ..data import ResumableLoader, build_train_loader, register_datasets
 from ..data.train_loader import random_state
 from ..detectors import build_adapter, find_adapter
 from ..distiller import GDetKD
 from ..errors import GDetKDError
-from ..teacher import FrozenTeacher, plain_config, transfer_heads
+from ..teacher import FrozenTeacher, transfer_heads
+from .evaluators import build_evaluator
 from .hooks import KeepBest, RandomState, Stopwatch
 from .optimizer import build_optimizer
 from .preflight import check_architecture, check_classes, check_datasets
@@ -70,6 +71,18 @@ class DistillTrainer(DefaultTrainer):
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """Detectron2's rule (SOLVER.REFERENCE_WORLD_SIZE), and the warm-up of the terms by the factor of MAX_ITER."""
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if scaled is not cfg:
+            scaled.defrost()
+            nodes = [node for node in scaled.DISTILL.values() if isinstance(node, CfgNode) and "WARMUP_ITERS" in node]
+            for node in [scaled.DISTILL, *nodes]:
+                node.WARMUP_ITERS = round(node.WARMUP_ITERS * cfg.SOLVER.REFERENCE_WORLD_SIZE / num_workers)
+            scaled.freeze()
+        return scaled
+
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """Detectron2's, or AdamW where SOLVER.OPTIMIZER says so."""
@@ -82,9 +95,8 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """COCO's metrics for every data set."""
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        return COCOEvaluator(dataset_name, output_dir=folder, use_fast_impl=has_compiled_ops())
+        """COCO's metrics for every data set, and VOC's for Detectron2's VOC sets."""
+        return build_evaluator(cfg, dataset_name)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Optional[List[DatasetEvaluator]] = None) -> Dict:
@@ -146,13 +158,18 @@ def evaluate_teacher(cfg: CfgNode, teacher: Optional[FrozenTeacher] = None) -> D
     check_datasets(cfg)
     teacher = teacher or FrozenTeacher(cfg)
     check_classes(cfg.DATASETS.TEST, teacher.spec.num_classes, "teacher")
-    config = teacher.cfg.clone()
-    config.defrost()
-    config.DATASETS = cfg.DATASETS.clone()
-    config.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
-    config.freeze()
     logger.info("Evaluating the teacher.")
-    return DistillTrainer.test(config, teacher.model)
+    own_folder = cfg.clone()
+    own_folder.defrost()
+    own_folder.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
+    results = {}
+    with random_state((0,)):
+        for name in cfg.DATASETS.TEST:
+            evaluator = build_evaluator(own_folder, name)
+            results[name] = inference_on_dataset(teacher.model, teacher.file.test_loader(name), evaluator)
+            if comm.is_main_process():
+                print_csv_format(results[name])
+    return results if len(results) != 1 else next(iter(results.values()))
 
 
 def build_plain_student(cfg: CfgNode) -> nn.Module:

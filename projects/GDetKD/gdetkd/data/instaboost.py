@@ -1,0 +1,121 @@
+"""InstaBoost (Fang et al., ICCV 2019), the augmentation of the paper's strongest teacher, by its authors' own package.
+
+Objects are cut out along their masks, the hole is painted over, and they are put back, moved and turned a little.
+"""
+
+import copy
+import importlib
+from typing import Any, Callable, Dict, List, Tuple
+
+import numpy as np
+import pycocotools.mask as mask_util
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import convert_PIL_to_numpy, read_image
+from detectron2.structures import BoxMode
+from fvcore.transforms.transform import Transform
+from PIL import Image
+
+from ..errors import GDetKDError
+
+# (annotations, BGR image) -> the same, augmented.
+Boost = Callable[[List[Dict[str, Any]], np.ndarray], Tuple[List[Dict[str, Any]], np.ndarray]]
+
+
+class InstaBoostMapper:
+    """Detectron2's mapper of training samples, after InstaBoost with probability INPUT.INSTABOOST.PROBABILITY.
+
+    Crowds keep their place. An image without objects stays as it is.
+
+    Args:
+        cfg: INPUT.INSTABOOST holds the authors' parameters, under their names.
+
+    Raises:
+        GDetKDError: the package is not installed; in use: an object has no mask.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self._mapper = DatasetMapper(cfg, is_train=True)
+        self._boost = _load_boost(cfg.INPUT.INSTABOOST)
+        self._probability = cfg.INPUT.INSTABOOST.PROBABILITY
+
+    def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
+        objects = [a for a in dataset_dict.get("annotations", []) if not a.get("iscrowd", 0)]
+        if not objects or np.random.random() >= self._probability:
+            return self._mapper(dataset_dict)
+        image = read_image(dataset_dict["file_name"], "BGR")
+        boosted, image = self._boost([_to_coco(a, dataset_dict["file_name"]) for a in objects], image)
+        crowds = [a for a in dataset_dict["annotations"] if a.get("iscrowd", 0)]
+        dataset_dict = dict(dataset_dict)
+        dataset_dict["annotations"] = [_from_coco(a, image.shape[:2]) for a in boosted] + crowds
+        # The mapper reads the file itself; what it has read is replaced before anything else happens to it.
+        mapper = copy.copy(self._mapper)
+        in_its_format = convert_PIL_to_numpy(Image.fromarray(image[:, :, ::-1]), mapper.image_format)
+        mapper.augmentations = T.AugmentationList([_Replaced(in_its_format), *self._mapper.augmentations.augs])
+        return mapper(dataset_dict)
+
+
+class _Replaced(Transform):
+    """Puts another image of the same size in the place of one."""
+
+    def __init__(self, image: np.ndarray) -> None:
+        super().__init__()
+        self._image = image
+
+    def apply_image(self, img: np.ndarray) -> np.ndarray:
+        return self._image
+
+    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        return segmentation
+
+    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
+        return coords
+
+
+def _load_boost(node: CfgNode) -> Boost:
+    try:
+        package = importlib.import_module("instaboostfast")
+    except ImportError as e:
+        raise GDetKDError(
+            f"INPUT.INSTABOOST.ENABLED needs the authors' package ({e}): pip install 'gdetkd[instaboost]', or, in a "
+            "checkout, pip install -e '.[instaboost]'."
+        ) from e
+    config = package.InstaBoostConfig(
+        action_candidate=tuple(node.ACTION_CANDIDATE),
+        action_prob=tuple(node.ACTION_PROB),
+        scale=tuple(node.SCALE),
+        dx=node.DX,
+        dy=node.DY,
+        theta=tuple(node.THETA),
+        color_prob=node.COLOR_PROB,
+        heatmap_flag=node.HEATMAP_FLAG,
+    )
+    return lambda annotations, image: package.get_new_data(annotations, image, config)
+
+
+def _to_coco(annotation: Dict[str, Any], file_name: str) -> Dict[str, Any]:
+    """With its box as x, y, width, height, and run-length masks uncompressed: that is what the package reads."""
+    mask = annotation.get("segmentation")
+    if not mask:
+        raise GDetKDError(
+            f"INPUT.INSTABOOST cuts objects out along their masks, and one of {file_name} has none. Train on a data "
+            "set with masks, or set INPUT.INSTABOOST.ENABLED to False."
+        )
+    if isinstance(mask, dict) and not isinstance(mask["counts"], list):
+        mask = {"size": mask["size"], "counts": _run_lengths(mask_util.decode(mask))}
+    box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS)
+    return {**annotation, "segmentation": mask, "bbox": [float(v) for v in box], "bbox_mode": BoxMode.XYWH_ABS}
+
+
+def _from_coco(annotation: Dict[str, Any], size: Tuple[int, int]) -> Dict[str, Any]:
+    mask = annotation["segmentation"]
+    if isinstance(mask, dict):
+        annotation = {**annotation, "segmentation": mask_util.frPyObjects(mask, *size)}
+    return annotation
+
+
+def _run_lengths(mask: np.ndarray) -> List[int]:
+    """Lengths of alternating runs of 0 and 1 in COCO's column order, of 0 first, be it of length 0."""
+    flat = np.concatenate([[0], mask.flatten(order="F"), [2]]).astype(np.int8)
+    return np.diff(np.flatnonzero(np.diff(flat)), prepend=0).tolist()

@@ -1,0 +1,61 @@
+"""The metrics of a data set."""
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_pascal_voc
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+from conftest import make_cfg
+from gdetkd.engine.evaluators import build_evaluator
+
+XML = """<annotation><filename>{name}.jpg</filename><size><width>64</width><height>48</height><depth>3</depth></size>
+<object><name>cat</name><pose>Left</pose><truncated>0</truncated><difficult>{difficult}</difficult>
+<bndbox><xmin>11</xmin><ymin>6</ymin><xmax>30</xmax><ymax>40</ymax></bndbox></object></annotation>"""
+
+
+@pytest.fixture
+def voc(tmp_path, forget_datasets):
+    """Two images of VOC's layout with a cat each, the second's difficult."""
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True)
+    for difficult, name in enumerate(("000001", "000002")):
+        (tmp_path / "Annotations" / f"{name}.xml").write_text(XML.format(name=name, difficult=difficult))
+        Image.new("RGB", (64, 48)).save(tmp_path / "JPEGImages" / f"{name}.jpg")
+    (tmp_path / "ImageSets/Main/test.txt").write_text("000001\n000002\n")
+    register_pascal_voc("voc_tiny", str(tmp_path), "test", 2007, ["cat", "dog"])
+    MetadataCatalog.get("voc_tiny").set(evaluator_type="pascal_voc")
+    return "voc_tiny"
+
+
+def evaluate(dataset, found, tmp_path):
+    """Metrics of a detector that finds the cats of the given images."""
+    evaluator = build_evaluator(make_cfg({"OUTPUT_DIR": str(tmp_path)}), dataset)
+    evaluator.reset()
+    for sample in DatasetCatalog.get(dataset):
+        count = int(sample["image_id"] in found)
+        instances = Instances((48, 64))
+        instances.pred_boxes = Boxes(torch.tensor([[10.0, 5.0, 30.0, 40.0]])[:count])
+        instances.scores = torch.ones(count)
+        instances.pred_classes = torch.zeros(count, dtype=torch.int64)
+        evaluator.process([sample], [{"instances": instances}])
+    return evaluator.evaluate()
+
+
+def test_vocs_sets_have_both_metrics(voc, tmp_path):
+    results = evaluate(voc, {"000001", "000002"}, tmp_path / "both")
+    assert results["bbox"]["AP"] == pytest.approx(100)
+    # The average over classes counts the dog, which no image has, as 0 in VOC's metric.
+    assert results["voc"]["AP50"] == pytest.approx(50) and set(results["voc"]) == {"AP", "AP50", "AP75"}
+
+
+def test_difficult_objects_count_in_cocos_metric_alone(voc, tmp_path):
+    results = evaluate(voc, {"000001"}, tmp_path / "easy")
+    assert results["voc"]["AP50"] == pytest.approx(50)
+    assert results["bbox"]["AP"] == pytest.approx(50, abs=1)
+
+
+def test_other_sets_have_cocos(tmp_path):
+    evaluator = build_evaluator(make_cfg({"OUTPUT_DIR": str(tmp_path)}), "tiny")
+    assert type(evaluator).__name__ == "COCOEvaluator"

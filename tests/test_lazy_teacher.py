@@ -1,0 +1,187 @@
+"""Teachers from LazyConfig files."""
+
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import FPN
+
+from conftest import NUM_CLASSES, make_batch, settle_batch_norm
+from gdetkd import DistillTrainer
+from gdetkd.engine import evaluate_teacher
+from gdetkd.errors import GDetKDError
+from gdetkd.teacher import FrozenTeacher
+
+FILE = """
+import detectron2.data.transforms as T
+from detectron2.config import LazyCall as L
+from detectron2.data import DatasetMapper
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import FPN, GeneralizedRCNN, StandardROIHeads
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.resnet import BasicStem, ResNet
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLayers
+from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
+
+LEVELS = ["p2", "p3", "p4", "p5"]
+model = L(GeneralizedRCNN)(
+    backbone=L(FPN)(
+        bottom_up=L(ResNet)(
+            stem=L(BasicStem)(in_channels=3, out_channels=64, norm="BN"),
+            stages=L(ResNet.make_default_stages)(depth=18, norm="BN"),
+            out_features=["res2", "res3", "res4", "res5"],
+        ),
+        in_features=["res2", "res3", "res4", "res5"],
+        out_channels=12,
+        top_block=L(LastLevelMaxPool)(),
+    ),
+    proposal_generator=L(RPN)(
+        in_features=[*LEVELS, "p6"],
+        head=L(StandardRPNHead)(in_channels=12, num_anchors=3),
+        anchor_generator=L(DefaultAnchorGenerator)(
+            sizes=[[8], [16], [32], [48], [64]], aspect_ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64], offset=0.0
+        ),
+        anchor_matcher=L(Matcher)(thresholds=[0.3, 0.7], labels=[0, -1, 1], allow_low_quality_matches=True),
+        box2box_transform=L(Box2BoxTransform)(weights=[1.0, 1.0, 1.0, 1.0]),
+        batch_size_per_image=16,
+        positive_fraction=0.5,
+        pre_nms_topk=(60, 60),
+        post_nms_topk=(30, 30),
+        nms_thresh=0.7,
+    ),
+    roi_heads=L(StandardROIHeads)(
+        num_classes=3,
+        batch_size_per_image=8,
+        positive_fraction=0.25,
+        proposal_matcher=L(Matcher)(thresholds=[0.5], labels=[0, 1], allow_low_quality_matches=False),
+        box_in_features=LEVELS,
+        box_pooler=L(ROIPooler)(
+            output_size=7, scales=(1 / 4, 1 / 8, 1 / 16, 1 / 32), sampling_ratio=2, pooler_type="ROIAlignV2"
+        ),
+        box_head=L(FastRCNNConvFCHead)(
+            input_shape=ShapeSpec(channels=12, height=7, width=7), conv_dims=[], fc_dims=[16]
+        ),
+        box_predictor=L(FastRCNNOutputLayers)(
+            input_shape=ShapeSpec(channels=16),
+            box2box_transform=L(Box2BoxTransform)(weights=(10, 10, 5, 5)),
+            num_classes="${..num_classes}",
+        ),
+    ),
+    pixel_mean=[103.53, 116.28, 123.675],
+    pixel_std=[1.0, 1.0, 1.0],
+    input_format="RGB",
+)
+dataloader = dict(
+    train=dict(dataset=dict(names="tiny")),
+    test=dict(
+        mapper=L(DatasetMapper)(
+            is_train=False,
+            augmentations=[L(T.ResizeShortestEdge)(short_edge_length=80, max_size=200)],
+            image_format="RGB",
+        )
+    ),
+)
+"""
+
+
+@pytest.fixture
+def lazy_teacher(tmp_path):
+    """Writes a LazyConfig file and weights for it; returns the config keys that name them."""
+
+    def make(change=lambda text: text):
+        (tmp_path / "teacher.py").write_text(change(FILE))
+        torch.manual_seed(7)
+        model = instantiate(LazyConfig.load(str(tmp_path / "teacher.py")).model)
+        settle_batch_norm(model)
+        torch.save({"model": model.state_dict()}, tmp_path / "lazy.pth")
+        keys = {"CONFIG_FILE": str(tmp_path / "teacher.py"), "WEIGHTS": str(tmp_path / "lazy.pth")}
+        return {f"DISTILL.TEACHER.{name}": value for name, value in keys.items()}
+
+    return make
+
+
+def test_it_teaches_with_all_terms(distill_cfg, lazy_teacher):
+    trainer = DistillTrainer(distill_cfg(lazy_teacher()))
+    teacher = trainer.distiller.teacher
+    before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
+    trainer.train()
+    assert teacher.spec.channels == 12 and not teacher.model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.model.state_dict().items())
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.student.parameters())
+
+
+def test_its_channel_order_is_its_own(distill_cfg, lazy_teacher):
+    teacher = FrozenTeacher(distill_cfg(lazy_teacher()))  # the student's is BGR
+    batch = make_batch()
+    ours = teacher.preprocess(batch).tensor[0, :, :64, :64]
+    mean = torch.tensor([103.53, 116.28, 123.675])[:, None, None]
+    torch.testing.assert_close(ours, batch[0]["image"].flip(0) - mean)
+
+
+def test_what_reads_its_images_says_their_channel_order(distill_cfg, lazy_teacher, caplog):
+    keys = lazy_teacher(lambda text: text.replace('image_format="RGB"', 'image_format="BGR"'))
+    assert FrozenTeacher(distill_cfg(keys)).file.input_format == "BGR"
+    assert "reads images as BGR and draws them as RGB" in caplog.text
+
+
+def test_its_classes_are_its_data_sets(distill_cfg, lazy_teacher):
+    names = tuple(MetadataCatalog.get("tiny").thing_classes)
+    assert FrozenTeacher(distill_cfg(lazy_teacher())).spec.class_names == names
+    unknown = lazy_teacher(lambda text: text.replace('names="tiny"', 'names=("nobody", "knows")'))
+    assert FrozenTeacher(distill_cfg(unknown)).spec.class_names is None
+
+
+def test_it_is_evaluated_in_its_own_size(distill_cfg, lazy_teacher):
+    cfg = distill_cfg({**lazy_teacher(), "DATASETS.TEST": ("tiny",)})
+    teacher = FrozenTeacher(cfg)
+    [sample] = next(iter(teacher.file.test_loader("tiny")))
+    assert min(sample["image"].shape[1:]) == 80  # the student's would be 64
+    assert "AP" in evaluate_teacher(cfg, teacher)["bbox"]
+
+
+def test_opts_change_it(distill_cfg, lazy_teacher):
+    keys = lazy_teacher()
+    opts = ["model.roi_heads.num_classes", NUM_CLASSES + 1]
+    with pytest.raises(GDetKDError, match="unloaded .*belong together"):
+        FrozenTeacher(distill_cfg({**keys, "DISTILL.TEACHER.OPTS": opts}))
+    with pytest.raises(GDetKDError, match="pairs of a key and a value"):
+        FrozenTeacher(distill_cfg({**keys, "DISTILL.TEACHER.OPTS": opts[:1]}))
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (("model = L(", "detector = L("), "defines no `model`"),
+        (('    input_format="RGB",\n', ""), None),
+        (("dataloader = dict(", "loader = dict("), "no dataloader.test.mapper"),
+    ],
+)
+def test_what_the_file_lacks_is_named(distill_cfg, lazy_teacher, tmp_path, change, match):
+    keys = lazy_teacher()
+    (tmp_path / "teacher.py").write_text(FILE.replace(*change))
+    if match is None:  # the data's own channel order is enough
+        assert FrozenTeacher(distill_cfg(keys)).file.input_format == "RGB"
+        return
+    with pytest.raises(GDetKDError, match=match):
+        FrozenTeacher(distill_cfg(keys)).file.test_loader("tiny")
+
+
+def test_channel_order_that_nothing_tells(distill_cfg, lazy_teacher, tmp_path):
+    keys = lazy_teacher()
+    (tmp_path / "teacher.py").write_text(FILE.replace('image_format="RGB",', "").replace('input_format="RGB",', ""))
+    with pytest.raises(GDetKDError, match="RGB or BGR.*model.input_format"):
+        FrozenTeacher(distill_cfg(keys))
+    told = {**keys, "DISTILL.TEACHER.OPTS": ["model.input_format", "BGR"]}
+    assert FrozenTeacher(distill_cfg(told)).file.input_format == "BGR"
+
+
+def test_a_teacher_of_fixed_size_is_never_given_a_larger_image(distill_cfg, monkeypatch):
+    # As Detectron2's plain vision transformers declare it.
+    monkeypatch.setattr(FPN, "padding_constraints", {"square_size": 1024}, raising=False)
+    with pytest.raises(GDetKDError, match=r"at most 1024 pixels.*INPUT.MAX_SIZE_TRAIN to 1024 or less"):
+        FrozenTeacher(distill_cfg())
+    FrozenTeacher(distill_cfg({"INPUT.MAX_SIZE_TRAIN": 1024}))

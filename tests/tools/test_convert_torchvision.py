@@ -1,0 +1,68 @@
+"""A converted ResNet of torchvision's computes what torchvision's does."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+
+from conftest import make_cfg
+
+TOOL = Path(__file__).parents[2] / "tools" / "convert_torchvision.py"
+ARCHITECTURES = {
+    "resnet18": {
+        "MODEL.RESNETS.DEPTH": 18,
+        "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    },
+    "resnet50": {
+        "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 256,
+        "MODEL.RESNETS.WIDTH_PER_GROUP": 64,
+        "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_features_are_torchvisions(architecture, tmp_path):
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(architecture, weights=None).eval()
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    command = [sys.executable, TOOL, architecture, tmp_path / "ours.pth", "--input", tmp_path / "theirs.pth"]
+    subprocess.run(command, check=True, capture_output=True)
+
+    ours = build_model(make_cfg(ARCHITECTURES[architecture])).eval()
+    DetectionCheckpointer(ours).load(str(tmp_path / "ours.pth"))
+    image = torch.randn(1, 3, 64, 64)
+    features = ours.backbone.bottom_up(image)
+    x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image))))
+    for index in range(1, 5):
+        x = getattr(theirs, f"layer{index}")(x)
+        torch.testing.assert_close(features[f"res{index + 1}"], x, rtol=1e-4, atol=1e-4)
+
+
+def test_another_file_is_refused(tmp_path):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    command = [sys.executable, TOOL, "resnet18", tmp_path / "out.pth", "--input", tmp_path / "other.pth"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and "does not hold a ResNet" in result.stderr
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_every_tensor_of_the_backbone_has_its_name():
+    spec = importlib.util.spec_from_file_location("convert_torchvision", TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    ours = build_model(make_cfg(ARCHITECTURES["resnet18"])).state_dict()
+    backbone = {name for name in ours if name.startswith(tool.PREFIX) and not name.endswith("num_batches_tracked")}
+    assert set(tool.convert(torchvision.models.resnet18(weights=None).state_dict())) == backbone
