@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Distils, trains or evaluates a detector:
 
-python train_net.py --config-file FILE [--num-gpus N] [--resume] [--eval-only | --eval-teacher] [KEY VALUE ...]
+python train_net.py --config-file FILE [--num-gpus N] [--resume|--check|--eval-only|--eval-teacher] [KEY VALUE ...]
 """
 
 import logging
@@ -18,6 +18,7 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 
 from gdetkd.data import register_datasets
 from gdetkd.engine import build_plain_student, evaluate_teacher
+from gdetkd.engine.check import Check
 from gdetkd.engine.preflight import check_datasets
 from gdetkd.errors import GDetKDError
 
@@ -27,6 +28,8 @@ logger = logging.getLogger("gdetkd")
 def parser() -> ArgumentParser:
     parser = default_argument_parser(__doc__)
     parser.add_argument("--eval-teacher", action="store_true", help="evaluate the teacher alone on DATASETS.TEST")
+    parser.add_argument("--check", action="store_true", help="look at what a training would be, and do not train")
+    parser.add_argument("--check-images", type=int, default=50, help="on which --check evaluates the teacher")
     return parser
 
 
@@ -49,6 +52,8 @@ def setup(args: Namespace) -> CfgNode:
 def main(args: Namespace) -> Any:
     cfg = setup(args)
     register_datasets(cfg)
+    if args.check:
+        return check(cfg, args)
     if args.eval_teacher:
         return evaluate_teacher(cfg)
     if args.eval_only:
@@ -59,6 +64,14 @@ def main(args: Namespace) -> Any:
     trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
+
+
+def check(cfg: CfgNode, args: Namespace) -> None:
+    """Prints one screen; exits with 1 where something would ruin the training."""
+    checked = Check(cfg, args.check_images, max(1, args.num_gpus) * args.num_machines)
+    print(f"\n{checked.run()}")
+    if checked.problems:
+        sys.exit(1)
 
 
 def check_gpus(args: Namespace) -> None:
@@ -79,8 +92,8 @@ if __name__ == "__main__":
         check_gpus(arguments)
         launch(
             main,
-            arguments.num_gpus,
-            num_machines=arguments.num_machines,
+            0 if arguments.check else arguments.num_gpus,  # one process tells what each of them would do
+            num_machines=1 if arguments.check else arguments.num_machines,
             machine_rank=arguments.machine_rank,
             dist_url=arguments.dist_url,
             args=(arguments,),

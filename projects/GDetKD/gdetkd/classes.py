@@ -71,7 +71,7 @@ def match_classes(loss: str, cfg: CfgNode, student: DetectorSpec, teacher: Detec
     """
     if student.class_names is None or teacher.class_names is None:
         return _assume_same_order(loss, cfg, student, teacher)
-    other_name = _other_names(cfg, student.class_names, teacher.class_names)
+    other_name = other_names(cfg, student.class_names, teacher.class_names)
     position = {name: index for index, name in enumerate(teacher.class_names)}
     both = [
         (index, position[other_name.get(name, name)])
@@ -83,8 +83,8 @@ def match_classes(loss: str, cfg: CfgNode, student: DetectorSpec, teacher: Detec
     unused = [name for index, name in enumerate(teacher.class_names) if index not in {index for _, index in both}]
     if not both:
         raise GDetKDError(
-            f"{loss} compares class by class, but no class of the student ({_some(alone)}) is one of the teacher's "
-            f"({_some(unused)}). Name those that mean the same in DISTILL.CLASS_MAP, as pairs [student's, teacher's], "
+            f"{loss} compares class by class, but no class of the student ({some(alone)}) is one of the teacher's "
+            f"({some(unused)}). Name those that mean the same in DISTILL.CLASS_MAP, as pairs [student's, teacher's], "
             f"or take {loss} out of DISTILL.LOSSES (SGFI and CKD need no common class)."
         )
     if not alone and not unused and all(index == other for index, other in both):
@@ -94,8 +94,8 @@ def match_classes(loss: str, cfg: CfgNode, student: DetectorSpec, teacher: Detec
         logger.warning(
             "%s leaves out: of the student %s; of the teacher %s.",
             loss,
-            _some(alone) or "none",
-            _some(unused) or "none",
+            some(alone) or "none",
+            some(unused) or "none",
         )
     return ClassMap(tuple(index for index, _ in both), tuple(index for _, index in both))
 
@@ -118,19 +118,49 @@ def _assume_same_order(loss: str, cfg: CfgNode, student: DetectorSpec, teacher: 
     return ClassMap()
 
 
-def _other_names(cfg: CfgNode, student: Tuple[str, ...], teacher: Tuple[str, ...]) -> Dict[str, str]:
+def check_transfer(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> None:
+    """Head transfer copies a classification layer row by row.
+
+    Raises:
+        GDetKDError: the student has the teacher's classes in another order.
+    """
+    if student.class_names is None or teacher.class_names is None or student.num_classes != teacher.num_classes:
+        return
+    other_name = other_names(cfg, student.class_names, teacher.class_names)
+    names = [other_name.get(name, name) for name in student.class_names]
+    if names == list(teacher.class_names):
+        return
+    if sorted(names) == sorted(teacher.class_names):
+        raise GDetKDError(
+            f"DISTILL.HEAD_TRANSFER would start the student's classes ({some(names)}) from others: the teacher's are "
+            f"in another order ({some(teacher.class_names)}). Bring the data sets' into one, or switch it off."
+        )
+    logger.warning(
+        "Head transfer starts the student's classes (%s) from others of the teacher (%s).",
+        some(student.class_names),
+        some(teacher.class_names),
+    )
+
+
+def other_names(cfg: CfgNode, student: Tuple[str, ...], teacher: Tuple[str, ...]) -> Dict[str, str]:
+    """DISTILL.CLASS_MAP as a dictionary from the student's names to the teacher's.
+
+    Raises:
+        GDetKDError: it names a class that does not exist.
+    """
     pairs: Dict[str, str] = {}
     for pair in cfg.DISTILL.CLASS_MAP:
         if len(pair) != 2 or pair[0] not in student or pair[1] not in teacher:
             raise GDetKDError(
-                f"DISTILL.CLASS_MAP: {pair!r} is not a pair of a class of the student ({_some(student)}) and one of "
-                f"the teacher ({_some(teacher)})."
+                f"DISTILL.CLASS_MAP: {pair!r} is not a pair of a class of the student ({some(student)}) and one of "
+                f"the teacher ({some(teacher)})."
             )
         pairs[pair[0]] = pair[1]
     return pairs
 
 
-def _some(names: Sequence[str], count: int = 10) -> str:
+def some(names: Sequence[str], count: int = 10) -> str:
+    """Names for a message, which is not to fill the screen."""
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 

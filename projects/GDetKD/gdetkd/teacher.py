@@ -13,7 +13,7 @@ from detectron2.structures import ImageList
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from .classes import with_class_names
+from .classes import some, with_class_names
 from .detectors import build_adapter
 from .errors import GDetKDError
 from .structures import DetectorOutputs, Regions
@@ -37,18 +37,14 @@ class CompleteCheckpointer(DetectionCheckpointer):
         if left:
             raise GDetKDError(
                 f"The teacher's weights leave {len(left)} of its {len(self.model.state_dict())} tensors unloaded "
-                f"({_some(left)}). Do the file and DISTILL.TEACHER.CONFIG_FILE belong together?"
+                f"({some(left)}). Do the file and DISTILL.TEACHER.CONFIG_FILE belong together?"
             )
         if incompatible.unexpected_keys:
             logger.warning(
                 "The teacher's weights hold tensors that its config has no place for: %s.",
-                _some(incompatible.unexpected_keys),
+                some(incompatible.unexpected_keys),
             )
         return incompatible
-
-
-def _some(names: Sequence[str], count: int = 5) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def load_weights(model: nn.Module, path: str) -> str:
@@ -76,6 +72,12 @@ def load_weights(model: nn.Module, path: str) -> str:
             f"The teacher's weights {path!r} cannot be read ({type(e).__name__}: {str(e).splitlines()[0]}). Is the "
             f"file complete ({os.path.getsize(local)} bytes), and a Detectron2 checkpoint?"
         ) from e
+    broken = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise GDetKDError(
+            f"The teacher's weights {path!r} hold values that are not finite ({some(broken)}): its training diverged. "
+            "Take an earlier checkpoint."
+        )
     with open(local, "rb") as file:
         return _sha256(file.read())
 
@@ -143,7 +145,13 @@ def _teachers_classes(cfg: CfgNode, file: TeacherFile, num_classes: int) -> Opti
     given = tuple(cfg.DISTILL.TEACHER.CLASSES)
     if given and len(given) != num_classes:
         raise GDetKDError(f"DISTILL.TEACHER.CLASSES has {len(given)} names, and the teacher {num_classes} classes.")
-    return given or file.class_names()
+    known = file.class_names() or given
+    if given and given != known and sorted(given) == sorted(known):
+        raise GDetKDError(
+            f"DISTILL.TEACHER.CLASSES has the teacher's classes in another order ({some(given)}) than the data set "
+            f"that its own file trains on ({some(known)}). Leave it empty, or correct it."
+        )
+    return given or known or None
 
 
 def _check_size(cfg: CfgNode, teacher: nn.Module) -> None:
@@ -189,10 +197,10 @@ def transfer_heads(teacher: nn.Module, student: nn.Module) -> List[str]:
     if not copied:
         raise GDetKDError(
             "DISTILL.HEAD_TRANSFER would transfer nothing: no tensor outside the backbones agrees in name and shape "
-            f"(the student has {_some(skipped)}). Give the student the teacher's head widths and FPN channels, or "
+            f"(the student has {some(skipped)}). Give the student the teacher's head widths and FPN channels, or "
             "switch it off."
         )
     logger.info("Head transfer: %d tensors from the teacher.", len(copied))
     if skipped:
-        logger.warning("Head transfer leaves %d tensors as they were: %s", len(skipped), _some(skipped))
+        logger.warning("Head transfer leaves %d tensors as they were: %s", len(skipped), some(skipped))
     return copied

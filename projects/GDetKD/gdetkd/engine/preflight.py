@@ -1,10 +1,11 @@
 """Checks that cost no time, made before every training."""
 
-from typing import List, Sequence
+from typing import List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..classes import some
 from ..errors import GDetKDError
 
 
@@ -29,6 +30,7 @@ def check_datasets(cfg: CfgNode) -> None:
         raise GDetKDError("DATASETS.TRAIN is empty: name the data set to train on.")
     for name in [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]:
         load_dataset(name)
+    check_class_order([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
 
 
 def load_dataset(name: str) -> List[dict]:
@@ -69,4 +71,23 @@ def check_classes(names: Sequence[str], num_classes: int, role: str = "student")
             )
             raise GDetKDError(
                 f"The data set {name!r} has {len(classes)} classes and the {role} {num_classes}. {remedy}"
+            )
+
+
+def check_class_order(names: Sequence[str]) -> None:
+    """
+    Raises:
+        GDetKDError: two data sets have the same classes in another order, by which evaluation would mistake them.
+    """
+    first: Optional[str] = None
+    for name in names:
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes is None:
+            continue
+        first = first or name
+        expected = MetadataCatalog.get(first).thing_classes
+        if list(classes) != list(expected) and sorted(classes) == sorted(expected):
+            raise GDetKDError(
+                f"The data sets {first!r} and {name!r} have the same classes in another order: {some(expected)}; and "
+                f"{some(classes)}. Give them one order (in COCO JSON, by category id)."
             )

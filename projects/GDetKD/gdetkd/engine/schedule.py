@@ -1,6 +1,6 @@
 """Weights of the distillation terms over training, and what is logged of them."""
 
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode
@@ -21,6 +21,15 @@ class LossSchedule:
     def __init__(self, cfg: CfgNode) -> None:
         self._warmup_iters = cfg.DISTILL.WARMUP_ITERS
         self._nodes = {term_name(name): cfg.DISTILL[name] for name in cfg.DISTILL.LOSSES}
+
+    @property
+    def terms(self) -> List[str]:
+        """The distillation terms' names among a model's losses."""
+        return list(self._nodes)
+
+    def full_weight(self, term: str) -> float:
+        """The factor on a term after its warm-up."""
+        return self._nodes[term].WEIGHT
 
     def weight(self, term: str, iteration: int) -> float:
         """The factor on a term at an iteration; it rises linearly from the first to iteration WARMUP_ITERS."""

@@ -1,34 +1,36 @@
 """Detectron2's default training, with a teacher."""
 
 import logging
-import os
 import weakref
 from typing import Any, Dict, List, Optional
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
-from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..classes import check_transfer, class_names, with_class_names
 from ..config import plain_config
 from ..data import ResumableLoader, build_train_loader, register_datasets
 from ..data.train_loader import random_state
 from ..detectors import build_adapter, find_adapter
 from ..distiller import GDetKD
 from ..errors import GDetKDError
-from ..teacher import FrozenTeacher, transfer_heads
+from ..structures import DetectorSpec
+from ..teacher import transfer_heads
 from .evaluators import build_evaluator
 from .hooks import KeepBest, RandomState, Stopwatch
 from .optimizer import build_optimizer
 from .preflight import check_architecture, check_classes, check_datasets
 from .schedule import LossSchedule
+from .student_weights import StudentCheckpointer
+from .teacher_score import evaluate_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -54,18 +56,23 @@ class DistillTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         self.student: nn.Module = model.student if isinstance(model, GDetKD) else model
         self.distiller: Optional[GDetKD] = model if isinstance(model, GDetKD) else None
-        if find_adapter(self.student) is not None:  # without losses any detector can be trained
+        self.student_spec: Optional[DetectorSpec] = None  # without losses any detector can be trained
+        if find_adapter(self.student) is not None:
             spec = build_adapter(self.student, "student", cfg).spec
             check_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], spec.num_classes)
+            self.student_spec = with_class_names(spec, class_names(cfg))
+        if cfg.DISTILL.HEAD_TRANSFER and self.distiller is not None and self.student_spec is not None:
+            check_transfer(cfg, self.student_spec, self.distiller.teacher.spec)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         model = _distributed(model)
-        LossSchedule(cfg).attach(model)
+        self.schedule = LossSchedule(cfg)
+        self.schedule.attach(model)
         self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         # Loaded in this order: what is under `distill` can say what differs, the optimizer's state cannot.
         beside = {"distill": _DistillState(self.distiller)} if self.distiller and self.distiller.teacher else {}
-        self.checkpointer = DetectionCheckpointer(self.student, cfg.OUTPUT_DIR, **beside, trainer=weakref.proxy(self))
+        self.checkpointer = StudentCheckpointer(self.student, cfg.OUTPUT_DIR, **beside, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -121,7 +128,9 @@ class DistillTrainer(DefaultTrainer):
         if self.start_iter > 0:
             if isinstance(self.data_loader, ResumableLoader):
                 self.data_loader.start_iter = self.start_iter
-        elif self.cfg.DISTILL.HEAD_TRANSFER and self.distiller is not None:
+            return
+        self.checkpointer.warn_of_backbone(self.cfg.MODEL.WEIGHTS)
+        if self.cfg.DISTILL.HEAD_TRANSFER and self.distiller is not None:
             transfer_heads(self.distiller.teacher.model, self.student)
 
     def train(self) -> Any:
@@ -142,34 +151,6 @@ class DistillTrainer(DefaultTrainer):
         self._trainer.load_state_dict(state_dict["_trainer"])
         if "data_seed" in state_dict and isinstance(self.data_loader, ResumableLoader):
             self.data_loader.seed = state_dict["data_seed"]
-
-
-def evaluate_teacher(cfg: CfgNode, teacher: Optional[FrozenTeacher] = None) -> Dict[str, Any]:
-    """Evaluates the teacher on the student's DATASETS.TEST, with the teacher's own image size and preprocessing.
-
-    Args:
-        cfg: the config of the distillation.
-        teacher: built from `cfg` where it is not given.
-
-    Returns:
-        metrics in percent as Detectron2 gives them, by task; with several data sets, by data set first.
-    """
-    register_datasets(cfg)
-    check_datasets(cfg)
-    teacher = teacher or FrozenTeacher(cfg)
-    check_classes(cfg.DATASETS.TEST, teacher.spec.num_classes, "teacher")
-    logger.info("Evaluating the teacher.")
-    own_folder = cfg.clone()
-    own_folder.defrost()
-    own_folder.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
-    results = {}
-    with random_state((0,)):
-        for name in cfg.DATASETS.TEST:
-            evaluator = build_evaluator(own_folder, name)
-            results[name] = inference_on_dataset(teacher.model, teacher.file.test_loader(name), evaluator)
-            if comm.is_main_process():
-                print_csv_format(results[name])
-    return results if len(results) != 1 else next(iter(results.values()))
 
 
 def build_plain_student(cfg: CfgNode) -> nn.Module:

@@ -1,0 +1,210 @@
+"""`train_net.py --check`: one screen on what a training would be, and named reasons for what would ruin it."""
+
+import math
+from itertools import islice
+from typing import Any, Dict, List, Optional
+
+from detectron2.config import CfgNode
+from tabulate import tabulate
+from torch import nn
+
+from ..classes import match_classes, some
+from ..errors import GDetKDError
+from ..structures import DetectorSpec
+from .step_costs import StepCost, TermCost, measure_step, measure_terms
+from .student_weights import backbone_message
+from .teacher_score import (
+    USUAL,
+    Preprocessing,
+    SampleScore,
+    preprocessing_of,
+    score_on_sample,
+    with_channels_swapped,
+)
+from .trainer import DistillTrainer
+
+BATCHES = 4
+# AP (points) by which other preprocessing has to beat the teacher's own on the sample to be taken for the right one.
+NOTABLE_GAIN = 2.0
+
+
+class Check:
+    """Builds everything as training would and looks at it; nothing is saved.
+
+    Args:
+        cfg: the config of the run.
+        images: of the sample that the teacher is evaluated on.
+        processes: that the training will have; the check is one of them.
+
+    Attributes:
+        problems: reasons not to start, each with its remedy.
+
+    Raises:
+        GDetKDError: the run could not be built at all.
+    """
+
+    def __init__(self, cfg: CfgNode, images: int = 50, processes: int = 1) -> None:
+        self.problems: List[str] = []
+        self._images = images
+        self._cfg = _of_one_process(cfg, processes)
+        self._trainer = DistillTrainer(self._cfg)
+        self._trainer.resume_or_load(resume=False)
+        self._student = self._trainer.student
+        self._distiller = self._trainer.distiller
+        self._teacher = self._distiller.teacher if self._distiller is not None else None
+
+    def run(self) -> str:
+        """The screen; afterwards `problems` is complete."""
+        parts = [self._detectors(), self._weights()]
+        if self._teacher is not None:
+            parts += [self._classes(), self._teacher_score()]
+        try:
+            parts += [self._terms(), self._costs()]
+        except FloatingPointError as e:  # Detectron2's, of a proposal generator
+            self.problems.append(f"A training step fails ({e}). Are the student's first weights and the data finite?")
+        return "\n\n".join([*parts, self._verdict()])
+
+    def _detectors(self) -> str:
+        columns = {"student": _describe(self._student, self._trainer.student_spec, self._cfg.INPUT.FORMAT)}
+        if self._teacher is not None:
+            described = _describe(self._teacher.model, self._teacher.spec, self._teacher.file.input_format)
+            columns = {"teacher": described, **columns}
+        rows = [[key, *(column[key] for column in columns.values())] for key in columns["student"]]
+        return tabulate(rows, ["", *columns], disable_numparse=True)
+
+    def _weights(self) -> str:
+        lines = []
+        if self._teacher is not None:
+            loaded, sha256 = self._teacher.file.weights, self._teacher.sha256[:12]
+            lines.append(f"Teacher's weights: {loaded}, all of its tensors, SHA-256 {sha256}.")
+        checkpointer, path = self._trainer.checkpointer, self._cfg.MODEL.WEIGHTS
+        total = len(self._student.state_dict())
+        left = total - len(checkpointer.unloaded)
+        lines.append(f"Student's weights: {f'{path}, {left} of {total} tensors' if path else 'none, from scratch'}.")
+        backbone = checkpointer.unloaded_backbone()
+        if path and backbone:
+            self.problems.append(backbone_message(path, backbone))
+        return "\n".join(lines)
+
+    def _classes(self) -> str:
+        student, teacher = self._trainer.student_spec, self._teacher.spec
+        if student is None or student.class_names is None or teacher.class_names is None:
+            return "Classes: the names of both sides' are not known; they are taken to be the same in the same order."
+        try:
+            classes = match_classes("the check", self._cfg, student, teacher)
+        except GDetKDError:
+            return "Classes: student and teacher have none in common; SGFI and CKD do not need any."
+        if classes.student is None:
+            return f"Classes: the same {student.num_classes} in the same order."
+        both = [student.class_names[index] for index in classes.student]
+        alone = [name for name in student.class_names if name not in both]
+        return (
+            f"Classes: {len(both)} of the student's {student.num_classes} are among the {teacher.num_classes} of the "
+            f"teacher: {some(both)}. The student's alone: {some(alone) or 'none'}."
+        )
+
+    def _teacher_score(self) -> str:
+        cfg, teacher = self._cfg, self._teacher
+        dataset, count = (cfg.DATASETS.TEST or cfg.DATASETS.TRAIN)[0], self._images
+        own = preprocessing_of(teacher.model, teacher.file.input_format)
+        try:
+            score = score_on_sample(cfg, teacher, dataset, count)
+        except GDetKDError as e:
+            return f"The teacher was not evaluated. {e}"
+        # All of them only where there is something to find: each costs as much as the first.
+        weak = score.ap < cfg.DISTILL.TEACHER.MIN_AP
+        candidates = [usual for usual in USUAL if usual != own] if weak else [with_channels_swapped(own)]
+        others = {other: score_on_sample(cfg, teacher, dataset, count, other) for other in candidates}
+        best = max(others, key=lambda other: others[other].ap)
+        self._judge(score, best, others[best])
+        text = f"Teacher on {score.images} images of {dataset}, {score.classes} classes: AP {score.ap:.1f}"
+        return f"{text}; it would be {others[best].ap:.1f} with {best}."
+
+    def _judge(self, score: SampleScore, best: Preprocessing, best_score: SampleScore) -> None:
+        weak = score.ap < self._cfg.DISTILL.TEACHER.MIN_AP
+        found = f"The teacher has AP {score.ap:.1f} on {score.images} images"
+        if weak:
+            found += f", less than DISTILL.TEACHER.MIN_AP {self._cfg.DISTILL.TEACHER.MIN_AP:g}"
+        if best_score.ap > score.ap + NOTABLE_GAIN:
+            self.problems.append(
+                f"{found}, and {best_score.ap:.1f} with images in {best}: set INPUT.FORMAT, MODEL.PIXEL_MEAN and "
+                "MODEL.PIXEL_STD as it was trained, in its file or by DISTILL.TEACHER.OPTS."
+            )
+        elif weak:
+            self.problems.append(
+                f"{found}, and no usual preprocessing makes it better. Are its weights trained ones, with classes in "
+                "the order of the set that it was trained on? One that is meant to be so weak needs a lower MIN_AP."
+            )
+
+    def _batches(self) -> List[Any]:
+        return list(islice(iter(self._trainer.data_loader), BATCHES))
+
+    def _terms(self) -> str:
+        schedule = self._trainer.schedule
+        autocast = self._cfg.SOLVER.AMP.ENABLED
+        terms = measure_terms(self._trainer.model.train(), self._student, self._batches(), autocast)
+        for name, term in terms.items():
+            self._judge_term(name, term, name in schedule.terms)
+        rows = []
+        for name, term in terms.items():
+            weight = f"{schedule.full_weight(name):g}" if name in schedule.terms else ""
+            rows.append([name, weight, f"{term.weighted:.4g}", f"{term.gradient:.4g}"])
+        headers = ["loss", "weight", "value, weighted", "gradient it sends to the student (norm)"]
+        return tabulate(rows, headers, disable_numparse=True)
+
+    def _judge_term(self, name: str, term: TermCost, is_distillation: bool) -> None:
+        if not (math.isfinite(term.weighted) and math.isfinite(term.gradient)):
+            self.problems.append(
+                f"{name} is {term.weighted} and its gradient {term.gradient}: the student's starting weights, the "
+                "teacher's or the data hold something that is not finite."
+            )
+        elif is_distillation and term.gradient == 0:
+            self.problems.append(
+                f"{name} sends no gradient to the student: its WEIGHT is 0, or {BATCHES} batches had no region for it. "
+                "Raise the weight, look at the data, or take the term out of DISTILL.LOSSES."
+            )
+
+    def _costs(self) -> str:
+        cfg, batches = self._cfg, self._batches()
+        plain = measure_step(self._student.train(), batches, cfg.SOLVER.AMP.ENABLED)
+        step = measure_step(self._trainer.model, batches, cfg.SOLVER.AMP.ENABLED)
+        hours = step.seconds * cfg.SOLVER.MAX_ITER / 3600
+        end = f"{hours:.1f} h" if hours >= 2 else f"{60 * hours:.0f} min"
+        lines = [
+            f"A step of {cfg.SOLVER.IMS_PER_BATCH} images: {_cost(step)}; the student's alone: {_cost(plain)}.",
+            f"{cfg.SOLVER.MAX_ITER} iterations take {end}, without loading data and evaluating.",
+        ]
+        return "\n".join(lines)
+
+    def _verdict(self) -> str:
+        if not self.problems:
+            return "No problem found."
+        numbered = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, start=1))
+        return f"PROBLEMS: {len(self.problems)}\n{numbered}"
+
+
+def _of_one_process(cfg: CfgNode, processes: int) -> CfgNode:
+    """What one of several processes trains: its share of the images, and the learning rate of all."""
+    cfg = DistillTrainer.auto_scale_workers(cfg, processes).clone()
+    cfg.defrost()
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
+    cfg.SOLVER.IMS_PER_BATCH = max(1, cfg.SOLVER.IMS_PER_BATCH // processes)
+    cfg.freeze()
+    return cfg
+
+
+def _describe(model: nn.Module, spec: Optional[DetectorSpec], input_format: str) -> Dict[str, str]:
+    """A column of the table."""
+    column = {
+        "detector": type(model).__name__,
+        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M",
+        "images": str(preprocessing_of(model, input_format)),
+    }
+    if spec is not None:
+        levels = ", ".join(f"{name} 1/{stride}" for name, stride in spec.strides.items())
+        column.update({"pyramid": levels, "channels": str(spec.channels), "classes": str(spec.num_classes)})
+    return column
+
+
+def _cost(step: StepCost) -> str:
+    return f"{step.seconds:.3f} s, {step.megabytes:.0f} MB {step.kind}"

@@ -1,0 +1,247 @@
+"""The preflight check: what it shows of a sound run, and the named reason for each thing broken on purpose."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
+from PIL import Image
+
+from conftest import make_cfg, plain_keys_of
+from gdetkd import DistillTrainer, add_gdetkd_config
+from gdetkd.data import register_datasets
+from gdetkd.data.shapes import CLASSES, draw_image
+from gdetkd.engine.check import Check
+from gdetkd.engine.teacher_score import USUAL, preprocessing_of, score_on_sample, with_channels_swapped
+from gdetkd.errors import GDetKDError
+from gdetkd.teacher import FrozenTeacher
+
+ROOT = Path(__file__).parents[2]
+IMAGES = 16
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """Some images of the quickstart's kind, in COCO's format."""
+    folder = tmp_path_factory.mktemp("shapes")
+    images, annotations = [], []
+    for index in range(IMAGES):
+        pixels, objects = draw_image(10_000 + index)
+        Image.fromarray(np.ascontiguousarray(pixels[:, :, ::-1])).save(folder / f"{index}.png")
+        images.append({"id": index + 1, "file_name": f"{index}.png", "height": 128, "width": 128})
+        for item in objects:
+            annotations.append({**item, "id": len(annotations) + 1, "image_id": index + 1, "iscrowd": 0})
+    write(folder / "shapes.json", images, annotations, CLASSES)
+    write(folder / "backwards.json", images, annotations, CLASSES[::-1])
+    return folder
+
+
+def write(path, images, annotations, classes):
+    categories = [{"id": index + 1, "name": name} for index, name in enumerate(classes)]
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+
+
+@pytest.fixture
+def shapes_cfg(shapes, tmp_path, monkeypatch, forget_datasets):
+    """The quickstart's pair on the shapes, with changes."""
+    monkeypatch.chdir(ROOT)
+
+    def make(**changes):
+        cfg = get_cfg()
+        add_gdetkd_config(cfg)
+        cfg.merge_from_file("configs/quickstart/faster_rcnn-faster_rcnn.yaml")
+        cfg.DATASETS.REGISTER = [
+            {"name": f"check_{name}", "kind": "coco", "json": str(shapes / f"{name}.json"), "images": str(shapes)}
+            for name in ("shapes", "backwards")
+        ]
+        keys = {"DATASETS.TRAIN": ("check_shapes",), "DATASETS.TEST": ("check_shapes",), "MODEL.DEVICE": "cpu"}
+        keys.update({"SOLVER.IMS_PER_BATCH": 2, "OUTPUT_DIR": str(tmp_path / "run")})
+        keys.update({"DISTILL.TEACHER.CLASSES": CLASSES, "DISTILL.TEACHER.MIN_AP": 20.0})
+        keys.update({key.replace("__", "."): value for key, value in changes.items()})
+        cfg.merge_from_list([item for pair in keys.items() for item in pair])
+        register_datasets(cfg)
+        return cfg
+
+    return make
+
+
+def problems_of(cfg):
+    check = Check(cfg, images=IMAGES)
+    check.run()
+    return check.problems
+
+
+def test_a_sound_run(shapes_cfg):
+    check = Check(shapes_cfg(), images=IMAGES)
+    teacher = {name: tensor.clone() for name, tensor in check._teacher.model.state_dict().items()}
+    screen = check.run()
+    assert check.problems == [] and screen.endswith("No problem found.")
+    for shown in (
+        "1.79 M",
+        "p2 1/4, p3 1/8, p4 1/16, p5 1/32",
+        "BGR, mean (103.53, 116.28, 123.675), std (57.375, 57.12, 58.395)",
+        "Classes: the same 6 in the same order.",
+        f"Teacher on {IMAGES} images of check_shapes, 6 classes: AP ",
+        "kept for the backward pass; the student's alone:",
+        "500 iterations take",
+        "from scratch",
+    ):
+        assert shown in screen, shown
+    for term in ("sgfi", "ckd", "cls", "reg"):
+        [row] = [line.split() for line in screen.splitlines() if line.startswith(f"loss_distill_{term} ")]
+        assert float(row[3]) > 0
+    assert all(torch.equal(tensor, teacher[name]) for name, tensor in check._teacher.model.state_dict().items())
+    assert len(screen.splitlines()) < 40
+
+
+def test_teacher_with_another_std(shapes_cfg):
+    [problem] = problems_of(shapes_cfg(DISTILL__TEACHER__OPTS=["MODEL.PIXEL_STD", [1.0, 1.0, 1.0]]))
+    assert "less than DISTILL.TEACHER.MIN_AP 20" in problem
+    assert "with images in BGR, mean (103.53, 116.28, 123.675), std (57.375, 57.12, 58.395): set" in problem
+
+
+def test_teacher_with_another_channel_order_that_is_not_weak(shapes_cfg):
+    opts = ["INPUT.FORMAT", "RGB"]
+    [problem] = problems_of(shapes_cfg(DISTILL__TEACHER__OPTS=opts, DISTILL__TEACHER__MIN_AP=1.0))
+    assert "with images in BGR" in problem and "MIN_AP" not in problem
+
+
+def test_teacher_that_is_not_trained(shapes_cfg, tmp_path):
+    teacher = get_cfg()
+    add_gdetkd_config(teacher)
+    teacher.merge_from_file("configs/quickstart/teacher-FasterRCNN.yaml")
+    teacher.MODEL.DEVICE = "cpu"
+    torch.save({"model": build_model(teacher).state_dict()}, tmp_path / "untrained.pth")
+    [problem] = problems_of(shapes_cfg(DISTILL__TEACHER__WEIGHTS=str(tmp_path / "untrained.pth")))
+    assert "no usual preprocessing makes it better" in problem and "MIN_AP 20" in problem
+
+
+def test_a_term_without_gradient(shapes_cfg):
+    [problem] = problems_of(shapes_cfg(DISTILL__CKD__WEIGHT=0.0))
+    assert problem.startswith("loss_distill_ckd sends no gradient to the student")
+
+
+def test_a_term_that_is_not_finite(shapes_cfg):
+    [problem] = problems_of(shapes_cfg(DISTILL__SGFI__WEIGHT=1e39))
+    assert problem.startswith("loss_distill_sgfi is inf")
+
+
+def test_starting_weights_that_are_not_finite(shapes_cfg, tmp_path):
+    torch.save(
+        {"model": {"backbone.fpn_output2.weight": torch.full((32, 32, 3, 3), float("nan"))}}, tmp_path / "nan.pth"
+    )
+    problems = problems_of(shapes_cfg(MODEL__WEIGHTS=str(tmp_path / "nan.pth")))
+    assert any("A training step fails" in problem and "finite" in problem for problem in problems)
+
+
+def test_starting_weights_of_another_backbone(shapes_cfg, tmp_path):
+    torch.save({"model": {"backbone.bottom_up.stem.conv1.weight": torch.zeros(16, 3, 7, 7)}}, tmp_path / "few.pth")
+    [problem] = problems_of(shapes_cfg(MODEL__WEIGHTS=str(tmp_path / "few.pth")))
+    assert "few.pth' leaves" in problem and "Do the file and MODEL.RESNETS belong together?" in problem
+
+
+def test_training_warns_of_such_weights(shapes_cfg, tmp_path, caplog):
+    torch.save({"model": {"backbone.bottom_up.stem.conv1.weight": torch.zeros(16, 3, 7, 7)}}, tmp_path / "few.pth")
+    DistillTrainer(shapes_cfg(MODEL__WEIGHTS=str(tmp_path / "few.pth"))).resume_or_load(resume=False)
+    assert "few.pth' leaves" in caplog.text
+
+
+def test_teacher_with_values_that_are_not_finite(distill_cfg, tmp_path):
+    cfg = distill_cfg()
+    weights = torch.load(tmp_path / "teacher.pth", weights_only=True)
+    weights["model"]["backbone.fpn_output2.bias"][1] = float("inf")
+    torch.save(weights, tmp_path / "teacher.pth")
+    with pytest.raises(GDetKDError, match=r"not finite \(backbone.fpn_output2.bias\).*earlier checkpoint"):
+        FrozenTeacher(cfg)
+
+
+def test_data_sets_with_classes_in_another_order(shapes_cfg):
+    with pytest.raises(
+        GDetKDError, match="'check_shapes' and 'check_backwards' have the same classes in another order"
+    ):
+        Check(shapes_cfg(DATASETS__TEST=("check_backwards",)))
+
+
+def test_head_transfer_to_classes_in_another_order(shapes_cfg):
+    backwards = shapes_cfg(DATASETS__TRAIN=("check_backwards",), DATASETS__TEST=("check_backwards",))
+    with pytest.raises(GDetKDError, match="HEAD_TRANSFER would start.*order"):
+        Check(backwards)
+    backwards.DISTILL.HEAD_TRANSFER = False
+    Check(backwards)  # CLS and REG find classes by their names
+
+
+def test_names_given_to_the_teacher_in_another_order_than_its_own(shapes_cfg, tmp_path):
+    cfg = shapes_cfg(DISTILL__TEACHER__OPTS=["DATASETS.TRAIN", ("check_shapes",)])
+    FrozenTeacher(cfg)
+    cfg.DISTILL.TEACHER.CLASSES = CLASSES[::-1]
+    with pytest.raises(GDetKDError, match="DISTILL.TEACHER.CLASSES has the teacher's classes in another order"):
+        FrozenTeacher(cfg)
+
+
+def test_the_teacher_is_scored_on_classes_found_by_name(shapes_cfg):
+    """The same AP, whatever the order of the data set's classes, and over those alone that both have."""
+    cfg = shapes_cfg(DISTILL__HEAD_TRANSFER=False)
+    teacher = FrozenTeacher(cfg)
+    straight = score_on_sample(cfg, teacher, "check_shapes", IMAGES)
+    assert straight.ap > 30 and (straight.images, straight.classes) == (IMAGES, 6)
+    names = ("triangle", "square", "circle", "star", "hoop", "plus")
+    cfg.DISTILL.TEACHER.CLASSES = names
+    four = score_on_sample(cfg, FrozenTeacher(cfg), "check_shapes", IMAGES)
+    assert four.classes == 4 and four.ap > 30
+    cfg.DISTILL.CLASS_MAP = [["ring", "hoop"], ["cross", "plus"]]
+    assert score_on_sample(cfg, FrozenTeacher(cfg), "check_shapes", IMAGES) == straight
+    cfg.DISTILL.CLASS_MAP = []
+    cfg.DISTILL.TEACHER.CLASSES = tuple("abcdef")
+    with pytest.raises(GDetKDError, match="cannot be evaluated.*none of its classes.*DISTILL.CLASS_MAP"):
+        score_on_sample(cfg, FrozenTeacher(cfg), "check_shapes", IMAGES)
+
+
+def test_other_preprocessing_is_undone(shapes_cfg):
+    cfg = shapes_cfg()
+    teacher = FrozenTeacher(cfg)
+    own = preprocessing_of(teacher.model, teacher.file.input_format)
+    straight = score_on_sample(cfg, teacher, "check_shapes", 8)
+    assert score_on_sample(cfg, teacher, "check_shapes", 8, USUAL[0]).ap < straight.ap
+    assert own == USUAL[1] and with_channels_swapped(with_channels_swapped(own)) == own
+    assert score_on_sample(cfg, teacher, "check_shapes", 8, own) == straight
+    assert score_on_sample(cfg, teacher, "check_shapes", 8) == straight
+
+
+def test_one_process_of_several(distill_cfg):
+    check = Check(distill_cfg({"SOLVER.IMS_PER_BATCH": 8, "SOLVER.REFERENCE_WORLD_SIZE": 4}), processes=2)
+    assert check._cfg.SOLVER.IMS_PER_BATCH == 2 and check._cfg.SOLVER.MAX_ITER == 8
+
+
+def test_without_teacher_or_for_a_plain_detector(distill_cfg, tmp_path):
+    keys = {"OUTPUT_DIR": str(tmp_path)}
+    for cfg in (distill_cfg({"DISTILL.LOSSES": ()}), make_cfg(keys), plain_keys_of(make_cfg(keys))):
+        if "DISTILL" in cfg:
+            check = Check(cfg)
+            assert "teacher" not in check.run().lower() and check.problems == []
+
+
+def test_command_line(distill_cfg, tmp_path):
+    cfg = distill_cfg(
+        {"DATASETS.REGISTER": [dict(MetadataCatalog.get("tiny").gdetkd_entry)], "DATASETS.TEST": ("tiny",)}
+    )
+    (tmp_path / "run.yaml").write_text(cfg.dump())
+    command = [sys.executable, "-W", "ignore", "train_net.py", "--config-file", str(tmp_path / "run.yaml"), "--check"]
+    command += ["--check-images", "5"]
+
+    def run(*changes):
+        return subprocess.run([*command, *changes], cwd=ROOT, capture_output=True, text=True)
+
+    weak = run()  # the tiny teacher knows nothing
+    assert weak.returncode == 1 and "PROBLEMS: 1" in weak.stdout and "MIN_AP" in weak.stdout
+    assert "Teacher on 5 images of tiny" in weak.stdout and "Traceback" not in weak.stderr
+    sound = run("DISTILL.TEACHER.MIN_AP", "0.0")
+    assert sound.returncode == 0 and sound.stdout.rstrip().endswith("No problem found.")
+    assert not list((tmp_path / "run").glob("*.pth"))
+    unloaded = run("DISTILL.TEACHER.OPTS", "['MODEL.ROI_HEADS.NUM_CLASSES', 7]")
+    assert unloaded.returncode == 1 and "unloaded" in unloaded.stderr.splitlines()[-1]
