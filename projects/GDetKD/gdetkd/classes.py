@@ -46,6 +46,8 @@ def class_names(cfg: CfgNode) -> Optional[Tuple[str, ...]]:
 def _names_of_entry(entry: Dict) -> Optional[Tuple[str, ...]]:
     if "classes" in entry:
         return tuple(entry["classes"])
+    if "json" not in entry:
+        return None
     path = resolve(entry["json"])
     if not os.path.exists(path):
         return None

@@ -8,6 +8,7 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # Data sets to register before anything else reads them; each entry a mapping with `name`, `kind` and paths:
     #   {name: my_train, kind: coco, json: my/train.json, images: my/train}
     #   {name: my_train, kind: voc, root: my/VOC, split: train, classes: [cat, dog]}
+    #   {name: my_images, kind: images, images: my/images}, without labels: for --eval-only, which writes detections
     # `limit: N` keeps the first N images. A relative path is taken from the folder that the environment variable
     # DETECTRON2_DATASETS names, `datasets` by default, as for Detectron2's own sets.
     cfg.DATASETS.REGISTER = []
@@ -18,6 +19,10 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
 
     # Keep model_best.pth, the student with the highest bbox/AP (percent) so far, at every TEST.EVAL_PERIOD.
     cfg.TEST.KEEP_BEST = True
+
+    # Training leaves images out that are not there, do not open or have another size than their annotations say; a
+    # larger share of them than this stops it at the start.
+    cfg.INPUT.MAX_BAD_FRACTION = 0.01
 
     _add_instaboost_node(cfg)
     _add_fcos_node(cfg)

@@ -1,4 +1,4 @@
-"""Data sets registered from the config: COCO JSON, and VOC's layout, read by Detectron2's own loaders."""
+"""Data sets registered from the config: COCO JSON and VOC's layout, read by Detectron2's own loaders; mere images."""
 
 import logging
 import os
@@ -8,14 +8,16 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
 from detectron2.data.datasets.pascal_voc import load_voc_instances
-from detectron2.structures import BoxMode
 
 from ..errors import GDetKDError
+from .clean import clean_annotations
 
 logger = logging.getLogger(__name__)
 
-# What an entry of DATASETS.REGISTER must say, by kind; `limit` may stand in any.
-REQUIRED = {"coco": {"json", "images"}, "voc": {"root", "split", "classes"}}
+# What an entry of DATASETS.REGISTER must say, by kind, and may; `limit` may stand in any.
+REQUIRED = {"coco": {"json", "images"}, "voc": {"root", "split", "classes"}, "images": {"images"}}
+OPTIONAL = {"images": {"classes"}}
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def register_datasets(cfg: CfgNode) -> None:
@@ -31,7 +33,7 @@ def register_datasets(cfg: CfgNode) -> None:
             if MetadataCatalog.get(name).get("gdetkd_entry") != dict(entry):
                 raise GDetKDError(f"DATASETS.REGISTER names {name!r}, but another data set has that name already.")
             continue
-        {"coco": _register_coco, "voc": _register_voc}[entry["kind"]](entry)
+        {"coco": _register_coco, "voc": _register_voc, "images": _register_images}[entry["kind"]](entry)
         MetadataCatalog.get(name).set(gdetkd_entry=dict(entry))
 
 
@@ -42,11 +44,11 @@ def resolve(path: str) -> str:
 
 def _check_entry(entry: Any) -> None:
     if not isinstance(entry, Mapping) or "name" not in entry or entry.get("kind") not in REQUIRED:
-        raise GDetKDError(f"DATASETS.REGISTER: {entry!r} needs a `name` and a `kind` of {' or '.join(REQUIRED)}.")
-    keys = set(entry) - {"name", "kind", "limit"}
-    wanted = REQUIRED[entry["kind"]]
-    if keys != wanted:
-        wrong = [f"lacks {key}" for key in sorted(wanted - keys)] + [f"has {key}" for key in sorted(keys - wanted)]
+        raise GDetKDError(f"DATASETS.REGISTER: {entry!r} needs a `name` and a `kind` of {', '.join(REQUIRED)}.")
+    keys, wanted = set(entry) - {"name", "kind", "limit"}, REQUIRED[entry["kind"]]
+    unknown = keys - wanted - OPTIONAL.get(entry["kind"], set())
+    wrong = [f"lacks {key}" for key in sorted(wanted - keys)] + [f"has {key}" for key in sorted(unknown)]
+    if wrong:
         raise GDetKDError(f"DATASETS.REGISTER: {entry['name']!r} (kind {entry['kind']}) {', '.join(wrong)}.")
     limit = entry.get("limit", 1)
     if not isinstance(limit, int) or limit < 1:
@@ -65,7 +67,7 @@ def _existing(entry: Mapping[str, Any], path: str) -> str:
 
 def _register_coco(entry: Mapping[str, Any]) -> None:
     name, json_file, images = entry["name"], _existing(entry, entry["json"]), _existing(entry, entry["images"])
-    _register(entry, lambda: load_coco_json(json_file, images, name))
+    _register(entry, lambda: load_coco_json(json_file, images, name), json_file)
     metadata = MetadataCatalog.get(name).set(image_root=images, evaluator_type="coco")
     # Detectron2 evaluates against the file itself where it is named; a shortened set has to be written anew.
     if "limit" not in entry:
@@ -77,36 +79,42 @@ def _register_voc(entry: Mapping[str, Any]) -> None:
     _existing(entry, os.path.join(entry["root"], "ImageSets", "Main", entry["split"] + ".txt"))
     # VOC's corners are pixels, both inside the box, and Detectron2 widens the box to their outer edges: one that has
     # no area in the file is one pixel wide or high by then.
-    _register(entry, lambda: load_voc_instances(root, entry["split"], list(entry["classes"])), least=1)
+    _register(entry, lambda: load_voc_instances(root, entry["split"], list(entry["classes"])), root, least=1)
     MetadataCatalog.get(name).set(thing_classes=list(entry["classes"]), evaluator_type="coco")
 
 
-def _register(entry: Mapping[str, Any], load: Callable[[], List[Dict[str, Any]]], least: float = 0) -> None:
+def _register_images(entry: Mapping[str, Any]) -> None:
+    folder = _existing(entry, entry["images"])
+    _register(entry, lambda: _load_images(folder), folder)
+    metadata = MetadataCatalog.get(entry["name"]).set(evaluator_type="images")
+    if "classes" in entry:
+        metadata.set(thing_classes=list(entry["classes"]))
+
+
+def _load_images(folder: str) -> List[Dict[str, Any]]:
+    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_ENDINGS))
+    return [{"file_name": os.path.join(folder, name), "image_id": name} for name in names]
+
+
+def _register(
+    entry: Mapping[str, Any], load: Callable[[], List[Dict[str, Any]]], source: str, least: float = 0
+) -> None:
     name, warned = entry["name"], []
 
     def load_clean() -> List[Dict[str, Any]]:
-        dicts = load()[: entry.get("limit")]
-        dropped = drop_boxes_without_area(dicts, least)
-        if dropped and not warned:  # the catalog loads a set anew for each of its readers
-            logger.warning("%s: %d annotations without area are left out.", name, dropped)
+        try:
+            dicts = load()[: entry.get("limit")]
+            findings = clean_annotations(dicts, least)
+        except FileNotFoundError:
+            raise  # names the file itself
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError, SyntaxError) as e:
+            raise GDetKDError(
+                f"The data set {name!r} cannot be read from {source!r} ({type(e).__name__}: {e}). Correct that file "
+                "or the entry in DATASETS.REGISTER."
+            ) from e
+        if str(findings) and not warned:  # the catalog loads a set anew for each of its readers
+            logger.warning("%s: %s.", name, findings)
             warned.append(name)
         return dicts
 
     DatasetCatalog.register(name, load_clean)
-
-
-def drop_boxes_without_area(dicts: List[Dict[str, Any]], least: float = 0) -> int:
-    """Takes annotations out whose box is not wider and higher than `least` pixels; returns how many."""
-    dropped = 0
-    for image in dicts:
-        annotations = image.get("annotations", [])
-        kept = [annotation for annotation in annotations if _shorter_side(annotation) > least]
-        dropped += len(annotations) - len(kept)
-        if len(kept) < len(annotations):
-            image["annotations"] = kept
-    return dropped
-
-
-def _shorter_side(annotation: Dict[str, Any]) -> float:
-    x1, y1, x2, y2 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-    return min(x2 - x1, y2 - y1)

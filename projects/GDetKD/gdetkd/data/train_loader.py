@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import GDetKDError
+from .clean import without_bad_images
 from .instaboost import InstaBoostMapper
 
 Sample = Dict[str, Any]
@@ -144,6 +145,7 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
         min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
+    dicts = without_bad_images(dicts, cfg.INPUT.MAX_BAD_FRACTION, ", ".join(cfg.DATASETS.TRAIN))
     wide = [image["width"] > image["height"] for image in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
     sampler = _sampler(cfg, dicts)
     return ResumableLoader(

@@ -5,12 +5,14 @@ from itertools import islice
 from typing import Any, Dict, List, Optional
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 from torch import nn
 
 from ..classes import match_classes, some
 from ..errors import GDetKDError
 from ..structures import DetectorSpec
+from .preflight import load_dataset
 from .step_costs import StepCost, TermCost, measure_step, measure_terms
 from .student_weights import backbone_message
 from .teacher_score import (
@@ -55,7 +57,7 @@ class Check:
 
     def run(self) -> str:
         """The screen; afterwards `problems` is complete."""
-        parts = [self._detectors(), self._weights()]
+        parts = [self._data(), self._detectors(), self._weights()]
         if self._teacher is not None:
             parts += [self._classes(), self._teacher_score()]
         try:
@@ -63,6 +65,14 @@ class Check:
         except FloatingPointError as e:  # Detectron2's, of a proposal generator
             self.problems.append(f"A training step fails ({e}). Are the student's first weights and the data finite?")
         return "\n\n".join([*parts, self._verdict()])
+
+    def _data(self) -> str:
+        rows = []
+        for name in dict.fromkeys([*self._cfg.DATASETS.TRAIN, *self._cfg.DATASETS.TEST]):
+            dicts, classes = load_dataset(name), MetadataCatalog.get(name).get("thing_classes") or ()
+            annotations = sum(len(image.get("annotations", ())) for image in dicts)
+            rows.append([name, len(dicts), annotations, len(classes), some(classes, 5)])
+        return tabulate(rows, ["data set", "images", "objects", "classes", ""])
 
     def _detectors(self) -> str:
         columns = {"student": _describe(self._student, self._trainer.student_spec, self._cfg.INPUT.FORMAT)}

@@ -1,7 +1,9 @@
 """Which metrics a data set is evaluated with."""
 
+import json
+import logging
 import os
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -11,9 +13,12 @@ from detectron2.evaluation import (
     DatasetEvaluators,
     PascalVOCDetectionEvaluator,
 )
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
 
 from .._compat import has_compiled_ops
+
+logger = logging.getLogger(__name__)
 
 
 class VOCMetric(PascalVOCDetectionEvaluator):
@@ -24,12 +29,40 @@ class VOCMetric(PascalVOCDetectionEvaluator):
         return None if results is None else {"voc": results["bbox"]}
 
 
+class DetectionWriter(DatasetEvaluator):
+    """Writes detections in COCO's result format, with file names for image ids."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._detections: List[Dict[str, Any]] = []
+
+    def reset(self) -> None:
+        self._detections = []
+
+    def process(self, inputs: List[Dict[str, Any]], outputs: List[Dict[str, Any]]) -> None:
+        for sample, output in zip(inputs, outputs):
+            self._detections += instances_to_coco_json(output["instances"].to("cpu"), sample["image_id"])
+
+    def evaluate(self) -> Optional[Dict[str, Any]]:
+        gathered = comm.gather(self._detections)
+        if not comm.is_main_process():
+            return None
+        os.makedirs(os.path.dirname(self._path), exist_ok=True)
+        with open(self._path, "w") as file:
+            json.dump([detection for of_rank in gathered for detection in of_rank], file)
+        logger.info("Detections: %s", self._path)
+        return {}
+
+
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """COCO's metrics for every data set, under `bbox`; for Detectron2's VOC sets also VOC's, under `voc`.
 
+    A set of mere images has none; its detections are written down.
     COCO's count objects that VOC marks as difficult; VOC's does not.
     """
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    if MetadataCatalog.get(dataset_name).get("evaluator_type") == "images":
+        return DetectionWriter(os.path.join(folder, f"{dataset_name}_detections.json"))
     _forget_converted(folder, dataset_name)
     coco = COCOEvaluator(dataset_name, output_dir=folder, use_fast_impl=has_compiled_ops())
     if MetadataCatalog.get(dataset_name).get("evaluator_type") == "pascal_voc":

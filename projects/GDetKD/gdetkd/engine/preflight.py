@@ -6,6 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..classes import some
+from ..data.clean import check_images
 from ..errors import GDetKDError
 
 
@@ -24,12 +25,21 @@ def check_architecture(cfg: CfgNode) -> None:
 def check_datasets(cfg: CfgNode) -> None:
     """
     Raises:
-        GDetKDError: DATASETS.TRAIN or TEST names a set that is not registered, or one without images.
+        GDetKDError: DATASETS.TRAIN or TEST names a set that is not registered, one without images or, in TRAIN, one of
+            mere images; or an image of TEST cannot be read.
     """
     if not cfg.DATASETS.TRAIN:
         raise GDetKDError("DATASETS.TRAIN is empty: name the data set to train on.")
-    for name in [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]:
+    for name in cfg.DATASETS.TRAIN:
         load_dataset(name)
+    for name in cfg.DATASETS.TEST:
+        check_images(load_dataset(name), name)
+    for name in cfg.DATASETS.TRAIN:
+        if MetadataCatalog.get(name).get("evaluator_type") == "images":
+            raise GDetKDError(
+                f"The data set {name!r} is of images alone: the student would learn to find nothing in them. Label "
+                "them, or take it out of DATASETS.TRAIN."
+            )
     check_class_order([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
 
 

@@ -1,0 +1,149 @@
+"""What real annotations and images have wrong with them: left out or named, with counts, before training."""
+
+import logging
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Tuple
+
+from detectron2.structures import BoxMode
+from PIL import Image, UnidentifiedImageError
+
+from ..errors import GDetKDError
+
+logger = logging.getLogger(__name__)
+
+Sample = Dict[str, Any]
+EXIF_ORIENTATION, TURNED = 274, (5, 6, 7, 8)
+HEADERS_AT_ONCE = 16
+NAMED = 5  # bad images in a message
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Counts of annotations.
+
+    Attributes:
+        without_area: left out: their box is no wider or higher than nothing, or not a number.
+        outside: left out: nothing of their box is in the image.
+        over_edge: kept: a part of their box is outside the image, and is cut off in training.
+        crowds: kept: training passes them over, evaluation does not punish detections in them.
+    """
+
+    without_area: int = 0
+    outside: int = 0
+    over_edge: int = 0
+    crowds: int = 0
+
+    def __str__(self) -> str:
+        parts = [
+            (self.without_area, "annotations without area are left out"),
+            (self.outside, "annotations outside their image are left out"),
+            (self.over_edge, "boxes reach over the edge of their image, and are cut there"),
+            (self.crowds, "are crowds, which training passes over"),
+        ]
+        return "; ".join(f"{count} {text}" for count, text in parts if count)
+
+
+def clean_annotations(dicts: List[Sample], least: float = 0) -> Findings:
+    """Takes annotations out, in place, that no detector can learn from.
+
+    Args:
+        dicts: in Detectron2's format.
+        least: pixels that a box has to be wider and higher than.
+    """
+    counts = dict.fromkeys(Findings.__dataclass_fields__, 0)
+    for image in dicts:
+        annotations = image.get("annotations", [])
+        kept = []
+        for annotation in annotations:
+            finding = _judge(annotation, image, least)
+            if finding is not None:
+                counts[finding] += 1
+            if finding not in ("without_area", "outside"):
+                counts["crowds"] += bool(annotation.get("iscrowd", 0))
+                kept.append(annotation)
+        if len(kept) < len(annotations):
+            image["annotations"] = kept
+    return Findings(**counts)
+
+
+def _judge(annotation: Sample, image: Sample, least: float) -> Optional[str]:
+    x1, y1, x2, y2 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+    # Written so that a coordinate that is not a number fails.
+    if not (x2 - x1 > least and y2 - y1 > least and math.isfinite(x1 + y1 + x2 + y2)):
+        return "without_area"
+    width, height = image.get("width", math.inf), image.get("height", math.inf)
+    if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
+        return "outside"
+    # A pixel of tolerance: conventions differ by that.
+    return "over_edge" if x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1 else None
+
+
+def find_bad_images(dicts: List[Sample]) -> Dict[str, str]:
+    """Of each image that cannot be used its file name, and why. Reads headers alone.
+
+    A truncated file that has its header is not found here.
+    """
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        reasons = pool.map(_fault, dicts)
+        return {image["file_name"]: reason for image, reason in zip(dicts, reasons) if reason is not None}
+
+
+def _fault(sample: Sample) -> Optional[str]:
+    path = sample["file_name"]
+    if "://" in path:
+        return None  # Detectron2 fetches it when it is needed
+    if not os.path.exists(path):
+        return "not there"
+    try:
+        with Image.open(path) as image:
+            size = image.size
+            turned = image.getexif().get(EXIF_ORIENTATION) in TURNED
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as e:
+        return f"does not open ({type(e).__name__})"
+    size = size[::-1] if turned else size  # Detectron2 turns it on reading
+    expected: Tuple[Optional[int], Optional[int]] = (sample.get("width", size[0]), sample.get("height", size[1]))
+    return None if size == expected else f"is {size[0]}x{size[1]}, annotated as {expected[0]}x{expected[1]}"
+
+
+def without_bad_images(dicts: List[Sample], most: float, what: str) -> List[Sample]:
+    """The samples whose images can be used; the others are counted and named in the log.
+
+    Args:
+        most: share of bad images above which the set itself is taken to be wrong.
+        what: the data sets' names, for messages.
+
+    Raises:
+        GDetKDError: more than `most` are bad.
+    """
+    bad = find_bad_images(dicts)
+    if not bad:
+        return dicts
+    message = f"{what}: {len(bad)} of {len(dicts)} images cannot be used ({_named(bad)})."
+    if len(bad) > most * len(dicts):
+        raise GDetKDError(
+            f"{message} That is more than INPUT.MAX_BAD_FRACTION {most:g}: correct the folder or the annotations, or "
+            "raise it to leave these images out."
+        )
+    logger.warning("%s They are left out.", message)
+    return [image for image in dicts if image["file_name"] not in bad]
+
+
+def check_images(dicts: List[Sample], what: str) -> None:
+    """
+    Raises:
+        GDetKDError: an image cannot be used; evaluation would break off there.
+    """
+    bad = find_bad_images(dicts)
+    if bad:
+        raise GDetKDError(
+            f"{what}: {len(bad)} of {len(dicts)} images cannot be used for evaluation ({_named(bad)}). Correct the "
+            "files or the annotations."
+        )
+
+
+def _named(bad: Dict[str, str]) -> str:
+    some = [f"{os.path.basename(path)} {reason}" for path, reason in list(bad.items())[:NAMED]]
+    return "; ".join(some + ["..."] * (len(bad) > NAMED))
