@@ -19,7 +19,7 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from gdetkd.data import register_datasets
 from gdetkd.engine import build_plain_student, evaluate_teacher
 from gdetkd.engine.check import Check
-from gdetkd.engine.preflight import check_datasets
+from gdetkd.engine.preflight import check_test_sets
 from gdetkd.errors import GDetKDError
 
 logger = logging.getLogger("gdetkd")
@@ -57,7 +57,7 @@ def main(args: Namespace) -> Any:
     if args.eval_teacher:
         return evaluate_teacher(cfg)
     if args.eval_only:
-        check_datasets(cfg)
+        check_test_sets(cfg)
         student = build_plain_student(cfg)
         DetectionCheckpointer(student, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         return DistillTrainer.test(cfg, student)

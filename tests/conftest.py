@@ -7,6 +7,7 @@ from typing import Any, Dict, List
 
 import gdetkd  # first: it prepares the import of Detectron2
 import gdetkd.data
+from gdetkd.config import without_gdetkd_keys
 
 import numpy as np  # isort: skip
 import pytest
@@ -99,14 +100,9 @@ def make_cfg(changes: Dict[str, Any]) -> CfgNode:
 
 def plain_keys_of(cfg: CfgNode) -> CfgNode:
     """The config without GDetKD's keys, as a teacher's or a plain Detectron2 user's file would be."""
-    plain = cfg.clone()
-    del plain["DISTILL"]
-    del plain["DATASETS"]["REGISTER"]
-    del plain["SOLVER"]["OPTIMIZER"]
-    del plain["TEST"]["KEEP_BEST"]
-    del plain["INPUT"]["INSTABOOST"]
-    if cfg.MODEL.META_ARCHITECTURE != "FCOS":
-        del plain["MODEL"]["FCOS"]
+    plain = without_gdetkd_keys(cfg)
+    if cfg.MODEL.META_ARCHITECTURE == "FCOS":
+        plain.MODEL.FCOS = cfg.MODEL.FCOS.clone()  # which is not Detectron2's, but a teacher of ours can have it
     return plain
 
 

@@ -1,6 +1,6 @@
 """Every config key that GDetKD adds to Detectron2's: meaning, unit and source beside each default."""
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
 
 def add_gdetkd_config(cfg: CfgNode) -> None:
@@ -57,6 +57,22 @@ def plain_config(cfg: CfgNode) -> CfgNode:
     plain.MODEL.META_ARCHITECTURE = cfg.DISTILL.STUDENT_META_ARCHITECTURE
     plain.freeze()
     return plain
+
+
+def without_gdetkd_keys(cfg: CfgNode) -> CfgNode:
+    """The config that plain Detectron2 understands, of the detector that a config trains."""
+    plain = plain_config(cfg).clone()
+    plain.defrost()
+    _keep_known(plain, get_cfg())
+    return plain
+
+
+def _keep_known(node: CfgNode, known: CfgNode) -> None:
+    for key in list(node):
+        if key not in known:
+            del node[key]
+        elif isinstance(node[key], CfgNode):
+            _keep_known(node[key], known[key])
 
 
 def _add_teacher_node(cfg: CfgNode) -> None:

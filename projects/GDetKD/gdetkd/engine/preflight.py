@@ -32,8 +32,7 @@ def check_datasets(cfg: CfgNode) -> None:
         raise GDetKDError("DATASETS.TRAIN is empty: name the data set to train on.")
     for name in cfg.DATASETS.TRAIN:
         load_dataset(name)
-    for name in cfg.DATASETS.TEST:
-        check_images(load_dataset(name), name)
+    check_test_sets(cfg)
     for name in cfg.DATASETS.TRAIN:
         if MetadataCatalog.get(name).get("evaluator_type") == "images":
             raise GDetKDError(
@@ -41,6 +40,15 @@ def check_datasets(cfg: CfgNode) -> None:
                 "them, or take it out of DATASETS.TRAIN."
             )
     check_class_order([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+
+
+def check_test_sets(cfg: CfgNode) -> None:
+    """
+    Raises:
+        GDetKDError: DATASETS.TEST names a set that is not registered, has no image, or has one that cannot be read.
+    """
+    for name in cfg.DATASETS.TEST:
+        check_images(load_dataset(name), name)
 
 
 def load_dataset(name: str) -> List[dict]:

@@ -21,7 +21,7 @@ from ..data.train_loader import random_state
 from ..errors import GDetKDError
 from ..teacher import FrozenTeacher
 from .evaluators import build_evaluator
-from .preflight import check_classes, check_datasets, load_dataset
+from .preflight import check_classes, check_test_sets, load_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def evaluate_teacher(cfg: CfgNode, teacher: Optional[FrozenTeacher] = None) -> D
         GDetKDError: a data set is wrong, or has no class that is the teacher's.
     """
     register_datasets(cfg)
-    check_datasets(cfg)
+    check_test_sets(cfg)
     teacher = teacher or FrozenTeacher(cfg)
     logger.info("Evaluating the teacher.")
     folder = os.path.join(cfg.OUTPUT_DIR, "teacher")
@@ -120,8 +120,9 @@ def score_on_sample(
     names = MetadataCatalog.get(dataset).thing_classes
     kept = _class_map(cfg, teacher, dataset)
     both = names if kept is None else [names[index] for index in kept if index is not None]
-    # Detectron2 gives no AP a class where there is but one; and NaN for a class without an object in the sample.
-    values = [results[f"AP-{name}"] for name in both] if len(names) > 1 else [results["AP"]]
+    # Detectron2 gives a class no AP where there is but one class, or nothing is found; and NaN where the sample has no
+    # object of it.
+    values = [results.get(f"AP-{name}", results["AP"]) for name in both]
     values = [value for value in values if not math.isnan(value)]
     return SampleScore(sum(values) / max(1, len(values)), images, len(both))
 

@@ -1,0 +1,134 @@
+"""A distilled student leaves this package: plain Detectron2, TorchScript and ONNX give the boxes that it gives here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+
+from gdetkd import DistillTrainer
+from gdetkd.config import plain_config
+
+TOOLS = Path(__file__).parents[2] / "tools"
+SIZES = [(64, 80), (96, 64)]
+# As a user's script, but for what this machine lacks: compiled operators and names that Pillow has dropped since.
+PLAIN_SCRIPT = """
+import importlib.util, json, sys, types
+assert importlib.util.find_spec("gdetkd") is None
+import PIL.Image
+PIL.Image.LINEAR = getattr(PIL.Image, "LINEAR", PIL.Image.BILINEAR)
+import numpy
+for name in ("bool", "str"):
+    vars(numpy).setdefault(name, getattr(__builtins__, name))
+sys.modules["detectron2._C"] = types.ModuleType("detectron2._C")
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+import numpy as np
+
+cfg = get_cfg()
+cfg.merge_from_file(sys.argv[1])
+cfg.MODEL.DEVICE = "cpu"
+found = DefaultPredictor(cfg)(np.load(sys.argv[2]))["instances"]
+print(json.dumps({"boxes": found.pred_boxes.tensor.tolist(), "scores": found.scores.tolist()}))
+"""
+THRESHOLDS = {"MODEL.RETINANET.SCORE_THRESH_TEST": 0.005, "MODEL.FCOS.SCORE_THRESH_TEST": 0.005}
+
+
+@pytest.fixture
+def trained(pair_cfg, tmp_path):
+    """Distils a tiny student of a family for two steps; returns its distillation's config and its weights."""
+
+    def make(student):
+        cfg = pair_cfg(f"faster_rcnn-{student}", {"SOLVER.MAX_ITER": 2, **THRESHOLDS})
+        DistillTrainer(cfg).train()
+        return cfg, tmp_path / "run" / "model_final.pth"
+
+    return make
+
+
+def student_of(cfg, weights):
+    model = build_model(plain_config(cfg)).eval()
+    DetectionCheckpointer(model).load(str(weights))
+    return model
+
+
+def in_score_order(boxes, scores, classes):
+    """Exported sorting may order equal scores otherwise: compare what scores apart."""
+    order = np.lexsort((*np.asarray(boxes).round(2).T, np.asarray(classes), -np.asarray(scores).round(4)))
+    return np.asarray(boxes)[order], np.asarray(scores)[order], np.asarray(classes)[order]
+
+
+def assert_same(found, expected):
+    for ours, theirs in zip(in_score_order(*found), in_score_order(*expected)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-2)
+
+
+def test_plain_detectron2_without_this_package(trained, tmp_path):
+    cfg, weights = trained("faster_rcnn")
+    (tmp_path / "distill.yaml").write_text(cfg.dump())
+    assert run_tool(tmp_path / "distill.yaml", weights, tmp_path / "plain.yaml").returncode == 0
+    image = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    np.save(tmp_path / "image.npy", image)
+    (tmp_path / "script.py").write_text(PLAIN_SCRIPT)
+    packages = os.pathsep.join(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if "GDetKD" not in p)
+    command = [sys.executable, "-W", "ignore", "script.py", "plain.yaml", "image.npy"]
+    environment = {**os.environ, "PYTHONPATH": packages}
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    theirs = json.loads(result.stdout.splitlines()[-1])
+    pixels = torch.as_tensor(image.transpose(2, 0, 1).astype(np.float32))
+    with torch.no_grad():
+        [ours] = student_of(cfg, weights)([{"image": pixels, "height": 64, "width": 80}])
+    assert len(theirs["boxes"]) > 5
+    assert theirs["boxes"] == ours["instances"].pred_boxes.tensor.tolist()
+    assert theirs["scores"] == ours["instances"].scores.tolist()
+
+
+@pytest.mark.parametrize("student", ["faster_rcnn", "retinanet", "fcos"])
+@pytest.mark.parametrize("ending", ["ts", "onnx"])
+def test_exported(trained, student, ending, tmp_path):
+    runtime = pytest.importorskip("onnxruntime") if ending == "onnx" else None
+    cfg, weights = trained(student)
+    (tmp_path / "distill.yaml").write_text(cfg.dump())
+    output = tmp_path / f"student.{ending}"
+    result = run_tool(tmp_path / "distill.yaml", weights, output)
+    assert result.returncode == 0, result.stderr[-2000:]
+    detector = student_of(cfg, weights)
+    session = runtime.InferenceSession(str(output), providers=["CPUExecutionProvider"]) if runtime else None
+    script = None if runtime else torch.jit.load(str(output))
+    for seed, size in enumerate(SIZES):  # the first is the one that it was traced with
+        image = torch.randint(0, 256, (3, *size), generator=torch.Generator().manual_seed(seed)).float()
+        with torch.no_grad():
+            found = session.run(None, {"image": image.numpy()}) if session else [t.numpy() for t in script(image)]
+            instances = detector([{"image": image}])[0]["instances"]
+        expected = (instances.pred_boxes.tensor.numpy(), instances.scores.numpy(), instances.pred_classes.numpy())
+        assert len(expected[0]) > 5
+        assert_same(found, expected)
+
+
+def run_tool(config_file, weights, output):
+    command = [sys.executable, "-W", "ignore", str(TOOLS / "export.py"), "--config-file", str(config_file)]
+    command += ["--weights", str(weights), "--output", str(output), "--image-size", *map(str, SIZES[0])]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_what_cannot_be_exported_is_said(trained, tmp_path):
+    cfg, weights = trained("cascade_rcnn")
+    (tmp_path / "distill.yaml").write_text(cfg.dump())
+    result = run_tool(tmp_path / "distill.yaml", weights, tmp_path / "student.ts")
+    assert result.returncode == 1 and "Export it to ONNX" in result.stderr.splitlines()[-1]
+    result = run_tool(tmp_path / "distill.yaml", weights, tmp_path / "student.engine")
+    assert result.returncode == 1 and ".ts or .pt (TorchScript), .onnx or .yaml" in result.stderr.splitlines()[-1]
+
+
+def test_fcos_cannot_be_named_in_plain_detectron2s_yaml(trained, tmp_path):
+    cfg, weights = trained("fcos")
+    (tmp_path / "distill.yaml").write_text(cfg.dump())
+    result = run_tool(tmp_path / "distill.yaml", weights, tmp_path / "plain.yaml")
+    assert result.returncode == 1 and "docs/deploy.md" in result.stderr.splitlines()[-1]
