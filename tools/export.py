@@ -67,7 +67,7 @@ def _to_torchscript(model: nn.Module, example: torch.Tensor, output: Path) -> No
         traced.save(str(output))
     except RuntimeError as e:
         raise GDetKDError(
-            "The detector holds an operation that TorchScript cannot save, as Detectron2's cascades do. Export it to ONNX."
+            "It holds an operation that TorchScript cannot save, as Detectron2's cascades do. Export it to ONNX."
         ) from e
 
 
