@@ -41,11 +41,19 @@ def with_boxes(*boxes, **changes):
 
 
 def test_annotations_of_each_kind_are_counted_once(tmp_path, caplog):
-    boxes = [[5, 5, 0, 9], [5, 5, 9, -3], [5, 5, float("nan"), 9], [90, 5, 9, 9], [-20, 5, 20, 9], [70, 5, 30, 9]]
+    boxes = [
+        [5, 5, 0, 9],
+        [5, 5, 9, -3],
+        [5, 5, float("nan"), 9],
+        [5, 5, 9, float("inf")],
+        [90, 5, 9, 9],
+        [-20, 5, 20, 9],
+        [70, 5, 30, 9],
+    ]
     dataset(tmp_path, with_boxes(*boxes, [5, 5, 9, 9]))
     for _ in range(2):
         assert [a["bbox"] for a in DatasetCatalog.get("mine")[0]["annotations"]] == [[70, 5, 30, 9], [5, 5, 9, 9]]
-    assert caplog.text.count("mine: 3 annotations without area are left out; 2 annotations outside their image") == 1
+    assert caplog.text.count("mine: 4 annotations without area are left out; 2 annotations outside their image") == 1
     assert "1 boxes reach over the edge" in caplog.text
 
 

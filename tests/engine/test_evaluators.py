@@ -59,3 +59,13 @@ def test_difficult_objects_count_in_cocos_metric_alone(voc, tmp_path):
 def test_other_sets_have_cocos(tmp_path):
     evaluator = build_evaluator(make_cfg({"OUTPUT_DIR": str(tmp_path)}), "tiny")
     assert type(evaluator).__name__ == "COCOEvaluator"
+
+
+def test_a_conversion_of_an_earlier_run_is_not_believed(voc, tmp_path):
+    """Detectron2 would evaluate against the file that it finds, although the annotations have changed since."""
+    stale = tmp_path / "run" / "inference" / f"{voc}_coco_format.json"
+    stale.parent.mkdir(parents=True)
+    stale.write_text('{"images": [], "annotations": [], "categories": []}')
+    assert evaluate(voc, {"000001", "000002"}, tmp_path / "run")["bbox"]["AP"] == pytest.approx(100)
+    # Within a run the file is kept: the metadata names it from then on.
+    assert evaluate(voc, {"000001", "000002"}, tmp_path / "run")["bbox"]["AP"] == pytest.approx(100)

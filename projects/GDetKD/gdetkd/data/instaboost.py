@@ -26,7 +26,7 @@ Boost = Callable[[List[Dict[str, Any]], np.ndarray], Tuple[List[Dict[str, Any]],
 class InstaBoostMapper:
     """Detectron2's mapper of training samples, after InstaBoost with probability INPUT.INSTABOOST.PROBABILITY.
 
-    Crowds keep their place. An image without objects stays as it is.
+    Crowds, which training passes over, stay where they are in the image. One without objects stays as it is.
 
     Args:
         cfg: INPUT.INSTABOOST holds the authors' parameters, under their names.
@@ -46,9 +46,8 @@ class InstaBoostMapper:
             return self._mapper(dataset_dict)
         image = read_image(dataset_dict["file_name"], "BGR")
         boosted, image = self._boost([_to_coco(a, dataset_dict["file_name"]) for a in objects], image)
-        crowds = [a for a in dataset_dict["annotations"] if a.get("iscrowd", 0)]
         dataset_dict = dict(dataset_dict)
-        dataset_dict["annotations"] = [_from_coco(a, image.shape[:2]) for a in boosted] + crowds
+        dataset_dict["annotations"] = [_from_coco(a, image.shape[:2]) for a in boosted]
         # The mapper reads the file itself; what it has read is replaced before anything else happens to it.
         mapper = copy.copy(self._mapper)
         in_its_format = convert_PIL_to_numpy(Image.fromarray(image[:, :, ::-1]), mapper.image_format)

@@ -45,7 +45,7 @@ def measure_step(model: nn.Module, batches: List[Any], autocast: bool = False) -
     for batch in batches:
         _synchronize()
         start = time.perf_counter()
-        megabytes = max(megabytes, _memory_of(lambda batch=batch: _step(model, batch, autocast)))
+        megabytes = max(megabytes, peak_memory(lambda batch=batch: _step(model, batch, autocast)))
         _synchronize()
         seconds.append(time.perf_counter() - start)
         model.zero_grad(set_to_none=True)
@@ -64,7 +64,8 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _memory_of(step: Callable[[], None]) -> float:
+def peak_memory(step: Callable[[], None]) -> float:
+    """MB: on a GPU the peak that a step allocates, on a CPU what it keeps for its backward pass."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         step()
