@@ -1,0 +1,230 @@
+#!/usr/bin/env python
+"""Times a training step with and without distillation, and its parts, interleaved in one run.
+
+python benchmarks/step.py --config-file FILE [--device cuda] [--image-size H W] [--json FILE] [KEY VALUE ...]
+
+The floor is the student's own step plus the teacher's forward pass on the student's regions. Images and boxes are made
+up; a teacher whose weights are not there is measured with random ones (--random-weights).
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+from unittest import mock
+
+from gdetkd import add_gdetkd_config
+from gdetkd.distiller import GDetKD
+from gdetkd.engine.step_costs import LATE, peak_memory
+from gdetkd.errors import GDetKDError
+from gdetkd.teacher_file import read_teacher_file
+
+import torch  # isort: skip
+from detectron2.config import CfgNode, get_cfg
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from tabulate import tabulate
+
+WARM_UP = 3
+OBJECTS = 8  # an image
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="default: of the config, 4:3")
+    parser.add_argument("--random-weights", action="store_true", help="of the teacher: time does not depend on them")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE changes to the config")
+    return parser.parse_args()
+
+
+def load_config(args: argparse.Namespace, folder: str) -> CfgNode:
+    cfg = get_cfg()
+    add_gdetkd_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(["MODEL.DEVICE", args.device, *args.opts])
+    if args.random_weights:
+        weights = Path(folder) / "random.pth"
+        torch.save({"model": read_teacher_file(cfg).build().state_dict()}, weights)
+        cfg.DISTILL.TEACHER.WEIGHTS = str(weights)
+    return cfg
+
+
+def make_batch(cfg: CfgNode, args: argparse.Namespace) -> List[Dict[str, Any]]:
+    height, width = args.image_size or (cfg.INPUT.MIN_SIZE_TRAIN[-1], cfg.INPUT.MIN_SIZE_TRAIN[-1] * 4 // 3)
+    rng = torch.Generator().manual_seed(0)
+    batch = []
+    for _ in range(cfg.SOLVER.IMS_PER_BATCH):
+        corners = torch.rand(OBJECTS, 2, generator=rng) * torch.tensor([width, height]) * 0.7
+        sides = (0.05 + 0.25 * torch.rand(OBJECTS, 2, generator=rng)) * torch.tensor([width, height])
+        instances = Instances((height, width), gt_boxes=Boxes(torch.cat([corners, corners + sides], dim=1)))
+        instances.gt_classes = torch.zeros(OBJECTS, dtype=torch.int64)
+        batch.append({"image": torch.randint(0, 256, (3, height, width), generator=rng), "instances": instances})
+    return batch
+
+
+def build(cfg: CfgNode, losses: Tuple[str, ...], like: Any = None) -> GDetKD:
+    """A distiller with some of the losses; the teacher is that of another, where one is given."""
+    cfg = cfg.clone()
+    cfg.DISTILL.LOSSES = losses
+    with mock.patch("gdetkd.distiller.FrozenTeacher", (lambda _: like.teacher)) if like else ExitStack():
+        model = GDetKD(cfg)
+    return model.train()
+
+
+def step(model: torch.nn.Module, batch: List[Dict[str, Any]]) -> None:
+    with EventStorage(LATE):
+        sum(model(batch).values()).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(works: Dict[str, Callable[[], Any]], steps: int) -> Dict[str, List[float]]:
+    """Seconds of each piece of work, one after another in every round, without the rounds of warm-up."""
+    seconds: Dict[str, List[float]] = {name: [] for name in works}
+    for _ in range(WARM_UP + steps):
+        for name, work in works.items():
+            start = now()
+            work()
+            seconds[name].append(now() - start)
+    return {name: values[WARM_UP:] for name, values in seconds.items()}
+
+
+@contextmanager
+def timed_parts(model: GDetKD, seconds: Dict[str, List[float]]) -> Iterator[None]:
+    """Inside, the parts of the model's forward pass write down how long they take."""
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = now()
+            result = function(*args, **kwargs)
+            seconds.setdefault(name, []).append(now() - start)
+            return result
+
+        return run
+
+    parts = [(model.student, "forward", "student's forward"), (model.adapter, "observe", "regions")]
+    parts += [(model.teacher, "look", "teacher's forward"), (model, "_pool_all_levels", "RoIAlign, all levels")]
+    parts += [(loss, "forward", f"{name}, forward") for name, loss in model.losses.items()]
+    with ExitStack() as stack:
+        for owner, attribute, name in parts:
+            stack.enter_context(mock.patch.object(owner, attribute, timed(name, getattr(owner, attribute))))
+        yield
+
+
+def breakdown(model: GDetKD, batch: List[Dict[str, Any]], steps: int) -> Dict[str, float]:
+    """Median seconds of each part of a step with all losses."""
+    seconds: Dict[str, List[float]] = {}
+    with timed_parts(model, seconds):
+        for _ in range(WARM_UP + steps):
+            with EventStorage(LATE):
+                total = sum(model(batch).values())
+            start = now()
+            total.backward()
+            seconds.setdefault("backward", []).append(now() - start)
+            model.zero_grad(set_to_none=True)
+    return {name: statistics.median(values[WARM_UP:]) for name, values in seconds.items()}
+
+
+def regions_of(model: GDetKD, batch: List[Dict[str, Any]]) -> Any:
+    """The regions of one step."""
+    caught = []
+    look = model.teacher.look
+
+    def catch(*args: Any, **kwargs: Any) -> Any:
+        caught.append(args)
+        return look(*args, **kwargs)
+
+    with mock.patch.object(model.teacher, "look", catch), EventStorage(LATE):
+        model(batch)
+    return caught[0]
+
+
+def run(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Any]:
+    batch = make_batch(cfg, args)
+    everything = tuple(cfg.DISTILL.LOSSES)
+    full = build(cfg, everything)
+    distillers = {name: build(cfg, (name,), full) for name in everything} if len(everything) > 1 else {}
+    distillers["all"] = full
+    look = regions_of(full, batch)
+    images = full.teacher.preprocess(batch).tensor
+
+    def backbone() -> None:
+        with torch.no_grad():
+            full.teacher.model.backbone(images)
+
+    works: Dict[str, Callable[[], Any]] = {
+        "plain student": lambda: step(full.student, batch),
+        "teacher, backbone": backbone,
+        "teacher, on the regions": lambda: full.teacher.look(*look),
+        "teacher, whole inference": lambda: inference(full.teacher.model, batch),
+    }
+    works.update({f"distilled, {name}": lambda model=model: step(model, batch) for name, model in distillers.items()})
+    seconds = measure(works, args.steps)
+    megabytes = {name: peak_memory(work) for name, work in works.items()}
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    floor = middle["plain student"] + middle["teacher, on the regions"]
+    backbone_floor = middle["plain student"] + middle["teacher, backbone"]
+    return {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.device}",
+        "images": [list(sample["image"].shape[1:]) for sample in batch],
+        "regions": len(look[1]),
+        "seconds": {name: [*statistics.quantiles(values, n=4)] for name, values in seconds.items()},
+        "megabytes": megabytes,
+        "ratio_to_floor": middle["distilled, all"] / floor,
+        "ratio_to_backbone_floor": middle["distilled, all"] / backbone_floor,
+        "breakdown": breakdown(full, batch, args.steps),
+    }
+
+
+@torch.no_grad()
+def inference(teacher: torch.nn.Module, batch: List[Dict[str, Any]]) -> None:
+    teacher([{"image": sample["image"]} for sample in batch])
+
+
+def as_text(result: Dict[str, Any]) -> str:
+    rows = [
+        [name, f"{middle:.4f}", f"{low:.4f} to {high:.4f}", f"{result['megabytes'][name]:.0f}"]
+        for name, (low, middle, high) in result["seconds"].items()
+    ]
+    parts = [[name, f"{seconds:.4f}"] for name, seconds in result["breakdown"].items()]
+    images = result["images"]
+    return "\n\n".join(
+        [
+            f"{result['machine']}; {len(images)} images of {images[0][0]}x{images[0][1]}, {result['regions']} regions",
+            tabulate(rows, ["step", "median, s", "quartiles", "MB"], disable_numparse=True),
+            f"distilled, all: {result['ratio_to_floor']:.3f} times the floor (plain student + teacher on the regions), "
+            f"{result['ratio_to_backbone_floor']:.3f} times plain student + teacher's backbone",
+            tabulate(parts, ["part of a step with all", "median, s"], disable_numparse=True),
+        ]
+    )
+
+
+def main() -> None:
+    args = parse_arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(load_config(args, folder), args)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(as_text(result))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GDetKDError as error:
+        sys.exit(str(error))
