@@ -109,6 +109,13 @@ def break_images(folder):
     Image.new("RGB", (64, 50)).save(folder / "mine2.png")
 
 
+def test_image_too_large_to_be_honest(tmp_path, monkeypatch):
+    dataset(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    reasons = set(find_bad_images(DatasetCatalog.get("mine")).values())
+    assert reasons == {"does not open (DecompressionBombError)"}
+
+
 def test_images_that_cannot_be_used(tmp_path):
     dataset(tmp_path)
     assert find_bad_images(DatasetCatalog.get("mine")) == {}

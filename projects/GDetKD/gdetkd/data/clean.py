@@ -101,7 +101,7 @@ def _fault(sample: Sample) -> Optional[str]:
         with Image.open(path) as image:
             size = image.size
             turned = image.getexif().get(EXIF_ORIENTATION) in TURNED
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as e:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as e:
         return f"does not open ({type(e).__name__})"
     size = size[::-1] if turned else size  # Detectron2 turns it on reading
     expected: Tuple[Optional[int], Optional[int]] = (sample.get("width", size[0]), sample.get("height", size[1]))

@@ -19,8 +19,6 @@ from matplotlib.patches import Rectangle  # noqa: E402
 
 COLORS = {"baseline": "#8a8f98", "baseline, equal time": "#4a4f57", "distilled": "#d1495b", "teacher": "#00798c"}
 CLASS_COLORS = plt.get_cmap("tab10")
-# Detections below this score are not drawn.
-MIN_SCORE = 0.5
 
 
 @dataclass
@@ -41,7 +39,8 @@ def draw_comparison(
         path: of the PNG.
         curves: the runs.
         teacher_ap: percent.
-        detectors: by title, a detector in eval mode and its config; one row of images each.
+        detectors: by title, a detector in eval mode and its config; one row of images each, on each of which as many
+            detections are drawn as there are objects.
         dataset: a registered set, of which the first images with at least three objects are shown.
     """
     images = [image for image in DatasetCatalog.get(dataset) if len(image["annotations"]) >= 3][:5]
@@ -98,12 +97,12 @@ def detect(model: nn.Module, cfg: Any, pixels: np.ndarray) -> Any:
 def _draw_detections(axis: Axes, image: Dict[str, Any], model: nn.Module, cfg: Any) -> None:
     axis.imshow(utils.read_image(image["file_name"], "RGB"))
     found = detect(model, cfg, utils.read_image(image["file_name"], cfg.INPUT.FORMAT))
-    for box, score, label in zip(found.pred_boxes.tensor.tolist(), found.scores.tolist(), found.pred_classes.tolist()):
-        if score >= MIN_SCORE:
-            x1, y1, x2, y2 = box
-            color = CLASS_COLORS(label % 10)
-            axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=3.2))
-            axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.8))
+    # The best ones, not those above a score: a dense detector's scores are lower than a two-stage one's.
+    best = found[found.scores.argsort(descending=True)[: len(image["annotations"])]]
+    for (x1, y1, x2, y2), label in zip(best.pred_boxes.tensor.tolist(), best.pred_classes.tolist()):
+        color = CLASS_COLORS(label % 10)
+        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=3.2))
+        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.8))
     axis.set(xticks=[], yticks=[])
 
 
