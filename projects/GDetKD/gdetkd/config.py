@@ -83,6 +83,10 @@ def _add_teacher_node(cfg: CfgNode) -> None:
     cfg.DISTILL.TEACHER.WEIGHTS = ""
     # Changes to it, as on a command line: ["MODEL.ROI_HEADS.NUM_CLASSES", 6]; ["model.roi_heads.num_classes", 6].
     cfg.DISTILL.TEACHER.OPTS = []
+    # What it runs in: "float32", "float16" (CUDA), "bfloat16"; empty: half precision with SOLVER.AMP, else float32.
+    cfg.DISTILL.TEACHER.DTYPE = ""
+    # Compile its backbone with torch.compile, which takes minutes at the start.
+    cfg.DISTILL.TEACHER.COMPILE = False
     # AP (percent) on a sample of the student's data below which `--check` takes it for not loaded or mis-normalised.
     cfg.DISTILL.TEACHER.MIN_AP = 5.0
     # Names of its classes in order, where its own DATASETS.TRAIN does not tell them.

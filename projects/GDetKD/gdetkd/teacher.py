@@ -16,6 +16,7 @@ from torch import nn
 from .classes import some, with_class_names
 from .detectors import build_adapter
 from .errors import GDetKDError
+from .inference import for_inference, parse_dtype
 from .structures import DetectorOutputs, Regions
 from .teacher_file import TeacherFile, read_teacher_file
 
@@ -92,6 +93,9 @@ class FrozenTeacher:
     Args:
         cfg: the config of the distillation.
 
+    Attributes:
+        model: the detector as its file has it. It looks at a batch through a copy of its backbone that is faster.
+
     Raises:
         GDetKDError: config or weights are missing or do not fit each other, the detector has no pyramid, or its images
             cannot be made from the student's.
@@ -105,10 +109,14 @@ class FrozenTeacher:
         _check_size(cfg, self.model)
         names = _teachers_classes(cfg, self.file, self.adapter.spec.num_classes)
         self.spec = with_class_names(self.adapter.spec, names)
+        config = cfg.DISTILL.TEACHER
+        self._dtype = parse_dtype(config.DTYPE, cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED)
         self.sha256 = load_weights(self.model, self.file.weights)
         self.model.eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
+        if self.adapter.backbone is not None:
+            self.adapter.backbone = for_inference(self.adapter.backbone, self._dtype, config.COMPILE)
         logger.info("Teacher: %s, SHA-256 %s", self.file.weights, self.sha256)
 
     @torch.no_grad()
@@ -127,7 +135,10 @@ class FrozenTeacher:
             needs: fields of `DetectorOutputs` to fill.
             later_regions: boxes of the later stages of a student that is a cascade.
         """
-        return self.adapter.look(self.preprocess(batched_inputs).tensor, regions, needs, later_regions)
+        images = self.preprocess(batched_inputs).tensor
+        images = images.to(self._dtype).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            return self.adapter.look(images, regions, needs, later_regions)
 
     def preprocess(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:
         """The teacher's own channel order, pixel mean and std, and padding."""

@@ -27,6 +27,9 @@ class DetectorAdapter(ABC):
         role: "teacher" or "student", for error messages.
         cfg: the config of the distillation.
 
+    Attributes:
+        backbone: what `look` runs on images: the model's, or a faster copy of it; None where it has none of that name.
+
     Raises:
         GDetKDError: the detector lacks something that distillation needs.
     """
@@ -35,6 +38,7 @@ class DetectorAdapter(ABC):
         self.model = model
         self.role = role
         self.cfg = cfg
+        self.backbone: Optional[nn.Module] = getattr(model, "backbone", None)
 
     @classmethod
     @abstractmethod

@@ -95,7 +95,7 @@ class DenseAdapter(DetectorAdapter):
         self, images: torch.Tensor, regions: Regions, needs: Collection[str], later_regions: Sequence[Regions] = ()
     ) -> DetectorOutputs:
         model = self.model
-        features = model.backbone(images)
+        features = self.backbone(images)
         maps = [features[name] for name in self._features]
         outputs = DetectorOutputs(dict(zip(self._features, maps)), self.spec.strides, regions)
         outputs.pooled = self._pooler(maps, regions.boxes)

@@ -74,7 +74,7 @@ class _TwoStageAdapter(DetectorAdapter):
         self, images: torch.Tensor, regions: Regions, needs: Collection[str], later_regions: Sequence[Regions] = ()
     ) -> DetectorOutputs:
         pooler = self.model.roi_heads.box_pooler
-        features = self.model.backbone(images)
+        features = self.backbone(images)
         maps = [features[name] for name in self._features]
         outputs = DetectorOutputs(dict(zip(self._features, maps)), self.spec.strides, regions)
         outputs.pooled = pooler(maps, regions.boxes)

@@ -47,10 +47,11 @@ def contrastive_distillation(
     if count == 0:
         return sum_of_zeros([student, teacher] + ([] if queue is None else [queue]))
     candidates = teacher if queue is None else torch.cat([teacher, queue])
-    similarity = F.normalize(student, dim=1) @ F.normalize(candidates, dim=1).t() / gamma  # (N, N + K)
+    # gamma divides the smaller side; the product is masked in place: (N, N + K) is the largest tensor here.
+    similarity = (F.normalize(student, dim=1) / gamma) @ F.normalize(candidates, dim=1).t()  # (N, N + K)
     left_out = (image_ids[:, None] == image_ids) & (box_iou(boxes, boxes) > iou_threshold)
     left_out.fill_diagonal_(False)  # a region is its own positive, though it overlaps itself
-    similarity = torch.cat([similarity[:, :count].masked_fill(left_out, float("-inf")), similarity[:, count:]], dim=1)
+    similarity[:, :count].masked_fill_(left_out, float("-inf"))
     target = torch.arange(count, device=student.device)
     return F.cross_entropy(similarity, target)
 

@@ -121,7 +121,11 @@ class SGFI(DistillLoss):
         rois = full_precision(student.level_pooled)  # (N, L, C_S, H, W)
         target = full_precision(teacher.pooled)  # (N, C_T, H, W)
         keys = self.embed.forward_adapted(rois.flatten(0, 1), self.adapter)
-        alpha = level_attention(keys.view(*rois.shape[:2], keys.shape[1]), self.embed(target), self.tau)
-        # The alphas sum to 1, so adapting the aggregate equals aggregating the adapted.
-        aggregated = self.adapter(torch.einsum("nl,nlchw->nchw", alpha, rois))
-        return _mean_squared_error(aggregated, target)
+        teacher_keys = self.embed(target)
+        alpha = level_attention(keys.view(*rois.shape[:2], keys.shape[1]), teacher_keys, self.tau)
+        # The alphas sum to 1, so adapting the aggregate equals aggregating the adapted. Cells are rows, (N H W, C),
+        # in which the sum over levels is one product and the adapter another.
+        levels = rois.permute(0, 1, 3, 4, 2).flatten(2)  # (N, L, H W C_S), no copy
+        aggregated = torch.bmm(alpha[:, None], levels).view(-1, rois.shape[2])
+        adapted = F.linear(aggregated, self.adapter.weight[:, :, 0, 0], self.adapter.bias)
+        return _mean_squared_error(adapted, target.permute(0, 2, 3, 1).reshape(adapted.shape))
