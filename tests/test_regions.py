@@ -1,7 +1,8 @@
 import torch
 from detectron2.structures import Boxes
 
-from gdetkd.regions import pool_all_levels, roi_align_separable, roi_align_torchvision
+from gdetkd.regions import pool_all_levels, roi_align_torchvision
+from gdetkd.separable import roi_align_separable
 from gdetkd.structures import Regions
 
 BOXES = [
@@ -16,7 +17,7 @@ def test_separable_equals_torchvision_in_value_and_gradient():
     regions = Regions(BOXES)
     for stride, sampling in ((4, 2), (8, 1), (16, 3)):
         features = torch.randn(3, 5, 48 // stride, 64 // stride, dtype=torch.float64, requires_grad=True)
-        ours = roi_align_separable(features, stride, regions, (7, 6), sampling)
+        ours = roi_align_separable([features], [stride], regions, (7, 6), sampling)[:, 0]
         theirs = roi_align_torchvision(features, stride, regions, (7, 6), sampling)
         torch.testing.assert_close(ours, theirs)
         weights = torch.randn_like(ours)
@@ -35,10 +36,24 @@ def test_pools_every_region_on_every_level():
 
 
 def test_large_maps_take_the_other_way_to_the_same_values(monkeypatch):
-    maps = [torch.randn(3, 2, 12, 16)]
-    separable = pool_all_levels(maps, [4], Regions(BOXES), (7, 7), 2)
-    monkeypatch.setattr("gdetkd.regions.SEPARABLE_MAX_CELLS", 0)
-    torch.testing.assert_close(separable, pool_all_levels(maps, [4], Regions(BOXES), (7, 7), 2))
+    maps = [torch.randn(3, 2, 12, 16), torch.randn(3, 2, 6, 8), torch.randn(3, 2, 3, 4)]
+    separable = pool_all_levels(maps, [4, 8, 16], Regions(BOXES), (7, 7), 2)
+    for most_cells in (6 * 8, 0):  # the finest, and all of them
+        monkeypatch.setattr("gdetkd.regions.SEPARABLE_MAX_CELLS", most_cells)
+        torch.testing.assert_close(separable, pool_all_levels(maps, [4, 8, 16], Regions(BOXES), (7, 7), 2))
+
+
+def test_separable_gradcheck():
+    maps = [torch.randn(3, 2, size, size + 1, dtype=torch.float64, requires_grad=True) for size in (4, 3)]
+    regions = Regions([Boxes(boxes.tensor[:2].double()) for boxes in BOXES])
+    assert torch.autograd.gradcheck(lambda *m: roi_align_separable(m, [12, 16], regions, (3, 2), 2), maps)
+
+
+def test_separable_without_a_region():
+    features = torch.randn(3, 2, 4, 4, requires_grad=True)
+    pooled = roi_align_separable([features], [16], Regions([Boxes(torch.zeros(0, 4))] * 3), (7, 7), 2)
+    pooled.sum().backward()
+    assert pooled.shape == (0, 1, 2, 7, 7) and features.grad.abs().sum() == 0
 
 
 def test_image_ids_follow_the_boxes():

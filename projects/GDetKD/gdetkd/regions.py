@@ -8,9 +8,9 @@ from typing import Sequence, Tuple
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling.sampling import subsample_labels
-from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_iou, nms, roi_align
 
+from .separable import roi_align_separable
 from .structures import Regions
 
 # Cells of a feature map up to which, on a CPU, two matrix products are faster than torchvision's RoIAlign,
@@ -37,12 +37,20 @@ def pool_all_levels(
     Returns:
         (N, L, C, h, w), channels last in memory, in which SGFI convolves them faster (docs/performance.md).
     """
-    pooled = []
-    for feature_map, stride in zip(maps, strides):
-        small = feature_map.shape[-2] * feature_map.shape[-1] <= SEPARABLE_MAX_CELLS
-        pool = roi_align_separable if small and not feature_map.is_cuda else roi_align_torchvision
-        pooled.append(pool(feature_map, stride, regions, size, sampling_ratio))
-    return torch.stack([each.permute(0, 2, 3, 1) for each in pooled], dim=1).permute(0, 1, 4, 2, 3)
+    # Levels are finest first, so the large ones come before the small ones.
+    large = sum(not _is_small(feature_map) for feature_map in maps)
+    parts = [roi_align_torchvision(*level, regions, size, sampling_ratio) for level in zip(maps[:large], strides)]
+    parts = [each.permute(0, 2, 3, 1)[:, None] for each in parts]
+    if large < len(maps):
+        small = roi_align_separable(maps[large:], strides[large:], regions, size, sampling_ratio)
+        if not large:
+            return small
+        parts.append(small.permute(0, 1, 3, 4, 2))
+    return torch.cat(parts, dim=1).permute(0, 1, 4, 2, 3)
+
+
+def _is_small(feature_map: torch.Tensor) -> bool:
+    return not feature_map.is_cuda and feature_map.shape[-2] * feature_map.shape[-1] <= SEPARABLE_MAX_CELLS
 
 
 def roi_align_torchvision(
@@ -51,47 +59,6 @@ def roi_align_torchvision(
     """(N, C, h, w): torchvision's RoIAlign, arguments as in `pool_all_levels`."""
     boxes = [boxes.tensor.to(feature_map.dtype) for boxes in regions.boxes]
     return roi_align(feature_map, boxes, size, 1.0 / stride, sampling_ratio, aligned=True)
-
-
-def roi_align_separable(
-    feature_map: torch.Tensor, stride: int, regions: Regions, size: Tuple[int, int], sampling_ratio: int
-) -> torch.Tensor:
-    """(N, C, h, w): the same values, as two matrix products.
-
-    Bilinear interpolation and the mean over a bin's samples both factor into a vertical and a horizontal part, so a
-    region's output is A_y F A_x^T with A_y (h, H) and A_x (w, W). Its backward is two more products.
-    """
-    images, channels, height, width = feature_map.shape
-    counts = [len(boxes) for boxes in regions.boxes]
-    # All images at once: those with fewer regions than the most, n, get empty ones that are dropped again.
-    boxes = pad_sequence([boxes.tensor for boxes in regions.boxes], batch_first=True).flatten(0, 1)  # (B n, 4)
-    x1, y1, x2, y2 = (boxes.to(feature_map.dtype) / stride - 0.5).unbind(dim=1)
-    along_x = _sampling_matrix(x1, x2, size[1], width, sampling_ratio)  # (B n, w, W)
-    along_y = _sampling_matrix(y1, y2, size[0], height, sampling_ratio)  # (B n, h, H)
-    # Channels last throughout, so that both products run along contiguous channels.
-    lines = feature_map.permute(0, 2, 3, 1).reshape(images, height, width * channels)
-    rows = torch.bmm(along_y.view(images, max(counts) * size[0], height), lines)  # (B, n h, W C)
-    pooled = torch.matmul(along_x[:, None], rows.view(len(boxes), size[0], width, channels))  # (B n, h, w, C)
-    pooled = pooled.permute(0, 3, 1, 2)
-    if min(counts) == max(counts):
-        return pooled
-    real = torch.cat([torch.arange(max(counts)) < count for count in counts]).to(pooled.device)
-    return pooled[real]
-
-
-def _sampling_matrix(
-    start: torch.Tensor, end: torch.Tensor, bins: int, cells: int, sampling_ratio: int
-) -> torch.Tensor:
-    """(n, bins, cells): the weight of each cell in each bin along one axis, for n intervals in cell units.
-
-    As in torchvision, a sample more than one cell outside counts as zero and others are moved to the border.
-    """
-    offsets = (torch.arange(bins * sampling_ratio, dtype=start.dtype, device=start.device) + 0.5) / sampling_ratio
-    samples = start[:, None] + offsets * ((end - start) / bins)[:, None]  # (n, bins * sampling_ratio)
-    inside = (samples >= -1) & (samples <= cells)
-    cell = torch.arange(cells, dtype=start.dtype, device=start.device)
-    weights = (1 - (samples.clamp(0, cells - 1)[..., None] - cell).abs()).clamp(min=0) * inside[..., None]
-    return weights.view(len(start), bins, sampling_ratio, cells).mean(dim=2)
 
 
 def suppress(boxes: torch.Tensor, scores: torch.Tensor, config: CfgNode) -> torch.Tensor:
