@@ -21,5 +21,9 @@ setup(
     package_data={"gdetkd": ["py.typed"]},
     # Both are needed, but how to get them differs between machines: `import gdetkd` says what is missing.
     install_requires=["tqdm", "matplotlib"],
-    extras_require={"quickstart": ["opencv-python-headless"], "instaboost": ["instaboostfast"]},
+    extras_require={
+        "quickstart": ["opencv-python-headless"],
+        "instaboost": ["instaboostfast"],
+        "eval": ["faster-coco-eval"],
+    },
 )

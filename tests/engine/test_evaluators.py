@@ -1,5 +1,8 @@
 """The metrics of a data set."""
 
+import sys
+
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -7,8 +10,9 @@ from detectron2.data.datasets import register_pascal_voc
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from conftest import make_cfg
+from conftest import NUM_CLASSES, make_cfg
 from gdetkd.engine.evaluators import build_evaluator
+from gdetkd.errors import GDetKDError
 
 XML = """<annotation><filename>{name}.jpg</filename><size><width>64</width><height>48</height><depth>3</depth></size>
 <object><name>cat</name><pose>Left</pose><truncated>0</truncated><difficult>{difficult}</difficult>
@@ -69,3 +73,53 @@ def test_a_conversion_of_an_earlier_run_is_not_believed(voc, tmp_path):
     assert evaluate(voc, {"000001", "000002"}, tmp_path / "run")["bbox"]["AP"] == pytest.approx(100)
     # Within a run the file is kept: the metadata names it from then on.
     assert evaluate(voc, {"000001", "000002"}, tmp_path / "run")["bbox"]["AP"] == pytest.approx(100)
+
+
+def score_disturbed_truth(implementation, tmp_path):
+    """Metrics of detections that are the objects of "tiny", moved, some renamed, some missed, some doubled."""
+    evaluator = build_evaluator(make_cfg({"OUTPUT_DIR": str(tmp_path), "TEST.COCO_EVAL": implementation}), "tiny")
+    evaluator.reset()
+    rng = np.random.default_rng(0)
+    for sample in DatasetCatalog.get("tiny"):
+        boxes, classes = [], []
+        for annotation in sample["annotations"] * 2:
+            x, y, w, h = annotation["bbox"] + rng.normal(0, 2, 4)
+            if rng.random() < 0.8:
+                boxes.append([x, y, x + w, y + h])
+                wrong = rng.random() < 0.2
+                classes.append(int(rng.integers(NUM_CLASSES)) if wrong else annotation["category_id"])
+        instances = Instances((sample["height"], sample["width"]))
+        instances.pred_boxes = Boxes(torch.tensor(boxes).view(-1, 4))
+        instances.scores = torch.from_numpy(rng.random(len(boxes)))
+        instances.pred_classes = torch.tensor(classes, dtype=torch.int64)
+        evaluator.process([sample], [{"instances": instances}])
+    return evaluator.evaluate()["bbox"]
+
+
+def test_the_fast_implementation_gives_the_official_figures(tmp_path):
+    pytest.importorskip("faster_coco_eval")
+    official = score_disturbed_truth("pycocotools", tmp_path)
+    fast = score_disturbed_truth("faster-coco-eval", tmp_path)
+    assert 10 < official["AP"] < 90
+    assert fast == pytest.approx(official, rel=1e-9, nan_ok=True)
+
+
+def test_the_fast_implementation_is_the_one_that_ran(tmp_path, monkeypatch):
+    package = pytest.importorskip("faster_coco_eval")
+    calls = []
+    evaluate_images = package.COCOeval_faster.evaluate
+    monkeypatch.setattr(package.COCOeval_faster, "evaluate", lambda self: (calls.append(1), evaluate_images(self))[1])
+    score_disturbed_truth("pycocotools", tmp_path)
+    assert not calls
+    score_disturbed_truth("faster-coco-eval", tmp_path)
+    assert calls
+    score_disturbed_truth("pycocotools", tmp_path)
+    assert len(calls) == 1
+
+
+def test_an_implementation_that_is_not_there(tmp_path, monkeypatch):
+    with pytest.raises(GDetKDError, match="TEST.COCO_EVAL is 'fast'"):
+        score_disturbed_truth("fast", tmp_path)
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(GDetKDError, match="pip install"):
+        score_disturbed_truth("faster-coco-eval", tmp_path)

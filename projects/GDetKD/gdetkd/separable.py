@@ -1,7 +1,7 @@
 """RoIAlign as matrix products, for the CPU, where torchvision's backward scatters one sample at a time.
 
-Bilinear interpolation and the mean over a bin's samples both factor into a vertical and a horizontal part, so a region's
-output is A_y F A_x^T with A_y (h, H) and A_x (w, W), and its backward is two more products.
+Bilinear interpolation and the mean over a bin's samples both factor into a vertical and a horizontal part, so a
+region's output is A_y F A_x^T with A_y (h, H) and A_x (w, W), and its backward is two more products.
 
 Shapes: B images, N regions in all of them, n of one image, L levels, C channels, (h, w) the pooled size.
 """

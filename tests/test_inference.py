@@ -1,0 +1,126 @@
+"""The copy of the teacher's backbone that runs sooner, and the dtype that it runs in."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_backbone, build_model
+from detectron2.structures import Boxes
+
+from conftest import WIDER, make_batch, make_cfg, settle_batch_norm
+from gdetkd.errors import GDetKDError
+from gdetkd.inference import fold_norms, for_inference, parse_dtype
+from gdetkd.structures import Regions
+from gdetkd.teacher import FrozenTeacher
+
+
+def backbone(changes={}):
+    model = build_model(make_cfg({**WIDER, **changes})).double()
+    settle_batch_norm(model)
+    for module in model.modules():  # so that a norm that is folded wrongly shows
+        if isinstance(module, (torch.nn.BatchNorm2d, FrozenBatchNorm2d)):
+            torch.nn.init.uniform_(module.weight, 0.5, 2.0)
+            torch.nn.init.uniform_(module.bias, -1.0, 1.0)
+            torch.nn.init.uniform_(module.running_mean, -1.0, 1.0)
+    return model.backbone.eval()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"MODEL.RESNETS.NORM": "FrozenBN"},
+        {"MODEL.FPN.NORM": "BN"},
+        {"MODEL.RESNETS.NORM": "GN", "MODEL.RESNETS.STEM_OUT_CHANNELS": 32, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64}
+        | {"MODEL.RESNETS.WIDTH_PER_GROUP": 32},
+    ],
+)
+@torch.no_grad()
+def test_same_values_in_double_precision(changes):
+    model, images = backbone(changes), torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected, found = model(images), for_inference(model, torch.float64)(images)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_every_fixed_norm_of_a_resnet_is_folded():
+    model = backbone({"MODEL.FPN.NORM": "BN"})
+    norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    assert fold_norms(model) == norms > 50
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+
+
+@pytest.fixture
+def tame_cfg(distill_cfg, tmp_path):
+    """Of a teacher none of whose untrained channels is nearly constant, which would magnify rounding without end."""
+
+    def make(changes={}):
+        cfg = distill_cfg(changes)
+        weights = torch.load(tmp_path / "teacher.pth", weights_only=True)
+        for name, tensor in weights["model"].items():
+            if name.endswith("running_var"):
+                tensor.clamp_(min=0.1)
+        torch.save(weights, tmp_path / "teacher.pth")
+        return cfg
+
+    return make
+
+
+def look(teacher):
+    regions = Regions([Boxes(torch.tensor([[4.0, 4, 40, 40]])), Boxes(torch.tensor([[8.0, 2, 30, 44], [0, 0, 9, 9]]))])
+    return teacher.look(make_batch(), regions, {"embeddings", "logits", "deltas"})
+
+
+def relative_difference(found, expected):
+    return ((found.float() - expected).abs().mean() / expected.abs().mean()).item()
+
+
+def test_a_teacher_looks_through_the_copy_and_sees_the_same(tame_cfg):
+    teacher = FrozenTeacher(tame_cfg())
+    quick = look(teacher)
+    assert teacher.adapter.backbone is not teacher.model.backbone
+    teacher.adapter.backbone = teacher.model.backbone
+    plain = look(teacher)
+    for field in ("pooled", "embeddings", "logits", "deltas"):
+        assert relative_difference(getattr(quick, field), getattr(plain, field)) < 1e-4
+
+
+def test_half_precision_is_close(distill_cfg):
+    """Of a trained teacher: an untrained one of fifty layers magnifies any rounding."""
+    folder = Path(__file__).parents[1] / "configs" / "quickstart"
+    keys = {"DISTILL.TEACHER.CONFIG_FILE": str(folder / "teacher-FasterRCNN.yaml")}
+    keys["DISTILL.TEACHER.WEIGHTS"] = str(folder / "teacher-FasterRCNN.pth")
+    half, full = (
+        FrozenTeacher(distill_cfg({**keys, "DISTILL.TEACHER.DTYPE": "bfloat16"})),
+        FrozenTeacher(distill_cfg(keys)),
+    )
+    assert {parameter.dtype for parameter in half.adapter.backbone.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
+    found, expected = look(half), look(full)
+    for field in ("pooled", "embeddings", "logits"):
+        assert 1e-5 < relative_difference(getattr(found, field), getattr(expected, field)) < 0.05
+
+
+def test_dtypes():
+    assert parse_dtype("", "cpu", amp=False) == torch.float32
+    assert parse_dtype("", "cuda", amp=True) == torch.float16
+    assert parse_dtype("bfloat16", "cpu", amp=False) == torch.bfloat16
+    with pytest.raises(GDetKDError, match="DISTILL.TEACHER.DTYPE is 'half'"):
+        parse_dtype("half", "cpu", amp=False)
+    with pytest.raises(GDetKDError, match="float16 needs a CUDA device"):
+        parse_dtype("float16", "cpu", amp=False)
+
+
+def test_compiled_gives_the_same(monkeypatch):
+    """With dynamo's eager backend, which needs no compiler and takes the same way through the module."""
+    cfg = make_cfg(WIDER)
+    model, images = build_backbone(cfg).eval(), torch.randn(1, 3, 64, 64)
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend="eager", **kw))
+    with torch.no_grad():
+        found, expected = for_inference(model, torch.float32, compiled=True)(images), model(images)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
