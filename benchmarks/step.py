@@ -9,11 +9,9 @@ up; a teacher whose weights are not there is measured with random ones (--random
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
-import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
@@ -30,8 +28,8 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
+from timing import WARM_UP, machine, measure, now, quartiles
 
-WARM_UP = 3
 OBJECTS = 8  # an image
 
 
@@ -85,23 +83,6 @@ def step(model: torch.nn.Module, batch: List[Dict[str, Any]]) -> None:
     with EventStorage(LATE):
         sum(model(batch).values()).backward()
     model.zero_grad(set_to_none=True)
-
-
-def now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def measure(works: Dict[str, Callable[[], Any]], steps: int) -> Dict[str, List[float]]:
-    """Seconds of each piece of work, one after another in every round, without the rounds of warm-up."""
-    seconds: Dict[str, List[float]] = {name: [] for name in works}
-    for _ in range(WARM_UP + steps):
-        for name, work in works.items():
-            start = now()
-            work()
-            seconds[name].append(now() - start)
-    return {name: values[WARM_UP:] for name, values in seconds.items()}
 
 
 @contextmanager
@@ -180,10 +161,10 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Any]:
     floor = middle["plain student"] + middle["teacher, on the regions"]
     backbone_floor = middle["plain student"] + middle["teacher, backbone"]
     return {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.device}",
+        "machine": machine(args.device),
         "images": [list(sample["image"].shape[1:]) for sample in batch],
         "regions": len(look[1]),
-        "seconds": {name: [*statistics.quantiles(values, n=4)] for name, values in seconds.items()},
+        "seconds": {name: quartiles(values) for name, values in seconds.items()},
         "megabytes": megabytes,
         "ratio_to_floor": middle["distilled, all"] / floor,
         "ratio_to_backbone_floor": middle["distilled, all"] / backbone_floor,

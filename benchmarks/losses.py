@@ -1,0 +1,158 @@
+#!/usr/bin/env python
+"""Times SGFI and CKD, forward and backward, against the equations written down plainly, as the sizes grow.
+
+python benchmarks/losses.py [--device cuda] [--regions 64,256,1024,4096] [--levels 3,4,6] [--queues 0,8192,65536]
+    [--rounds 5] [--json FILE]
+
+Widths are those of the R50 -> R18 pair: 256 channels, 7x7 cells, embeddings of 1,024. Memory is, on a GPU, the peak of
+a step; on a CPU what a step keeps for its backward pass.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+from gdetkd import add_gdetkd_config
+from gdetkd.engine.step_costs import peak_memory
+from gdetkd.losses import CKD, SGFI, semantic_guided_imitation
+from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
+
+import torch  # isort: skip
+from detectron2.config import get_cfg
+from detectron2.structures import Boxes
+from tabulate import tabulate
+from timing import machine, measure, quartiles
+from torch import nn
+from torchvision.ops import box_iou
+
+CHANNELS, SIZE, EMBEDDING = 256, 7, 1024
+IMAGES = 2
+
+
+def parse_arguments() -> argparse.Namespace:
+    def numbers(text: str) -> List[int]:
+        return [int(number) for number in text.split(",")]
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--regions", type=numbers, default=[64, 256, 1024, 4096])
+    parser.add_argument("--levels", type=numbers, default=[3, 4, 5, 6])
+    parser.add_argument("--queues", type=numbers, default=[0, 8192, 65536])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def build(device: str, queue: int = 0) -> Dict[str, nn.Module]:
+    cfg = get_cfg()
+    add_gdetkd_config(cfg)
+    cfg.DISTILL.CKD.QUEUE_SIZE = queue
+    spec = DetectorSpec(CHANNELS, {"p2": 4}, (SIZE, SIZE), EMBEDDING, 80, None)
+    return {"SGFI": SGFI(cfg, spec, spec).to(device), "CKD": CKD(cfg, spec, spec).to(device)}
+
+
+def plain_sgfi(loss: SGFI, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
+    """Every level adapted, every adapted level embedded, then aggregated."""
+    count, levels = student.level_pooled.shape[:2]
+    adapted = loss.adapter(student.level_pooled.flatten(0, 1))  # (N L, C_T, H, W)
+    keys = loss.embed(adapted).view(count, levels, -1)
+    adapted = adapted.view(count, levels, *adapted.shape[1:])
+    return semantic_guided_imitation(adapted, teacher.pooled, keys, loss.embed(teacher.pooled), loss.tau)[0]
+
+
+def plain_ckd(loss: CKD, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
+    """g of every pair of embeddings, the overlapping regions taken out image by image."""
+    ours = loss.projection(loss.adapter(student.embeddings))
+    its = loss.projection(torch.cat([teacher.embeddings, loss.queue.contents()]))
+    cosines = nn.functional.normalize(ours, dim=1) @ nn.functional.normalize(its, dim=1).t()
+    g = torch.exp(cosines / loss.gamma)  # (N, N + K)
+    count, start = len(ours), 0
+    counts = torch.ones_like(g)
+    for boxes in student.regions.boxes:
+        of_image = slice(start, start + len(boxes))
+        counts[of_image, of_image] = (box_iou(boxes.tensor, boxes.tensor) <= loss.iou_threshold).float()
+        start += len(boxes)
+    counts[range(count), range(count)] = 1.0
+    return -torch.log(g.diagonal() / (g * counts).sum(dim=1)).mean()
+
+
+def make_outputs(count: int, levels: int, device: str) -> List[DetectorOutputs]:
+    """Of a student, whose tensors want gradients, and of a teacher."""
+    corners = torch.rand(count, 2, device=device) * 600
+    boxes = torch.cat([corners, corners + 20 + torch.rand(count, 2, device=device) * 200], dim=1)
+    regions = Regions([Boxes(part) for part in boxes.chunk(IMAGES)])
+    both = []
+    for is_student in (True, False):
+        outputs = DetectorOutputs({}, {}, regions)
+        outputs.embeddings = torch.randn(count, EMBEDDING, device=device, requires_grad=is_student)
+        if is_student:
+            cells = torch.randn(count, levels, SIZE, SIZE, CHANNELS, device=device, requires_grad=True)
+            outputs.level_pooled = cells.permute(0, 1, 4, 2, 3)
+        outputs.pooled = torch.randn(count, CHANNELS, SIZE, SIZE, device=device)
+        both.append(outputs)
+    return both
+
+
+def compare(ours: Callable[[], torch.Tensor], plain: Callable[[], torch.Tensor], rounds: int) -> Dict[str, Any]:
+    """
+    Raises:
+        AssertionError: the two are not equal.
+    """
+    torch.testing.assert_close(ours(), plain(), rtol=1e-3, atol=1e-4)
+    works = {"ours": lambda: ours().backward(), "plain": lambda: plain().backward()}
+    seconds = measure(works, rounds, warm_up=1)
+    result: Dict[str, Any] = {f"{name}, s": quartiles(values) for name, values in seconds.items()}
+    result.update({f"{name}, MB": peak_memory(work) for name, work in works.items()})
+    result["ratio"] = result["ours, s"][1] / result["plain, s"][1]
+    return result
+
+
+def run(args: argparse.Namespace) -> List[Dict[str, Any]]:
+    results = []
+    sgfi = build(args.device)["SGFI"]
+    for levels in args.levels:
+        for count in args.regions if levels == 4 else args.regions[:3]:
+            pair = make_outputs(count, levels, args.device)
+            compared = compare(lambda: sgfi.compute(*pair), lambda: plain_sgfi(sgfi, *pair), args.rounds)
+            results.append({"loss": "SGFI", "regions": count, "levels": levels, **compared})
+    for size in args.queues:
+        ckd = build(args.device, size)["CKD"]
+        ckd.queue.push(torch.randn(size, EMBEDDING, device=args.device))
+        ckd.queue.contents()
+        for count in args.regions:
+            pair = make_outputs(count, 1, args.device)
+            # What a step pushes is not written before the next, and here never.
+            compared = compare(lambda: without_push(ckd, *pair), lambda: plain_ckd(ckd, *pair), args.rounds)
+            results.append({"loss": "CKD", "regions": count, "queue": size, **compared})
+    return results
+
+
+def without_push(loss: CKD, *pair: DetectorOutputs) -> torch.Tensor:
+    value = loss.compute(*pair)
+    loss.queue._pending = None  # both sides are to see the same queue in every round
+    return value
+
+
+def as_text(results: List[Dict[str, Any]], device: str) -> str:
+    rows = []
+    for result in results:
+        grown = result["levels"] if result["loss"] == "SGFI" else result["queue"]
+        times = [f"{result[f'{name}, s'][1]:.4f}" for name in ("ours", "plain")]
+        memory = [f"{result[f'{name}, MB']:.0f}" for name in ("ours", "plain")]
+        rows.append([result["loss"], result["regions"], grown, *times, f"{result['ratio']:.2f}", *memory])
+    headers = ["loss", "regions", "levels / queue", "ours, s", "plain, s", "ratio", "ours, MB", "plain, MB"]
+    return f"{machine(device)}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}"
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.manual_seed(0)
+    results = run(args)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    print(as_text(results, args.device))
+
+
+if __name__ == "__main__":
+    main()
