@@ -18,6 +18,9 @@ Adapters, one for each detector family; the first whose `matches(model)` holds i
 Register a subclass of `DetectorAdapter` to add a family.
 """
 
+# The fields of `DetectorOutputs` that are about regions; a loss that needs none of them reads pyramids alone.
+REGION_FIELDS = frozenset({"pooled", "level_pooled", "levels", "embeddings", "logits", "deltas"})
+
 
 class DetectorAdapter(ABC):
     """Shows a detector's pyramid, regions, embeddings and predictions.
@@ -27,6 +30,9 @@ class DetectorAdapter(ABC):
         role: "teacher" or "student", for error messages.
         cfg: the config of the distillation.
 
+    Attributes:
+        needs: names of the `DetectorOutputs` that losses read. What is not among them `observe` need not fill.
+
     Raises:
         GDetKDError: the detector lacks something that distillation needs.
     """
@@ -35,6 +41,7 @@ class DetectorAdapter(ABC):
         self.model = model
         self.role = role
         self.cfg = cfg
+        self.needs: Collection[str] = REGION_FIELDS
 
     @classmethod
     @abstractmethod
@@ -61,14 +68,19 @@ class DetectorAdapter(ABC):
 
     @abstractmethod
     def look(
-        self, images: torch.Tensor, regions: Regions, needs: Collection[str], later_regions: Sequence[Regions] = ()
+        self,
+        images: torch.Tensor,
+        regions: Optional[Regions],
+        needs: Collection[str],
+        later_regions: Sequence[Regions] = (),
     ) -> DetectorOutputs:
         """Computes what a teacher has to say on given regions.
 
         Args:
             images: (B, 3, H, W), normalised and padded as this detector wants them.
-            regions: boxes in pixels of those images.
-            needs: names of the `DetectorOutputs` to fill: "pooled", "embeddings", "logits", "deltas".
+            regions: boxes in pixels of those images; None where `needs` names nothing of regions.
+            needs: names of the `DetectorOutputs` to fill beside the pyramid: "pooled", "levels", "embeddings",
+                "logits", "deltas", "head".
             later_regions: of a cascade of a student, the boxes of its stages after the first. Where the teacher is a
                 cascade too, its predictions for them fill `later_stages`.
         """
