@@ -157,7 +157,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(pair_cfg, family):
     assert found["loss_distill_cwd"].item() == pytest.approx(0, abs=1e-5)
     model.student.head.cls_subnet[0].weight.data.neg_()
     with EventStorage():
-        assert model(make_batch())["loss_distill_crosskd"].item() > 0.1
+        assert model(make_batch())["loss_distill_crosskd"].item() > 0.01
 
 
 def test_crosskd_of_heads_with_norms_of_each_level(pair_cfg):
