@@ -155,6 +155,10 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(pair_cfg, family):
     assert found["loss_distill_crosskd"].item() == pytest.approx(0, abs=1e-4)
     assert found["loss_distill_pkd"].item() == pytest.approx(0, abs=1e-5)
     assert found["loss_distill_cwd"].item() == pytest.approx(0, abs=1e-5)
+    for parameter in (*model.student.head.cls_subnet[0].parameters(), *model.student.head.bbox_subnet[0].parameters()):
+        parameter.data *= 3  # features are brought to the teacher's scale
+    with EventStorage():
+        assert model(make_batch())["loss_distill_crosskd"].item() == pytest.approx(0, abs=1e-4)
     model.student.head.cls_subnet[0].weight.data.neg_()
     with EventStorage():
         assert model(make_batch())["loss_distill_crosskd"].item() > 0.01

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from conftest import make_cfg
 from gdetkd.errors import GDetKDError
-from gdetkd.losses import channel_wise_distillation, pearson_imitation, whole_map_imitation
+from gdetkd.losses import FITNET, channel_wise_distillation, pearson_imitation, whole_map_imitation
 from gdetkd.losses.maps import covered_cells, match_levels
 from gdetkd.losses.pkd import standardize
-from gdetkd.structures import DetectorSpec
+from gdetkd.structures import DetectorOutputs, DetectorSpec
 
 LOSSES = [whole_map_imitation, channel_wise_distillation, pearson_imitation]
 
@@ -40,7 +41,7 @@ def test_no_common_stride():
 
 
 def test_covered_cells():
-    # On a map of 3 x 4 cells of 8 pixels: a box from x 7 to 17 reaches into columns 0 to 2, one of y 8 to 16 into row 1.
+    # 3 x 4 cells of 8 pixels: a box from x 7 to 17 reaches into columns 0 to 2, one from y 8 to 16 into row 1.
     boxes = torch.tensor([[7.0, 8.0, 17.0, 16.0], [9.0, 9.0, 9.0, 9.0], [0.0, 0.0, 99.0, 99.0]])
     rows, columns = covered_cells(boxes, 8, (3, 4))
     assert rows.tolist() == [[False, True, False], [False, True, False], [True, True, True]]
@@ -49,6 +50,15 @@ def test_covered_cells():
     outside, _ = covered_cells(torch.tensor([[90.0, 90.0, 95.0, 95.0]]), 8, (3, 4))
     assert outside[0].tolist() == [False, False, True]
     assert covered_cells(torch.zeros(0, 4), 8, (3, 4))[0].shape == (0, 3)
+
+
+def test_of_maps_with_other_padding_the_common_part_is_compared():
+    """Images lie in the left upper corner; what lies right of and below them is padding."""
+    loss = FITNET(make_cfg({}), spec(p2=4), spec(p2=4))
+    ours, its = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 5, 9)
+    outputs = [DetectorOutputs({"p2": maps}, {"p2": 4}) for maps in (ours, its)]
+    ((student, teacher),) = loss.maps(*outputs)
+    assert torch.equal(student, ours[..., :5, :8]) and torch.equal(teacher, its[..., :5, :8])
 
 
 def whole_map_loop(student, teacher):
