@@ -3,11 +3,15 @@
 import csv
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from conftest import WIDER
 from gdetkd.comparison import Comparison, ablation, method_opts
 from gdetkd.errors import GDetKDError
 from gdetkd.experiments import load_config, mean_and_error, stretched
@@ -21,7 +25,7 @@ SETTING = {"Student": "a <small> one", "Machine": "this"}
 
 def finish(run, ap, seconds, memory=None):
     """Makes up what a complete run leaves."""
-    run.claim_folder()
+    run.folder.mkdir(parents=True, exist_ok=True)
     middle, end = run.max_iter // 2, run.max_iter
     lines = []
     for iteration, share in ((middle, 0.5), (end, 1.0)):
@@ -185,3 +189,28 @@ def test_a_report_on_one_seed_and_none_alone(tmp_path):
     write_report(tmp_path / "report", comparison, None, SETTING)
     page = (tmp_path / "report" / "report.html").read_text()
     assert "The student alone reaches AP 10.0." in page and "one seed" in page
+
+
+def test_the_whole_of_it_on_a_tiny_pair(distill_cfg, tiny_dataset, tmp_path):
+    entry = {"name": "tiny2", "kind": "coco", "json": str(tiny_dataset / "tiny.json"), "images": str(tiny_dataset)}
+    sets = {"DATASETS.REGISTER": [entry], "DATASETS.TRAIN": ("tiny2",), "DATASETS.TEST": ("tiny2",)}
+    cfg = distill_cfg({**sets, "DISTILL.LOSSES": ("SGFI",), "SOLVER.MAX_ITER": 2}, teacher=WIDER)
+    (tmp_path / "pair.yaml").write_text(cfg.dump())
+    command = [sys.executable, str(ROOT / "tools" / "compare.py"), "--config-file", str(tmp_path / "pair.yaml")]
+    command += ["--methods", "none,PKD", "--seeds", "1", "--jobs", "2", "--output", str(tmp_path / "out")]
+    path = os.pathsep.join([str(ROOT / "projects" / "GDetKD"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+    def compare():
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    assert "2 runs, 0 of them complete" in compare()
+    rows = json.loads((tmp_path / "out" / "report" / "report.json").read_text())["rows"]
+    assert [(row["method"], row["iterations"]) for row in rows] == [("none", 2), ("PKD", 2)]
+    assert rows[1]["step_time"] > 0 and rows[1]["AP"] is not None
+    ends = [(tmp_path / "out" / "runs" / f"{method}-seed1" / "model_final.pth") for method in ("none", "PKD")]
+    before = [path.stat().st_mtime for path in ends]
+    assert "2 runs, 2 of them complete" in compare()
+    assert before == [path.stat().st_mtime for path in ends]

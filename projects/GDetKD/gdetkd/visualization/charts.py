@@ -15,8 +15,11 @@ from .summary import Row  # noqa: E402
 
 TEACHER, PLAIN, OURS = "#00798c", "#7b818a", "#d1495b"
 # Of the other methods, in their order; told apart by markers, too.
-OTHERS = ("#3d5a80", "#edae49", "#66a182", "#8d5a97", "#b5651d", "#2e4057", "#c97b84", "#5c8001", "#6d6875", "#0081a7")
-MARKERS = "osD^vP*Xhp"
+OTHERS = (
+    *("#3d5a80", "#edae49", "#66a182", "#8d5a97", "#b5651d", "#2e4057"),
+    *("#c97b84", "#5c8001", "#e07a1f", "#0081a7", "#a8577e", "#4f772d"),
+)
+MARKERS = "sD^vP*Xhp<>"
 STYLE = {
     "font.size": 10,
     "svg.fonttype": "none",  # text as text: smaller, and it can be searched
@@ -30,26 +33,32 @@ STYLE = {
 }
 
 
-def colors(methods: Sequence[str]) -> Dict[str, str]:
-    """Of each method; none is grey and the configured one red in every report."""
-    fixed = {BASELINE: PLAIN, CONFIGURED: OURS}
+def styles(methods: Sequence[str]) -> Dict[str, Dict[str, str]]:
+    """Color and marker of each method, the same in every figure; none is grey and the configured one red."""
+    fixed = {BASELINE: {"color": PLAIN, "marker": "o"}, CONFIGURED: {"color": OURS, "marker": "o"}}
     others = [method for method in methods if method not in fixed]
-    return {**fixed, **{method: OTHERS[place % len(OTHERS)] for place, method in enumerate(others)}}
+    found = {
+        method: {"color": OTHERS[place % len(OTHERS)], "marker": MARKERS[place % len(MARKERS)]}
+        for place, method in enumerate(others)
+    }
+    return {**fixed, **found}
 
 
 def draw_scores(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optional[float]) -> str:
     """AP of each method on one schedule: mean, standard error, every seed, and the baseline at equal time."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(8.6, 1.1 + 0.42 * len(rows)))
-        color = colors([row.method for row in rows])
+        style = styles([row.method for row in rows])
         for place, row in enumerate(rows):
             mean, error = row.metrics["AP"]
-            axis.barh(place, mean, 0.62, color=color[row.method], alpha=0.85, xerr=error, ecolor="#333333", capsize=3)
+            axis.barh(
+                place, mean, 0.62, color=style[row.method]["color"], alpha=0.85, xerr=error, ecolor="#333333", capsize=3
+            )
             seeds = [run.metrics()["AP"] for run in comparison.runs[row.method, row.schedule]]
             axis.plot(seeds, [place] * len(seeds), "o", color="white", markeredgecolor="#333333", markersize=4)
             axis.annotate(
                 f"{mean:.1f}",
-                (max([*seeds, mean + (error or 0)]), place),
+                (max([*seeds, mean + (error or 0), row.equal_time_ap[0] if row.equal_time_ap else 0]), place),
                 xytext=(7, 0),
                 textcoords="offset points",
                 va="center",
@@ -78,8 +87,8 @@ def draw_curves(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optiona
     """AP over training time, mean over seeds, of each method on one schedule."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(8.6, 4.4))
-        color = colors([row.method for row in rows])
-        for place, row in enumerate(rows):
+        style = styles([row.method for row in rows])
+        for row in rows:
             curves = [run.curve() for run in comparison.runs[row.method, row.schedule]]
             # Runs that were interrupted may have been evaluated more often than others.
             points = list(zip(*(curve[-min(map(len, curves)) :] for curve in curves)))
@@ -89,8 +98,7 @@ def draw_curves(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optiona
             axis.plot(
                 [0, *seconds],
                 [0, *ap],
-                color=color[row.method],
-                marker=MARKERS[place % len(MARKERS)],
+                **style[row.method],
                 markersize=5,
                 linewidth=2.4 if strong else 1.5,
                 label=row.method,
@@ -110,14 +118,14 @@ def draw_costs(rows: Sequence[Row]) -> str:
     """Gain of each method on one schedule over what a step costs, at equal iterations and, hollow, at equal time."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(8.6, 4.0))
-        color = colors([row.method for row in rows])
-        for place, row in enumerate(row for row in rows if row.gain is not None):
-            marker = {"marker": MARKERS[place % len(MARKERS)], "markersize": 8, "color": color[row.method]}
+        style = styles([row.method for row in rows])
+        for row in (row for row in rows if row.gain is not None):
+            marker = {**style[row.method], "markersize": 8}
             axis.errorbar(row.step_time, row.gain[0], yerr=row.gain[1], capsize=3, label=row.method, ls="", **marker)
             if row.equal_time_gain is not None:
                 axis.plot(row.step_time, row.equal_time_gain[0], fillstyle="none", ls="", **marker)
                 ends = [row.gain[0], row.equal_time_gain[0]]
-                axis.plot([row.step_time] * 2, ends, color=color[row.method], alpha=0.4, linewidth=1)
+                axis.plot([row.step_time] * 2, ends, color=style[row.method]["color"], alpha=0.4, linewidth=1)
         axis.axhline(0, color="#333333", linewidth=0.8)
         axis.set(xlabel="time of a training step, the student's alone = 1", ylabel="gain in AP, points")
         axis.margins(x=0.08)
@@ -133,14 +141,13 @@ def draw_schedules(rows: Sequence[Row]) -> str:
         by_method: Dict[str, List[Row]] = {}
         for row in sorted(rows, key=lambda row: row.schedule):
             by_method.setdefault(row.method, []).append(row)
-        color = colors(list(by_method))
-        for place, (method, its) in enumerate(by_method.items()):
+        style = styles(list(by_method))
+        for method, its in by_method.items():
             axis.errorbar(
                 [row.schedule for row in its],
                 [row.metrics["AP"][0] for row in its],
                 yerr=None if its[0].metrics["AP"][1] is None else [row.metrics["AP"][1] for row in its],
-                color=color[method],
-                marker=MARKERS[place % len(MARKERS)],
+                **style[method],
                 capsize=3,
                 linewidth=2.4 if method in (BASELINE, CONFIGURED) else 1.5,
                 label=method,

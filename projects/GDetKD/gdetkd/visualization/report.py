@@ -12,18 +12,20 @@ from .summary import Row, as_csv, as_markdown, as_records, cells, headers, notes
 
 CSS = """
 body { font: 16px/1.5 Helvetica, Arial, sans-serif; color: #22262b; background: #fbfbf9; margin: 0; }
-main { max-width: 1080px; margin: 0 auto; padding: 32px 24px 64px; }
+main { max-width: 1160px; margin: 0 auto; padding: 32px 24px 64px; }
 h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px; font-weight: 600; }
 h2 { font-size: 19px; margin: 40px 0 8px; font-weight: 600; }
 p, figcaption { max-width: 46em; color: #4b525a; margin: 4px 0 12px; }
 p.lead { font-size: 18px; color: #22262b; margin: 16px 0 20px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 20px; font-size: 14px; margin: 16px 0; }
 dt { color: #6b727a; } dd { margin: 0; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; background: white; border: 1px solid #e2e2dd; border-radius: 6px; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { padding: 8px 12px; text-align: right; white-space: nowrap; border-bottom: 1px solid #ecece7; }
-th { color: #4b525a; font-weight: 600; background: #f4f4f0; } th:first-child, td:first-child { text-align: left; }
-tr:last-child td { border-bottom: 0; } tr.plain td { color: #6b727a; } tr.ours td { background: #fdf1f2; }
+.scroll { overflow-x: auto; margin-bottom: 14px; background: white; border: 1px solid #e2e2dd; border-radius: 6px; }
+table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
+th, td { padding: 7px 9px; text-align: right; white-space: nowrap; border-bottom: 1px solid #ecece7; }
+th { color: #4b525a; font-weight: 600; background: #f4f4f0; white-space: normal; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; }
+tr:last-child td { border-bottom: 0; } tr.next td { border-top: 2px solid #c9c9c2; }
+tr.plain td { color: #6b727a; } tr.ours td { background: #fdf1f2; }
 td.best { font-weight: 700; color: #22262b; } td.loss { color: #a3323f; }
 figure { margin: 0; background: white; border: 1px solid #e2e2dd; border-radius: 6px; padding: 16px; }
 figure img { display: block; width: 100%; height: auto; } figcaption { font-size: 14px; margin: 12px 0 0; }
@@ -104,6 +106,8 @@ def _table(rows: Sequence[Row]) -> str:
     body = []
     for row, texts in zip(rows, cells(rows)):
         kind = {BASELINE: "plain", CONFIGURED: "ours"}.get(row.method, "")
+        if row is not rows[0] and row.method == rows[0].method:
+            kind += " next"  # the first of another schedule
         columns = []
         for name, text in zip(names, texts):
             marks = ["best"] if row is best and name in ("method", "AP") else []

@@ -113,7 +113,7 @@ def headers(rows: Sequence[Row]) -> List[str]:
         *(["gain at equal time"] if timed else []),
         "lead closed",
         "time of a step",
-        "memory",
+        *(["memory"] if any(row.step_memory is not None for row in rows) else []),
     ]
 
 
