@@ -9,20 +9,18 @@ Complete runs are not repeated and interrupted ones resume, so a study may be st
 
 import argparse
 import json
-import math
 import os
 import statistics
 import sys
 from pathlib import Path
 from typing import Dict, List, Optional
 
-from gdetkd import add_gdetkd_config
+import gdetkd  # noqa: F401  it prepares the import of Detectron2
 from gdetkd.data.shapes import make_shapes_for
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import METHODS, Run, equal_time_run, run_all, time_ratio
+from gdetkd.experiments import METHODS, Run, equal_time_run, kept_time_ratio, load_config, mean_and_error, run_all
 
-from detectron2.config import get_cfg  # isort: skip
-from tabulate import tabulate
+from tabulate import tabulate  # isort: skip
 
 ROOT = Path(__file__).resolve().parents[1]
 EQUAL_TIME = "baseline_equal_time"
@@ -41,10 +39,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_runs(args: argparse.Namespace, methods: List[str]) -> Dict[str, List[Run]]:
     """The runs of each method, one a seed; the equal-time baseline comes later."""
-    cfg = get_cfg()
-    add_gdetkd_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = load_config(args.config_file, args.opts)
     make_shapes_for(cfg)
     runs = {}
     for method in methods:
@@ -65,12 +60,7 @@ def make_runs(args: argparse.Namespace, methods: List[str]) -> Dict[str, List[Ru
 def add_equal_time(args: argparse.Namespace, runs: Dict[str, List[Run]]) -> None:
     if not {"baseline", "distilled"} <= set(runs):
         raise GDetKDError(f"{EQUAL_TIME} needs baseline and distilled among the methods.")
-    # One ratio for all seeds, the median: what else the machine did while a single run was timed falls out. It is kept,
-    # so that seeds can be added later.
-    kept = args.output / "equal_time_ratio.txt"
-    if not kept.exists():
-        kept.write_text(f"{statistics.median(map(time_ratio, runs['baseline'], runs['distilled'])):.3f}")
-    ratio = float(kept.read_text())
+    ratio = kept_time_ratio(args.output / "equal_time_ratio.txt", runs["baseline"], runs["distilled"])
     runs[EQUAL_TIME] = [
         equal_time_run(args.output / f"{EQUAL_TIME}-seed{seed}", baseline, ratio)
         for seed, baseline in zip(args.seeds.split(","), runs["baseline"])
@@ -101,8 +91,8 @@ def _values(runs: Optional[List[Run]], metric: str) -> List[float]:
 
 
 def _mean_and_error(values: List[float]) -> str:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.1f} ± {error:.1f}"
+    mean, error = mean_and_error(values)
+    return f"{mean:.1f} ± {float('nan') if error is None else error:.1f}"
 
 
 def main() -> None:

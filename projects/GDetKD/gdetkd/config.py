@@ -2,6 +2,8 @@
 
 from detectron2.config import CfgNode, get_cfg
 
+from .config_rivals import add_rival_nodes
+
 
 def add_gdetkd_config(cfg: CfgNode) -> None:
     """Adds GDetKD's keys to a Detectron2 config, in place."""
@@ -33,7 +35,9 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     cfg.DISTILL = CfgNode()
     # The student's own meta-architecture: what MODEL.META_ARCHITECTURE would say without distillation.
     cfg.DISTILL.STUDENT_META_ARCHITECTURE = "GeneralizedRCNN"
-    # Which terms are added to the student's own losses: any of "SGFI", "CKD", "CLS", "REG". None: plain training.
+    # Which terms are added to the student's own losses: the paper's "SGFI", "CKD", "CLS", "REG", and those of others
+    # (config_rivals.py): "FITNET", "GTMASK", "FGFI", "ROIFI", "CWD", "PKD", "FGD", "MGD", "CROSSKD". None: plain
+    # training.
     cfg.DISTILL.LOSSES = ()
     # Start the student's heads (everything but the backbone) from the teacher's weights where name and shape agree.
     cfg.DISTILL.HEAD_TRANSFER = False
@@ -49,6 +53,7 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     _add_teacher_node(cfg)
     _add_regions_node(cfg)
     _add_loss_nodes(cfg)
+    add_rival_nodes(cfg)
 
 
 def plain_config(cfg: CfgNode) -> CfgNode:

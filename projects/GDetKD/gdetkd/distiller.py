@@ -48,6 +48,8 @@ class GDetKD(nn.Module):
                 spec = with_class_names(self.adapter.spec, class_names(cfg))
                 self.losses = build_losses(cfg, spec, self.teacher.spec)
         self._needs = frozenset().union(*(loss.needs for loss in self.losses.values()))
+        if self.losses:
+            self.adapter.needs = self._needs
         self._sampling_ratio = cfg.DISTILL.SGFI.SAMPLING_RATIO
 
     @property
@@ -61,9 +63,10 @@ class GDetKD(nn.Module):
         with Recorder(self.adapter.points()) as calls:
             losses = self.student(batched_inputs)
         student = self.adapter.observe(calls, batched_inputs)
+        student.gt_boxes = [inputs["instances"].gt_boxes.to(self.device) for inputs in batched_inputs]
         later_regions = [stage.regions for stage in student.later_stages]
         teacher = self.teacher.look(batched_inputs, student.regions, self._needs, later_regions)
-        if "pooled" in self._needs:
+        if "level_pooled" in self._needs:
             student.level_pooled = self._pool_all_levels(student)
         for name, loss in self.losses.items():
             losses[term_name(name)] = loss(student, teacher)

@@ -7,12 +7,13 @@ import hashlib
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode, get_cfg
 from tqdm import tqdm
@@ -30,7 +31,23 @@ METHODS: Dict[str, List[str]] = {
     "SGFI+CKD": ["DISTILL.LOSSES", "('SGFI', 'CKD')", "DISTILL.HEAD_TRANSFER", "False"],
     "distilled": [],
 }
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 POLL_SECONDS = 1.0
+
+
+def load_config(config_file: str, opts: Sequence[Any]) -> CfgNode:
+    """A file's config with KEY VALUE changes.
+
+    Raises:
+        GDetKDError: the file is not there.
+    """
+    if not os.path.isfile(config_file):
+        raise GDetKDError(f"There is no config {config_file!r}, seen from {os.getcwd()}.")
+    cfg = get_cfg()
+    add_gdetkd_config(cfg)
+    cfg.merge_from_file(config_file)
+    cfg.merge_from_list(list(opts))
+    return cfg
 
 
 @dataclass
@@ -65,11 +82,7 @@ class Run:
 
     def config(self) -> CfgNode:
         """Its whole config, defaults included."""
-        cfg = get_cfg()
-        add_gdetkd_config(cfg)
-        cfg.merge_from_file(self.config_file)
-        cfg.merge_from_list([*self.opts, "SOLVER.MAX_ITER", self.max_iter, "OUTPUT_DIR", ""])
-        return cfg
+        return load_config(self.config_file, [*self.opts, "SOLVER.MAX_ITER", self.max_iter, "OUTPUT_DIR", ""])
 
     def fingerprint(self) -> str:
         """A digest of all that determines the run."""
@@ -121,6 +134,18 @@ class Run:
         """AP, AP50, AP75 (percent), iterations, and seconds of training alone."""
         last = self.curve()[-1]
         return {**last.metrics, "iterations": last.iteration, "seconds": round(last.seconds, 1)}
+
+    def metrics(self) -> Dict[str, Optional[float]]:
+        """Of the last evaluation, in percent: AP, AP50, AP75, APs, APm, APl; None of a size that no object has."""
+        last = [line for line in self.lines() if "bbox/AP" in line][-1]
+        if math.isnan(last["bbox/AP"]):  # it finds nothing at all
+            return {name: 0.0 if name in ("AP", "AP50", "AP75") else None for name in METRICS}
+        values = {name: last.get(f"bbox/{name}", math.nan) for name in METRICS}
+        return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+    def peak_megabytes(self) -> Optional[float]:
+        """GPU memory; None on a CPU, where Detectron2 does not record it."""
+        return max((line["max_mem"] for line in self.lines() if "max_mem" in line), default=None)
 
     def seconds_per_iteration(self) -> float:
         """Of training alone."""
@@ -180,10 +205,31 @@ def time_ratio(baseline: Run, distilled: Run) -> float:
 
 
 def equal_time_run(folder: Path, baseline: Run, ratio: float) -> Run:
-    """The baseline with `ratio` times as many iterations, which take as long as the distilled run took.
+    """The baseline with `ratio` times as many iterations, which take as long as the distilled run took."""
+    return stretched(folder, baseline, ratio)
 
-    It is evaluated as often as the baseline, at multiples of the 20 iterations after which Detectron2 writes.
+
+def stretched(folder: Path, run: Run, ratio: float) -> Run:
+    """The same training over `ratio` times as many iterations, with its learning rate schedule.
+
+    It is evaluated as often, at multiples of the 20 iterations after which Detectron2 writes.
     """
-    cfg = baseline.config()
-    period = ["TEST.EVAL_PERIOD", str(round(cfg.TEST.EVAL_PERIOD * ratio / 20) * 20)]
-    return Run(folder, baseline.config_file, baseline.opts + period, round(baseline.max_iter * ratio))
+    cfg = run.config()
+    opts = ["TEST.EVAL_PERIOD", str(round(cfg.TEST.EVAL_PERIOD * ratio / 20) * 20)]
+    if "Cosine" not in cfg.SOLVER.LR_SCHEDULER_NAME:  # which has no steps
+        opts += ["SOLVER.STEPS", str(tuple(round(step * ratio) for step in cfg.SOLVER.STEPS))]
+    return Run(folder, run.config_file, run.opts + opts, round(run.max_iter * ratio))
+
+
+def mean_and_error(values: Sequence[float]) -> Tuple[float, Optional[float]]:
+    """Mean and its standard error, which a single value has not."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def kept_time_ratio(path: Path, baselines: Sequence[Run], others: Sequence[Run]) -> float:
+    """How much longer an iteration of the others takes, the median over seeds: what else the machine did while a run
+    was timed falls out. It is kept in a file, so that seeds can be added later without other runs being needed."""
+    if not path.exists():
+        path.write_text(f"{statistics.median(map(time_ratio, baselines, others)):.3f}")
+    return float(path.read_text())

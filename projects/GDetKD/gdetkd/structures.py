@@ -62,6 +62,11 @@ class DetectorOutputs:
         logits: (N, n + 1) class scores, background last; (N, n) where classes are scored independently (sigmoid).
         deltas: (N, 4 n) box regression, or (N, 4) where it is class-agnostic.
         later_stages: of a cascade, what its stages after the first predict.
+        levels: (N,) index in `strides` of the level that the box-size rule assigns to each region; of a teacher alone.
+        gt_boxes: the ground truth of each image, xyxy in pixels as the regions are; of a student alone.
+        towers: of a dense detector, by convolution of its classification tower and then of its box tower, by level:
+            (images, D, H, W) before the activation; of a student alone.
+        head: a dense detector's own head, to be run on other features; of a teacher alone.
     """
 
     pyramid: Dict[str, torch.Tensor]
@@ -73,6 +78,16 @@ class DetectorOutputs:
     logits: Optional[torch.Tensor] = None
     deltas: Optional[torch.Tensor] = None
     later_stages: List[Predictions] = field(default_factory=list)
+    levels: Optional[torch.Tensor] = None
+    gt_boxes: Optional[List[Boxes]] = None
+    towers: Optional[Tuple[List[List[torch.Tensor]], List[List[torch.Tensor]]]] = None
+    head: Optional[Any] = None
+
+    @property
+    def device(self) -> torch.device:
+        """Of what it holds."""
+        tensors = [*self.pyramid.values(), self.pooled, self.embeddings, self.logits]
+        return next(tensor.device for tensor in tensors if tensor is not None)
 
 
 @dataclass(frozen=True)
@@ -90,6 +105,10 @@ class DetectorSpec:
         anchors: of a dense detector, stride and cell anchors (xyxy in pixels) of each level; else None. Its classes are
             scored independently (sigmoid), and two of them can be compared where they predict from the same anchors.
         class_names: in the order of its scores; None where they are not known.
+        location_anchors: anchors that boxes are regressed from at each location of each map, xyxy in pixels about the
+            location; None of an anchor-free detector, or where they are not known.
+        anchor_offset: where the location that anchors lie about is in a cell, in strides from its left upper corner.
+        tower_channels: of a dense detector, the width of each convolution of its two towers.
     """
 
     channels: int
@@ -101,3 +120,13 @@ class DetectorSpec:
     later_regression_weights: Tuple[Tuple[float, ...], ...] = ()
     anchors: Optional[Tuple[Any, ...]] = None
     class_names: Optional[Tuple[str, ...]] = None
+    location_anchors: Optional[Dict[str, Tuple[Tuple[float, ...], ...]]] = None
+    anchor_offset: float = 0.0
+    tower_channels: Tuple[int, ...] = ()
+
+    @property
+    def family(self) -> str:
+        """What authors of losses tell apart: "TWO_STAGE", "ANCHOR_BASED" or "ANCHOR_FREE"."""
+        if self.anchors is None:
+            return "TWO_STAGE"
+        return "ANCHOR_FREE" if self.location_anchors is None else "ANCHOR_BASED"

@@ -18,6 +18,9 @@ Adapters, one for each detector family; the first whose `matches(model)` holds i
 Register a subclass of `DetectorAdapter` to add a family.
 """
 
+# The fields of `DetectorOutputs` that are about regions; a loss that needs none of them reads pyramids alone.
+REGION_FIELDS = frozenset({"pooled", "level_pooled", "levels", "embeddings", "logits", "deltas"})
+
 
 class DetectorAdapter(ABC):
     """Shows a detector's pyramid, regions, embeddings and predictions.
@@ -29,6 +32,7 @@ class DetectorAdapter(ABC):
 
     Attributes:
         backbone: what `look` runs on images: the model's, or a faster copy of it; None where it has none of that name.
+        needs: names of the `DetectorOutputs` that losses read. What is not among them `observe` need not fill.
 
     Raises:
         GDetKDError: the detector lacks something that distillation needs.
@@ -39,6 +43,7 @@ class DetectorAdapter(ABC):
         self.role = role
         self.cfg = cfg
         self.backbone: Optional[nn.Module] = getattr(model, "backbone", None)
+        self.needs: Collection[str] = REGION_FIELDS
 
     @classmethod
     @abstractmethod
@@ -65,14 +70,19 @@ class DetectorAdapter(ABC):
 
     @abstractmethod
     def look(
-        self, images: torch.Tensor, regions: Regions, needs: Collection[str], later_regions: Sequence[Regions] = ()
+        self,
+        images: torch.Tensor,
+        regions: Optional[Regions],
+        needs: Collection[str],
+        later_regions: Sequence[Regions] = (),
     ) -> DetectorOutputs:
         """Computes what a teacher has to say on given regions.
 
         Args:
             images: (B, 3, H, W), normalised and padded as this detector wants them.
-            regions: boxes in pixels of those images.
-            needs: names of the `DetectorOutputs` to fill: "pooled", "embeddings", "logits", "deltas".
+            regions: boxes in pixels of those images; None where `needs` names nothing of regions.
+            needs: names of the `DetectorOutputs` to fill beside the pyramid: "pooled", "levels", "embeddings",
+                "logits", "deltas", "head".
             later_regions: of a cascade of a student, the boxes of its stages after the first. Where the teacher is a
                 cascade too, its predictions for them fill `later_stages`.
         """

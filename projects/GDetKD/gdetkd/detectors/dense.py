@@ -6,7 +6,7 @@ Shapes: B images, L levels, A anchors a location, n classes, N regions.
 import math
 from abc import abstractmethod
 from functools import cached_property
-from typing import Any, Collection, Dict, List, Sequence, Tuple
+from typing import Any, ClassVar, Collection, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -21,7 +21,9 @@ from ..errors import GDetKDError
 from ..recorder import Call
 from ..regions import match_and_sample, suppress
 from ..structures import DetectorOutputs, DetectorSpec, Regions
-from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter
+from .base import DETECTOR_ADAPTER_REGISTRY, REGION_FIELDS, DetectorAdapter
+from .dense_head import DenseHead
+from .sources import by_anchor, gather, places, without_anchor
 
 # What regions of a dense teacher are pooled to: it has no box head that would say, and 7 is every two-stage one's.
 POOLED_SIZE = (7, 7)
@@ -35,6 +37,8 @@ class DenseAdapter(DetectorAdapter):
     teacher's embedding, of a region that came from elsewhere, is that feature at the region's centre, interpolated, on
     the level whose objects the detector's own label assignment would take the region for.
     """
+
+    anchor_based: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, role: str, cfg: CfgNode) -> None:
         super().__init__(model, role, cfg)
@@ -75,30 +79,47 @@ class DenseAdapter(DetectorAdapter):
             num_classes=model.num_classes,
             regression_weights=None if weights is None else tuple(weights),
             anchors=tuple(zip(strides.values(), cells)),
+            location_anchors=dict(zip(strides, cells)) if self.anchor_based else None,
+            anchor_offset=model.anchor_generator.offset,
+            tower_channels=DenseHead(model).channels,
         )
 
     def points(self) -> Dict[str, nn.Module]:
-        return {"head": self.model.head, "tower": self.model.head.cls_subnet}
+        points = {"head": self.model.head, "tower": self.model.head.cls_subnet}
+        return {**points, **DenseHead(self.model).points()} if "towers" in self.needs else points
 
     def observe(self, calls: Dict[str, List[Call]], batched_inputs: List[Dict[str, Any]]) -> DetectorOutputs:
         maps = calls["head"][0].inputs[0]
         predictions = calls["head"][0].output
-        regions = self._find_regions(maps, predictions, batched_inputs)
-        outputs = DetectorOutputs(dict(zip(self._features, maps)), self.spec.strides, regions)
+        outputs = DetectorOutputs(dict(zip(self._features, maps)), self.spec.strides)
+        if "towers" in self.needs:
+            outputs.towers = DenseHead(self.model).towers(calls)
+        if not REGION_FIELDS & set(self.needs):
+            return outputs  # finding regions takes time, and random draws
+        outputs.regions = regions = self._find_regions(maps, predictions, batched_inputs)
         outputs.embeddings = gather(
-            [call.output[:, None] for call in calls["tower"]], regions.image_ids(), _without_anchor(regions.sources)
+            [call.output[:, None] for call in calls["tower"]], regions.image_ids(), without_anchor(regions.sources)
         )
         self._fill_predictions(outputs, predictions)
         return outputs
 
     def look(
-        self, images: torch.Tensor, regions: Regions, needs: Collection[str], later_regions: Sequence[Regions] = ()
+        self,
+        images: torch.Tensor,
+        regions: Optional[Regions],
+        needs: Collection[str],
+        later_regions: Sequence[Regions] = (),
     ) -> DetectorOutputs:
         model = self.model
         features = self.backbone(images)
         maps = [features[name] for name in self._features]
         outputs = DetectorOutputs(dict(zip(self._features, maps)), self.spec.strides, regions)
-        outputs.pooled = self._pooler(maps, regions.boxes)
+        if "head" in needs:
+            outputs.head = DenseHead(model)
+        if "levels" in needs:
+            outputs.levels = self._assign_levels(regions)
+        if "pooled" in needs:
+            outputs.pooled = self._pooler(maps, regions.boxes)
         if "embeddings" in needs:
             # Every level, in order: a head with BatchNorm has one of them for each and turns to the next by itself.
             outputs.embeddings = self._embed_at_centres([model.head.cls_subnet(each) for each in maps], regions)
@@ -110,8 +131,8 @@ class DenseAdapter(DetectorAdapter):
         """Logits (N, n) and deltas (N, 4) of the very predictions that the regions are."""
         image_ids, sources = outputs.regions.image_ids(), outputs.regions.sources
         logits, deltas = predictions[0], predictions[1]
-        outputs.logits = gather([_by_anchor(each, self.model.num_classes) for each in logits], image_ids, sources)
-        outputs.deltas = gather([_by_anchor(each, 4) for each in deltas], image_ids, sources)
+        outputs.logits = gather([by_anchor(each, self.model.num_classes) for each in logits], image_ids, sources)
+        outputs.deltas = gather([by_anchor(each, 4) for each in deltas], image_ids, sources)
 
     @torch.no_grad()
     def _find_regions(
@@ -119,7 +140,7 @@ class DenseAdapter(DetectorAdapter):
     ) -> Regions:
         # Detached copies of what is needed: Detectron2's own decoding changes the head's outputs in place.
         scores = self.scores(predictions)
-        deltas = [_by_anchor(each, 4) for each in predictions[1]]
+        deltas = [by_anchor(each, 4) for each in predictions[1]]
         anchors = [boxes.tensor for boxes in self.model.anchor_generator(maps)]
         boxes, sources = [], []
         for image, inputs in enumerate(batched_inputs):
@@ -145,9 +166,9 @@ class DenseAdapter(DetectorAdapter):
         """
         config = self.cfg.DISTILL.REGIONS
         flat = torch.cat([each.permute(1, 2, 0).flatten() for each in scores]).float()
-        places = torch.cat([_places(level, each) for level, each in enumerate(scores)])
+        all_places = torch.cat([places(level, each) for level, each in enumerate(scores)])
         best = flat.nan_to_num(nan=-1.0).topk(min(config.PRE_NMS_TOPK, len(flat))).indices
-        sources, all_anchors = places[best], torch.cat(anchors)[best]
+        sources, all_anchors = all_places[best], torch.cat(anchors)[best]
         chosen = gather([each[None] for each in deltas], torch.zeros_like(best), sources)
         found = Boxes(self.model.box2box_transform.apply_deltas(chosen.float(), all_anchors))
         inside = (all_anchors[:, :2] + all_anchors[:, 2:]) / 2 < all_anchors.new_tensor([size[1], size[0]])
@@ -159,9 +180,12 @@ class DenseAdapter(DetectorAdapter):
         keep = suppress(found, kept_scores, config)
         return found[keep], sources[keep]
 
+    def _assign_levels(self, regions: Regions) -> torch.Tensor:
+        return assign_boxes_to_levels(regions.boxes, **self._level_range, **self._level_rule)
+
     def _embed_at_centres(self, towers: List[torch.Tensor], regions: Regions) -> torch.Tensor:
         """(N, D): bilinear interpolation of the tower's map at each region's centre on the region's level."""
-        levels = assign_boxes_to_levels(regions.boxes, **self._level_range, **self._level_rule)
+        levels = self._assign_levels(regions)
         boxes, image_ids = regions.tensor(), regions.image_ids()
         embeddings = towers[0].new_zeros(len(boxes), towers[0].shape[1])
         for level, (tower, stride) in enumerate(zip(towers, self.spec.strides.values())):
@@ -173,40 +197,6 @@ class DenseAdapter(DetectorAdapter):
             cell = torch.cat([image_ids[mine, None], centre - stride / 2, centre + stride / 2], dim=1).to(tower.dtype)
             embeddings[mine] = roi_align(tower, cell, 1, 1.0 / stride, sampling_ratio=1, aligned=True).flatten(1)
         return embeddings
-
-
-def gather(maps: Sequence[torch.Tensor], image_ids: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
-    """(N, K): what stands at each source.
-
-    Args:
-        maps: by level, (B, A, K, H, W).
-        image_ids: (N,)
-        sources: (N, 4) level, row, column, anchor.
-    """
-    order, found = [], []
-    for level, values in enumerate(maps):
-        mine = torch.nonzero(sources[:, 0] == level)[:, 0]
-        _, row, column, anchor = sources[mine].unbind(dim=1)
-        order.append(mine)
-        found.append(values[image_ids[mine], anchor, :, row, column])
-    return torch.cat(found)[torch.cat(order).argsort()]
-
-
-def _by_anchor(prediction: torch.Tensor, width: int) -> torch.Tensor:
-    """(B, A K, H, W) -> (B, A, K, H, W), K = width"""
-    return prediction.unflatten(1, (-1, width))
-
-
-def _without_anchor(sources: torch.Tensor) -> torch.Tensor:
-    return sources * sources.new_tensor([1, 1, 1, 0])
-
-
-def _places(level: int, scores: torch.Tensor) -> torch.Tensor:
-    """(H W A, 4) level, row, column, anchor, in the order of Detectron2's anchors; scores (A, H, W)."""
-    anchors, height, width = scores.shape
-    ranges = [torch.arange(count, device=scores.device) for count in (height, width, anchors)]
-    places = torch.cartesian_prod(*ranges).view(-1, 3)
-    return torch.cat([places.new_full((len(places), 1), level), places], dim=1)
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()
@@ -222,12 +212,14 @@ class RetinaNetAdapter(DenseAdapter):
         return float(smallest), int(math.log2(next(iter(self.spec.strides.values()))))
 
     def scores(self, predictions: Sequence[List[torch.Tensor]]) -> List[torch.Tensor]:
-        return [_by_anchor(each, self.model.num_classes).sigmoid().amax(dim=2) for each in predictions[0]]
+        return [by_anchor(each, self.model.num_classes).sigmoid().amax(dim=2) for each in predictions[0]]
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class FCOSAdapter(DenseAdapter):
     """A level takes objects whose farthest side is 4 to 8 strides from a location, so 8 to 16 strides long."""
+
+    anchor_based = False  # Detectron2's stand for locations
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -240,6 +232,6 @@ class FCOSAdapter(DenseAdapter):
     def scores(self, predictions: Sequence[List[torch.Tensor]]) -> List[torch.Tensor]:
         logits, _, centerness = predictions
         return [
-            (_by_anchor(cls, self.model.num_classes).sigmoid().amax(dim=2) * ctr.sigmoid()).sqrt()
+            (by_anchor(cls, self.model.num_classes).sigmoid().amax(dim=2) * ctr.sigmoid()).sqrt()
             for cls, ctr in zip(logits, centerness)
         ]

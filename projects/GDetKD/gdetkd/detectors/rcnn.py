@@ -1,10 +1,11 @@
 """Two-stage detectors with an FPN: Faster R-CNN, Mask R-CNN and Cascade R-CNN."""
 
-from typing import Any, Collection, Dict, List, Sequence
+from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.poolers import assign_boxes_to_levels
 from torch import nn
 
 from ..errors import GDetKDError
@@ -47,7 +48,19 @@ class _TwoStageAdapter(DetectorAdapter):
             num_classes=heads.num_classes,
             regression_weights=weights[0],
             later_regression_weights=tuple(weights[1:]),
+            location_anchors=self._location_anchors(),
+            anchor_offset=getattr(self._anchor_generator(), "offset", 0.0),
         )
+
+    def _anchor_generator(self) -> Optional[nn.Module]:
+        return getattr(self.model.proposal_generator, "anchor_generator", None)
+
+    def _location_anchors(self) -> Optional[Dict[str, Tuple[Any, ...]]]:
+        """The RPN's; it may read more maps than the box head, and no other proposal generator has any."""
+        generator, names = self._anchor_generator(), getattr(self.model.proposal_generator, "in_features", ())
+        cells = getattr(generator, "cell_anchors", ())
+        anchors = {name: tuple(map(tuple, each.tolist())) for name, each in zip(names, cells)}
+        return {name: anchors[name] for name in self._features if name in anchors} or None
 
     def points(self) -> Dict[str, nn.Module]:
         points = {"pooler": self.model.roi_heads.box_pooler, "head": self._heads[0]}
@@ -71,13 +84,21 @@ class _TwoStageAdapter(DetectorAdapter):
         )
 
     def look(
-        self, images: torch.Tensor, regions: Regions, needs: Collection[str], later_regions: Sequence[Regions] = ()
+        self,
+        images: torch.Tensor,
+        regions: Optional[Regions],
+        needs: Collection[str],
+        later_regions: Sequence[Regions] = (),
     ) -> DetectorOutputs:
         pooler = self.model.roi_heads.box_pooler
         features = self.backbone(images)
         maps = [features[name] for name in self._features]
         outputs = DetectorOutputs(dict(zip(self._features, maps)), self.spec.strides, regions)
-        outputs.pooled = pooler(maps, regions.boxes)
+        if "levels" in needs:
+            rule = pooler.min_level, pooler.max_level, pooler.canonical_box_size, pooler.canonical_level
+            outputs.levels = assign_boxes_to_levels(regions.boxes, *rule)
+        if {"pooled", "embeddings", "logits", "deltas"} & set(needs):
+            outputs.pooled = pooler(maps, regions.boxes)
         if not {"embeddings", "logits", "deltas"} & set(needs):
             return outputs
         head = self._heads[0](outputs.pooled)

@@ -23,7 +23,8 @@ class DistillLoss(nn.Module):
     step, also when there is no region.
 
     Attributes:
-        needs: names of the fields of the teacher's `DetectorOutputs` that it reads.
+        needs: names of the fields of `DetectorOutputs` that it reads, beside the pyramid and the ground truth. What no
+            loss names is not computed.
     """
 
     needs: ClassVar[FrozenSet[str]] = frozenset()
@@ -31,13 +32,12 @@ class DistillLoss(nn.Module):
     def forward(self, student: Any, teacher: Any) -> torch.Tensor:
         """
         Args:
-            student, teacher: `gdetkd.structures.DetectorOutputs` on the same regions.
+            student, teacher: `gdetkd.structures.DetectorOutputs` on the same images and regions.
 
         Returns:
             scalar
         """
-        device = student.embeddings.device.type
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(student.device.type, enabled=False):
             loss = self.compute(student, teacher)
             # With no region a convolution's bias, say, would be left without a gradient, which hangs DDP.
             return loss + sum_of_zeros(self.parameters())

@@ -97,7 +97,7 @@ class SGFI(DistillLoss):
         GDetKDError: the teacher pools its regions to fewer than 7x7 cells.
     """
 
-    needs = frozenset({"pooled"})
+    needs = frozenset({"pooled", "level_pooled"})
 
     def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
         super().__init__()

@@ -1,0 +1,42 @@
+"""Whole-map imitation: the hints of Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, on each level."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+
+from .build import DISTILL_LOSS_REGISTRY, sum_of_zeros
+from .maps import MapLoss, adapters
+
+
+def whole_map_imitation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The squared error of FitNets' equation 3, as a mean instead of half the sum.
+
+    Args:
+        student: (B, C, H, W), adapted to the teacher's channels.
+        teacher: (B, C, H, W)
+
+    Returns:
+        mean over B, C, H, W; 0 where there is nothing.
+    """
+    if student.numel() == 0:
+        return sum_of_zeros([student, teacher])
+    return F.mse_loss(student, teacher)
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class FITNET(MapLoss):
+    """`whole_map_imitation`, mean over the levels that both have. Owns a 1x1 adapter, FitNets' regressor, for each.
+
+    Raises:
+        GDetKDError: the pyramids have no stride in common.
+    """
+
+    def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
+        super().__init__(student_spec, teacher_spec)
+        self.adapters = adapters(self.levels, student_spec, teacher_spec)
+
+    def compute(self, student: Any, teacher: Any) -> torch.Tensor:
+        pairs = zip(self.adapters, self.maps(student, teacher))
+        return torch.stack([whole_map_imitation(adapter(ours), its) for adapter, (ours, its) in pairs]).mean()

@@ -1,0 +1,190 @@
+"""What the runs of a comparison came to, as rows of numbers, and as Markdown, CSV and JSON."""
+
+import csv
+import io
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from tabulate import tabulate
+
+from ..comparison import BASELINE, Comparison, Key
+from ..experiments import METRICS, Run, mean_and_error
+
+# A mean over seeds and its standard error, None of a single seed; or None where there is nothing to average.
+Estimate = Optional[Tuple[float, Optional[float]]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one schedule.
+
+    Attributes:
+        method, schedule: which; the schedule in multiples of the config's iterations.
+        iterations: of each run.
+        seeds: how many.
+        metrics: AP, AP50, AP75, APs, APm, APl in percent.
+        gain: AP over the baseline of the same schedule and seed; None of the baseline itself.
+        equal_time_gain: AP over the baseline trained for the same time; None where that was not trained.
+        equal_time_ap: that baseline's AP.
+        lead_closed: `gain` as a share of the teacher's AP over the baseline's; None where the teacher has no lead.
+        seconds: of training a run, without evaluations; mean over seeds.
+        step_time: seconds of an iteration over the baseline's.
+        step_memory: peak memory over the baseline's; None where it was not measured.
+    """
+
+    method: str
+    schedule: float
+    iterations: int
+    seeds: int
+    metrics: Dict[str, Estimate]
+    gain: Estimate
+    equal_time_gain: Estimate
+    equal_time_ap: Estimate
+    lead_closed: Optional[float]
+    seconds: float
+    step_time: float
+    step_memory: Optional[float]
+
+
+def summarize(comparison: Comparison, teacher_ap: Optional[float]) -> List[Row]:
+    """A row of each method and schedule; all runs are complete.
+
+    Args:
+        teacher_ap: in percent, on the same data set; None where it is not known.
+    """
+    return [_row(comparison, key, runs, teacher_ap) for key, runs in comparison.runs.items()]
+
+
+def _row(comparison: Comparison, key: Key, runs: List[Run], teacher_ap: Optional[float]) -> Row:
+    method, schedule = key
+    baselines, is_baseline = comparison.runs[BASELINE, schedule], method == BASELINE
+    at_equal_time = comparison.equal_time_runs.get(key)
+    gain = None if is_baseline else _paired(runs, baselines)
+    lead = None if teacher_ap is None else teacher_ap - _estimate(baselines, "AP")[0]
+    memories = [[run.peak_megabytes() for run in each] for each in (runs, baselines)]
+    known = all(value is not None for each in memories for value in each)
+    return Row(
+        method,
+        schedule,
+        runs[0].max_iter,
+        len(runs),
+        {name: _estimate(runs, name) for name in METRICS},
+        gain,
+        _paired(runs, at_equal_time) if at_equal_time else None,
+        _estimate(at_equal_time, "AP") if at_equal_time else None,
+        gain[0] / lead if gain is not None and lead is not None and lead > 0 else None,
+        mean_and_error([run.result()["seconds"] for run in runs])[0],
+        _mean(run.seconds_per_iteration() for run in runs) / _mean(run.seconds_per_iteration() for run in baselines),
+        _mean(memories[0]) / _mean(memories[1]) if known else None,
+    )
+
+
+def _mean(values: Any) -> float:
+    return mean_and_error(list(values))[0]
+
+
+def _estimate(runs: Sequence[Run], metric: str) -> Estimate:
+    values = [run.metrics()[metric] for run in runs]
+    return None if None in values else mean_and_error(values)
+
+
+def _paired(runs: Sequence[Run], references: Sequence[Run]) -> Estimate:
+    # Seeds are paired: the same initialisation and order of the data on both sides.
+    return mean_and_error([a.metrics()["AP"] - b.metrics()["AP"] for a, b in zip(runs, references)])
+
+
+def with_error(estimate: Estimate, sign: str = "") -> str:
+    """ "31.1 ± 0.4"; without the error where there is none, and a dash for nothing."""
+    if estimate is None:
+        return "–"
+    mean, error = estimate
+    return f"{mean:{sign}.1f}" + ("" if error is None else f" ± {error:.1f}")
+
+
+def headers(rows: Sequence[Row]) -> List[str]:
+    """Of `cells`."""
+    several = len({row.schedule for row in rows}) > 1
+    timed = any(row.equal_time_gain is not None for row in rows)
+    return [
+        "method",
+        *(["schedule"] if several else []),
+        *METRICS,
+        "gain",
+        *(["gain at equal time"] if timed else []),
+        "lead closed",
+        "time of a step",
+        *(["memory"] if any(row.step_memory is not None for row in rows) else []),
+    ]
+
+
+def cells(rows: Sequence[Row]) -> List[List[str]]:
+    """The table as text, by row."""
+    names = headers(rows)
+    table = []
+    for row in rows:
+        texts = {
+            "method": row.method,
+            "schedule": f"{row.schedule:g}x",
+            **{name: with_error(row.metrics[name]) for name in METRICS},
+            "gain": with_error(row.gain, "+"),
+            "gain at equal time": with_error(row.equal_time_gain, "+"),
+            "lead closed": "–" if row.lead_closed is None else f"{100 * row.lead_closed:.0f} %",
+            "time of a step": f"{row.step_time:.2f}x",
+            "memory": "–" if row.step_memory is None else f"{row.step_memory:.2f}x",
+        }
+        table.append([texts[name] for name in names])
+    return table
+
+
+def notes(rows: Sequence[Row], teacher_ap: Optional[float]) -> List[str]:
+    """What has to be known to read the table."""
+    seeds = rows[0].seeds
+    spread = f"mean ± standard error over {seeds} seeds" if seeds > 1 else "one seed, so that nothing tells the spread"
+    found = [
+        f"AP in percent, {spread}. Gains are over the student alone (none) with the same seeds, at equal iterations; "
+        "time and memory of a training step are relative to its."
+    ]
+    if teacher_ap is None:
+        found.append("The teacher's AP on this data set is not known, and so neither is the share of its lead.")
+    else:
+        found.append(f"The teacher has AP {teacher_ap:.1f}; the share of its lead over none that a gain closes.")
+    if any(row.step_memory is None for row in rows):
+        found.append("Memory was not measured: Detectron2 records its peak on GPUs alone.")
+    if all(row.equal_time_gain is None for row in rows):
+        found.append("A distilled step costs more than a plain one: --equal-time also trains none for as long.")
+    return found
+
+
+def as_markdown(rows: Sequence[Row], teacher_ap: Optional[float]) -> str:
+    names = headers(rows)
+    align = ["left" if name == "method" else "right" for name in names]
+    table = tabulate(cells(rows), names, tablefmt="github", colalign=align, disable_numparse=True)
+    return "\n\n".join([table, *notes(rows, teacher_ap)]) + "\n"
+
+
+def as_records(rows: Sequence[Row]) -> List[Dict[str, Any]]:
+    """Flat dictionaries of numbers, for JSON and CSV; None where there is none."""
+    records = []
+    for row in rows:
+        estimates = {**row.metrics, "gain": row.gain}
+        estimates.update({"equal_time_gain": row.equal_time_gain, "equal_time_AP": row.equal_time_ap})
+        record = {name: getattr(row, name) for name in ("method", "schedule", "iterations", "seeds")}
+        for name, estimate in estimates.items():
+            mean, error = estimate or (None, None)
+            record.update({name: _rounded(mean), f"{name}_error": _rounded(error)})
+        for name in ("lead_closed", "seconds", "step_time", "step_memory"):
+            record[name] = _rounded(getattr(row, name))
+        records.append(record)
+    return records
+
+
+def _rounded(value: Optional[float]) -> Optional[float]:
+    return None if value is None else round(value, 4)
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    records, file = as_records(rows), io.StringIO()
+    writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return file.getvalue()

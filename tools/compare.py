@@ -1,0 +1,124 @@
+#!/usr/bin/env python
+"""Trains and evaluates several methods on one config, data set and teacher, and writes a report.
+
+python tools/compare.py --config-file FILE [--methods none,SGFI,CKD,GDetKD,PKD] [--seeds 3] [--jobs N] [--equal-time]
+    [--schedules 1,2,4] [--ablate] [--output DIR] [KEY VALUE ...]
+
+Every method has the same seeds, data order, iterations and initialisation. Complete runs are not repeated and
+interrupted ones resume, so a comparison may be stopped and started again, and methods and seeds added. See
+docs/compare.md.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import sys
+import warnings
+from pathlib import Path
+from typing import Dict, Optional
+
+warnings.filterwarnings("ignore")
+
+from gdetkd.comparison import CONFIGURED, Comparison, ablation  # noqa: E402, I001
+from gdetkd.data import register_datasets
+from gdetkd.data.shapes import make_shapes_for
+from gdetkd.engine import evaluate_teacher
+from gdetkd.errors import GDetKDError
+from gdetkd.experiments import load_config
+from gdetkd.teacher import FrozenTeacher
+from gdetkd.visualization.report import write_report
+
+import torch
+from detectron2.config import CfgNode
+
+TRAIN_NET = Path(__file__).resolve().parents[1] / "train_net.py"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, help="of the distillation that GDetKD names")
+    parser.add_argument("--methods", help="by commas; none is always among them. Default: none,SGFI,CKD,GDetKD")
+    parser.add_argument("--seeds", type=int, default=3, help="how many; they are 1, 2, ...")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
+    parser.add_argument("--equal-time", action="store_true", help="also train none for the time of each method")
+    parser.add_argument("--schedules", default="1", help="multiples of the config's iterations, by commas")
+    parser.add_argument("--ablate", action="store_true", help="the config's components, alone and in conjunction")
+    parser.add_argument("--output", type=Path, help="default: output/compare/NAME-OF-FILE")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE changes to the config, for every run")
+    return parser.parse_args()
+
+
+def make_comparison(args: argparse.Namespace, cfg: CfgNode) -> Comparison:
+    methods = args.methods.split(",") if args.methods else []
+    if args.ablate:
+        methods = [*ablation(cfg), *methods]
+    try:
+        schedules = [float(each) for each in args.schedules.split(",")]
+    except ValueError as e:
+        raise GDetKDError(f"--schedules wants numbers by commas, not {args.schedules!r}.") from e
+    if args.jobs < 1:
+        raise GDetKDError(f"--jobs is how many trainings run at once, at least 1, not {args.jobs}.")
+    output = args.output or Path("output/compare") / Path(args.config_file).stem
+    methods = methods or ["SGFI", "CKD", CONFIGURED]
+    seeds = range(1, args.seeds + 1)
+    return Comparison(args.config_file, args.opts, output, methods, seeds, schedules, args.equal_time)
+
+
+def score_teacher(cfg: CfgNode, path: Path) -> Optional[float]:
+    """The teacher's AP in percent, kept in a file; None, and the reason on the screen, where it cannot be evaluated."""
+    teacher = FrozenTeacher(cfg)
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if kept.get("sha256") == teacher.sha256 and kept.get("data") == cfg.DATASETS.TEST[0]:
+        return kept["AP"]
+    try:
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+            ap = evaluate_teacher(cfg, teacher)["bbox"]["AP"]
+    except GDetKDError as e:
+        print(f"The teacher was not evaluated, and the report has no share of its lead. {e}", file=sys.stderr)
+        return None
+    path.write_text(json.dumps({"sha256": teacher.sha256, "data": cfg.DATASETS.TEST[0], "AP": ap}) + "\n")
+    return ap
+
+
+def describe(comparison: Comparison) -> Dict[str, str]:
+    cfg = comparison.cfg
+    device = torch.cuda.get_device_name() if cfg.MODEL.DEVICE != "cpu" else f"{platform.machine()} CPU"
+    return {
+        "Student": f"{cfg.DISTILL.STUDENT_META_ARCHITECTURE}, {comparison.config_file}",
+        "Teacher": cfg.DISTILL.TEACHER.CONFIG_FILE,
+        "Data": f"trained on {', '.join(cfg.DATASETS.TRAIN)}, evaluated on {cfg.DATASETS.TEST[0]}",
+        "Training": f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images; seeds "
+        + ", ".join(map(str, comparison.seeds)),
+        "Machine": f"{device}, torch {torch.__version__}",
+        "Changes": " ".join(map(str, comparison.opts)) or "none",
+    }
+
+
+def main() -> None:
+    args = parse_arguments()
+    cfg = load_config(args.config_file, args.opts)
+    comparison = make_comparison(args, cfg)
+    cfg = comparison.cfg
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    make_shapes_for(cfg)
+    register_datasets(cfg)
+    comparison.check_methods()
+    comparison.output.mkdir(parents=True, exist_ok=True)
+    cfg.OUTPUT_DIR = str(comparison.output)
+    teacher_ap = score_teacher(cfg, comparison.output / "teacher.json")
+    runs = [run for each in comparison.runs.values() for run in each]
+    print(f"{len(runs)} runs, {sum(run.is_complete() for run in runs)} of them complete, in {comparison.output}/runs")
+    comparison.train(TRAIN_NET, args.jobs)
+    report = comparison.output / "report"
+    write_report(report, comparison, teacher_ap, describe(comparison))
+    print(f"\n{(report / 'report.md').read_text()}\nReport: {report / 'report.html'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GDetKDError as error:
+        sys.exit(str(error))
