@@ -12,7 +12,6 @@ from typing import Any
 from gdetkd import DistillTrainer, add_gdetkd_config  # first: it prepares the import of Detectron2
 
 import torch  # isort: skip
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 
@@ -21,6 +20,7 @@ from gdetkd.engine import build_plain_student, evaluate_teacher
 from gdetkd.engine.check import Check
 from gdetkd.engine.preflight import check_test_sets
 from gdetkd.errors import GDetKDError
+from gdetkd.safe_load import SafeCheckpointer, merge_config_file
 
 logger = logging.getLogger("gdetkd")
 
@@ -37,7 +37,7 @@ def setup(args: Namespace) -> CfgNode:
     """The config of FILE and of KEY VALUE, with the CPU in place of a GPU that is not there."""
     cfg = get_cfg()
     add_gdetkd_config(cfg)
-    cfg.merge_from_file(args.config_file)
+    merge_config_file(cfg, args.config_file)
     cfg.merge_from_list(args.opts)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
@@ -59,7 +59,7 @@ def main(args: Namespace) -> Any:
     if args.eval_only:
         check_test_sets(cfg)
         student = build_plain_student(cfg)
-        DetectionCheckpointer(student, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        SafeCheckpointer(student, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         return DistillTrainer.test(cfg, student)
     trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)

@@ -20,6 +20,7 @@ from gdetkd import add_gdetkd_config
 from gdetkd.data.shapes import make_shapes_for
 from gdetkd.errors import GDetKDError
 from gdetkd.experiments import METHODS, Run, equal_time_run, run_all, time_ratio
+from gdetkd.safe_load import merge_config_file
 
 from detectron2.config import get_cfg  # isort: skip
 from tabulate import tabulate
@@ -43,7 +44,7 @@ def make_runs(args: argparse.Namespace, methods: List[str]) -> Dict[str, List[Ru
     """The runs of each method, one a seed; the equal-time baseline comes later."""
     cfg = get_cfg()
     add_gdetkd_config(cfg)
-    cfg.merge_from_file(args.config_file)
+    merge_config_file(cfg, args.config_file)
     cfg.merge_from_list(args.opts)
     make_shapes_for(cfg)
     runs = {}

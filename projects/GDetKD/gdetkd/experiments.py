@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .config import add_gdetkd_config
 from .errors import GDetKDError
+from .safe_load import merge_config_file
 
 PLAIN = ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "False"]
 # What each method changes in the config of the full distillation.
@@ -67,7 +68,7 @@ class Run:
         """Its whole config, defaults included."""
         cfg = get_cfg()
         add_gdetkd_config(cfg)
-        cfg.merge_from_file(self.config_file)
+        merge_config_file(cfg, self.config_file)
         cfg.merge_from_list([*self.opts, "SOLVER.MAX_ITER", self.max_iter, "OUTPUT_DIR", ""])
         return cfg
 

@@ -3,13 +3,14 @@
 import logging
 from typing import Any, List
 
-from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
+
+from ..safe_load import SafeCheckpointer
 
 logger = logging.getLogger(__name__)
 
 
-class StudentCheckpointer(DetectionCheckpointer):
+class StudentCheckpointer(SafeCheckpointer):
     """Detectron2's, which only warns of what a file leaves out; this one remembers it.
 
     Attributes:
