@@ -43,6 +43,9 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # All terms rise linearly from 0 over this many iterations, or over their own WARMUP_ITERS where that is more.
     cfg.DISTILL.WARMUP_ITERS = 0
 
+    # Steps in which a loss is infinite or not a number that a run leaves out, with a warning, before it stops.
+    cfg.DISTILL.SKIP_NONFINITE = 0
+
     _add_teacher_node(cfg)
     _add_regions_node(cfg)
     _add_loss_nodes(cfg)

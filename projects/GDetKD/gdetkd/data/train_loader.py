@@ -3,7 +3,10 @@
 Detectron2's sampler starts over on resume, and its augmentations draw from the state of whichever worker runs them.
 """
 
+import os
 import random
+import signal
+import threading
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
@@ -112,10 +115,28 @@ class ResumableLoader:
             batch_sampler=_Skipping(self._batches(self.seed), self.start_iter),
             num_workers=self._num_workers,
             collate_fn=list,
+            worker_init_fn=_outlive_warning,
             # Of its own, because the loader would take its workers' seeds from the state that training draws from.
             generator=torch.Generator().manual_seed(self.seed % 2**63),
         )
         yield from loader
+
+
+def _outlive_warning(worker: int) -> None:
+    """A cluster warns every process by SIGTERM, and a training whose workers are gone could not save.
+
+    The training process itself ends its workers by the same signal, so that it matters who sends it.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class _Skipping:
