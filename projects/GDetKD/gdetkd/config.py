@@ -12,6 +12,9 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # `limit: N` keeps the first N images. A relative path is taken from the folder that the environment variable
     # DETECTRON2_DATASETS names, `datasets` by default, as for Detectron2's own sets.
     cfg.DATASETS.REGISTER = []
+    # Paths of an entry that are relative and lead out of that folder, file names in a COCO JSON that are absolute or
+    # lead out of its `images`, and names in a VOC list that lead out of its `root`, are refused unless this is set.
+    cfg.DATASETS.ALLOW_OUTSIDE = False
 
     # "SGD" is Detectron2's own, untouched. "AdamW" trains small detectors from scratch much faster;
     # SOLVER.WEIGHT_DECAY, BIAS_LR_FACTOR and the like act on it in the same way.
@@ -20,8 +23,8 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # Keep model_best.pth, the student with the highest bbox/AP (percent) so far, at every TEST.EVAL_PERIOD.
     cfg.TEST.KEEP_BEST = True
 
-    # Training leaves images out that are not there, do not open or have another size than their annotations say; a
-    # larger share of them than this stops it at the start.
+    # Training leaves images out that are not there, do not open or have another size than their annotations say, and
+    # takes others in place of those that turn out to be broken when they are read; a larger share than this stops it.
     cfg.INPUT.MAX_BAD_FRACTION = 0.01
 
     _add_instaboost_node(cfg)

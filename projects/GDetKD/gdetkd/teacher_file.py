@@ -61,6 +61,10 @@ class YamlTeacher(TeacherFile):
         own.MODEL.DEVICE = cfg.MODEL.DEVICE
         if cfg.DISTILL.TEACHER.WEIGHTS:
             own.MODEL.WEIGHTS = cfg.DISTILL.TEACHER.WEIGHTS
+        if own.MODEL.LOAD_PROPOSALS:
+            raise GDetKDError(
+                "A teacher with precomputed proposals (MODEL.LOAD_PROPOSALS) cannot look at the student's."
+            )
         own.freeze()
         self.cfg = plain_config(own)
         self.weights = self.cfg.MODEL.WEIGHTS
