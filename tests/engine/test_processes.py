@@ -27,6 +27,8 @@ from gdetkd.safe_load import read_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 240
+# An untrained teacher is far off: what tiny runs take for a few steps would not be finite after twenty.
+SLOWLY = {"SOLVER.BASE_LR": 1e-5}
 
 
 def spawn(function, folder, world_size, *args):
@@ -79,7 +81,7 @@ def shared_cfg(distill_cfg):
 
     def make(world_size, **changes):
         keys = {"DATASETS.REGISTER": [MetadataCatalog.get("tiny").gdetkd_entry], "DISTILL.LOSSES": ALL_LOSSES}
-        return distill_cfg({**keys, "SOLVER.IMS_PER_BATCH": world_size, **changes})
+        return distill_cfg({**keys, "SOLVER.IMS_PER_BATCH": world_size, **SLOWLY, **changes})
 
     return make
 

@@ -3,15 +3,15 @@
 Each iteration's total loss is appended, exactly, to OUTPUT_DIR/losses.txt.
 """
 
-import os
+import gdetkd  # first: it prepares the import of Detectron2
+
+import os  # isort: skip
 import runpy
 import sys
 import time
 from pathlib import Path
 
 from detectron2.engine import HookBase
-
-import gdetkd
 
 ROOT = Path(__file__).resolve().parents[2]
 SYNC_SECONDS = 0.05
