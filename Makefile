@@ -1,5 +1,6 @@
 # make quickstart   a distillation on generated data, from nothing; PAIR=teacher-student
 # make test         the tests; DETECTRON2=DIR runs them against another Detectron2 source tree
+# make soak         the long tests: kills, leaks, fuzzing (about half an hour on 2 cores)
 # make lint         ruff, lint and format
 # make lock         remakes requirements.txt from requirements.in
 # make teacher      retrains a teacher of the quickstart (about 20 minutes on 2 cores); TEACHER=FasterRCNN
@@ -16,13 +17,16 @@ PACKAGES := $(CURDIR)/projects/GDetKD
 export PYTHONPATH := $(if $(DETECTRON2),$(abspath $(DETECTRON2)):)$(PACKAGES)
 export PYTHONWARNINGS := ignore
 
-.PHONY: quickstart test lint format lock teacher clean
+.PHONY: quickstart test soak lint format lock teacher clean
 
 quickstart: $(INSTALLED)
 	$(PYTHON) tools/quickstart.py --pair $(PAIR)
 
 test: $(INSTALLED)
 	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+soak: $(INSTALLED)
+	$(PYTHON) -m pytest -m soak -s $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .

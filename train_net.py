@@ -2,6 +2,9 @@
 """Distils, trains or evaluates a detector:
 
 python train_net.py --config-file FILE [--num-gpus N] [--resume|--check|--eval-only|--eval-teacher] [KEY VALUE ...]
+torchrun --nproc-per-node N train_net.py --config-file FILE ...
+
+SIGTERM saves and ends a training with exit code 75; --resume goes on with it.
 """
 
 import logging
@@ -12,15 +15,17 @@ from typing import Any
 from gdetkd import DistillTrainer, add_gdetkd_config  # first: it prepares the import of Detectron2
 
 import torch  # isort: skip
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 
 from gdetkd.data import register_datasets
 from gdetkd.engine import build_plain_student, evaluate_teacher
 from gdetkd.engine.check import Check
+from gdetkd.engine.checkpoint import DurableCheckpointer
+from gdetkd.engine.launch import run_everywhere
 from gdetkd.engine.preflight import check_test_sets
 from gdetkd.errors import GDetKDError
+from gdetkd.safe_load import merge_config_file
 
 logger = logging.getLogger("gdetkd")
 
@@ -30,6 +35,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--eval-teacher", action="store_true", help="evaluate the teacher alone on DATASETS.TEST")
     parser.add_argument("--check", action="store_true", help="look at what a training would be, and do not train")
     parser.add_argument("--check-images", type=int, default=50, help="on which --check evaluates the teacher")
+    parser.add_argument("--timeout", type=float, default=30, help="minutes that a process waits for the others")
     return parser
 
 
@@ -37,7 +43,7 @@ def setup(args: Namespace) -> CfgNode:
     """The config of FILE and of KEY VALUE, with the CPU in place of a GPU that is not there."""
     cfg = get_cfg()
     add_gdetkd_config(cfg)
-    cfg.merge_from_file(args.config_file)
+    merge_config_file(cfg, args.config_file)
     cfg.merge_from_list(args.opts)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
@@ -59,7 +65,7 @@ def main(args: Namespace) -> Any:
     if args.eval_only:
         check_test_sets(cfg)
         student = build_plain_student(cfg)
-        DetectionCheckpointer(student, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        DurableCheckpointer(student, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         return DistillTrainer.test(cfg, student)
     trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
@@ -74,29 +80,8 @@ def check(cfg: CfgNode, args: Namespace) -> None:
         sys.exit(1)
 
 
-def check_gpus(args: Namespace) -> None:
-    """
-    Raises:
-        GDetKDError: more GPUs are asked for than this machine has.
-    """
-    if args.num_gpus > max(1, torch.cuda.device_count()):
-        raise GDetKDError(
-            f"--num-gpus {args.num_gpus}, but there are {torch.cuda.device_count()} CUDA devices here. Without any, "
-            "the run goes to the CPU in one process: leave --num-gpus out."
-        )
-
-
 if __name__ == "__main__":
-    arguments = parser().parse_args()
     try:
-        check_gpus(arguments)
-        launch(
-            main,
-            0 if arguments.check else arguments.num_gpus,  # one process tells what each of them would do
-            num_machines=1 if arguments.check else arguments.num_machines,
-            machine_rank=arguments.machine_rank,
-            dist_url=arguments.dist_url,
-            args=(arguments,),
-        )
+        run_everywhere(main, parser().parse_args())
     except GDetKDError as error:
         sys.exit(f"{error}")

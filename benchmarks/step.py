@@ -21,6 +21,7 @@ from gdetkd import add_gdetkd_config
 from gdetkd.distiller import GDetKD
 from gdetkd.engine.step_costs import LATE, peak_memory
 from gdetkd.errors import GDetKDError
+from gdetkd.safe_load import merge_config_file
 from gdetkd.teacher_file import read_teacher_file
 
 import torch  # isort: skip
@@ -48,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 def load_config(args: argparse.Namespace, folder: str) -> CfgNode:
     cfg = get_cfg()
     add_gdetkd_config(cfg)
-    cfg.merge_from_file(args.config_file)
+    merge_config_file(cfg, args.config_file)
     cfg.merge_from_list(["MODEL.DEVICE", args.device, *args.opts])
     if args.random_weights:
         weights = Path(folder) / "random.pth"

@@ -217,6 +217,19 @@ def distill_cfg(make_teacher, tmp_path):
 
 
 @pytest.fixture
+def shared_cfg(distill_cfg):
+    """The config of a distillation in several processes, each of which registers the set for itself."""
+
+    def make(world_size: int, changes: Dict[str, Any] = {}) -> CfgNode:
+        keys = {"DATASETS.REGISTER": [dict(MetadataCatalog.get("tiny").gdetkd_entry)]}
+        # An untrained teacher is far off: at the tiny runs' rate twenty steps would not stay finite.
+        keys.update({"SOLVER.BASE_LR": 1e-5, "SOLVER.IMS_PER_BATCH": world_size})
+        return distill_cfg({**keys, **changes})
+
+    return make
+
+
+@pytest.fixture
 def pair_cfg(distill_cfg):
     """The config of a tiny pair, named as in configs/: "teacher-student"."""
 

@@ -20,10 +20,10 @@ from gdetkd import add_gdetkd_config
 from gdetkd.config import without_gdetkd_keys
 from gdetkd.engine import build_plain_student
 from gdetkd.errors import GDetKDError
+from gdetkd.safe_load import SafeCheckpointer, merge_config_file
 
 import torch  # isort: skip
 import torchvision  # noqa: F401  its operators are part of what is exported
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
@@ -112,7 +112,7 @@ def main() -> None:
     args = parser.parse_args()
     cfg = get_cfg()
     add_gdetkd_config(cfg)
-    cfg.merge_from_file(args.config_file)
+    merge_config_file(cfg, args.config_file)
     cfg.merge_from_list(args.opts)
     cfg.MODEL.DEVICE = "cpu"
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def main() -> None:
         write_plain_config(cfg, args.weights, args.output)
         return
     student = build_plain_student(cfg)
-    DetectionCheckpointer(student).load(args.weights)
+    SafeCheckpointer(student).load(args.weights)
     export(student, args.output, *args.image_size)
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
 

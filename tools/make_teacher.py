@@ -13,6 +13,7 @@ import torch
 
 from gdetkd import add_gdetkd_config
 from gdetkd.data.shapes import make_shapes_for
+from gdetkd.safe_load import merge_config_file, read_weights
 
 from detectron2.config import get_cfg  # isort: skip
 
@@ -26,10 +27,10 @@ def main() -> None:
     args = parser.parse_args()
     cfg = get_cfg()
     add_gdetkd_config(cfg)
-    cfg.merge_from_file(args.config_file)
+    merge_config_file(cfg, args.config_file)
     make_shapes_for(cfg)
     subprocess.run([sys.executable, str(TRAIN_NET), "--config-file", args.config_file, "--resume"], check=True)
-    weights = torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)["model"]
+    weights = read_weights(str(Path(cfg.OUTPUT_DIR) / "model_final.pth"))["model"]
     torch.save({"model": weights}, args.output)
     print(f"{args.output}: {Path(args.output).stat().st_size / 1e6:.1f} MB")
 

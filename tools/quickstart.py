@@ -21,11 +21,11 @@ from gdetkd.data.shapes import make_shapes_for
 from gdetkd.engine import evaluate_teacher
 from gdetkd.errors import GDetKDError
 from gdetkd.experiments import METHODS, Run, equal_time_run, run_all, time_ratio
+from gdetkd.safe_load import SafeCheckpointer, merge_config_file
 from gdetkd.teacher import FrozenTeacher
 from gdetkd.visualization.comparison import Curve, draw_comparison
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from tabulate import tabulate
@@ -53,7 +53,7 @@ def load_config(pair: str) -> Tuple[str, CfgNode]:
         raise GDetKDError(f"There is no pair {pair!r}. There are: {', '.join(pairs)}.")
     cfg = get_cfg()
     add_gdetkd_config(cfg)
-    cfg.merge_from_file(path)
+    merge_config_file(cfg, path)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return path, cfg
@@ -97,7 +97,7 @@ def as_table(summary: Dict[str, Dict[str, float]]) -> str:
 def load_student(run: Run, cfg: CfgNode) -> Tuple[nn.Module, CfgNode]:
     plain = plain_config(cfg)
     model = build_model(plain)
-    DetectionCheckpointer(model).load(str(run.folder / "model_final.pth"))
+    SafeCheckpointer(model).load(str(run.folder / "model_final.pth"))
     return model.eval(), plain
 
 

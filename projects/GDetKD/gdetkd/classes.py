@@ -51,9 +51,12 @@ def _names_of_entry(entry: Dict) -> Optional[Tuple[str, ...]]:
     path = resolve(entry["json"])
     if not os.path.exists(path):
         return None
-    with open(path) as file:
-        categories = json.load(file)["categories"]
-    return tuple(category["name"] for category in sorted(categories, key=lambda category: category["id"]))
+    try:
+        with open(path, "rb") as file:
+            categories = json.load(file)["categories"]
+        return tuple(category["name"] for category in sorted(categories, key=lambda category: category["id"]))
+    except (ValueError, LookupError, TypeError, RecursionError) as e:
+        raise GDetKDError(f"The categories cannot be read from {path!r} ({type(e).__name__}: {e}).") from e
 
 
 def with_class_names(spec: DetectorSpec, names: Optional[Tuple[str, ...]]) -> DetectorSpec:

@@ -14,6 +14,9 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # `limit: N` keeps the first N images. A relative path is taken from the folder that the environment variable
     # DETECTRON2_DATASETS names, `datasets` by default, as for Detectron2's own sets.
     cfg.DATASETS.REGISTER = []
+    # Paths of an entry that are relative and lead out of that folder, file names in a COCO JSON that are absolute or
+    # lead out of its `images`, and names in a VOC list that lead out of its `root`, are refused unless this is set.
+    cfg.DATASETS.ALLOW_OUTSIDE = False
 
     # "SGD" is Detectron2's own, untouched. "AdamW" trains small detectors from scratch much faster;
     # SOLVER.WEIGHT_DECAY, BIAS_LR_FACTOR and the like act on it in the same way.
@@ -25,8 +28,8 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # faster on large sets (pip install 'gdetkd[eval]'); empty: Detectron2's own where compiled, else pycocotools.
     cfg.TEST.COCO_EVAL = ""
 
-    # Training leaves images out that are not there, do not open or have another size than their annotations say; a
-    # larger share of them than this stops it at the start.
+    # Training leaves images out that are not there, do not open or have another size than their annotations say, and
+    # takes others in place of those that turn out to be broken when they are read; a larger share than this stops it.
     cfg.INPUT.MAX_BAD_FRACTION = 0.01
 
     _add_instaboost_node(cfg)
@@ -49,6 +52,9 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     cfg.DISTILL.CLASS_MAP = []
     # All terms rise linearly from 0 over this many iterations, or over their own WARMUP_ITERS where that is more.
     cfg.DISTILL.WARMUP_ITERS = 0
+
+    # Steps in which a loss is infinite or not a number that a run leaves out, with a warning, before it stops.
+    cfg.DISTILL.SKIP_NONFINITE = 0
 
     _add_teacher_node(cfg)
     _add_regions_node(cfg)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .config import add_gdetkd_config
 from .errors import GDetKDError
+from .safe_load import merge_config_file
 
 PLAIN = ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "False"]
 # What each method changes in the config of the full distillation.
@@ -45,7 +46,7 @@ def load_config(config_file: str, opts: Sequence[Any]) -> CfgNode:
         raise GDetKDError(f"There is no config {config_file!r}, seen from {os.getcwd()}.")
     cfg = get_cfg()
     add_gdetkd_config(cfg)
-    cfg.merge_from_file(config_file)
+    merge_config_file(cfg, config_file)
     cfg.merge_from_list(list(opts))
     return cfg
 

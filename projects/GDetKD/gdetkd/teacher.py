@@ -3,11 +3,9 @@
 import hashlib
 import logging
 import os
-import pickle
 from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.structures import ImageList
 from detectron2.utils.file_io import PathManager
@@ -17,6 +15,7 @@ from .classes import some, with_class_names
 from .detectors import build_adapter
 from .errors import GDetKDError
 from .inference import for_inference, parse_dtype
+from .safe_load import DamagedFileError, SafeCheckpointer
 from .structures import DetectorOutputs, Regions
 from .teacher_file import TeacherFile, read_teacher_file
 
@@ -26,7 +25,7 @@ logger = logging.getLogger(__name__)
 NOT_HEADS = ("backbone.", "pixel_")
 
 
-class CompleteCheckpointer(DetectionCheckpointer):
+class CompleteCheckpointer(SafeCheckpointer):
     """Loads weights as Detectron2 does, but refuses what it would only warn of: a model not wholly loaded."""
 
     def _load_model(self, checkpoint: Any) -> Any:
@@ -66,9 +65,13 @@ def load_weights(model: nn.Module, path: str) -> str:
         raise GDetKDError(f"The teacher's weights {path!r} are an empty file. Copy or download it again.")
     try:
         CompleteCheckpointer(model).load(path)
+    except DamagedFileError as e:
+        raise GDetKDError(
+            f"The teacher: {e} Is the file complete ({os.path.getsize(local)} bytes), and a Detectron2 checkpoint?"
+        ) from e
     except GDetKDError:
         raise
-    except (RuntimeError, EOFError, OSError, KeyError, TypeError, AttributeError, ValueError, pickle.PickleError) as e:
+    except (RuntimeError, OSError, KeyError, TypeError, AttributeError, ValueError) as e:
         raise GDetKDError(
             f"The teacher's weights {path!r} cannot be read ({type(e).__name__}: {str(e).splitlines()[0]}). Is the "
             f"file complete ({os.path.getsize(local)} bytes), and a Detectron2 checkpoint?"

@@ -15,6 +15,7 @@ from torch import nn
 from .classes import class_names
 from .config import add_gdetkd_config, plain_config
 from .errors import GDetKDError
+from .safe_load import merge_config_file
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +56,15 @@ class YamlTeacher(TeacherFile):
         self.path = cfg.DISTILL.TEACHER.CONFIG_FILE
         own = get_cfg()
         add_gdetkd_config(own)
-        own.merge_from_file(self.path)
+        merge_config_file(own, self.path)
         own.merge_from_list(list(cfg.DISTILL.TEACHER.OPTS))
         own.MODEL.DEVICE = cfg.MODEL.DEVICE
         if cfg.DISTILL.TEACHER.WEIGHTS:
             own.MODEL.WEIGHTS = cfg.DISTILL.TEACHER.WEIGHTS
+        if own.MODEL.LOAD_PROPOSALS:
+            raise GDetKDError(
+                "A teacher with precomputed proposals (MODEL.LOAD_PROPOSALS) cannot look at the student's."
+            )
         own.freeze()
         self.cfg = plain_config(own)
         self.weights = self.cfg.MODEL.WEIGHTS

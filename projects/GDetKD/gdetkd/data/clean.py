@@ -3,6 +3,9 @@
 import logging
 import math
 import os
+import re
+import struct
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
@@ -17,7 +20,25 @@ logger = logging.getLogger(__name__)
 Sample = Dict[str, Any]
 EXIF_ORIENTATION, TURNED = 274, (5, 6, 7, 8)
 HEADERS_AT_ONCE = 16
+REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 NAMED = 5  # bad images in a message
+# Pixels from the origin beyond which a coordinate is taken for none; integers overflow at the 200-fold.
+FARTHEST = 1e7
+# What Pillow raises for a broken image, by its many formats.
+IMAGE_ERRORS = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+# Modes of more than 8 bits, of which conversion keeps what is below 256.
+DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 @dataclass(frozen=True)
@@ -26,12 +47,14 @@ class Findings:
 
     Attributes:
         without_area: left out: their box is no wider or higher than nothing, or not a number.
+        far: left out: their box has a coordinate that no image has.
         outside: left out: nothing of their box is in the image.
         over_edge: kept: a part of their box is outside the image, and is cut off in training.
         crowds: kept: training passes them over, evaluation does not punish detections in them.
     """
 
     without_area: int = 0
+    far: int = 0
     outside: int = 0
     over_edge: int = 0
     crowds: int = 0
@@ -39,6 +62,7 @@ class Findings:
     def __str__(self) -> str:
         parts = [
             (self.without_area, "annotations without area are left out"),
+            (self.far, f"annotations with coordinates beyond {FARTHEST:.0f} pixels are left out"),
             (self.outside, "annotations outside their image are left out"),
             (self.over_edge, "boxes reach over the edge of their image, and are cut there"),
             (self.crowds, "are crowds, which training passes over"),
@@ -61,7 +85,7 @@ def clean_annotations(dicts: List[Sample], least: float = 0) -> Findings:
             finding = _judge(annotation, image, least)
             if finding is not None:
                 counts[finding] += 1
-            if finding not in ("without_area", "outside"):
+            if finding not in ("without_area", "far", "outside"):
                 counts["crowds"] += bool(annotation.get("iscrowd", 0))
                 kept.append(annotation)
         if len(kept) < len(annotations):
@@ -70,6 +94,10 @@ def clean_annotations(dicts: List[Sample], least: float = 0) -> Findings:
 
 
 def _judge(annotation: Sample, image: Sample, least: float) -> Optional[str]:
+    if any(abs(value) > FARTHEST for value in annotation["bbox"]) and all(
+        isinstance(value, int) or math.isfinite(value) for value in annotation["bbox"]
+    ):
+        return "far"
     x1, y1, x2, y2 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
     # Written so that a coordinate that is not a number fails.
     if not (x2 - x1 > least and y2 - y1 > least and math.isfinite(x1 + y1 + x2 + y2)):
@@ -81,31 +109,83 @@ def _judge(annotation: Sample, image: Sample, least: float) -> Optional[str]:
     return "over_edge" if x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1 else None
 
 
-def find_bad_images(dicts: List[Sample]) -> Dict[str, str]:
-    """Of each image that cannot be used its file name, and why. Reads headers alone.
+def find_bad_images(dicts: List[Sample], whole: bool = False) -> Dict[str, str]:
+    """Of each image that cannot be used its file name, and why.
 
-    A truncated file that has its header is not found here.
+    Args:
+        whole: decode the images. Else headers alone are read, and a truncated file that has its header is not found.
     """
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
-        reasons = pool.map(_fault, dicts)
+        reasons = pool.map(lambda sample: _fault(sample, whole), dicts)
         return {image["file_name"]: reason for image, reason in zip(dicts, reasons) if reason is not None}
 
 
-def _fault(sample: Sample) -> Optional[str]:
+def _fault(sample: Sample, whole: bool = False) -> Optional[str]:
     path = sample["file_name"]
-    if "://" in path:
+    if REMOTE.match(path):
         return None  # Detectron2 fetches it when it is needed
     if not os.path.exists(path):
         return "not there"
     try:
         with Image.open(path) as image:
-            size = image.size
-            turned = image.getexif().get(EXIF_ORIENTATION) in TURNED
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as e:
+            size, mode = image.size, image.mode
+            turned = _is_turned(image)
+            if whole:
+                image.draft(None, (1, 1))  # a JPEG is read to its end all the same, in a fraction of the time
+                image.load()
+    except IMAGE_ERRORS as e:
         return f"does not open ({type(e).__name__})"
+    if mode in DEEP:
+        return "has more than 8 bits a channel, of which the upper would be lost: convert it"
     size = size[::-1] if turned else size  # Detectron2 turns it on reading
     expected: Tuple[Optional[int], Optional[int]] = (sample.get("width", size[0]), sample.get("height", size[1]))
     return None if size == expected else f"is {size[0]}x{size[1]}, annotated as {expected[0]}x{expected[1]}"
+
+
+def _is_turned(image: Image.Image) -> bool:
+    try:
+        return image.getexif().get(EXIF_ORIENTATION) in TURNED
+    except IMAGE_ERRORS:
+        return False  # Detectron2 does not turn an image whose EXIF it cannot read
+
+
+class BadImages:
+    """Counts the images that turn out to be broken in training, and stops it when they are too many.
+
+    Args:
+        total: images of the data sets.
+        left_out: those that were found to be bad before.
+        most: share of bad images above which the set itself is taken to be wrong.
+        what: the data sets' names, for messages.
+    """
+
+    def __init__(self, total: int, left_out: int, most: float, what: str) -> None:
+        self.found: Dict[str, str] = {}
+        self._total = total
+        self._left_out = left_out
+        self._most = most
+        self._what = what
+
+    def note(self, bad: Dict[str, str]) -> None:
+        """
+        Args:
+            bad: reasons by file name, of images that another was taken in place of.
+
+        Raises:
+            GDetKDError: more than the given share are bad.
+        """
+        new = {path: reason for path, reason in bad.items() if path not in self.found}
+        if not new:
+            return
+        self.found.update(new)
+        count = self._left_out + len(self.found)
+        message = f"{self._what}: {count} of {self._total} images cannot be used so far, now {_named(new)}."
+        if count > self._most * self._total:
+            raise GDetKDError(
+                f"{message} That is more than INPUT.MAX_BAD_FRACTION {self._most:g}: correct the files, or raise it to "
+                "train without them."
+            )
+        logger.warning("%s Others are taken in their place.", message)
 
 
 def without_bad_images(dicts: List[Sample], most: float, what: str) -> List[Sample]:
@@ -136,7 +216,7 @@ def check_images(dicts: List[Sample], what: str) -> None:
     Raises:
         GDetKDError: an image cannot be used; evaluation would break off there.
     """
-    bad = find_bad_images(dicts)
+    bad = find_bad_images(dicts, whole=True)
     if bad:
         raise GDetKDError(
             f"{what}: {len(bad)} of {len(dicts)} images cannot be used for evaluation ({_named(bad)}). Correct the "

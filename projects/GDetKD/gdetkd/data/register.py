@@ -7,10 +7,11 @@ from typing import Any, Callable, Dict, List, Mapping
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
-from detectron2.data.datasets.pascal_voc import load_voc_instances
 
 from ..errors import GDetKDError
 from .clean import clean_annotations
+from .coco_json import check_coco, leaves
+from .voc import load_voc
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,10 @@ def register_datasets(cfg: CfgNode) -> None:
             if MetadataCatalog.get(name).get("gdetkd_entry") != dict(entry):
                 raise GDetKDError(f"DATASETS.REGISTER names {name!r}, but another data set has that name already.")
             continue
-        {"coco": _register_coco, "voc": _register_voc, "images": _register_images}[entry["kind"]](entry)
+        allow_outside = cfg.DATASETS.ALLOW_OUTSIDE
+        if not allow_outside:
+            _check_paths(entry)
+        {"coco": _register_coco, "voc": _register_voc, "images": _register_images}[entry["kind"]](entry, allow_outside)
         MetadataCatalog.get(name).set(gdetkd_entry=dict(entry))
 
 
@@ -55,6 +59,17 @@ def _check_entry(entry: Any) -> None:
         raise GDetKDError(f"DATASETS.REGISTER: the limit of {entry['name']!r} is {limit!r}, not a number of images.")
 
 
+def _check_paths(entry: Mapping[str, Any]) -> None:
+    for key in ("json", "images", "root", "split"):
+        path = entry.get(key, "")
+        # An absolute path is the user's own decision; `split` is part of one.
+        if leaves(path) and (key == "split" or not os.path.isabs(path)):
+            raise GDetKDError(
+                f"DATASETS.REGISTER: {key} {path!r} of {entry['name']!r} leads out of the folder that it starts from. "
+                "Give an absolute path, or set DATASETS.ALLOW_OUTSIDE to True."
+            )
+
+
 def _existing(entry: Mapping[str, Any], path: str) -> str:
     full = resolve(path)
     if not os.path.exists(full):
@@ -65,25 +80,33 @@ def _existing(entry: Mapping[str, Any], path: str) -> str:
     return full
 
 
-def _register_coco(entry: Mapping[str, Any]) -> None:
+def _register_coco(entry: Mapping[str, Any], allow_outside: bool) -> None:
     name, json_file, images = entry["name"], _existing(entry, entry["json"]), _existing(entry, entry["images"])
-    _register(entry, lambda: load_coco_json(json_file, images, name), json_file)
+    checked = []
+
+    def load() -> List[Dict[str, Any]]:
+        if not checked:  # it takes as long as reading it, and a set is read several times
+            check_coco(json_file, name, images, allow_outside)
+            checked.append(True)
+        return load_coco_json(json_file, images, name)
+
+    _register(entry, load, json_file)
     metadata = MetadataCatalog.get(name).set(image_root=images, evaluator_type="coco")
     # Detectron2 evaluates against the file itself where it is named; a shortened set has to be written anew.
     if "limit" not in entry:
         metadata.set(json_file=json_file)
 
 
-def _register_voc(entry: Mapping[str, Any]) -> None:
+def _register_voc(entry: Mapping[str, Any], allow_outside: bool) -> None:
     name, root = entry["name"], _existing(entry, entry["root"])
     _existing(entry, os.path.join(entry["root"], "ImageSets", "Main", entry["split"] + ".txt"))
     # VOC's corners are pixels, both inside the box, and Detectron2 widens the box to their outer edges: one that has
     # no area in the file is one pixel wide or high by then.
-    _register(entry, lambda: load_voc_instances(root, entry["split"], list(entry["classes"])), root, least=1)
+    _register(entry, lambda: load_voc(root, entry["split"], entry["classes"], allow_outside), root, least=1)
     MetadataCatalog.get(name).set(thing_classes=list(entry["classes"]), evaluator_type="coco")
 
 
-def _register_images(entry: Mapping[str, Any]) -> None:
+def _register_images(entry: Mapping[str, Any], allow_outside: bool) -> None:
     folder = _existing(entry, entry["images"])
     _register(entry, lambda: _load_images(folder), folder)
     metadata = MetadataCatalog.get(entry["name"]).set(evaluator_type="images")
@@ -105,9 +128,9 @@ def _register(
         try:
             dicts = load()[: entry.get("limit")]
             findings = clean_annotations(dicts, least)
-        except FileNotFoundError:
+        except (FileNotFoundError, GDetKDError):
             raise  # names the file itself
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError, SyntaxError) as e:
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError, SyntaxError, OSError) as e:
             raise GDetKDError(
                 f"The data set {name!r} cannot be read from {source!r} ({type(e).__name__}: {e}). Correct that file "
                 "or the entry in DATASETS.REGISTER."

@@ -3,7 +3,10 @@
 Detectron2's sampler starts over on resume, and its augmentations draw from the state of whichever worker runs them.
 """
 
+import os
 import random
+import signal
+import threading
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
@@ -17,10 +20,13 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import GDetKDError
-from .clean import without_bad_images
+from .clean import IMAGE_ERRORS, BadImages, without_bad_images
 from .instaboost import InstaBoostMapper
 
 Sample = Dict[str, Any]
+# Under this key a sample says which images it was taken in place of, and why.
+BAD_IMAGES = "bad_images"
+ATTEMPTS = 100  # at an image that can be used
 
 
 @contextmanager
@@ -52,8 +58,22 @@ class PositionedDataset(Dataset):
 
     def __getitem__(self, key: Tuple[int, int]) -> Sample:
         index, position = key
-        with random_state((self._seed, position)):
-            return self._mapper(self._dicts[index])
+        bad: Dict[str, str] = {}
+        for attempt in range(ATTEMPTS):
+            # Another image in the place of a broken one is a function of seed and position, too.
+            seed = (self._seed, position, attempt) if attempt else (self._seed, position)
+            with random_state(seed):
+                index = random.randrange(len(self)) if attempt else index
+                dataset_dict = self._dicts[index]
+                try:
+                    sample = self._mapper(dataset_dict)
+                except GDetKDError:
+                    raise
+                except IMAGE_ERRORS as e:
+                    bad[dataset_dict["file_name"]] = f"does not open ({type(e).__name__}: {e})"
+                    continue
+            return {**sample, BAD_IMAGES: bad} if bad else sample
+        raise GDetKDError(f"{ATTEMPTS} images in turn cannot be used, of them {next(iter(bad.items()))}.")
 
 
 class BatchStream:
@@ -97,6 +117,7 @@ class ResumableLoader:
         batches: Callable[[int], BatchStream],
         seed: int,
         num_workers: int,
+        bad_images: BadImages,
     ) -> None:
         self.seed = seed
         self.start_iter = 0
@@ -104,6 +125,7 @@ class ResumableLoader:
         self._mapper = mapper
         self._batches = batches
         self._num_workers = num_workers
+        self._bad_images = bad_images
 
     def __iter__(self) -> Iterator[List[Sample]]:
         # A generator: Detectron2 v0.6 asks for it in the trainer's constructor, before it is known where to start.
@@ -112,10 +134,31 @@ class ResumableLoader:
             batch_sampler=_Skipping(self._batches(self.seed), self.start_iter),
             num_workers=self._num_workers,
             collate_fn=list,
+            worker_init_fn=_outlive_warning,
             # Of its own, because the loader would take its workers' seeds from the state that training draws from.
             generator=torch.Generator().manual_seed(self.seed % 2**63),
         )
-        yield from loader
+        for batch in loader:
+            for sample in batch:  # noted here, for a worker's counts are its own
+                self._bad_images.note(sample.pop(BAD_IMAGES, {}))
+            yield batch
+
+
+def _outlive_warning(worker: int) -> None:
+    """A cluster warns every process by SIGTERM, and a training whose workers are gone could not save.
+
+    The training process itself ends its workers by the same signal, so that it matters who sends it.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class _Skipping:
@@ -139,13 +182,9 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
     world_size = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH % world_size:
         raise GDetKDError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide by {world_size} processes.")
-    dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
-    dicts = without_bad_images(dicts, cfg.INPUT.MAX_BAD_FRACTION, ", ".join(cfg.DATASETS.TRAIN))
+    names, most = ", ".join(cfg.DATASETS.TRAIN), cfg.INPUT.MAX_BAD_FRACTION
+    all_dicts = _load_dicts(cfg, names)
+    dicts = without_bad_images(all_dicts, most, names)
     wide = [image["width"] > image["height"] for image in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
     sampler = _sampler(cfg, dicts)
     return ResumableLoader(
@@ -154,7 +193,23 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
         lambda seed: BatchStream(lambda: iter(sampler(seed)), cfg.SOLVER.IMS_PER_BATCH // world_size, wide),
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        bad_images=BadImages(len(all_dicts), len(all_dicts) - len(dicts), most, names),
     )
+
+
+def _load_dicts(cfg: CfgNode, names: str) -> List[Sample]:
+    try:
+        return get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+    except AssertionError as e:  # Detectron2's
+        raise GDetKDError(
+            f"{names}: no image has an object to learn from ({e}). Correct the annotations, or keep images without "
+            "(DATALOADER.FILTER_EMPTY_ANNOTATIONS False)."
+        ) from e
 
 
 def _sampler(cfg: CfgNode, dicts: List[Sample]) -> Callable[[int], Any]:

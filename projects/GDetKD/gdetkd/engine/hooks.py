@@ -4,14 +4,19 @@ import logging
 import os
 import random
 import time
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import BestCheckpointer
+from detectron2.engine.hooks import BestCheckpointer, EvalHook
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
+
+from ..safe_load import DamagedFileError, read_weights
+from .checkpoint import DurableCheckpointer, written_whole
+
+logger = logging.getLogger(__name__)
 
 
 def get_random_state() -> Dict[str, Any]:
@@ -58,7 +63,11 @@ class RandomState(HookBase):
     def after_step(self) -> None:
         last = self.trainer.iter + 1 >= self.trainer.max_iter
         if last or (self._period > 0 and (self.trainer.iter + 1) % self._period == 0):
-            self._states = comm.gather(get_random_state())
+            self.keep()
+
+    def keep(self) -> None:
+        """Every process has to call it at once."""
+        self._states = comm.gather(get_random_state())
 
     def state_dict(self) -> Dict[str, Any]:
         return {"states": self._states} if self._states else {}
@@ -68,7 +77,7 @@ class RandomState(HookBase):
         if processes == comm.get_world_size():
             self._loaded = state["states"]
         else:
-            logging.getLogger(__name__).warning(
+            logger.warning(
                 "The run was started with %d processes and goes on with %d: its draws and batches will be others.",
                 processes,
                 comm.get_world_size(),
@@ -99,7 +108,7 @@ class Stopwatch(HookBase):
         self._seconds = state["seconds"]
 
 
-class _WeightsOnly(DetectionCheckpointer):
+class _WeightsOnly(DurableCheckpointer):
     """Writes a model without naming it the checkpoint to resume from."""
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -121,15 +130,23 @@ class KeepBest(BestCheckpointer):
 
     def _best_checking(self) -> None:
         self._record.metric = self.trainer.storage.latest().get(self._metric, (None,))[0]
+        before, failed = (self.best_metric, self.best_iter), len(self._checkpointer.failed)
         super()._best_checking()
+        if len(self._checkpointer.failed) > failed:
+            self.best_metric, self.best_iter = before  # of the file that is still there
 
     def state_dict(self) -> Dict[str, Any]:
         return {"path": os.path.basename(self._path)}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        if os.path.exists(self._path):
-            best = torch.load(self._path, map_location="cpu", weights_only=True)
-            self.best_metric, self.best_iter = best["record"]["metric"], best["iteration"]
+        if not os.path.exists(self._path):
+            return
+        try:
+            best = read_weights(self._path)
+        except DamagedFileError as e:
+            logger.warning("%s The best score so far is forgotten.", e)
+            return
+        self.best_metric, self.best_iter = best["record"]["metric"], best["iteration"]
 
 
 class _Record:
@@ -139,3 +156,77 @@ class _Record:
 
     def state_dict(self) -> Dict[str, Any]:
         return {"metric": self.metric}
+
+
+class MissedEvaluation(HookBase):
+    """Makes up on resume for an evaluation that a kill came before: the checkpoint is written first.
+
+    It must stand after the hooks that evaluate and that keep the best.
+
+    Args:
+        period: of the evaluations, in iterations.
+        output_dir: where it notes the last one that was made.
+        evaluation: Detectron2's hook.
+        best: keeps the best checkpoint; None where none is kept, or by another process.
+    """
+
+    def __init__(self, period: int, output_dir: str, evaluation: EvalHook, best: Optional[KeepBest]) -> None:
+        self._period = period
+        self._note = os.path.join(output_dir, "last_evaluation")
+        self._evaluation = evaluation
+        self._best = best
+
+    def _is_due(self, iterations: int) -> bool:
+        return self._period > 0 and iterations % self._period == 0 and 0 < iterations < self.trainer.max_iter
+
+    def before_train(self) -> None:
+        done = self.trainer.start_iter
+        # The main process's note counts, for all have to evaluate together.
+        if not self._is_due(done) or comm.all_gather(self._noted())[0] >= done:
+            return
+        storage = self.trainer.storage
+        storage.iter = done - 1
+        self._evaluation._do_eval()
+        if self._best is not None:
+            self._best._best_checking()
+        self._write(done)
+        storage.iter = done
+
+    def _noted(self) -> int:
+        """Iterations that were done at the last evaluation."""
+        if not os.path.exists(self._note):
+            return 0
+        with open(self._note) as file:
+            return int(file.read())
+
+    def after_step(self) -> None:
+        if self._is_due(self.trainer.iter + 1):
+            self._write(self.trainer.iter + 1)
+
+    def _write(self, iterations: int) -> None:
+        if not comm.is_main_process():
+            return
+        try:
+            with written_whole(self._note) as file:
+                file.write(str(iterations))
+        except OSError as e:
+            logger.error("%s could not be written (%s): a resume may evaluate once more.", self._note, e.strerror)
+
+
+class TolerantWriter(EventWriter):
+    """A writer of metrics that logs what the disk does not take, where Detectron2's would end the training."""
+
+    def __init__(self, writer: EventWriter) -> None:
+        self._writer = writer
+
+    def write(self) -> None:
+        self._try(self._writer.write)
+
+    def close(self) -> None:
+        self._try(self._writer.close)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except OSError as e:
+            logger.error("Metrics could not be written (%s: %s).", type(self._writer).__name__, e.strerror or e)

@@ -4,10 +4,12 @@ from typing import List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
 
 from ..classes import some
 from ..data.clean import check_images
 from ..errors import GDetKDError
+from ..safe_load import read_weights
 
 
 def check_architecture(cfg: CfgNode) -> None:
@@ -45,10 +47,23 @@ def check_datasets(cfg: CfgNode) -> None:
 def check_test_sets(cfg: CfgNode) -> None:
     """
     Raises:
-        GDetKDError: DATASETS.TEST names a set that is not registered, has no image, or has one that cannot be read.
+        GDetKDError: DATASETS.TEST names a set that is not registered, has no image, or has one that cannot be read to
+            its end; or a file of proposals is not to be trusted.
     """
+    check_proposals(cfg)
     for name in cfg.DATASETS.TEST:
         check_images(load_dataset(name), name)
+
+
+def check_proposals(cfg: CfgNode) -> None:
+    """Detectron2 unpickles files of precomputed proposals, and would run what they hold.
+
+    Raises:
+        GDetKDError: one of them holds something else than arrays and plain containers, or cannot be read.
+    """
+    if cfg.MODEL.LOAD_PROPOSALS:
+        for path in [*cfg.DATASETS.PROPOSAL_FILES_TRAIN, *cfg.DATASETS.PROPOSAL_FILES_TEST]:
+            read_weights(PathManager.get_local_path(path))
 
 
 def load_dataset(name: str) -> List[dict]:

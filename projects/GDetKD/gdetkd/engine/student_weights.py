@@ -1,16 +1,22 @@
-"""Loading the student's starting weights, and what of it they leave out."""
+"""Loading the student's weights, what of it a file leaves out, and going on with a run of the same student."""
 
 import logging
-from typing import Any, List
+from typing import Any, Dict, List
 
-from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
+
+from ..classes import some
+from ..errors import GDetKDError
+from .checkpoint import DurableCheckpointer
 
 logger = logging.getLogger(__name__)
 
 
-class StudentCheckpointer(DetectionCheckpointer):
-    """Detectron2's, which only warns of what a file leaves out; this one remembers it.
+class StudentCheckpointer(DurableCheckpointer):
+    """Detectron2's, which only warns of what a file leaves out; this one remembers it, and on resume refuses it.
+
+    Args:
+        run: a `RunRecord`, by which the run to be resumed is compared before anything of it is loaded.
 
     Attributes:
         unloaded: names of the student's tensors that no file has set yet.
@@ -19,12 +25,25 @@ class StudentCheckpointer(DetectionCheckpointer):
     def __init__(self, model: nn.Module, save_dir: str = "", **checkpointables: Any) -> None:
         super().__init__(model, save_dir, **checkpointables)
         self.unloaded: List[str] = list(model.state_dict())
+        self._resuming = False
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
+        self._resuming = resume and self.has_checkpoint()
+        return super().resume_or_load(path, resume=resume)
 
     def _load_model(self, checkpoint: Any) -> Any:
+        if self._resuming and "run" in checkpoint and "run" in self.checkpointables:
+            self.checkpointables["run"].load_state_dict(checkpoint.pop("run"))
         incompatible = super()._load_model(checkpoint)
         left = {*incompatible.missing_keys, *(key for key, _, _ in incompatible.incorrect_shapes)}
         # How many batches a BatchNorm has seen plays no part, and old files lack it.
         self.unloaded = sorted(key for key in left if not key.endswith("num_batches_tracked"))
+        other = self.unloaded + incompatible.unexpected_keys
+        if self._resuming and other:
+            raise GDetKDError(
+                f"This run was started with another student: {len(other)} tensors are not the same ({some(other, 5)}). "
+                "Resume it with the config it was started with, or start in a new OUTPUT_DIR."
+            )
         return incompatible
 
     def unloaded_backbone(self) -> List[str]:

@@ -6,12 +6,13 @@ from typing import Any, Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,9 +26,11 @@ from ..errors import GDetKDError
 from ..structures import DetectorSpec
 from ..teacher import transfer_heads
 from .evaluators import build_evaluator
-from .hooks import KeepBest, RandomState, Stopwatch
+from .guard import GuardedAMPTrainer, GuardedTrainer, StepGuard
+from .hooks import KeepBest, MissedEvaluation, RandomState, Stopwatch, TolerantWriter
 from .optimizer import build_optimizer
 from .preflight import check_architecture, check_classes, check_datasets
+from .resume import DistillState, RunRecord
 from .schedule import LossSchedule
 from .student_weights import StudentCheckpointer
 from .teacher_score import evaluate_teacher
@@ -68,15 +71,20 @@ class DistillTrainer(DefaultTrainer):
         model = _distributed(model)
         self.schedule = LossSchedule(cfg)
         self.schedule.attach(model)
-        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, data_loader, optimizer)
+        trainer_class = GuardedAMPTrainer if cfg.SOLVER.AMP.ENABLED else GuardedTrainer
+        self._trainer = trainer_class(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         # Loaded in this order: what is under `distill` can say what differs, the optimizer's state cannot.
-        beside = {"distill": _DistillState(self.distiller)} if self.distiller and self.distiller.teacher else {}
+        beside: Dict[str, Any] = {"run": RunRecord(cfg, class_names(cfg))}
+        if self.distiller and self.distiller.teacher:
+            beside["distill"] = DistillState(self.distiller)
         self.checkpointer = StudentCheckpointer(self.student, cfg.OUTPUT_DIR, **beside, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+        self._trainer.guard = self._guard
+        self._guard.attach(model)
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
@@ -111,16 +119,28 @@ class DistillTrainer(DefaultTrainer):
         with random_state((0,)):
             return super().test(cfg, model, evaluators)
 
+    def build_writers(self) -> List[EventWriter]:
+        """Detectron2's, which a full disk does not end the training through."""
+        return [TolerantWriter(writer) for writer in super().build_writers()]
+
     def build_hooks(self) -> List[Optional[HookBase]]:
-        """Detectron2's, the random states before the checkpoint, the best checkpoint after the evaluation."""
+        """Detectron2's, the random states before the checkpoint, the best one after the evaluation, the guard last."""
         hooks = super().build_hooks()
         writes = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicCheckpointer)]
         # Only the main process has that hook; the others take part in gathering the states just the same.
-        hooks.insert(writes[0] if writes else len(hooks), RandomState(self.cfg.SOLVER.CHECKPOINT_PERIOD))
+        random_state = RandomState(self.cfg.SOLVER.CHECKPOINT_PERIOD)
+        hooks.insert(writes[0] if writes else len(hooks), random_state)
+        evaluates = max(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        period, folder = self.cfg.TEST.EVAL_PERIOD, self.cfg.OUTPUT_DIR
+        best = None
         if self.cfg.TEST.KEEP_BEST and self.cfg.DATASETS.TEST and comm.is_main_process():
-            after = 1 + max(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-            hooks.insert(after, KeepBest(self.cfg.TEST.EVAL_PERIOD, self.student, self.cfg.OUTPUT_DIR))
-        return [Stopwatch(), *hooks]
+            best = KeepBest(period, self.student, folder)
+        if self.cfg.DATASETS.TEST:
+            hooks.insert(evaluates + 1, MissedEvaluation(period, folder, hooks[evaluates], best))
+        if best is not None:
+            hooks.insert(evaluates + 1, best)
+        self._guard = StepGuard(self.cfg.DISTILL.SKIP_NONFINITE, random_state)
+        return [Stopwatch(), *hooks, self._guard]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resumes, or loads MODEL.WEIGHTS into the student and then the teacher's heads where they are asked for."""
@@ -136,7 +156,13 @@ class DistillTrainer(DefaultTrainer):
     def train(self) -> Any:
         if self.cfg.DISTILL.EVAL_TEACHER and self.distiller is not None and self.start_iter == 0:
             self.register_hooks([_TeacherScore(evaluate_teacher(self.cfg, self.distiller.teacher))])
-        return super().train()
+        results = super().train()
+        if "model_final" in self.checkpointer.failed:
+            raise GDetKDError(
+                f"The training is done, but model_final.pth could not be written. Make room in {self.cfg.OUTPUT_DIR} "
+                "and go on with --resume."
+            )
+        return results
 
     def state_dict(self) -> Dict[str, Any]:
         state = super().state_dict()
@@ -165,31 +191,6 @@ def _distributed(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(
         model, device_ids=[comm.get_local_rank()] if on_gpu else None, broadcast_buffers=False
     )
-
-
-class _DistillState:
-    """What a checkpoint keeps under `distill`: the losses' parameters and queue, and which teacher it was."""
-
-    def __init__(self, distiller: GDetKD) -> None:
-        self._distiller = distiller
-
-    def state_dict(self) -> Dict[str, Any]:
-        return {"losses": self._distiller.losses.state_dict(), "teacher": self._distiller.teacher.describe()}
-
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        now, then = self._distiller.teacher.describe(), state["teacher"]
-        if now["sha256"] != then["sha256"]:
-            raise GDetKDError(
-                f"This run was started with another teacher: {then['weights']!r} (SHA-256 {then['sha256'][:12]}), now "
-                f"{now['weights']!r} ({now['sha256'][:12]}). Resume with the first, or start in a new OUTPUT_DIR."
-            )
-        try:
-            self._distiller.losses.load_state_dict(state["losses"])
-        except RuntimeError as e:
-            raise GDetKDError(
-                f"This run was started with other distillation losses, or other sizes of them ({e}). Resume it with "
-                "the config it was started with, or start in a new OUTPUT_DIR."
-            ) from e
 
 
 class _TeacherScore(HookBase):

@@ -1,0 +1,187 @@
+"""Checkpoints that are whole or not there, and resuming from the last one that can be read."""
+
+import logging
+import os
+import re
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+from detectron2.utils import comm
+from torch import nn
+
+from ..errors import GDetKDError
+from ..safe_load import DamagedFileError, SafeCheckpointer, read_weights
+
+logger = logging.getLogger(__name__)
+
+# Ending of a file that is still being written. A kill leaves one behind, which the next --resume removes.
+PARTIAL = ".partial"
+NUMBERED = re.compile(r"model_(\d{7})\.pth")
+
+
+class _Watched:
+    """A file for writing that remembers the error that writing raised: torch raises one of its own instead."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.error: Optional[OSError] = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as e:
+            self.error = e
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@contextmanager
+def written_whole(path: str, mode: str = "w") -> Iterator[Any]:
+    """A file to write to, which appears under its name only when all of it is on the disk.
+
+    Raises:
+        OSError: it cannot be written, for want of space say; what was at `path` is still there, and nothing else.
+    """
+    partial = path + PARTIAL
+    try:
+        with open(partial, mode) as file:
+            watched = _Watched(file)
+            try:
+                yield watched
+            except RuntimeError as e:
+                if watched.error is None:
+                    raise
+                raise watched.error from e
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        if os.path.exists(partial):
+            os.remove(partial)
+        raise
+    _sync_folder(os.path.dirname(path) or ".")
+
+
+def _sync_folder(folder: str) -> None:
+    """A renaming is on the disk only when its folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _WholeFiles:
+    """Detectron2's path manager, whose local files are written whole."""
+
+    def __init__(self, files: Any) -> None:
+        self._files = files
+
+    def open(self, path: str, mode: str = "r", **kwargs: Any) -> Any:
+        if "w" not in mode or "://" in path:
+            return self._files.open(path, mode, **kwargs)
+        return written_whole(path, mode)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._files, name)
+
+
+class DurableCheckpointer(SafeCheckpointer):
+    """Writes a checkpoint to a temporary file, syncs and renames it, and goes on when the disk is full.
+
+    Resuming takes the checkpoint that `last_checkpoint` names and, where that one is damaged, the one before.
+
+    Attributes:
+        failed: names of checkpoints that could not be written.
+    """
+
+    def __init__(self, model: nn.Module, save_dir: str = "", **checkpointables: Any) -> None:
+        super().__init__(model, save_dir, **checkpointables)
+        self.path_manager = _WholeFiles(self.path_manager)
+        self.failed: List[str] = []
+        self._tagging = True
+        self._already_read: Optional[Tuple[str, Dict[str, Any]]] = None
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Writes NAME.pth and makes it the checkpoint to resume from; an error of the disk is logged, not raised."""
+        try:
+            super().save(name, **kwargs)
+        except OSError as e:
+            self.failed.append(name)
+            last = os.path.basename(self.get_checkpoint_file()) or "none"
+            logger.error(
+                "The checkpoint %s.pth could NOT be written (%s). Training goes on; the last that can be resumed from "
+                "is %s. Make room in %s.",
+                *(name, e.strerror or e, last, os.path.abspath(self.save_dir)),
+            )
+
+    def save_aside(self, name: str, **kwargs: Any) -> None:
+        """Writes NAME.pth, which is not resumed from unless `last_checkpoint` is made to name it."""
+        self._tagging = False
+        try:
+            self.save(name, **kwargs)
+        finally:
+            self._tagging = True
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        if self._tagging:
+            super().tag_last_checkpoint(last_filename_basename)
+
+    def has_checkpoint(self) -> bool:
+        return bool(self._candidates())
+
+    def _candidates(self) -> List[str]:
+        """Paths of the checkpoints to resume from, the first choice first."""
+        if not os.path.isdir(self.save_dir):
+            return []
+        tagged = os.path.basename(self.get_checkpoint_file())
+        numbered = sorted(filter(NUMBERED.fullmatch, os.listdir(self.save_dir)), reverse=True)
+        match = NUMBERED.fullmatch(tagged)
+        # One later than the tagged is of another attempt, or was set aside by hand.
+        older = [name for name in numbered if name < tagged or match is None]
+        path = [self.get_checkpoint_file()] if tagged else []
+        return path + [os.path.join(self.save_dir, name) for name in older]
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
+        """
+        Raises:
+            GDetKDError: none of the checkpoints can be read, or the one to resume from is not of a training.
+        """
+        if not resume or not self.has_checkpoint():
+            return self.load(path, checkpointables=[])
+        if self.save_to_disk:
+            for name in os.listdir(self.save_dir):
+                if name.endswith(PARTIAL):
+                    os.remove(os.path.join(self.save_dir, name))
+        return self.load(self._read_newest())
+
+    def _read_newest(self) -> str:
+        """Reads the first candidate that every process can read; its path."""
+        damages = []
+        for path in self._candidates():
+            damage, content = "", {}
+            try:
+                content = read_weights(path)
+            except DamagedFileError as e:
+                damage = str(e)
+            if damage := max(comm.all_gather(damage)):
+                logger.warning("%s It is passed over for the checkpoint before.", damage)
+                damages.append(damage)
+                continue
+            if "trainer" in self.checkpointables and "trainer" not in content:
+                raise GDetKDError(
+                    f"{path!r} holds weights alone, from which no training can be resumed. Start from it with "
+                    "MODEL.WEIGHTS, without --resume."
+                )
+            self._already_read = (path, content)
+            return path
+        raise GDetKDError(
+            f"No checkpoint in {self.save_dir!r} can be resumed from: {' '.join(damages)} Remove them to start anew."
+        )
+
+    def _load_file(self, filename: str) -> Dict[str, Any]:
+        path, content = self._already_read or ("", {})
+        self._already_read = None
+        return content if path == filename else super()._load_file(filename)

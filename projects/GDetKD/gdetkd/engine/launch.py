@@ -1,0 +1,106 @@
+"""Starts a function in every process of a run: alone, by Detectron2's launcher, or as torchrun has it."""
+
+import multiprocessing
+import os
+import signal
+import sys
+from argparse import Namespace
+from datetime import timedelta
+from typing import Any, Callable
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import launch
+from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from ..errors import GDetKDError
+from .guard import EXIT_STOPPED
+
+# What torchrun tells each process that it starts.
+TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
+def is_under_torchrun() -> bool:
+    return set(os.environ) >= TORCHRUN
+
+
+def run_everywhere(main: Callable[[Namespace], Any], args: Namespace) -> None:
+    """Calls `main(args)` in as many processes as the arguments or torchrun ask for.
+
+    Args:
+        main: what each process does.
+        args: of Detectron2's argument parser, with `check` and `timeout` (minutes).
+
+    Raises:
+        GDetKDError: more GPUs are asked for than there are, or a process ended before its time; then the others have
+            been ended as well, and the message says which it was.
+        SystemExit: with EXIT_STOPPED, all processes saved and stopped because of SIGTERM.
+    """
+    timeout = timedelta(minutes=args.timeout)
+    if is_under_torchrun():
+        _join_torchrun(args, timeout)
+        try:
+            main(args)
+        finally:
+            dist.destroy_process_group()
+        return
+    _check_gpus(args)
+    processes, machines = (0, 1) if args.check else (args.num_gpus, args.num_machines)  # a check needs but one process
+    before = signal.signal(signal.SIGTERM, _pass_on) if processes * machines > 1 else None
+    try:
+        launch(main, processes, machines, args.machine_rank, args.dist_url, (args,), timeout)
+    except (ProcessExitedException, ProcessRaisedException) as e:
+        if getattr(e, "exit_code", None) == EXIT_STOPPED:
+            sys.exit(EXIT_STOPPED)
+        raise GDetKDError(which_ended(e, args.machine_rank * processes)) from e
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def which_ended(error: Any, first_rank: int = 0) -> str:
+    """What torch's launcher knows of the process that ended first, for a message."""
+    rank = first_rank + error.error_index
+    if isinstance(error, ProcessRaisedException):
+        return f"The process of rank {rank} failed, and the others were ended:\n{error}"
+    name = signal.Signals(-error.exit_code).name if error.exit_code < 0 else ""
+    how = f"was killed by {name}" if name else f"ended with exit code {error.exit_code}"
+    memory = " A process that the system runs out of memory for is killed so." if name == "SIGKILL" else ""
+    return f"The process of rank {rank} {how}, and the others were ended.{memory} --resume goes on with the run."
+
+
+def _pass_on(number: int, frame: Any) -> None:
+    """The launching process only waits; those that train save when they get the signal."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+
+
+def _join_torchrun(args: Namespace, timeout: timedelta) -> None:
+    if args.check:
+        raise GDetKDError("--check looks at a run in one process: start it without torchrun.")
+    if args.num_gpus > 1 or args.num_machines > 1:
+        raise GDetKDError("torchrun starts the processes itself: leave --num-gpus and --num-machines out.")
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        if local_size > torch.cuda.device_count():
+            raise GDetKDError(f"torchrun started {local_size} processes here for {torch.cuda.device_count()} GPUs.")
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if has_gpu else "gloo", timeout=timeout)
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(local_size)
+        return
+    for first in range(0, dist.get_world_size(), local_size):  # v0.6 has but the variable; all make all groups
+        ranks = list(range(first, first + local_size))
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            comm._LOCAL_PROCESS_GROUP = group
+
+
+def _check_gpus(args: Namespace) -> None:
+    if args.num_gpus > max(1, torch.cuda.device_count()):
+        raise GDetKDError(
+            f"--num-gpus {args.num_gpus}, but there are {torch.cuda.device_count()} CUDA devices here. Without any, "
+            "the run goes to the CPU in one process: leave --num-gpus out."
+        )

@@ -1,0 +1,110 @@
+"""What a checkpoint keeps of the run that wrote it, and what may not have changed when the run goes on."""
+
+import logging
+from typing import Any, Dict, Optional, Tuple
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from ..classes import some
+from ..distiller import GDetKD
+from ..errors import GDetKDError
+
+logger = logging.getLogger(__name__)
+
+# With another value, what the checkpoint holds would be given to parameters that it does not belong to.
+FIXED = {
+    "DISTILL.LOSSES": "other distillation losses",
+    "DISTILL.STUDENT_META_ARCHITECTURE": "another student",
+    "SOLVER.OPTIMIZER": "another optimizer",
+}
+
+
+class RunRecord:
+    """Config, classes and number of processes.
+
+    Args:
+        cfg: the run's.
+        classes: the student's, in order; None where they are not known.
+    """
+
+    def __init__(self, cfg: CfgNode, classes: Optional[Tuple[str, ...]]) -> None:
+        self._config: str = cfg.dump()
+        self._classes = None if classes is None else list(classes)
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {"config": self._config, "classes": self._classes, "processes": comm.get_world_size()}
+
+    def load_state_dict(self, then: Dict[str, Any]) -> None:
+        """Logs what is not as it was.
+
+        Raises:
+            GDetKDError: the classes or their order, the losses, the student or the optimizer are others.
+        """
+        before, now = _flat(yaml.safe_load(then["config"])), _flat(yaml.safe_load(self._config))
+        for key, what in FIXED.items():
+            if key in before and before[key] != now[key]:
+                raise GDetKDError(_refusal(what, f"{key} {before[key]!r}", repr(now[key])))
+        if then["classes"] is not None and self._classes is not None and then["classes"] != self._classes:
+            is_order = sorted(then["classes"]) == sorted(self._classes)
+            what = "its classes in another order" if is_order else "other classes"
+            raise GDetKDError(_refusal(what, some(then["classes"]), some(self._classes)))
+        changes = [
+            f"{key} {before.get(key, 'absent')!r} -> {now.get(key, 'absent')!r}"
+            for key in sorted({*before, *now})
+            if before.get(key, "absent") != now.get(key, "absent")
+        ]
+        if then["processes"] != comm.get_world_size():
+            changes.append(f"number of processes {then['processes']} -> {comm.get_world_size()}")
+        if changes:
+            logger.warning("Since the checkpoint was written this has changed: %s.", "; ".join(changes))
+
+
+def _refusal(what: str, before: str, now: str) -> str:
+    return (
+        f"This run was started with {what}: {before}; now {now}. Resume it with the config and data it was started "
+        "with, or start in a new OUTPUT_DIR."
+    )
+
+
+def _flat(node: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
+    """{"SOLVER.MAX_ITER": 100, ...}"""
+    flat: Dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+class DistillState:
+    """What a checkpoint keeps under `distill`: the losses' parameters and queue, and which teacher it was."""
+
+    def __init__(self, distiller: GDetKD) -> None:
+        self._distiller = distiller
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {"losses": self._distiller.losses.state_dict(), "teacher": self._distiller.teacher.describe()}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """
+        Raises:
+            GDetKDError: the teacher is another one, by its hash, or a loss has another size.
+        """
+        now, then = self._distiller.teacher.describe(), state["teacher"]
+        if now["sha256"] != then["sha256"]:
+            raise GDetKDError(
+                f"This run was started with another teacher: {then['weights']!r} (SHA-256 {then['sha256'][:12]}), now "
+                f"{now['weights']!r} ({now['sha256'][:12]}). Resume with the first, or start in a new OUTPUT_DIR."
+            )
+        if now["weights"] != then["weights"]:
+            logger.info("The teacher was %s and is now %s; it is the same.", then["weights"], now["weights"])
+        try:
+            self._distiller.losses.load_state_dict(state["losses"])
+        except RuntimeError as e:
+            raise GDetKDError(
+                f"This run was started with other distillation losses, or other sizes of them ({e}). Resume it with "
+                "the config it was started with, or start in a new OUTPUT_DIR."
+            ) from e

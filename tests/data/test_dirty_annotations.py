@@ -1,0 +1,175 @@
+"""Annotations as they come: left out with a count, or an error that names them; paths that lead elsewhere."""
+
+import os
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog
+from detectron2.data.datasets.pascal_voc import load_voc_instances
+from PIL import Image
+from test_clean import BOX, dataset, with_boxes
+
+from conftest import make_cfg, write_coco
+from gdetkd.data import register_datasets
+from gdetkd.data.coco_json import _decoded_length, leaves
+from gdetkd.data.voc import load_voc
+from gdetkd.errors import GDetKDError
+
+pytestmark = pytest.mark.usefixtures("forget_datasets")
+
+
+def test_coordinates_from_far_away_are_left_out(tmp_path, caplog):
+    far = [[1e30, 5, 9, 9], [5, 5, 10**30, 9], [5, 5, 10**400, 9], [-1e8, 5, 2e8, 9], [5, 5, 1e308, 1e308]]
+    dataset(tmp_path, with_boxes(*far, [5, 5, float("nan"), 9], [5, 5, 9, float("-inf")], [5, 5, 9, 9]))
+    assert [a["bbox"] for a in DatasetCatalog.get("mine")[0]["annotations"]] == [[5, 5, 9, 9]]
+    assert "2 annotations without area are left out; 5 annotations with coordinates beyond 10000000" in caplog.text
+
+
+def change_image(**changes):
+    return lambda content: content["images"][1].update(changes)
+
+
+def change_annotation(**changes):
+    return lambda content: content["annotations"][0].update(changes)
+
+
+RLE = {"size": [64, 64], "counts": [64 * 64]}
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (change_image(id=1), "image id 1 stands twice"),
+        (change_image(id=None), "image id None is no id"),
+        (change_image(width=0), "image 2 has the width 0"),
+        (change_image(height="64"), "image 2 has the height '64'"),
+        (change_image(file_name="a\0.png"), "zero byte"),
+        (change_image(file_name=7), "image 2 has no file name"),
+        (lambda content: content["categories"].append({"id": 1, "name": "again"}), "category id 1 stands twice"),
+        (lambda content: content["categories"].clear(), "names no category"),
+        (lambda content: content.update(images={}), "no list of images"),
+        (change_annotation(category_id=0), "category_id=0, which is none of its categories"),
+        (change_annotation(category_id=[1]), r"category_id=\[1\]"),
+        (change_annotation(bbox=[1, 2, 3]), r"has the box \[1, 2, 3\]"),
+        (change_annotation(bbox=[1, 2, 3, None]), "has the box"),
+        (change_annotation(iscrowd=7), "iscrowd 7"),
+        (change_annotation(segmentation={**RLE, "size": [10**9, 10**9]}), "segmentation of the size"),
+        (change_annotation(segmentation={**RLE, "counts": [-5]}), "without run lengths"),
+        (change_annotation(segmentation={**RLE, "counts": [5]}), "not of its size"),
+        (change_annotation(segmentation={**RLE, "counts": "zzzzzzzzzzzz"}), "not of its size"),
+        (change_annotation(segmentation=[[1, 2, "x", 4, 5, 6]]), "no list of polygons"),
+        (change_annotation(keypoints=["x"]), "keypoints that are none"),
+    ],
+)
+def test_annotations_that_cannot_be_meant(tmp_path, change, match):
+    dataset(tmp_path, change)
+    with pytest.raises(GDetKDError, match=f"mine.json.*{match}.*Correct that file"):
+        DatasetCatalog.get("mine")
+
+
+def test_masks_that_pycocotools_wrote_are_understood(tmp_path):
+    import pycocotools.mask as mask_util
+
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        mask = np.asfortranarray((rng.random((31, 17)) < rng.random()).astype(np.uint8))
+        assert _decoded_length(mask_util.encode(mask)["counts"].decode()) == mask.size
+    whole = mask_util.encode(np.asfortranarray(np.ones((64, 80), np.uint8)))
+    masks = [{"size": [64, 80], "counts": whole["counts"].decode()}, {"size": [64, 80], "counts": [0, 64 * 80]}]
+
+    def change(content):
+        content["annotations"] = [
+            {**BOX, "id": i, "bbox": [5, 5, 9, 9], "segmentation": m} for i, m in enumerate(masks)
+        ]
+
+    dataset(tmp_path, change)
+    assert len(DatasetCatalog.get("mine")[0]["annotations"]) == 2
+
+
+@pytest.mark.parametrize(
+    "path, out", [("a/../b.png", False), ("../b.png", True), ("a/../../b", True), ("/b", True), ("..b/c", False)]
+)
+def test_what_leads_out(path, out):
+    assert leaves(path) == out
+
+
+@pytest.mark.parametrize("where", ["../outside.png", "sub/../../outside.png", "absolute"])
+def test_file_names_do_not_lead_out_of_their_folder(tmp_path, where):
+    images = tmp_path / "images"
+    (images / "sub").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "outside.png")
+    name = str(tmp_path / "outside.png") if where == "absolute" else where
+    cfg = dataset(images, change_image(file_name=name))
+    with pytest.raises(GDetKDError, match="outside.png' leads out of .*DATASETS.ALLOW_OUTSIDE"):
+        DatasetCatalog.get("mine")
+    DatasetCatalog.remove("mine")
+    cfg.DATASETS.ALLOW_OUTSIDE = True
+    register_datasets(cfg)
+    assert os.path.samefile(DatasetCatalog.get("mine")[1]["file_name"], tmp_path / "outside.png")
+
+
+def test_paths_of_an_entry_do_not_lead_out_of_the_folder_of_data_sets(tmp_path, monkeypatch):
+    (tmp_path / "datasets").mkdir()
+    write_coco(tmp_path, 2, name="mine")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+    entry = {"name": "mine", "kind": "coco", "json": "../mine.json", "images": ".."}
+    cfg = make_cfg({"DATASETS.REGISTER": [entry]})
+    with pytest.raises(GDetKDError, match="json '../mine.json' of 'mine' leads out.*absolute path.*ALLOW_OUTSIDE"):
+        register_datasets(cfg)
+    cfg.DATASETS.REGISTER = [{**entry, "json": str(tmp_path / "mine.json")}]
+    with pytest.raises(GDetKDError, match="images '..'"):
+        register_datasets(cfg)
+    cfg.DATASETS.ALLOW_OUTSIDE = True
+    register_datasets(cfg)
+    assert len(DatasetCatalog.get("mine")) == 2
+
+
+def voc(folder, names=("one",), text=None, listed=None):
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / part).mkdir(parents=True)
+    for name in names:
+        Image.new("RGB", (64, 48)).save(folder / f"JPEGImages/{name}.jpg")
+        (folder / f"Annotations/{name}.xml").write_text(
+            text
+            or "<annotation><size><width>64</width><height>48</height></size><object><name>cat</name><bndbox>"
+            "<xmin>3</xmin><ymin>4</ymin><xmax>30.5</xmax><ymax>40</ymax></bndbox></object><object><name>dog</name><bndbox>"
+            "<xmin>1</xmin><ymin>1</ymin><xmax>64</xmax><ymax>48</ymax></bndbox></object></annotation>"
+        )
+    (folder / "ImageSets/Main/train.txt").write_text("\n".join(names if listed is None else listed) + "\n")
+    return str(folder)
+
+
+def test_voc_is_read_as_detectron2_reads_it(tmp_path):
+    root = voc(tmp_path, ("one", "two", "sub"))
+    assert load_voc(root, "train", ["cat", "dog"]) == load_voc_instances(root, "train", ["cat", "dog"])
+
+
+def test_voc_of_one_image(tmp_path):
+    entry = {"name": "mine", "kind": "voc", "root": voc(tmp_path), "split": "train", "classes": ["cat", "dog"]}
+    register_datasets(make_cfg({"DATASETS.REGISTER": [entry]}))
+    assert len(DatasetCatalog.get("mine")) == 1
+
+
+@pytest.mark.parametrize(
+    "text, match",
+    [
+        ("<annotation><size><width>64</width></size></annotation>", "no size/height"),
+        ("<annotation><size><width>x</width><height>4</height></size></annotation>", "invalid literal"),
+        ("<annotation><size><width>0</width><height>4</height></size></annotation>", "image is 0x4"),
+        ('<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>', "document type"),
+        ("\0\0\0", "ParseError"),
+    ],
+)
+def test_voc_annotations_that_are_none(tmp_path, text, match):
+    root = voc(tmp_path, text=text)
+    with pytest.raises(GDetKDError, match=f"one.xml' is not an annotation of VOC's.*{match}"):
+        load_voc(root, "train", ["cat"])
+
+
+@pytest.mark.parametrize("listed", [["../../etc/passwd"], ["one", "one"], ["one -1"], ["/etc/passwd"]])
+def test_voc_lists_that_are_refused(tmp_path, listed):
+    with pytest.raises(GDetKDError, match="train.txt' has the line"):
+        load_voc(voc(tmp_path, listed=listed), "train", ["cat", "dog"])
+    entry = {"name": "mine", "kind": "voc", "root": str(tmp_path), "split": "../../x", "classes": ["cat"]}
+    with pytest.raises(GDetKDError, match="split '../../x'"):
+        register_datasets(make_cfg({"DATASETS.REGISTER": [entry]}))

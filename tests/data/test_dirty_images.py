@@ -1,0 +1,176 @@
+"""Images as they come: loaded right, left out with a count, or an error that names them."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import read_image
+from PIL import Image
+from test_clean import BOX, dataset
+
+from gdetkd import DistillTrainer
+from gdetkd.data import build_train_loader
+from gdetkd.data.clean import BadImages, find_bad_images
+from gdetkd.engine.preflight import check_datasets
+from gdetkd.errors import GDetKDError
+
+pytestmark = pytest.mark.usefixtures("forget_datasets")
+
+
+def photograph(width=64, height=48):
+    """Bright at the left, dark at the right, red above and blue below: any turn or swap of channels shows."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[: height // 2, :, 0] = pixels[height // 2 :, :, 2] = np.linspace(250, 20, width).astype(np.uint8)
+    return Image.fromarray(pixels)
+
+
+def error_of(image, reference):
+    return np.abs(image.astype(float) - np.asarray(reference.convert("RGB"), float)).mean()
+
+
+@pytest.mark.parametrize(
+    "turn", [None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270]
+)
+def test_an_image_that_exif_turns_is_turned(tmp_path, turn):
+    upright, path = photograph(), tmp_path / "x.jpg"
+    exif = Image.Exif()
+    undo = {Image.Transpose.ROTATE_90: 6, Image.Transpose.ROTATE_180: 3, Image.Transpose.ROTATE_270: 8}
+    if turn is not None:
+        exif[274] = undo[turn]
+    (upright if turn is None else upright.transpose(turn)).save(path, exif=exif, quality=95)
+    assert find_bad_images([{"file_name": str(path), "width": 64, "height": 48}], whole=True) == {}
+    assert error_of(read_image(str(path), "RGB"), upright) < 6
+
+
+@pytest.mark.parametrize(
+    "mode, ending", [("L", "png"), ("CMYK", "jpg"), ("RGBA", "png"), ("LA", "png"), ("P", "png"), ("1", "png")]
+)
+def test_other_modes_load_as_they_look(tmp_path, mode, ending):
+    original, path = photograph().convert(mode), tmp_path / f"x.{ending}"
+    original.save(path, quality=95)
+    assert find_bad_images([{"file_name": str(path), "width": 64, "height": 48}], whole=True) == {}
+    assert error_of(read_image(str(path), "RGB"), original) < 6
+
+
+def test_sixteen_bits_of_colour_load_and_of_grey_are_named(tmp_path):
+    grey = np.linspace(0, 65535, 64 * 48).reshape(48, 64)
+    Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "grey.png")
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tiff")
+    bad = find_bad_images([{"file_name": str(tmp_path / name)} for name in ("grey.png", "float.tiff")])
+    assert len(bad) == 2 and all("more than 8 bits a channel" in reason for reason in bad.values())
+    import cv2
+
+    cv2.imwrite(str(tmp_path / "colour.png"), np.repeat(grey.astype(np.uint16)[:, :, None], 3, axis=2))
+    assert find_bad_images([{"file_name": str(tmp_path / "colour.png")}], whole=True) == {}
+    assert np.abs(read_image(str(tmp_path / "colour.png"), "RGB")[..., 0] - grey / 257).max() < 1.5
+
+
+def truncate(path):
+    """A JPEG with its header whole and half of its pixels."""
+    Image.open(path).convert("RGB").save(path, format="JPEG", quality=95)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def batches_of(cfg, count, start=0):
+    loader = build_train_loader(cfg)
+    loader.start_iter = start
+    stream = iter(loader)
+    return [[(sample["file_name"], sample["image"]) for sample in next(stream)] for _ in range(count)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_breaks_off_is_replaced_and_named(tmp_path, caplog, workers):
+    cfg = dataset(tmp_path, count=6)
+    sound = batches_of(cfg, 12)
+    truncate(tmp_path / "mine1.png")
+    assert find_bad_images(DatasetCatalog.get("mine")) == {}  # its header says nothing of it
+    cfg.INPUT.MAX_BAD_FRACTION, cfg.DATALOADER.NUM_WORKERS = 0.2, workers
+    batches = batches_of(cfg, 12)
+    names = [os.path.basename(name) for batch in batches for name, _ in batch]
+    assert "mine1.png" not in names and caplog.text.count("1 of 6 images cannot be used so far, now mine1.png") == 1
+    for before, after in zip(sound, batches):
+        for (name, image), (other, replaced) in zip(before, after):
+            assert name.endswith("mine1.png") or (name == other and torch.equal(image, replaced))
+    for first, second in zip(batches[5:], batches_of(cfg, 7, start=5)):  # a function of seed and position still
+        assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(first, second))
+
+
+def test_too_many_images_that_break_off_stop_the_run(tmp_path, caplog):
+    cfg = dataset(tmp_path, count=6)
+    truncate(tmp_path / "mine1.png"), truncate(tmp_path / "mine4.png")
+    cfg.INPUT.MAX_BAD_FRACTION, cfg.DATALOADER.NUM_WORKERS = 0.2, 1
+    with pytest.raises(GDetKDError, match="2 of 6 images.*more than INPUT.MAX_BAD_FRACTION 0.2"):
+        batches_of(cfg, 12)
+    cfg.INPUT.MAX_BAD_FRACTION = 0.0
+    with pytest.raises(GDetKDError, match="1 of 6 images"):
+        batches_of(cfg, 12)
+
+
+def test_images_found_bad_at_the_start_count_with_those_found_later():
+    count = BadImages(total=100, left_out=2, most=0.03, what="mine")
+    count.note({"a.jpg": "broken"}), count.note({"a.jpg": "broken"}), count.note({})
+    with pytest.raises(GDetKDError, match="4 of 100 images cannot be used so far, now b.jpg broken"):
+        count.note({"b.jpg": "broken"})
+
+
+def test_when_no_image_can_be_used_the_run_stops(tmp_path):
+    cfg = dataset(tmp_path, count=1)
+    truncate(tmp_path / "mine0.png")
+    cfg.INPUT.MAX_BAD_FRACTION = 1.0
+    with pytest.raises(GDetKDError, match="100 images in turn cannot be used.*mine0.png"):
+        batches_of(cfg, 1)
+
+
+def test_a_truncated_image_of_a_test_set_is_named_before_training(tmp_path):
+    cfg = dataset(tmp_path)
+    truncate(tmp_path / "mine1.png")
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("tiny",), ("mine",)
+    with pytest.raises(GDetKDError, match="mine: 1 of 4 images cannot be used for evaluation .mine1.png"):
+        check_datasets(cfg)
+
+
+def strange(kind):
+    """Sizes of images (width, height), and boxes of the first."""
+    return {
+        "one pixel": ([(1, 1), (64, 64)], [[0, 0, 1, 1]]),
+        "10,000 pixels wide": ([(10_000, 20), (64, 64)], [[100, 2, 5000, 10]]),
+        "5,000 boxes": ([(200, 200), (64, 64)], [[i % 100, i // 100, 8 + i % 70, 9 + i % 50] for i in range(5000)]),
+        "one image": ([(64, 64)], [[5, 5, 20, 20]]),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["one pixel", "10,000 pixels wide", "5,000 boxes", "one image"])
+def test_strange_images_are_trained_on(distill_cfg, tmp_path, kind):
+    sizes, boxes = strange(kind)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    images = [{"id": i, "file_name": f"{i}.png", "width": w, "height": h} for i, (w, h) in enumerate(sizes)]
+    for image, size in zip(images, sizes):
+        Image.fromarray(np.random.randint(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(folder / image["file_name"])
+    annotations = [{**BOX, "id": i, "bbox": box, "image_id": 0} for i, box in enumerate(boxes)]
+    if len(sizes) > 1:
+        annotations.append({**BOX, "id": len(boxes), "bbox": [5, 5, 20, 20], "image_id": 1})
+    categories = [{"id": i + 1, "name": f"class{i}"} for i in range(3)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    entry = {"name": "mine", "kind": "coco", "json": str(tmp_path / "mine.json"), "images": str(folder)}
+    keys = {
+        "DATASETS.REGISTER": [entry],
+        "DATASETS.TRAIN": ("mine",),
+        "INPUT.MAX_SIZE_TRAIN": 256,
+        "SOLVER.MAX_ITER": 2,
+    }
+    trainer = DistillTrainer(distill_cfg({**keys, "DATALOADER.ASPECT_RATIO_GROUPING": False}))
+    before = [parameter.clone() for parameter in trainer.student.parameters()]
+    trainer.train()
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.student.parameters())
+    assert any(not torch.equal(old, new) for old, new in zip(before, trainer.student.parameters()))
+
+
+def test_a_set_without_an_object_fails_at_the_start(tmp_path):
+    cfg = dataset(tmp_path, lambda content: content["annotations"].clear())
+    with pytest.raises(GDetKDError, match="mine: no image has an object to learn from.*FILTER_EMPTY_ANNOTATIONS"):
+        build_train_loader(cfg)

@@ -1,0 +1,229 @@
+"""Checkpoints are whole or not there, a damaged one is passed over, and a full disk ends no training."""
+
+import errno
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import train
+
+from conftest import ALL_LOSSES
+from gdetkd import DistillTrainer
+from gdetkd.engine import checkpoint as module
+from gdetkd.engine.checkpoint import DurableCheckpointer, written_whole
+from gdetkd.engine.hooks import MissedEvaluation
+from gdetkd.errors import GDetKDError
+from gdetkd.safe_load import read_weights
+
+
+def files(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    with written_whole(str(path)) as file:
+        file.write("first")
+        assert not path.exists()
+    with pytest.raises(ZeroDivisionError), written_whole(str(path)) as file:
+        file.write("second")
+        raise ZeroDivisionError
+    assert path.read_text() == "first" and files(tmp_path) == ["file"]
+
+
+def test_content_and_folder_are_on_the_disk_before_the_old_file_is_gone(tmp_path, monkeypatch):
+    """The order that survives a loss of power: content synced, then renamed, then the folder synced."""
+    events = []
+    sync, replace = os.fsync, os.replace
+
+    def watched_sync(handle):
+        events.append("sync folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "sync file")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched_sync)
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("rename"), replace(*paths)))
+    DurableCheckpointer(torch.nn.Linear(1, 1), str(tmp_path)).save("model_0000001")
+    whole = ["sync file", "rename", "sync folder"]
+    assert events == 2 * whole  # the checkpoint, and then the file that names it
+
+
+class FullDisk:
+    """A file for writing that takes so many bytes and no more."""
+
+    def __init__(self, file, room):
+        self._file, self.room = file, room
+
+    def write(self, data):
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._file.write(data)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._file.close()
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Sets how many bytes each partial file of a checkpoint can take."""
+    room = {"bytes": None}
+
+    def limited(path, mode="r", **kwargs):
+        file = open(path, mode, **kwargs)
+        return file if room["bytes"] is None else FullDisk(file, room["bytes"])
+
+    monkeypatch.setattr(module, "open", limited, raising=False)
+    return room
+
+
+@pytest.mark.parametrize("room", [0, 5000, 100_000])
+def test_a_full_disk_fails_the_save_and_not_the_training(distill_cfg, tmp_path, disk, caplog, room):
+    cfg = distill_cfg({"SOLVER.MAX_ITER": 4, "SOLVER.CHECKPOINT_PERIOD": 1})
+
+    class Filling(DistillTrainer):
+        def run_step(self):
+            disk["bytes"] = room if self.iter in (1, 2) else None  # the third write has room again
+            super().run_step()
+
+    trainer, steps = train(Filling, cfg)
+    assert list(steps) == [0, 1, 2, 3]
+    errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == 2 and trainer.checkpointer.failed == ["model_0000001", "model_0000002"]
+    assert all("could NOT be written (No space left on device)" in error for error in errors)
+    assert "is model_0000000.pth. Make room in" in errors[1]
+    assert [name for name in files(tmp_path / "run") if ".pth" in name] == [
+        *("model_0000000.pth", "model_0000003.pth", "model_final.pth"),
+    ]
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_a_last_checkpoint_that_found_no_room_is_an_error_in_the_end(distill_cfg, tmp_path, disk):
+    disk["bytes"] = 0
+    with pytest.raises(GDetKDError, match="model_final.pth could not be written.*--resume"):
+        train(DistillTrainer, distill_cfg({"SOLVER.MAX_ITER": 1}))
+    assert not list((tmp_path / "run").glob("*.pth*"))
+
+
+def test_a_full_disk_does_not_lose_the_best_score(distill_cfg, tmp_path, disk, monkeypatch):
+    cfg = distill_cfg({"DISTILL.LOSSES": (), "DATASETS.TEST": ("tiny",), "TEST.EVAL_PERIOD": 1, "SOLVER.MAX_ITER": 3})
+    scores = iter([10.0, 30.0, 20.0])
+
+    def scored(*args):
+        score = next(scores)
+        disk["bytes"] = 0 if score == 30.0 else None
+        return {"bbox": {"AP": score}}
+
+    monkeypatch.setattr(DistillTrainer, "test", classmethod(scored))
+
+    class Emptied(DistillTrainer):
+        def run_step(self):
+            disk["bytes"] = None
+            super().run_step()
+
+    train(Emptied, cfg)
+    assert read_weights(str(tmp_path / "run" / "model_best.pth"))["record"]["metric"] == 20.0
+
+
+def interrupted(distill_cfg, **keys):
+    """A run with checkpoints after 1, 2, 3 of its 5 iterations, and what it would have come to."""
+    cfg = distill_cfg({"SOLVER.MAX_ITER": 5, "SOLVER.CHECKPOINT_PERIOD": 1, "DISTILL.LOSSES": ALL_LOSSES, **keys})
+    _, uninterrupted = train(DistillTrainer, cfg)
+    folder = Path(cfg.OUTPUT_DIR)
+    for name in ("model_final.pth", "model_0000004.pth", "model_0000003.pth"):
+        (folder / name).unlink()
+    (folder / "last_checkpoint").write_text("model_0000002.pth")
+    return cfg, folder, uninterrupted
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "gone", "not named"])
+def test_a_damaged_last_checkpoint_is_passed_over_for_the_one_before(distill_cfg, caplog, damage):
+    cfg, folder, uninterrupted = interrupted(distill_cfg)
+    last = folder / "model_0000002.pth"
+    if damage == "gone":
+        last.unlink()
+    elif damage == "not named":
+        (folder / "last_checkpoint").unlink()
+        last.write_bytes(b"PK\x03\x04")
+    else:
+        last.write_bytes(last.read_bytes()[: 5000 if damage == "cut off" else 0])
+    (folder / "model_0000003.pth.partial").write_bytes(b"half")
+    _, steps = train(DistillTrainer, cfg, resume=True)
+    assert steps == {iteration: uninterrupted[iteration] for iteration in (2, 3, 4)}
+    assert "model_0000002.pth' cannot be read" in caplog.text and "passed over for the checkpoint before" in caplog.text
+    assert not list(folder.glob("*.partial"))
+
+
+def test_no_checkpoint_that_can_be_read(distill_cfg):
+    cfg, folder, _ = interrupted(distill_cfg)
+    for path in folder.glob("*.pth"):
+        path.write_bytes(b"")
+    with pytest.raises(GDetKDError, match="No checkpoint in .*model_0000000.*Remove them to start anew"):
+        train(DistillTrainer, cfg, resume=True)
+
+
+def test_weights_alone_are_not_resumed_from(distill_cfg, tmp_path):
+    cfg = distill_cfg()
+    torch.save({"model": DistillTrainer(cfg).student.state_dict()}, tmp_path / "run" / "model_0000007.pth")
+    with pytest.raises(GDetKDError, match="holds weights alone.*MODEL.WEIGHTS, without --resume"):
+        train(DistillTrainer, cfg, resume=True)
+
+
+def test_an_evaluation_that_a_kill_came_before_is_made_up_for(distill_cfg, tmp_path, monkeypatch):
+    """The checkpoint is written before the evaluation of the same iteration: a kill between them lost a best score."""
+    keys = {"DATASETS.TEST": ("tiny",), "TEST.EVAL_PERIOD": 2, "SOLVER.CHECKPOINT_PERIOD": 2, "SOLVER.MAX_ITER": 5}
+    cfg = distill_cfg({"DISTILL.LOSSES": (), **keys})
+    scores = iter([50.0, 40.0, 30.0, 50.0, 40.0, 30.0])
+    monkeypatch.setattr(DistillTrainer, "test", classmethod(lambda *args: {"bbox": {"AP": next(scores)}}))
+    train(DistillTrainer, cfg)
+    best = read_weights(str(tmp_path / "run" / "model_best.pth"))
+    assert best["iteration"] == 1
+
+    def killed(hook):
+        raise KeyboardInterrupt
+
+    run = tmp_path / "killed"
+    run.mkdir()
+    cfg.OUTPUT_DIR = str(run)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("detectron2.engine.hooks.EvalHook._do_eval", killed)
+        train(DistillTrainer, cfg)
+    assert (run / "last_checkpoint").read_text() == "model_0000001.pth" and not (run / "model_best.pth").exists()
+    train(DistillTrainer, cfg, resume=True)
+    resumed = read_weights(str(run / "model_best.pth"))
+    assert resumed["record"] == best["record"] and resumed["iteration"] == 1
+    assert all(torch.equal(tensor, best["model"][name]) for name, tensor in resumed["model"].items())
+
+
+def test_an_evaluation_that_was_made_is_not_made_again(distill_cfg, monkeypatch):
+    keys = {"DATASETS.TEST": ("tiny",), "TEST.EVAL_PERIOD": 2, "SOLVER.CHECKPOINT_PERIOD": 2, "SOLVER.MAX_ITER": 6}
+    cfg, made = distill_cfg({"DISTILL.LOSSES": (), **keys}), []
+
+    def test(*args):
+        made.append(1)
+        return {"bbox": {"AP": 1.0}}
+
+    monkeypatch.setattr(DistillTrainer, "test", classmethod(test))
+    train(DistillTrainer, cfg, stop_at=3)
+    count = len(made)
+    (Path(cfg.OUTPUT_DIR) / "last_checkpoint").write_text("model_0000001.pth")
+    trainer, _ = train(DistillTrainer, cfg, resume=True)
+    assert len(made) == count + 2 and any(isinstance(hook, MissedEvaluation) for hook in trainer._hooks)
+
+
+def test_metrics_that_the_disk_does_not_take_end_no_training(distill_cfg, caplog, monkeypatch):
+    from detectron2.utils.events import JSONWriter
+
+    def full(writer):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(JSONWriter, "write", full)
+    _, steps = train(DistillTrainer, distill_cfg({"SOLVER.MAX_ITER": 2}))
+    assert list(steps) == [0, 1] and "Metrics could not be written (JSONWriter: No space left" in caplog.text

@@ -1,0 +1,158 @@
+"""A loss that is not finite reaches no parameter; SIGTERM saves and ends the run with a code of its own."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+from test_trainer import train
+
+from conftest import make_batch
+from gdetkd import DistillTrainer
+from gdetkd.engine.guard import EXIT_STOPPED, NonFiniteError
+from gdetkd.losses import CKD
+from gdetkd.safe_load import read_weights
+
+
+def spoil(monkeypatch, calls, value=float("nan")):
+    """Makes the CKD term of the given steps infinite or not a number, gradient and all."""
+    compute, count = CKD.compute, iter(range(100))
+
+    def spoiled(self, student, teacher):
+        loss = compute(self, student, teacher)
+        return loss * value if next(count) in calls else loss
+
+    monkeypatch.setattr(CKD, "compute", spoiled)
+
+
+class States(HookBase):
+    """The student's state before each step."""
+
+    def __init__(self):
+        self.before = {}
+
+    def before_step(self):
+        self.before[self.trainer.iter] = {k: v.clone() for k, v in self.trainer.student.state_dict().items()}
+
+
+def with_states(cfg):
+    trainer, states = DistillTrainer(cfg), States()
+    trainer.resume_or_load(resume=False)
+    trainer.register_hooks([states])
+    return trainer, states
+
+
+def same(first, second):
+    return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer(distill_cfg, tmp_path, monkeypatch, value):
+    spoil(monkeypatch, {2}, value)
+    trainer, states = with_states(distill_cfg({"SOLVER.CHECKPOINT_PERIOD": 2, "SOLVER.MAX_ITER": 6}))
+    shown = {"nan": "nan", "inf": "inf", "-inf": "-inf"}[str(value)]
+    with pytest.raises(NonFiniteError, match=f"At iteration 2 loss_distill_ckd is {shown} .*tiny.*nonfinite_0000002"):
+        trainer.train()
+    assert same(trainer.student.state_dict(), states.before[2]) and not same(states.before[1], states.before[2])
+    report = json.loads((tmp_path / "run" / "nonfinite_0000002.json").read_text())
+    (found,) = report["processes"]
+    assert report["iteration"] == 2 and found["terms"] == {"loss_distill_ckd": shown}
+    assert len(found["files"]) == 2 and all(Path(name).exists() for name in found["files"])
+    saved = read_weights(str(tmp_path / "run" / "nonfinite_0000002.pth"))
+    assert same(saved["model"], states.before[2]) and saved["trainer"]["iteration"] == 2
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000001.pth"
+
+
+def test_batch_statistics_are_as_before_the_step(distill_cfg, monkeypatch):
+    """The forward pass writes them before the losses are known."""
+    spoil(monkeypatch, {1})
+    trainer, states = with_states(distill_cfg({"MODEL.RESNETS.NORM": "BN"}))
+    with pytest.raises(NonFiniteError):
+        trainer.train()
+    means = [name for name in states.before[1] if name.endswith("running_mean")]
+    assert means and not same({name: states.before[0][name] for name in means}, states.before[1])
+    assert same(trainer.student.state_dict(), states.before[1])
+
+
+def test_so_many_steps_are_left_out_and_no_more(distill_cfg, caplog, monkeypatch):
+    spoil(monkeypatch, {1, 2, 4})
+    keys = {"DISTILL.SKIP_NONFINITE": 2, "SOLVER.MAX_ITER": 8}
+    trainer, states = with_states(distill_cfg(keys))
+    with pytest.raises(NonFiniteError, match="At iteration 4"):
+        trainer.train()
+    assert same(states.before[1], states.before[3]) and not same(states.before[3], states.before[4])
+    assert "2 of the 2 that DISTILL.SKIP_NONFINITE tolerates" in caplog.text
+    assert caplog.text.count("The step is left out") == 2
+
+
+def test_left_out_steps_are_counted_over_a_resume(distill_cfg, monkeypatch):
+    spoil(monkeypatch, {1, 3})
+    cfg = distill_cfg({"DISTILL.SKIP_NONFINITE": 1, "SOLVER.MAX_ITER": 6, "SOLVER.CHECKPOINT_PERIOD": 2})
+    train(DistillTrainer, cfg, stop_at=2)
+    with pytest.raises(NonFiniteError, match="At iteration 3"):
+        train(DistillTrainer, cfg, resume=True)
+
+
+def test_proposals_that_are_not_finite_are_named(distill_cfg, tmp_path, monkeypatch):
+    """Detectron2 finds these in the forward pass."""
+    trainer, states = with_states(distill_cfg({"DISTILL.SKIP_NONFINITE": 1}))
+    generator, calls = trainer.student.proposal_generator, iter(range(10))
+    forward = type(generator).forward
+
+    def spoiled(self, *args, **kwargs):
+        if self is generator and next(calls) in (1, 2):
+            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN. Training has diverged.")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(generator), "forward", spoiled)
+    with pytest.raises(NonFiniteError, match="At iteration 2 the student's proposals is Predicted boxes"):
+        trainer.train()
+    assert same(trainer.student.state_dict(), states.before[1]) and (tmp_path / "run/nonfinite_0000002.json").exists()
+
+
+class Terminated(DistillTrainer):
+    """Gets SIGTERM in the middle of an iteration."""
+
+    at = 2
+
+    def run_step(self):
+        if self.iter == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        super().run_step()
+
+
+def test_sigterm_saves_and_the_run_goes_on_bit_by_bit(distill_cfg, tmp_path):
+    cfg = distill_cfg({"SOLVER.MAX_ITER": 6, "INPUT.MIN_SIZE_TRAIN": (48, 64), "DATALOADER.NUM_WORKERS": 1})
+    _, uninterrupted = train(DistillTrainer, cfg)
+    run = tmp_path / "stopped"
+    run.mkdir()
+    cfg.OUTPUT_DIR = str(run)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        train(Terminated, cfg)
+    assert stop.value.code == EXIT_STOPPED == 75 and signal.getsignal(signal.SIGTERM) is before
+    assert (run / "last_checkpoint").read_text() == "model_0000002.pth"
+    trainer, steps = train(DistillTrainer, cfg, resume=True)
+    assert steps == {iteration: uninterrupted[iteration] for iteration in (3, 4, 5)}
+    assert trainer.scheduler.last_epoch == 6
+
+
+def test_sigterm_in_the_last_iteration_lets_the_run_end(distill_cfg, tmp_path):
+    cfg = distill_cfg({"SOLVER.MAX_ITER": 3})
+    train(Terminated, cfg)
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_a_batch_without_file_names_can_be_trained_on(distill_cfg, monkeypatch):
+    spoil(monkeypatch, {1})
+
+    class FixedBatches(DistillTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return [make_batch(seed=seed) for seed in range(6)]
+
+    with pytest.raises(NonFiniteError, match="no file name"):
+        train(FixedBatches, distill_cfg())

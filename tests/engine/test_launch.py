@@ -1,0 +1,101 @@
+"""Processes that are stopped, die, or are started by torchrun."""
+
+import gdetkd  # noqa: F401, I001  first, in the spawned processes too
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from gdetkd import DistillTrainer
+from gdetkd.engine.guard import EXIT_STOPPED
+from gdetkd.engine.launch import which_ended
+from gdetkd.safe_load import read_weights
+from test_processes import TIMEOUT_SECONDS, spawn
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class _Signalled(HookBase):
+    """One rank gets a signal in the third step."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def before_step(self):
+        if self.trainer.iter == 2 and comm.get_rank() == 1:
+            os.kill(os.getpid(), self.number)
+
+
+def _train_signalled(rank, cfg, number):
+    torch.manual_seed(0)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.register_hooks([_Signalled(number)])
+    trainer.train()
+
+
+def ended(context):
+    with pytest.raises(mp.ProcessExitedException) as error:
+        end = time.monotonic() + TIMEOUT_SECONDS
+        while not context.join(5):
+            assert time.monotonic() < end, "the processes hang"
+    return error.value
+
+
+def test_sigterm_of_one_rank_saves_and_stops_all(shared_cfg, tmp_path):
+    cfg = shared_cfg(2, {"SOLVER.MAX_ITER": 50})
+    context = spawn(_train_signalled, tmp_path, 2, cfg, signal.SIGTERM)
+    assert ended(context).exit_code == EXIT_STOPPED
+    assert all(process.exitcode in (EXIT_STOPPED, -signal.SIGTERM) for process in context.processes)
+    saved = read_weights(str(tmp_path / "run" / "model_0000002.pth"))
+    assert len(saved["trainer"]["hooks"]["RandomState"]["states"]) == 2
+
+
+def test_a_rank_that_dies_ends_the_others_and_is_named(shared_cfg, tmp_path):
+    context = spawn(_train_signalled, tmp_path, 2, shared_cfg(2, {"SOLVER.MAX_ITER": 5000}), signal.SIGKILL)
+    error = ended(context)
+    assert "The process of rank 1 was killed by SIGKILL, and the others were ended." in which_ended(error)
+    assert "rank 9" in which_ended(error, first_rank=8)
+    assert not any(process.is_alive() for process in context.processes)
+
+
+def torchrun(config_file, *arguments):
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [*command, "train_net.py", "--config-file", str(config_file), *arguments],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+@pytest.fixture
+def config_file(shared_cfg, tmp_path):
+    path = tmp_path / "distill.yaml"
+    path.write_text(shared_cfg(2, {"SOLVER.MAX_ITER": 4, "SOLVER.CHECKPOINT_PERIOD": 2}).dump())
+    return path
+
+
+def test_torchrun_trains_in_as_many_processes(config_file, tmp_path):
+    process = torchrun(config_file)
+    output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 0, output[-3000:]
+    saved = read_weights(str(tmp_path / "run" / "model_final.pth"))
+    assert len(saved["trainer"]["hooks"]["RandomState"]["states"]) == 2 and saved["run"]["processes"] == 2
+
+
+def test_torchrun_and_num_gpus_do_not_go_together(config_file):
+    process = torchrun(config_file, "--num-gpus", "2")
+    output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode != 0 and "leave --num-gpus and --num-machines out" in output

@@ -1,0 +1,82 @@
+"""A run that goes on says what has changed since, and refuses what would corrupt it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from test_trainer import train
+
+from conftest import write_coco
+from gdetkd import DistillTrainer
+from gdetkd.data import register_datasets
+from gdetkd.engine.resume import RunRecord
+from gdetkd.errors import GDetKDError
+
+pytestmark = pytest.mark.usefixtures("forget_datasets")
+
+
+def test_changes_of_the_config_are_named(distill_cfg, caplog):
+    cfg = distill_cfg({"SOLVER.MAX_ITER": 2})
+    train(DistillTrainer, cfg)
+    assert "has changed" not in caplog.text
+    train(DistillTrainer, cfg, resume=True)
+    assert "has changed" not in caplog.text
+    cfg.SOLVER.MAX_ITER, cfg.DISTILL.CKD.WEIGHT = 3, 0.25
+    train(DistillTrainer, cfg, resume=True)
+    assert "has changed: DISTILL.CKD.WEIGHT 0.5 -> 0.25; SOLVER.MAX_ITER 2 -> 3." in caplog.text
+
+
+def test_the_number_of_processes_is_named(distill_cfg, caplog):
+    record = RunRecord(distill_cfg(), ("cat", "dog"))
+    record.load_state_dict({**record.state_dict(), "processes": 4})
+    assert "has changed: number of processes 4 -> 1." in caplog.text
+
+
+@pytest.mark.parametrize(
+    "key, value, match",
+    [
+        ("DISTILL.LOSSES", ("CKD", "SGFI"), "other distillation losses: DISTILL.LOSSES .*SGFI.*CKD"),
+        ("SOLVER.OPTIMIZER", "AdamW", "another optimizer"),
+        ("DISTILL.CKD.PROJECTION_DIM", 4, "other distillation losses, or other sizes of them"),
+        ("MODEL.ROI_BOX_HEAD.FC_DIM", 8, "another student.*box_head"),
+    ],
+)
+def test_what_would_corrupt_is_refused(distill_cfg, key, value, match):
+    cfg = distill_cfg({"SOLVER.MAX_ITER": 1, "DISTILL.LOSSES": ("SGFI", "CKD")})
+    train(DistillTrainer, cfg)
+    before = (Path(cfg.OUTPUT_DIR) / "model_final.pth").read_bytes()
+    cfg.merge_from_list([key, value])
+    with pytest.raises(GDetKDError, match=f"started with {match}"):
+        train(DistillTrainer, cfg, resume=True)
+    assert (Path(cfg.OUTPUT_DIR) / "model_final.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("names, match", [((2, 1, 0), "its classes in another order"), ((0, 1, 5), "other classes")])
+def test_other_classes_are_refused(distill_cfg, tmp_path, names, match):
+    write_coco(tmp_path, 4, name="mine")
+    path = tmp_path / "mine.json"
+    entry = {"name": "mine", "kind": "coco", "json": str(path), "images": str(tmp_path)}
+    keys = {"DATASETS.REGISTER": [entry], "DATASETS.TRAIN": ("mine",), "SOLVER.MAX_ITER": 1}
+    cfg = distill_cfg({**keys, "DISTILL.LOSSES": ("SGFI",)})
+    train(DistillTrainer, cfg)
+    content = json.loads(path.read_text())
+    content["categories"] = [{"id": i + 1, "name": f"class{name}"} for i, name in enumerate(names)]
+    path.write_text(json.dumps(content))
+    DatasetCatalog.remove("mine"), MetadataCatalog.remove("mine")  # a new process reads it anew
+    register_datasets(cfg)
+    with pytest.raises(GDetKDError, match=f"started with {match}: class0, class1, class2; now class{names[0]}"):
+        train(DistillTrainer, cfg, resume=True)
+
+
+def test_a_teacher_that_moved_is_known_by_its_hash(distill_cfg, tmp_path):
+    cfg = distill_cfg({"SOLVER.MAX_ITER": 4, "SOLVER.CHECKPOINT_PERIOD": 2})
+    _, uninterrupted = train(DistillTrainer, cfg)
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
+    shutil.move(cfg.DISTILL.TEACHER.WEIGHTS, tmp_path / "moved.pth")
+    with pytest.raises(GDetKDError, match="are not there"):
+        train(DistillTrainer, cfg, resume=True)
+    cfg.DISTILL.TEACHER.WEIGHTS = str(tmp_path / "moved.pth")
+    _, steps = train(DistillTrainer, cfg, resume=True)
+    assert steps == {2: uninterrupted[2], 3: uninterrupted[3]}
