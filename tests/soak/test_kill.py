@@ -21,7 +21,8 @@ TIMEOUT_SECONDS = 600
 
 @pytest.fixture
 def start(distill_cfg, tmp_path):
-    """Starts a process that trains into a folder."""
+    """Starts a process that trains into a folder; the test's end is that of any that is left."""
+    started = []
 
     def start(iterations, workers, folder):
         keys = {
@@ -41,15 +42,19 @@ def start(distill_cfg, tmp_path):
             path.write_text(distill_cfg(keys).dump())
         folder.mkdir(exist_ok=True)
         with open(folder / "stdout.txt", "a") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-W", "ignore", str(SCRIPT), "--config-file", str(path), "--resume"]
                 + ["OUTPUT_DIR", str(folder)],
                 env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+            started.append(process)
+            return process
 
-    return start
+    yield start
+    for process in started:
+        process.kill()
 
 
 def lines(folder):
@@ -120,7 +125,7 @@ def check_kills(start, tmp_path, kills, iterations, workers):
 
 
 def test_two_kills(start, tmp_path):
-    check_kills(start, tmp_path, kills=2, iterations=16, workers=0)
+    check_kills(start, tmp_path, kills=2, iterations=14, workers=0)
 
 
 @pytest.mark.soak
