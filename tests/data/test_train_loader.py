@@ -1,4 +1,6 @@
+import multiprocessing
 import random
+import subprocess
 
 import numpy as np
 import pytest
@@ -75,3 +77,17 @@ def test_samplers_that_cannot_be_resumed_are_refused():
     with pytest.raises(GDetKDError, match="RandomSubsetTrainingSampler"):
         build_train_loader(make_cfg({"DATALOADER.SAMPLER_TRAIN": "RandomSubsetTrainingSampler"}))
     build_train_loader(make_cfg({"DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler"}))
+
+
+def test_workers_outlive_a_clusters_warning_and_end_with_the_training():
+    """SIGTERM to every process may not end a worker before the step is done and saved; the loader's own must."""
+    loader = build_train_loader(make_cfg({"DATALOADER.NUM_WORKERS": 1}))
+    stream, before = iter(loader), set(multiprocessing.active_children())
+    next(stream)
+    (worker,) = set(multiprocessing.active_children()) - before
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive() and all(next(stream) for _ in range(5))
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0

@@ -68,16 +68,21 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(shared_cfg, tmp_path):
 
 
 def torchrun(config_file, *arguments):
+    """Exit code and output of a training in two processes."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
+    with subprocess.Popen(
         [*command, "train_net.py", "--config-file", str(config_file), *arguments],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-    )
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+        finally:
+            process.terminate()  # it ends those that it started
+    return process.returncode, output
 
 
 @pytest.fixture
@@ -88,14 +93,12 @@ def config_file(shared_cfg, tmp_path):
 
 
 def test_torchrun_trains_in_as_many_processes(config_file, tmp_path):
-    process = torchrun(config_file)
-    output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
-    assert process.returncode == 0, output[-3000:]
+    code, output = torchrun(config_file)
+    assert code == 0, output[-3000:]
     saved = read_weights(str(tmp_path / "run" / "model_final.pth"))
     assert len(saved["trainer"]["hooks"]["RandomState"]["states"]) == 2 and saved["run"]["processes"] == 2
 
 
 def test_torchrun_and_num_gpus_do_not_go_together(config_file):
-    process = torchrun(config_file, "--num-gpus", "2")
-    output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
-    assert process.returncode != 0 and "leave --num-gpus and --num-machines out" in output
+    code, output = torchrun(config_file, "--num-gpus", "2")
+    assert code != 0 and "leave --num-gpus and --num-machines out" in output

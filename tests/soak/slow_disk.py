@@ -11,7 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from detectron2.engine import HookBase
+
+from gdetkd.engine.launch import run_everywhere
 
 ROOT = Path(__file__).resolve().parents[2]
 SYNC_SECONDS = 0.05
@@ -34,7 +37,13 @@ def build_hooks(trainer, build=gdetkd.DistillTrainer.build_hooks):
     return [*hooks, Losses(), guard]
 
 
-os.fsync = slow_sync
-gdetkd.DistillTrainer.build_hooks = build_hooks
-sys.argv[0] = str(ROOT / "train_net.py")
-runpy.run_path(sys.argv[0], run_name="__main__")
+def train(config_file, folder):
+    """What `python train_net.py --config-file FILE --resume OUTPUT_DIR FOLDER` does."""
+    with open(os.path.join(folder, "stdout.txt"), "a") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno()), os.dup2(log.fileno(), sys.stderr.fileno())
+    torch.set_num_threads(1)
+    os.fsync = slow_sync
+    gdetkd.DistillTrainer.build_hooks = build_hooks
+    train_net = runpy.run_path(str(ROOT / "train_net.py"), run_name="train_net")
+    arguments = ["--config-file", config_file, "--resume", "OUTPUT_DIR", folder]
+    run_everywhere(train_net["main"], train_net["parser"]().parse_args(arguments))
