@@ -77,3 +77,15 @@ def check(model):
     sum(terms).backward()
     assert all(torch.isfinite(term) and term > 0 for term in terms)
     assert any(parameter.grad is not None for parameter in model.student.backbone.parameters())
+
+
+def test_a_field_that_an_adapter_does_not_fill_is_named(distill_cfg, own_family, tmp_path):
+    exec(re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1], {})
+    teacher = plain_keys_of(make_cfg({"MODEL.META_ARCHITECTURE": "MyDetector"}))
+    (tmp_path / "own.yaml").write_text(teacher.dump())
+    torch.save({"model": build_model(teacher).state_dict()}, tmp_path / "own.pth")
+    files = {"CONFIG_FILE": str(tmp_path / "own.yaml"), "WEIGHTS": str(tmp_path / "own.pth")}
+    keys = {f"DISTILL.TEACHER.{k}": v for k, v in files.items()}
+    model = build_model(distill_cfg({"DISTILL.LOSSES": ("FITNET", "ROIFI"), **keys})).train()
+    with pytest.raises(GDetKDError, match="needs levels of"), EventStorage():
+        model(make_batch())

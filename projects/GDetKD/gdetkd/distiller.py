@@ -1,6 +1,6 @@
 """The meta-architecture: a plain Detectron2 student, and a teacher that looks at the same regions."""
 
-from typing import Any, Dict, List, Optional
+from typing import Any, Collection, Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode
@@ -68,6 +68,7 @@ class GDetKD(nn.Module):
         teacher = self.teacher.look(batched_inputs, student.regions, self._needs, later_regions)
         if "level_pooled" in self._needs:
             student.level_pooled = self._pool_all_levels(student)
+        _check_filled(self._needs, student, teacher)
         for name, loss in self.losses.items():
             losses[term_name(name)] = loss(student, teacher)
         return losses
@@ -77,6 +78,15 @@ class GDetKD(nn.Module):
         size = self.teacher.adapter.spec.pooled_size
         maps, strides = list(student.pyramid.values()), list(student.strides.values())
         return pool_all_levels(maps, strides, student.regions, size, self._sampling_ratio)
+
+
+def _check_filled(needs: Collection[str], student: DetectorOutputs, teacher: DetectorOutputs) -> None:
+    lacking = [name for name in needs if getattr(student, name, None) is None and getattr(teacher, name, None) is None]
+    if lacking:
+        raise GDetKDError(
+            f"A loss of DISTILL.LOSSES needs {', '.join(sorted(lacking))} of `DetectorOutputs`, which the adapters of "
+            "these detectors do not fill. Fill it in `look` or `observe`, or take the loss out."
+        )
 
 
 def term_name(loss: str) -> str:

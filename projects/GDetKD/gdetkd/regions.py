@@ -14,8 +14,8 @@ from .separable import roi_align_separable
 from .structures import Regions
 
 # Cells of a feature map up to which, on a CPU, two matrix products are faster than torchvision's RoIAlign,
-# whose backward scatters one sample at a time (benchmarks/roi_align.py; figures in docs/results.md).
-SEPARABLE_MAX_CELLS = 10_000
+# whose backward scatters one sample at a time (benchmarks/roi_align.py; figures in docs/performance.md).
+SEPARABLE_MAX_CELLS = 3_000
 
 
 def pool_all_levels(

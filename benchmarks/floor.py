@@ -1,0 +1,123 @@
+#!/usr/bin/env python
+"""Counts what a distillation step has to compute at least: the student's step and the teacher's forward pass, and what
+the losses add. Nothing is timed.
+
+python benchmarks/floor.py [--config-file FILE] [--image-size 800 1333] [--regions 512]
+
+FLOPs are torch's count, two for a multiply-add, of matrix products and convolutions. MB kept is what the forward pass
+leaves for the backward pass, in float32: written once and read once at least.
+"""
+
+import argparse
+from typing import Any, Callable, List, Tuple
+
+from gdetkd import add_gdetkd_config
+from gdetkd.config import plain_config
+from gdetkd.engine.step_costs import LATE, peak_memory
+from gdetkd.losses import build_losses
+from gdetkd.safe_load import merge_config_file
+from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
+from gdetkd.teacher_file import read_teacher_file
+
+import torch  # isort: skip
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from tabulate import tabulate
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+PAIR = "configs/COCO-Detection/faster_rcnn_R_50-faster_rcnn_R_18_1x.yaml"
+OBJECTS = 8
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", default=PAIR, help="of a two-stage pair")
+    parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), default=(800, 1333))
+    parser.add_argument("--regions", type=int, default=512)
+    return parser.parse_args()
+
+
+def count(work: Callable[[], Any]) -> Tuple[float, float]:
+    """GFLOP and MB kept of a piece of work."""
+    with FlopCounterMode(display=False) as counter:
+        megabytes = peak_memory(work)
+    return counter.get_total_flops() / 1e9, megabytes
+
+
+def weights(*modules: nn.Module) -> float:
+    """MB, in float32."""
+    return sum(parameter.numel() for module in modules for parameter in module.parameters()) * 4 / 1e6
+
+
+def make_batch(height: int, width: int) -> List[dict]:
+    corners = torch.rand(OBJECTS, 2) * torch.tensor([width, height]) * 0.7
+    sides = (0.05 + 0.25 * torch.rand(OBJECTS, 2)) * torch.tensor([width, height])
+    instances = Instances((height, width), gt_boxes=Boxes(torch.cat([corners, corners + sides], dim=1)))
+    instances.gt_classes = torch.zeros(OBJECTS, dtype=torch.int64)
+    return [{"image": torch.randint(0, 256, (3, height, width)), "instances": instances}]
+
+
+def spec_of(model: nn.Module) -> DetectorSpec:
+    shapes, heads = model.backbone.output_shape(), model.roi_heads
+    names = heads.box_in_features
+    strides = {name: shapes[name].stride for name in names}
+    size = tuple(heads.box_pooler.output_size)
+    width = heads.box_head.output_shape.channels
+    return DetectorSpec(shapes[names[0]].channels, strides, size, width, heads.num_classes, None)
+
+
+def outputs_of(spec: DetectorSpec, regions: Regions, levels: int) -> DetectorOutputs:
+    count = len(regions)
+    outputs = DetectorOutputs({}, {}, regions)
+    outputs.pooled = torch.randn(count, spec.channels, *spec.pooled_size)
+    outputs.embeddings = torch.randn(count, spec.embedding_dim, requires_grad=levels > 0)
+    if levels:
+        cells = torch.randn(count, levels, *spec.pooled_size, spec.channels, requires_grad=True)
+        outputs.level_pooled = cells.permute(0, 1, 4, 2, 3)
+    return outputs
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.manual_seed(0)
+    cfg = get_cfg()
+    add_gdetkd_config(cfg)
+    merge_config_file(cfg, args.config_file)
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", args.regions])
+    student, teacher = build_model(plain_config(cfg)).train(), read_teacher_file(cfg).build().eval()
+    batch = make_batch(*args.image_size)
+    specs = spec_of(student), spec_of(teacher)
+    regions = Regions([Boxes(torch.rand(args.regions, 4))])
+    pair = outputs_of(specs[0], regions, len(specs[0].strides)), outputs_of(specs[1], regions, 0)
+    cfg.DISTILL.LOSSES = ("SGFI", "CKD")
+    losses = build_losses(cfg, *specs)
+    losses["CKD"].queue.push(torch.randn(cfg.DISTILL.CKD.QUEUE_SIZE, specs[1].embedding_dim))
+
+    def step() -> None:
+        with EventStorage(LATE):
+            sum(student(batch).values()).backward()
+
+    @torch.no_grad()
+    def look() -> None:
+        teacher.backbone(teacher.preprocess_image(batch).tensor)
+        teacher.roi_heads.box_predictor(teacher.roi_heads.box_head(pair[1].pooled))
+
+    rows = [("student's step", *count(step), weights(student)), ("teacher's forward", *count(look), weights(teacher))]
+    floor = rows[0][1] + rows[1][1]
+    rows += [
+        (name, *count(lambda loss=loss: loss.compute(*pair).backward()), weights(loss)) for name, loss in losses.items()
+    ]
+    table = [
+        [name, f"{flop:.1f}", f"{100 * flop / floor:.1f} %", f"{kept:.0f}", f"{mb:.0f}"]
+        for name, flop, kept, mb in rows
+    ]
+    print(f"One image of {args.image_size[0]}x{args.image_size[1]}, {args.regions} regions\n")
+    headers = ["", "GFLOP", "of the floor", "MB kept", "MB of weights"]
+    print(tabulate(table, headers, tablefmt="github", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main()
