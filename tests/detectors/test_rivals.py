@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from test_pairs import build, distillation_terms, step
 
-from conftest import FAMILIES, WIDER, make_batch
+from conftest import FAMILIES, WIDER, look_through_the_model, make_batch
 from gdetkd import DistillTrainer
 from gdetkd.errors import GDetKDError
 
@@ -147,6 +147,8 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(pair_cfg, family):
         if name.endswith("weight"):
             parameter.data *= 10  # an untrained head says the same of every location
     model.student.load_state_dict(model.teacher.model.state_dict())
+    model.double(), model.teacher.model.double()
+    look_through_the_model(model.teacher, torch.float64)
     for module in model.student.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()  # the teacher's statistics, as the teacher itself uses them

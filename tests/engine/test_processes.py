@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
-from conftest import ALL_LOSSES, make_batch, settle_batch_norm
+from conftest import ALL_LOSSES, look_through_the_model, make_batch, settle_batch_norm
 from gdetkd import DistillTrainer, GDetKD
 from gdetkd.engine.guard import NonFiniteError
 
@@ -113,6 +113,7 @@ def _gradients(cfg, images):
     settle_batch_norm(model.student)
     model.student.proposal_generator = _FixedProposals()
     model.double(), model.teacher.model.double()
+    look_through_the_model(model.teacher, torch.float64)
     parallel = DistributedDataParallel(model, broadcast_buffers=False) if comm.get_world_size() > 1 else model
     # Statistics of a batch are of a process's own images, and would not be the joint batch's.
     for module in model.modules():

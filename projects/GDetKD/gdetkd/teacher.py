@@ -140,7 +140,7 @@ class FrozenTeacher:
         """
         images = self.preprocess(batched_inputs).tensor
         images = images.to(self._dtype).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, self._dtype, enabled=self._dtype != torch.float32):
+        with torch.autocast(images.device.type, self._dtype, enabled=torch.finfo(self._dtype).bits < 32):
             return self.adapter.look(images, regions, needs, later_regions)
 
     def preprocess(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:

@@ -1,5 +1,6 @@
 """Two-stage detectors with an FPN: Faster R-CNN, Mask R-CNN and Cascade R-CNN."""
 
+from functools import cached_property
 from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -34,7 +35,7 @@ class _TwoStageAdapter(DetectorAdapter):
         self._heads = list(heads.box_head) if _is_cascade(model) else [heads.box_head]
         self._predictors = list(heads.box_predictor) if _is_cascade(model) else [heads.box_predictor]
 
-    @property
+    @cached_property  # reading anchors waits for the GPU
     def spec(self) -> DetectorSpec:
         heads = self.model.roi_heads
         shapes = self.model.backbone.output_shape()
@@ -59,7 +60,7 @@ class _TwoStageAdapter(DetectorAdapter):
         """The RPN's; it may read more maps than the box head, and no other proposal generator has any."""
         generator, names = self._anchor_generator(), getattr(self.model.proposal_generator, "in_features", ())
         cells = getattr(generator, "cell_anchors", ())
-        anchors = {name: tuple(map(tuple, each.tolist())) for name, each in zip(names, cells)}
+        anchors = {name: tuple(map(tuple, each.tolist())) for name, each in zip(names, cells) if not each.is_meta}
         return {name: anchors[name] for name in self._features if name in anchors} or None
 
     def points(self) -> Dict[str, nn.Module]:
