@@ -2,6 +2,7 @@
 
 import gdetkd  # noqa: F401, I001  first, in the spawned processes too
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from detectron2.utils import comm
 
 from gdetkd import DistillTrainer
 from gdetkd.engine.guard import EXIT_STOPPED
-from gdetkd.engine.launch import which_ended
+from gdetkd.engine.launch import TORCHRUN, run_everywhere, which_ended
+from gdetkd.errors import GDetKDError
 from gdetkd.safe_load import read_weights
 from test_processes import TIMEOUT_SECONDS, spawn
 
@@ -67,11 +69,11 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(shared_cfg, tmp_path):
     assert not any(process.is_alive() for process in context.processes)
 
 
-def torchrun(config_file, *arguments):
+def torchrun(config_file):
     """Exit code and output of a training in two processes."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with subprocess.Popen(
-        [*command, "train_net.py", "--config-file", str(config_file), *arguments],
+        [*command, "train_net.py", "--config-file", str(config_file)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         text=True,
@@ -99,6 +101,12 @@ def test_torchrun_trains_in_as_many_processes(config_file, tmp_path):
     assert len(saved["trainer"]["hooks"]["RandomState"]["states"]) == 2 and saved["run"]["processes"] == 2
 
 
-def test_torchrun_and_num_gpus_do_not_go_together(config_file):
-    code, output = torchrun(config_file, "--num-gpus", "2")
-    assert code != 0 and "leave --num-gpus and --num-machines out" in output
+@pytest.mark.parametrize(
+    "argument, match", [(["--num-gpus", "2"], "leave --num-gpus"), (["--check"], "without torchrun")]
+)
+def test_what_does_not_go_together_with_torchrun(monkeypatch, argument, match):
+    for name in TORCHRUN:
+        monkeypatch.setenv(name, "1")
+    parser = runpy.run_path(str(ROOT / "train_net.py"), run_name="train_net")["parser"]()
+    with pytest.raises(GDetKDError, match=match):
+        run_everywhere(pytest.fail, parser.parse_args(argument))

@@ -5,7 +5,8 @@ Each iteration's total loss is appended, exactly, to OUTPUT_DIR/losses.txt.
 
 import gdetkd  # first: it prepares the import of Detectron2
 
-import os  # isort: skip
+import multiprocessing  # isort: skip
+import os
 import runpy
 import sys
 import time
@@ -42,6 +43,8 @@ def train(config_file, folder):
     with open(os.path.join(folder, "stdout.txt"), "a") as log:
         os.dup2(log.fileno(), sys.stdout.fileno()), os.dup2(log.fileno(), sys.stderr.fileno())
     torch.set_num_threads(1)
+    # The loader's workers are forked as in any training; it would take over the way this process was started.
+    multiprocessing.set_start_method("fork", force=True)
     os.fsync = slow_sync
     gdetkd.DistillTrainer.build_hooks = build_hooks
     train_net = runpy.run_path(str(ROOT / "train_net.py"), run_name="train_net")

@@ -124,8 +124,9 @@ def check_kills(start, tmp_path, kills, iterations, workers):
     for name, value in expected.items():
         same = torch.equal(value, found[name]) if isinstance(value, torch.Tensor) else value == found[name]
         assert same, name
-    # Iterations that were taken twice had the same loss both times, and are those of the uninterrupted run.
-    assert set(lines(folder)) == set(lines(whole))
+    # Iterations that were taken twice had the same loss both times, that of the uninterrupted run. A kill between a
+    # checkpoint and the note of its iteration's loss leaves the note out.
+    assert set(lines(folder)) <= set(lines(whole)) and len(lines(folder)) > iterations - kills
     assert not list(folder.glob("*.partial"))
     print(f"{kills} kills, of them {where.count('writing')} while a file was being written")
     return where

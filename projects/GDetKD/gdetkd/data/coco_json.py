@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 from ..errors import GDetKDError
 
@@ -124,10 +124,7 @@ def _is_number(value: Any) -> bool:
 def _fault_of_mask(mask: Any) -> Optional[str]:
     """pycocotools takes memory, and writes to it, by what a mask says of itself."""
     if isinstance(mask, list):
-        for polygon in mask:
-            if not (isinstance(polygon, list) and all(_is_number(v) and math.isfinite(v) for v in _as_floats(polygon))):
-                return "that is no list of polygons"
-        return None
+        return None if all(map(_is_polygon, mask)) else "that is no list of polygons"
     if not isinstance(mask, dict):
         return "that is neither polygons nor run lengths"
     size, counts = mask.get("size"), mask.get("counts")
@@ -142,12 +139,13 @@ def _fault_of_mask(mask: Any) -> Optional[str]:
     return None if sum(counts) == size[0] * size[1] else "whose run lengths are not of its size"
 
 
-def _as_floats(values: List[Any]) -> Iterator[Any]:
-    for value in values:
-        try:
-            yield float(value) if _is_number(value) else value
-        except OverflowError:
-            yield math.inf
+def _is_polygon(polygon: Any) -> bool:
+    if not isinstance(polygon, list) or not set(map(type, polygon)) <= {int, float}:
+        return False
+    try:
+        return all(map(math.isfinite, polygon))
+    except OverflowError:  # of an integer that no float is as large as
+        return False
 
 
 def _decoded_length(text: str) -> int:
