@@ -110,9 +110,10 @@ def _gradients(cfg, images):
     """Of the mean over ranks of the losses of the given images' batch, which each rank has its part of."""
     torch.manual_seed(0)
     model = GDetKD(cfg).train()
+    # Before the statistics are settled: their rounding depends on the number of threads, and ranks have fewer.
+    model.double(), model.teacher.model.double()
     settle_batch_norm(model.student)
     model.student.proposal_generator = _FixedProposals()
-    model.double(), model.teacher.model.double()
     look_through_the_model(model.teacher, torch.float64)
     parallel = DistributedDataParallel(model, broadcast_buffers=False) if comm.get_world_size() > 1 else model
     # Statistics of a batch are of a process's own images, and would not be the joint batch's.
@@ -191,7 +192,7 @@ def test_ranks_stay_together_and_have_the_joint_batchs_gradients(distill_cfg, sh
     for of_rank in gradients:
         assert set(of_rank) == set(joint) and any("CKD" in name for name in joint)
         for name, gradient in joint.items():
-            assert (of_rank[name] - gradient).abs().max() < 1e-5 * largest, name
+            assert (of_rank[name] - gradient).abs().max() < 1e-9 * largest, name
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_or_is_left_out_on_all(shared_cfg, tmp_path):
