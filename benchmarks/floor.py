@@ -9,27 +9,26 @@ leaves for the backward pass, in float32: written once and read once at least.
 """
 
 import argparse
-from typing import Any, Callable, List, Tuple
+from typing import Any, Callable, Tuple
 
-from gdetkd import add_gdetkd_config
 from gdetkd.config import plain_config
+from gdetkd.detectors import build_adapter
 from gdetkd.engine.step_costs import LATE, peak_memory
+from gdetkd.experiments import load_config
 from gdetkd.losses import build_losses
-from gdetkd.safe_load import merge_config_file
 from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
 from gdetkd.teacher_file import read_teacher_file
 
 import torch  # isort: skip
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
+from inputs import make_batch
 from tabulate import tabulate
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 PAIR = "configs/COCO-Detection/faster_rcnn_R_50-faster_rcnn_R_18_1x.yaml"
-OBJECTS = 8
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,23 +51,6 @@ def weights(*modules: nn.Module) -> float:
     return sum(parameter.numel() for module in modules for parameter in module.parameters()) * 4 / 1e6
 
 
-def make_batch(height: int, width: int) -> List[dict]:
-    corners = torch.rand(OBJECTS, 2) * torch.tensor([width, height]) * 0.7
-    sides = (0.05 + 0.25 * torch.rand(OBJECTS, 2)) * torch.tensor([width, height])
-    instances = Instances((height, width), gt_boxes=Boxes(torch.cat([corners, corners + sides], dim=1)))
-    instances.gt_classes = torch.zeros(OBJECTS, dtype=torch.int64)
-    return [{"image": torch.randint(0, 256, (3, height, width)), "instances": instances}]
-
-
-def spec_of(model: nn.Module) -> DetectorSpec:
-    shapes, heads = model.backbone.output_shape(), model.roi_heads
-    names = heads.box_in_features
-    strides = {name: shapes[name].stride for name in names}
-    size = tuple(heads.box_pooler.output_size)
-    width = heads.box_head.output_shape.channels
-    return DetectorSpec(shapes[names[0]].channels, strides, size, width, heads.num_classes, None)
-
-
 def outputs_of(spec: DetectorSpec, regions: Regions, levels: int) -> DetectorOutputs:
     count = len(regions)
     outputs = DetectorOutputs({}, {}, regions)
@@ -83,13 +65,11 @@ def outputs_of(spec: DetectorSpec, regions: Regions, levels: int) -> DetectorOut
 def main() -> None:
     args = parse_arguments()
     torch.manual_seed(0)
-    cfg = get_cfg()
-    add_gdetkd_config(cfg)
-    merge_config_file(cfg, args.config_file)
-    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", args.regions])
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", args.regions]
+    cfg = load_config(args.config_file, opts)
     student, teacher = build_model(plain_config(cfg)).train(), read_teacher_file(cfg).build().eval()
-    batch = make_batch(*args.image_size)
-    specs = spec_of(student), spec_of(teacher)
+    batch = make_batch(1, *args.image_size)
+    specs = tuple(build_adapter(model, "student", cfg).spec for model in (student, teacher))
     regions = Regions([Boxes(torch.rand(args.regions, 4))])
     pair = outputs_of(specs[0], regions, len(specs[0].strides)), outputs_of(specs[1], regions, 0)
     cfg.DISTILL.LOSSES = ("SGFI", "CKD")

@@ -17,21 +17,18 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 from unittest import mock
 
-from gdetkd import add_gdetkd_config
 from gdetkd.distiller import GDetKD
 from gdetkd.engine.step_costs import LATE, peak_memory
 from gdetkd.errors import GDetKDError
-from gdetkd.safe_load import merge_config_file
+from gdetkd.experiments import load_config
 from gdetkd.teacher_file import read_teacher_file
 
 import torch  # isort: skip
-from detectron2.config import CfgNode, get_cfg
-from detectron2.structures import Boxes, Instances
+from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
+from inputs import make_batch
 from tabulate import tabulate
 from timing import WARM_UP, machine, measure, now, quartiles
-
-OBJECTS = 8  # an image
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,11 +43,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_config(args: argparse.Namespace, folder: str) -> CfgNode:
-    cfg = get_cfg()
-    add_gdetkd_config(cfg)
-    merge_config_file(cfg, args.config_file)
-    cfg.merge_from_list(["MODEL.DEVICE", args.device, *args.opts])
+def make_config(args: argparse.Namespace, folder: str) -> CfgNode:
+    cfg = load_config(args.config_file, ["MODEL.DEVICE", args.device, *args.opts])
     if args.random_weights:
         weights = Path(folder) / "random.pth"
         torch.save({"model": read_teacher_file(cfg).build().state_dict()}, weights)
@@ -58,26 +52,11 @@ def load_config(args: argparse.Namespace, folder: str) -> CfgNode:
     return cfg
 
 
-def make_batch(cfg: CfgNode, args: argparse.Namespace) -> List[Dict[str, Any]]:
-    height, width = args.image_size or (cfg.INPUT.MIN_SIZE_TRAIN[-1], cfg.INPUT.MIN_SIZE_TRAIN[-1] * 4 // 3)
-    rng = torch.Generator().manual_seed(0)
-    batch = []
-    for _ in range(cfg.SOLVER.IMS_PER_BATCH):
-        corners = torch.rand(OBJECTS, 2, generator=rng) * torch.tensor([width, height]) * 0.7
-        sides = (0.05 + 0.25 * torch.rand(OBJECTS, 2, generator=rng)) * torch.tensor([width, height])
-        instances = Instances((height, width), gt_boxes=Boxes(torch.cat([corners, corners + sides], dim=1)))
-        instances.gt_classes = torch.zeros(OBJECTS, dtype=torch.int64)
-        batch.append({"image": torch.randint(0, 256, (3, height, width), generator=rng), "instances": instances})
-    return batch
-
-
 def build(cfg: CfgNode, losses: Tuple[str, ...], like: Any = None) -> GDetKD:
     """A distiller with some of the losses; the teacher is that of another, where one is given."""
     cfg = cfg.clone()
     cfg.DISTILL.LOSSES = losses
-    with mock.patch("gdetkd.distiller.FrozenTeacher", (lambda _: like.teacher)) if like else ExitStack():
-        model = GDetKD(cfg)
-    return model.train()
+    return GDetKD(cfg, like.teacher if like else None).train()
 
 
 def step(model: torch.nn.Module, batch: List[Dict[str, Any]]) -> None:
@@ -137,7 +116,8 @@ def regions_of(model: GDetKD, batch: List[Dict[str, Any]]) -> Any:
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Any]:
-    batch = make_batch(cfg, args)
+    short_side = cfg.INPUT.MIN_SIZE_TRAIN[-1]
+    batch = make_batch(cfg.SOLVER.IMS_PER_BATCH, *(args.image_size or (short_side, short_side * 4 // 3)))
     everything = tuple(cfg.DISTILL.LOSSES)
     full = build(cfg, everything)
     distillers = {name: build(cfg, (name,), full) for name in everything} if len(everything) > 1 else {}
@@ -199,7 +179,7 @@ def as_text(result: Dict[str, Any]) -> str:
 def main() -> None:
     args = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
-        result = run(load_config(args, folder), args)
+        result = run(make_config(args, folder), args)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     print(as_text(result))

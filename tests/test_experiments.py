@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import METHODS, Run, equal_time_run, run_all, time_ratio
+from gdetkd.experiments import METHODS, Run, run_all, stretched, time_ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "quickstart" / "faster_rcnn-faster_rcnn.yaml")
@@ -46,7 +46,7 @@ def test_summary_and_table(tmp_path):
     assert summary["baseline_equal_time"] == pytest.approx(
         {"AP": 20.0, "AP50": 40.0, "AP75": 25.0, "iterations": 150, "seconds": 30.0, "lead_closed": 0.2}
     )
-    equal_time = equal_time_run(tmp_path / "e", runs["baseline"], time_ratio(runs["baseline"], runs["distilled"]))
+    equal_time = stretched(tmp_path / "e", runs["baseline"], time_ratio(runs["baseline"], runs["distilled"]))
     assert equal_time.max_iter == 160 and equal_time.config().TEST.EVAL_PERIOD == 280  # 180 * 1.6, in twenties
     table = quickstart.as_table(summary)
     assert "35.0" in table and "50 %" in table and "baseline, equal time" in table

@@ -50,10 +50,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_comparison(args: argparse.Namespace, cfg: CfgNode) -> Comparison:
+def make_comparison(args: argparse.Namespace) -> Comparison:
     methods = args.methods.split(",") if args.methods else []
     if args.ablate:
-        methods = [*ablation(cfg), *methods]
+        methods = [*ablation(load_config(args.config_file, args.opts)), *methods]
     try:
         schedules = [float(each) for each in args.schedules.split(",")]
     except ValueError as e:
@@ -98,8 +98,7 @@ def describe(comparison: Comparison) -> Dict[str, str]:
 
 def main() -> None:
     args = parse_arguments()
-    cfg = load_config(args.config_file, args.opts)
-    comparison = make_comparison(args, cfg)
+    comparison = make_comparison(args)
     cfg = comparison.cfg
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"

@@ -16,15 +16,16 @@ import warnings
 from pathlib import Path
 from typing import Tuple
 
-from gdetkd import add_gdetkd_config
+import gdetkd  # noqa: F401  it prepares the import of Detectron2
 from gdetkd.config import without_gdetkd_keys
 from gdetkd.engine import build_plain_student
 from gdetkd.errors import GDetKDError
-from gdetkd.safe_load import SafeCheckpointer, merge_config_file
+from gdetkd.experiments import load_config
+from gdetkd.safe_load import SafeCheckpointer
 
 import torch  # isort: skip
 import torchvision  # noqa: F401  its operators are part of what is exported
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from torch import nn
 
 OPSET = 16  # the first with RoIAlign as Detectron2 means it
@@ -110,10 +111,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, nargs=2, default=(800, 1216), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE changes to the config")
     args = parser.parse_args()
-    cfg = get_cfg()
-    add_gdetkd_config(cfg)
-    merge_config_file(cfg, args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = load_config(args.config_file, args.opts)
     cfg.MODEL.DEVICE = "cpu"
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.output.suffix == ".yaml":

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import torch
 
-from gdetkd import add_gdetkd_config
 from gdetkd.data.shapes import make_shapes_for
-from gdetkd.safe_load import merge_config_file, read_weights
-
-from detectron2.config import get_cfg  # isort: skip
+from gdetkd.experiments import load_config
+from gdetkd.safe_load import read_weights
 
 TRAIN_NET = Path(__file__).resolve().parents[1] / "train_net.py"
 
@@ -25,9 +23,7 @@ def main() -> None:
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--output", required=True, help="the weights file to write")
     args = parser.parse_args()
-    cfg = get_cfg()
-    add_gdetkd_config(cfg)
-    merge_config_file(cfg, args.config_file)
+    cfg = load_config(args.config_file, [])
     make_shapes_for(cfg)
     subprocess.run([sys.executable, str(TRAIN_NET), "--config-file", args.config_file, "--resume"], check=True)
     weights = read_weights(str(Path(cfg.OUTPUT_DIR) / "model_final.pth"))["model"]

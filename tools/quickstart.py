@@ -14,19 +14,19 @@ from typing import Any, Dict, Tuple
 
 warnings.filterwarnings("ignore")
 
-from gdetkd import add_gdetkd_config  # noqa: E402, I001
+from gdetkd import experiments  # noqa: E402, I001
 from gdetkd.config import plain_config
 from gdetkd.data import register_datasets
 from gdetkd.data.shapes import make_shapes_for
 from gdetkd.engine import evaluate_teacher
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import METHODS, Run, equal_time_run, run_all, time_ratio
-from gdetkd.safe_load import SafeCheckpointer, merge_config_file
+from gdetkd.experiments import METHODS, Run, run_all, stretched, time_ratio
+from gdetkd.safe_load import SafeCheckpointer
 from gdetkd.teacher import FrozenTeacher
 from gdetkd.visualization.comparison import Curve, draw_comparison
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import nn
@@ -51,9 +51,7 @@ def load_config(pair: str) -> Tuple[str, CfgNode]:
         files = Path("configs/quickstart").glob("*-*.yaml")
         pairs = sorted(file.stem for file in files if not file.stem.startswith(("Base-", "teacher-")))
         raise GDetKDError(f"There is no pair {pair!r}. There are: {', '.join(pairs)}.")
-    cfg = get_cfg()
-    add_gdetkd_config(cfg)
-    merge_config_file(cfg, path)
+    cfg = experiments.load_config(path, [])
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return path, cfg
@@ -68,7 +66,7 @@ def train(config_file: str, cfg: CfgNode, output: Path, seed: int) -> Dict[str, 
     }
     run_all(runs.values(), train_net)
     ratio = time_ratio(runs["baseline"], runs["distilled"])
-    equal_time = equal_time_run(output / "baseline_equal_time", runs["baseline"], ratio)
+    equal_time = stretched(output / "baseline_equal_time", runs["baseline"], ratio)
     # Two jobs, though it is alone: the same number of threads as the first two had.
     run_all([equal_time], train_net, jobs=2)
     return {"baseline": runs["baseline"], "baseline_equal_time": equal_time, "distilled": runs["distilled"]}

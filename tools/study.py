@@ -18,7 +18,16 @@ from typing import Dict, List, Optional
 import gdetkd  # noqa: F401  it prepares the import of Detectron2
 from gdetkd.data.shapes import make_shapes_for
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import METHODS, Run, equal_time_run, kept_time_ratio, load_config, mean_and_error, run_all
+from gdetkd.experiments import (
+    METHODS,
+    Run,
+    kept_time_ratio,
+    load_config,
+    mean_and_error,
+    run_all,
+    seed_by_seed,
+    stretched,
+)
 
 from tabulate import tabulate  # isort: skip
 
@@ -62,7 +71,7 @@ def add_equal_time(args: argparse.Namespace, runs: Dict[str, List[Run]]) -> None
         raise GDetKDError(f"{EQUAL_TIME} needs baseline and distilled among the methods.")
     ratio = kept_time_ratio(args.output / "equal_time_ratio.txt", runs["baseline"], runs["distilled"])
     runs[EQUAL_TIME] = [
-        equal_time_run(args.output / f"{EQUAL_TIME}-seed{seed}", baseline, ratio)
+        stretched(args.output / f"{EQUAL_TIME}-seed{seed}", baseline, ratio)
         for seed, baseline in zip(args.seeds.split(","), runs["baseline"])
     ]
 
@@ -100,8 +109,7 @@ def main() -> None:
     os.chdir(ROOT)
     methods = args.methods.split(",")
     runs = make_runs(args, [method for method in methods if method != EQUAL_TIME])
-    # Seed by seed, so that a study that is stopped has whole seeds.
-    run_all([run for seed in zip(*runs.values()) for run in seed], ROOT / "train_net.py", args.jobs)
+    run_all(seed_by_seed(runs), ROOT / "train_net.py", args.jobs)
     if EQUAL_TIME in methods:
         add_equal_time(args, runs)
         run_all(runs[EQUAL_TIME], ROOT / "train_net.py", args.jobs)

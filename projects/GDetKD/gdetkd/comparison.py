@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 
 from .distiller import GDetKD
 from .errors import GDetKDError
-from .experiments import PLAIN, Run, equal_time_run, kept_time_ratio, load_config, run_all, stretched
+from .experiments import PLAIN, Run, kept_time_ratio, load_config, run_all, seed_by_seed, stretched
 from .losses import DISTILL_LOSS_REGISTRY
 
 BASELINE, CONFIGURED, HEAD_TRANSFER = "none", "GDetKD", "head_transfer"
@@ -113,11 +113,12 @@ class Comparison:
         Raises:
             GDetKDError: one cannot; the message names it.
         """
+        teacher = None  # the same for all, and may be large
         for method in self.methods:
             cfg = self.runs[method, self.schedules[0]][0].config()
             cfg.MODEL.DEVICE = "cpu"
             try:
-                GDetKD(cfg)
+                teacher = GDetKD(cfg, teacher).teacher or teacher
             except GDetKDError as e:
                 raise GDetKDError(f"The method {method} cannot be compared. {e}") from e
 
@@ -128,10 +129,10 @@ class Comparison:
         Raises:
             GDetKDError: a run failed, or a folder holds one of another config.
         """
-        run_all([run for seed in zip(*self.runs.values()) for run in seed], train_net, jobs)
+        run_all(seed_by_seed(self.runs), train_net, jobs)
         if self.equal_time:
             self.add_equal_time()
-            run_all([run for seed in zip(*self.equal_time_runs.values()) for run in seed], train_net, jobs)
+            run_all(seed_by_seed(self.equal_time_runs), train_net, jobs)
 
     def add_equal_time(self) -> None:
         """Fills `equal_time_runs`; all other runs are complete."""
@@ -145,7 +146,7 @@ class Comparison:
             self.equal_time_runs[method, schedule] = [
                 baseline
                 if abs(ratio - 1) <= SAME_TIME
-                else equal_time_run(self._folder(name, schedule, seed), baseline, ratio)
+                else stretched(self._folder(name, schedule, seed), baseline, ratio)
                 for seed, baseline in zip(self.seeds, baselines)
             ]
 

@@ -27,12 +27,13 @@ class GDetKD(nn.Module):
 
     Args:
         cfg: with MODEL.META_ARCHITECTURE "GDetKD".
+        teacher: one that is loaded already, of the same config but for the losses; None: the config's is loaded.
 
     Raises:
         GDetKDError: teacher, student and losses do not fit together.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(self, cfg: CfgNode, teacher: Optional[FrozenTeacher] = None) -> None:
         super().__init__()
         if cfg.DISTILL.STUDENT_META_ARCHITECTURE == "GDetKD":
             raise GDetKDError('DISTILL.STUDENT_META_ARCHITECTURE is the plain student\'s, such as "GeneralizedRCNN".')
@@ -42,7 +43,7 @@ class GDetKD(nn.Module):
         # What follows draws random numbers that a plain run does not; the student's run must not see them.
         with torch.random.fork_rng(devices=[]):
             if cfg.DISTILL.LOSSES or cfg.DISTILL.HEAD_TRANSFER or cfg.DISTILL.EVAL_TEACHER:
-                self.teacher = FrozenTeacher(cfg)
+                self.teacher = teacher or FrozenTeacher(cfg)
             if cfg.DISTILL.LOSSES:
                 self.adapter = build_adapter(self.student, "student", cfg)
                 spec = with_class_names(self.adapter.spec, class_names(cfg))

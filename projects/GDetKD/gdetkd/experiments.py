@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode, get_cfg
 from tqdm import tqdm
@@ -139,10 +139,9 @@ class Run:
     def metrics(self) -> Dict[str, Optional[float]]:
         """Of the last evaluation, in percent: AP, AP50, AP75, APs, APm, APl; None of a size that no object has."""
         last = [line for line in self.lines() if "bbox/AP" in line][-1]
-        if math.isnan(last["bbox/AP"]):  # it finds nothing at all
-            return {name: 0.0 if name in ("AP", "AP50", "AP75") else None for name in METRICS}
         values = {name: last.get(f"bbox/{name}", math.nan) for name in METRICS}
-        return {name: None if math.isnan(value) else value for name, value in values.items()}
+        known = {name: None if math.isnan(value) else value for name, value in values.items()}
+        return {**known, **self.curve()[-1].metrics}
 
     def peak_megabytes(self) -> Optional[float]:
         """GPU memory; None on a CPU, where Detectron2 does not record it."""
@@ -152,6 +151,11 @@ class Run:
         """Of training alone."""
         last = self.curve()[-1]
         return last.seconds / last.iteration
+
+
+def seed_by_seed(runs: Mapping[Any, Sequence[Run]]) -> List[Run]:
+    """The runs of each method in an order in which what is stopped early has whole seeds."""
+    return [run for seed in zip(*runs.values()) for run in seed]
 
 
 def run_all(runs: Iterable[Run], train_net: Path, jobs: int = 2) -> None:
@@ -205,13 +209,10 @@ def time_ratio(baseline: Run, distilled: Run) -> float:
     return distilled.seconds_per_iteration() / baseline.seconds_per_iteration()
 
 
-def equal_time_run(folder: Path, baseline: Run, ratio: float) -> Run:
-    """The baseline with `ratio` times as many iterations, which take as long as the distilled run took."""
-    return stretched(folder, baseline, ratio)
-
-
 def stretched(folder: Path, run: Run, ratio: float) -> Run:
     """The same training over `ratio` times as many iterations, with its learning rate schedule.
+
+    Of a baseline and a `time_ratio` it is the baseline for the time of the other.
 
     It is evaluated as often, at multiples of the 20 iterations after which Detectron2 writes.
     """

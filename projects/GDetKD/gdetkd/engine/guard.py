@@ -62,6 +62,9 @@ class StepGuard(HookBase):
             self._files = [str(sample.get("file_name", "no file name")) for sample in inputs[0]]
 
     def before_train(self) -> None:
+        # The forward pass writes these before the losses are known.
+        buffers = [b for m in self.trainer.model.modules() if _has_statistics(m) for b in m.buffers(recurse=False)]
+        self._statistics = [(buffer, torch.empty_like(buffer)) for buffer in buffers]
         if threading.current_thread() is threading.main_thread():  # Python allows no other to handle signals
             self._handler = signal.signal(signal.SIGTERM, self._ask)
 
@@ -74,9 +77,8 @@ class StepGuard(HookBase):
         self._is_asked = True
 
     def before_step(self) -> None:
-        # The forward pass writes these before the losses are known.
-        buffers = [b for m in self.trainer.model.modules() if _has_statistics(m) for b in m.buffers(recurse=False)]
-        self._statistics = [(buffer, buffer.clone()) for buffer in buffers]
+        for buffer, before in self._statistics:
+            before.copy_(buffer)
 
     def check(self, losses: Dict[str, torch.Tensor]) -> None:
         """Called between the backward pass and the optimizer's step, when Detectron2 fetches the losses anyway.

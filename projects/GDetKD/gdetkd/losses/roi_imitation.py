@@ -9,7 +9,6 @@ import math
 from typing import Any, List, Sequence, Tuple
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.structures import Boxes
 from torch import nn
@@ -17,16 +16,14 @@ from torch import nn
 from ..errors import GDetKDError
 from ..regions import pool_all_levels
 from ..structures import Regions
-from .build import DISTILL_LOSS_REGISTRY, DistillLoss, full_precision, sum_of_zeros
+from .build import DISTILL_LOSS_REGISTRY, DistillLoss, full_precision, mean_squared_error
 
 logger = logging.getLogger(__name__)
 
 
 def roi_imitation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Squared error of pooled features (N, C, h, w), the student's adapted; mean over all; 0 for N = 0."""
-    if len(student) == 0:
-        return sum_of_zeros([student, teacher])
-    return F.mse_loss(student, teacher)
+    return mean_squared_error(student, teacher)
 
 
 def nearest_levels(student_strides: Sequence[int], teacher_strides: Sequence[int]) -> Tuple[int, ...]:

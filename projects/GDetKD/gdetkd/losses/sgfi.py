@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..errors import GDetKDError
-from .build import DISTILL_LOSS_REGISTRY, DistillLoss, full_precision, sum_of_zeros
+from .build import DISTILL_LOSS_REGISTRY, DistillLoss, full_precision, mean_squared_error
 
 # Two 3x3 convolutions of stride 2 without padding need at least this many cells.
 MIN_POOLED_SIZE = 7
@@ -54,13 +54,7 @@ def semantic_guided_imitation(
     """
     alpha = level_attention(student_keys, teacher_keys, tau)
     aggregated = torch.einsum("nl,nlchw->nchw", alpha, student_rois)
-    return _mean_squared_error(aggregated, teacher_rois), alpha
-
-
-def _mean_squared_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    if len(student) == 0:
-        return sum_of_zeros([student, teacher])
-    return F.mse_loss(student, teacher)
+    return mean_squared_error(aggregated, teacher_rois), alpha
 
 
 class RegionEmbedding(nn.Module):
@@ -128,4 +122,4 @@ class SGFI(DistillLoss):
         levels = rois.permute(0, 1, 3, 4, 2).flatten(2)  # (N, L, H W C_S), no copy
         aggregated = torch.bmm(alpha[:, None], levels).view(-1, rois.shape[2])
         adapted = F.linear(aggregated, self.adapter.weight[:, :, 0, 0], self.adapter.bias)
-        return _mean_squared_error(adapted, target.permute(0, 2, 3, 1).reshape(adapted.shape))
+        return mean_squared_error(adapted, target.permute(0, 2, 3, 1).reshape(adapted.shape))

@@ -1,0 +1,21 @@
+"""Images and objects that are made up: time does not depend on what they show."""
+
+from typing import Any, Dict, List
+
+import torch
+from detectron2.structures import Boxes, Instances
+
+OBJECTS = 8  # an image
+
+
+def make_batch(images: int, height: int, width: int) -> List[Dict[str, Any]]:
+    """A training batch of images of one size, in pixels."""
+    rng = torch.Generator().manual_seed(0)
+    batch = []
+    for _ in range(images):
+        corners = torch.rand(OBJECTS, 2, generator=rng) * torch.tensor([width, height]) * 0.7
+        sides = (0.05 + 0.25 * torch.rand(OBJECTS, 2, generator=rng)) * torch.tensor([width, height])
+        instances = Instances((height, width), gt_boxes=Boxes(torch.cat([corners, corners + sides], dim=1)))
+        instances.gt_classes = torch.zeros(OBJECTS, dtype=torch.int64)
+        batch.append({"image": torch.randint(0, 256, (3, height, width), generator=rng), "instances": instances})
+    return batch
