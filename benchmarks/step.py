@@ -79,7 +79,7 @@ def timed_parts(model: GDetKD, seconds: Dict[str, List[float]]) -> Iterator[None
         return run
 
     parts = [(model.student, "forward", "student's forward"), (model.adapter, "observe", "regions")]
-    parts += [(model.teacher, "look", "teacher's forward"), (model, "_pool_all_levels", "RoIAlign, all levels")]
+    parts += [(model.teacher, "look", "teacher's forward"), (model, "pool_all_levels", "RoIAlign, all levels")]
     parts += [(loss, "forward", f"{name}, forward") for name, loss in model.losses.items()]
     with ExitStack() as stack:
         for owner, attribute, name in parts:

@@ -35,7 +35,7 @@ def test_splits_are_complete_disjoint_and_not_drawn_twice(tmp_path, monkeypatch)
     monkeypatch.setattr(shapes, "SPLITS", {name: (3, seed) for name, (_, seed) in shapes.SPLITS.items()})
     shapes.make_shapes(str(tmp_path))
     digests = [hashlib.sha256(Image.open(path).tobytes()).hexdigest() for path in tmp_path.glob("*/*.png")]
-    assert len(digests) == len(set(digests)) == 9
+    assert len(digests) == len(set(digests)) == 12
     content = json.loads((tmp_path / "val.json").read_text())
     assert len(content["images"]) == 3 and {a["image_id"] for a in content["annotations"]} <= {1, 2, 3}
     assert [c["name"] for c in content["categories"]] == list(shapes.CLASSES)
@@ -46,5 +46,5 @@ def test_splits_are_complete_disjoint_and_not_drawn_twice(tmp_path, monkeypatch)
 
 def test_the_real_splits_share_no_seed():
     ranges = [range(seed, seed + count) for count, seed in shapes.SPLITS.values()]
-    assert [len(r) for r in ranges] == [1000, 80, 200]
+    assert [len(r) for r in ranges] == [1000, 80, 200, 200]
     assert len(set().union(*ranges)) == 1280

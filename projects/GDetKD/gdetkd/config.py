@@ -53,6 +53,14 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # All terms rise linearly from 0 over this many iterations, or over their own WARMUP_ITERS where that is more.
     cfg.DISTILL.WARMUP_ITERS = 0
 
+    # Every so many iterations, look at what distillation does: level matching, tau, similarity of classes, gradients
+    # of the terms, detections. OUTPUT_DIR/visualization/index.html and TensorBoard show it; 0: never.
+    cfg.DISTILL.VIS_PERIOD = 0
+    # Labelled images of DATASETS.TEST[0] that are looked at, evenly spread over it.
+    cfg.DISTILL.VIS_IMAGES = 32
+    # The OUTPUT_DIR of a finished run of the student alone, to be compared with; empty: there is none.
+    cfg.DISTILL.VIS_BASELINE = ""
+
     # Steps in which a loss is infinite or not a number that a run leaves out, with a warning, before it stops.
     cfg.DISTILL.SKIP_NONFINITE = 0
 

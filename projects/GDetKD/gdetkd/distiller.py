@@ -68,14 +68,14 @@ class GDetKD(nn.Module):
         later_regions = [stage.regions for stage in student.later_stages]
         teacher = self.teacher.look(batched_inputs, student.regions, self._needs, later_regions)
         if "level_pooled" in self._needs:
-            student.level_pooled = self._pool_all_levels(student)
+            student.level_pooled = self.pool_all_levels(student)
         _check_filled(self._needs, student, teacher)
         for name, loss in self.losses.items():
             losses[term_name(name)] = loss(student, teacher)
         return losses
 
-    def _pool_all_levels(self, student: DetectorOutputs) -> torch.Tensor:
-        """(N, L, C, h, w), of the size that the teacher pools to."""
+    def pool_all_levels(self, student: DetectorOutputs) -> torch.Tensor:
+        """Its regions on each of its levels: (N, L, C, h, w), of the size that the teacher pools to."""
         size = self.teacher.adapter.spec.pooled_size
         maps, strides = list(student.pyramid.values()), list(student.strides.values())
         return pool_all_levels(maps, strides, student.regions, size, self._sampling_ratio)

@@ -143,11 +143,17 @@ class FrozenTeacher:
         with torch.autocast(images.device.type, self._dtype, enabled=torch.finfo(self._dtype).bits < 32):
             return self.adapter.look(images, regions, needs, later_regions)
 
+    @torch.no_grad()
+    def detect(self, batched_inputs: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+        """Detectron2's predictions on images as the student gets them, in the teacher's own classes."""
+        return self.model([{**inputs, "image": self._reordered(inputs["image"])} for inputs in batched_inputs])
+
     def preprocess(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:
         """The teacher's own channel order, pixel mean and std, and padding."""
-        if self._reorder:
-            batched_inputs = [{"image": inputs["image"].flip(0)} for inputs in batched_inputs]
-        return self.model.preprocess_image(batched_inputs)
+        return self.model.preprocess_image([{"image": self._reordered(inputs["image"])} for inputs in batched_inputs])
+
+    def _reordered(self, image: torch.Tensor) -> torch.Tensor:
+        return image.flip(0) if self._reorder else image
 
     def describe(self) -> Dict[str, str]:
         """What a checkpoint keeps of the teacher: where its weights were, and what they were."""

@@ -25,7 +25,12 @@ OBJECTS = (2, 5)  # an image
 HUE_TELLS_CLASS = 0.7  # share of objects whose hue is their class's
 MIN_VISIBLE = 0.5  # an object of which less can be seen is not annotated, nor drawn
 # Images of each split, and the seed of its first image: splits share no image.
-SPLITS = {"teacher": (1000, 1_000_000), "student": (80, 2_000_000), "val": (200, 3_000_000)}
+SPLITS = {
+    "teacher": (1000, 1_000_000),
+    "student": (80, 2_000_000),
+    "val": (200, 3_000_000),
+    "test": (200, 4_000_000),
+}
 
 
 def make_shapes(folder: str) -> None:

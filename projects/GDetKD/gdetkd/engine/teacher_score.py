@@ -118,7 +118,7 @@ def score_on_sample(
             results = _evaluate(cfg, teacher, sample, folder, flip)["bbox"]
         images = len(load_dataset(sample))
     names = MetadataCatalog.get(dataset).thing_classes
-    kept = _class_map(cfg, teacher, dataset)
+    kept = teachers_classes_in(cfg, teacher, dataset)
     both = names if kept is None else [names[index] for index in kept if index is not None]
     # Detectron2 gives a class no AP where there is but one class, or nothing is found; and NaN where the sample has no
     # object of it.
@@ -150,7 +150,7 @@ def _evaluate(cfg: CfgNode, teacher: FrozenTeacher, dataset: str, folder: str, f
     own_folder = cfg.clone()
     own_folder.defrost()
     own_folder.OUTPUT_DIR = folder
-    classes = _class_map(cfg, teacher, dataset)
+    classes = teachers_classes_in(cfg, teacher, dataset)
     evaluator = build_evaluator(own_folder, dataset)
     if classes is not None:
         evaluator = _Renumbered(evaluator, classes)
@@ -159,7 +159,7 @@ def _evaluate(cfg: CfgNode, teacher: FrozenTeacher, dataset: str, folder: str, f
         return inference_on_dataset(teacher.model, _Flipped(loader) if flip else loader, evaluator)
 
 
-def _class_map(cfg: CfgNode, teacher: FrozenTeacher, dataset: str) -> Optional[List[Optional[int]]]:
+def teachers_classes_in(cfg: CfgNode, teacher: FrozenTeacher, dataset: str) -> Optional[List[Optional[int]]]:
     """Of each class of the teacher, its index in the data set, or None; None: the same classes in the same order."""
     load_dataset(dataset)
     names, teachers = MetadataCatalog.get(dataset).get("thing_classes"), teacher.spec.class_names

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
@@ -140,7 +140,21 @@ class DistillTrainer(DefaultTrainer):
         if best is not None:
             hooks.insert(evaluates + 1, best)
         self._guard = StepGuard(self.cfg.DISTILL.SKIP_NONFINITE, random_state)
-        return [Stopwatch(), *hooks, self._guard]
+        return [Stopwatch(), *self._with_insight(hooks), self._guard]
+
+    def _with_insight(self, hooks: List[Optional[HookBase]]) -> List[Optional[HookBase]]:
+        if self.cfg.DISTILL.VIS_PERIOD <= 0:
+            return hooks
+        if self.distiller is None or not self.distiller.losses:
+            logger.info("DISTILL.VIS_PERIOD: there is no distillation to look at.")
+            return hooks
+        from ..insight.hook import Insight, LastPage  # it brings matplotlib, which takes a second
+
+        insight = Insight(self.cfg, self.distiller, self.schedule)
+        insight.attach(self._trainer.model)
+        writers = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)]
+        place = writers[0] if writers else len(hooks)
+        return [*hooks[:place], insight, *hooks[place:], LastPage(insight)]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resumes, or loads MODEL.WEIGHTS into the student and then the teacher's heads where they are asked for."""

@@ -111,12 +111,20 @@ class SGFI(DistillLoss):
     def tau(self) -> torch.Tensor:
         return self.log_tau.exp()
 
+    def attention(self, rois: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The alphas (N, L).
+
+        Args:
+            rois: (N, L, C_S, H, W) of the student.
+            target: (N, C_T, H, W) of the teacher.
+        """
+        keys = self.embed.forward_adapted(rois.flatten(0, 1), self.adapter)
+        return level_attention(keys.view(*rois.shape[:2], keys.shape[1]), self.embed(target), self.tau)
+
     def compute(self, student: Any, teacher: Any) -> torch.Tensor:
         rois = full_precision(student.level_pooled)  # (N, L, C_S, H, W)
         target = full_precision(teacher.pooled)  # (N, C_T, H, W)
-        keys = self.embed.forward_adapted(rois.flatten(0, 1), self.adapter)
-        teacher_keys = self.embed(target)
-        alpha = level_attention(keys.view(*rois.shape[:2], keys.shape[1]), teacher_keys, self.tau)
+        alpha = self.attention(rois, target)
         # The alphas sum to 1, so adapting the aggregate equals aggregating the adapted. Cells are rows, (N H W, C),
         # in which the sum over levels is one product and the adapter another.
         levels = rois.permute(0, 1, 3, 4, 2).flatten(2)  # (N, L, H W C_S), no copy

@@ -75,7 +75,7 @@ def draw_scores(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optiona
         axis.set_xlabel("box AP, percent")
         axis.set_xlim(left=0)
         axis.grid(axis="x", alpha=0.25)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def _reference(axis: Axes, value: float, color: str, label: str) -> None:
@@ -110,8 +110,8 @@ def draw_curves(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optiona
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
-        _legend(axis)
-        return _svg(figure)
+        finish_legend(axis)
+        return as_svg(figure)
 
 
 def draw_costs(rows: Sequence[Row]) -> str:
@@ -130,8 +130,8 @@ def draw_costs(rows: Sequence[Row]) -> str:
         axis.set(xlabel="time of a training step, the student's alone = 1", ylabel="gain in AP, points")
         axis.margins(x=0.08)
         axis.grid(alpha=0.25)
-        _legend(axis)
-        return _svg(figure)
+        finish_legend(axis)
+        return as_svg(figure)
 
 
 def draw_schedules(rows: Sequence[Row]) -> str:
@@ -158,16 +158,26 @@ def draw_schedules(rows: Sequence[Row]) -> str:
         axis.xaxis.minorticks_off()
         axis.set(xlabel="length of the schedule", ylabel="box AP, percent")
         axis.grid(alpha=0.25)
-        _legend(axis)
-        return _svg(figure)
+        finish_legend(axis)
+        return as_svg(figure)
 
 
-def _legend(axis: Axes) -> None:
-    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
+def finish_legend(axis: Axes, title: str = "") -> None:
+    """The legend, on the right of the axis."""
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, title=title or None)
 
 
-def _svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
+    """The figure's text, and closes it."""
     file = io.StringIO()
     figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    return file.getvalue()
+
+
+def as_png(figure: Figure) -> bytes:
+    """The figure's pixels, and closes it."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=90, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
     return file.getvalue()

@@ -1,0 +1,120 @@
+"""Looks at what distillation does while it trains (DISTILL.VIS_PERIOD)."""
+
+import logging
+from typing import Any, Dict, List, Optional
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch import nn
+
+from ..data.train_loader import random_state
+from ..distiller import GDetKD
+from ..engine.schedule import LossSchedule
+from .gradients import term_gradients
+from .page import write_page
+from .probe import Probe, load_probe
+from .records import RecordFile, make_record
+from .runs import FinishedRun
+
+logger = logging.getLogger(__name__)
+
+
+class Insight(HookBase):
+    """Writes a record, TensorBoard's figures and the page every DISTILL.VIS_PERIOD iterations, before the first and
+    after the last. The training is the same, bit for bit on a CPU, as without it.
+
+    It must stand before the hook that writes metrics; `LastPage` stands after.
+
+    Args:
+        cfg: the run's.
+        distiller: with losses.
+        schedule: weights the terms.
+
+    Raises:
+        GDetKDError: DATASETS.TEST has no labelled image, or DISTILL.VIS_BASELINE is no finished run.
+    """
+
+    def __init__(self, cfg: CfgNode, distiller: GDetKD, schedule: LossSchedule) -> None:
+        self._cfg = cfg
+        self._period = cfg.DISTILL.VIS_PERIOD
+        self._distiller = distiller
+        self._schedule = schedule
+        self._parameters = _watched_parameters(distiller.student)
+        self._gradients: Optional[Dict[str, Any]] = None
+        self._probe: Optional[Probe] = None
+        self._baseline: Optional[FinishedRun] = None
+        if comm.is_main_process():
+            self._probe = load_probe(cfg, distiller.teacher)
+            self._baseline = FinishedRun(cfg.DISTILL.VIS_BASELINE) if cfg.DISTILL.VIS_BASELINE else None
+            self._file = RecordFile(cfg.OUTPUT_DIR)
+
+    def attach(self, model: nn.Module) -> Any:
+        """Looks at the losses that `model` returns, weighted; so `schedule` comes first. Returns the handle."""
+        return model.register_forward_hook(self._look_at_losses)
+
+    def _is_due(self, iterations: int) -> bool:
+        return iterations % self._period == 0 or iterations == self.trainer.max_iter
+
+    def _look_at_losses(self, model: nn.Module, inputs: Any, losses: Dict[str, torch.Tensor]) -> None:
+        if not model.training or not self._is_due(self.trainer.iter + 1):
+            return
+        scaler = getattr(self.trainer._trainer, "grad_scaler", None)
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        # On every process: the backward pass of SyncBN waits for all.
+        self._gradients = term_gradients(losses, self._schedule.terms, self._parameters, scale)
+
+    def before_train(self) -> None:
+        if not comm.is_main_process():
+            return
+        self._file.forget_after(self.trainer.start_iter)
+        if self.trainer.start_iter == 0:
+            self._record(0)
+
+    def after_step(self) -> None:
+        iterations = self.trainer.iter + 1
+        if comm.is_main_process() and self._is_due(iterations):
+            self._record(iterations)
+            self.write_page()
+
+    def _record(self, iterations: int) -> None:
+        with random_state((0,)):
+            record = make_record(self._distiller, self._probe, iterations)
+        record["gradients"], self._gradients = self._gradients, None
+        for name in ("tau", "correlation_gap"):
+            if record.get(name) is not None:
+                self.trainer.storage.put_scalar(f"insight/{name}", record[name], smoothing_hint=False)
+        for name, gradient in (record["gradients"] or {}).items():
+            self.trainer.storage.put_scalar(f"gradient/{name}", gradient["norm"], smoothing_hint=False)
+        try:
+            self._file.add(record)
+        except OSError as e:
+            logger.error("What was seen of the distillation could not be written (%s).", e.strerror or e)
+
+    def write_page(self) -> None:
+        try:
+            with random_state((0,)):
+                images = write_page(self._file.folder, self._cfg, self._distiller, self._probe, self._baseline)
+        except OSError as e:
+            logger.error("The page of what distillation does could not be written (%s).", e.strerror or e)
+            return
+        for name, image in images.items():
+            self.trainer.storage.put_image(f"insight/{name}", image)
+
+
+class LastPage(HookBase):
+    """Writes the page once more when the training is over, with the last evaluation in it."""
+
+    def __init__(self, insight: Insight) -> None:
+        self._insight = insight
+
+    def after_train(self) -> None:
+        if comm.is_main_process() and self.trainer.iter + 1 >= self.trainer.max_iter:
+            self._insight.write_page()
+
+
+def _watched_parameters(student: nn.Module) -> List[nn.Parameter]:
+    """The backbone's, which every term reaches; of a student whose backbone is frozen, all."""
+    backbone = [p for p in getattr(student, "backbone", student).parameters() if p.requires_grad]
+    return backbone or [p for p in student.parameters() if p.requires_grad]

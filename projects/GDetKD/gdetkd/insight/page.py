@@ -1,0 +1,206 @@
+"""The page that shows what distillation does during one run."""
+
+import io
+from html import escape
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from matplotlib import pyplot as plt
+from PIL import Image
+
+from ..classes import some
+from ..distiller import GDetKD
+from ..engine.checkpoint import written_whole
+from ..visualization import insight_charts as charts
+from ..visualization.charts import STYLE, as_png, as_svg
+from ..visualization.detections import draw_detections, pick
+from ..visualization.page import html_figure, html_list, html_page
+from .detections import Comparison, Found, compare_detectors
+from .measures import class_correlation, correlation_gap
+from .probe import Probe, detect, detect_by_teacher, embed_objects
+from .records import RecordFile, as_lists
+from .runs import FinishedRun, read_curve, read_teacher_ap, read_terms
+
+PAGE = "index.html"
+# Images whose detections are shown.
+SHOWN = 6
+
+
+class Section(NamedTuple):
+    """One figure of the page.
+
+    Attributes:
+        name: of its file.
+        image: an SVG's or PNG's content.
+    """
+
+    name: str
+    heading: str
+    image: bytes
+    caption: str
+    kind: str = "svg+xml"
+
+
+def write_page(
+    folder: Path, cfg: CfgNode, distiller: GDetKD, probe: Probe, baseline: Optional[FinishedRun]
+) -> Dict[str, np.ndarray]:
+    """Writes `index.html`, which needs nothing beside it, and its figures as files; over older ones.
+
+    Args:
+        folder: holds the records.
+        cfg: the run's; its OUTPUT_DIR holds metrics.json.
+        distiller: with the student's weights of the last record.
+        baseline: the student alone; None where there is none to compare with.
+
+    Returns:
+        the detections, by name, as (3, H, W) uint8.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    records = RecordFile(cfg.OUTPUT_DIR).read()
+    with plt.rc_context(STYLE):
+        sections = [
+            *_of_scores(cfg, baseline),
+            *_of_levels(records),
+            *_of_classes(cfg, records, probe, baseline),
+            *_of_terms(cfg, records),
+        ]
+        detections, headline = _of_detections(cfg, distiller, probe, baseline)
+    sections.insert(1 if sections and sections[0].name == "ap" else 0, detections)
+    folder.mkdir(parents=True, exist_ok=True)
+    for section in sections:
+        ending = "svg" if section.kind == "svg+xml" else section.kind
+        with written_whole(str(folder / f"{section.name}.{ending}"), "wb") as file:
+            file.write(section.image)
+    with written_whole(str(folder / PAGE)) as file:
+        file.write(_page(cfg, records, headline, sections))
+    return {"detections": np.asarray(Image.open(io.BytesIO(detections.image)).convert("RGB")).transpose(2, 0, 1)}
+
+
+def _page(cfg: CfgNode, records: Sequence[Dict[str, Any]], headline: str, sections: Sequence[Section]) -> str:
+    setting = {
+        "Student": cfg.DISTILL.STUDENT_META_ARCHITECTURE,
+        "Teacher": cfg.DISTILL.TEACHER.CONFIG_FILE,
+        "Terms": ", ".join(cfg.DISTILL.LOSSES) + (", head transfer" if cfg.DISTILL.HEAD_TRANSFER else ""),
+        "Run": cfg.OUTPUT_DIR,
+        "Iterations": f"{records[-1]['iterations']} of {cfg.SOLVER.MAX_ITER}",
+        "Looked at": f"{records[-1]['objects']} objects on images of {cfg.DATASETS.TEST[0]}",
+        "Baseline": cfg.DISTILL.VIS_BASELINE or "none given (DISTILL.VIS_BASELINE)",
+    }
+    parts = [
+        "<h1>What distillation did to the student</h1>",
+        f'<p class="lead">{escape(headline)}</p>',
+        html_list(setting),
+        *(html_figure(each.heading, each.image, each.caption, each.kind) for each in sections),
+    ]
+    return html_page("What distillation did", parts)
+
+
+def _of_scores(cfg: CfgNode, baseline: Optional[FinishedRun]) -> List[Section]:
+    curve = read_curve(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER)
+    if not curve[0]:
+        return []
+    teacher_ap = read_teacher_ap(cfg.OUTPUT_DIR)
+    known = "" if teacher_ap is not None else " The teacher's is not known: DISTILL.EVAL_TEACHER was off."
+    figure = charts.draw_ap(curve, baseline.curve() if baseline else None, teacher_ap)
+    caption = f"Box AP on {cfg.DATASETS.TEST[0]} at each evaluation.{known}"
+    return [Section("ap", "AP during training", as_svg(figure).encode(), caption)]
+
+
+def _of_levels(records: Sequence[Dict[str, Any]]) -> List[Section]:
+    """Where SGFI is among the losses."""
+    if "levels" not in records[-1]:
+        return []
+    matching = Section(
+        "levels",
+        "Which levels match",
+        as_svg(charts.draw_level_matching(records[-1])).encode(),
+        "Mean of SGFI's alpha over objects, within their ground-truth boxes: which of the student's levels look like "
+        "what the teacher's assigned level sees. A row sums to 1. Sizes are COCO's, by area of the box in the file.",
+    )
+    if len(records) == 1:
+        return [matching]
+    caption = "The same over training, for each level of the teacher; and tau, the softmax's learned temperature."
+    figure = charts.draw_level_history(records)
+    return [matching, Section("levels_over_training", "Matching over training", as_svg(figure).encode(), caption)]
+
+
+def _of_classes(
+    cfg: CfgNode, records: Sequence[Dict[str, Any]], probe: Probe, baseline: Optional[FinishedRun]
+) -> List[Section]:
+    record = records[-1]
+    if record["correlation_gap"] is None:
+        return []
+    matrices = {name: record["correlation"][name] for name in ("teacher", "student")}
+    gap = None
+    if baseline is not None:
+        embeddings = embed_objects(baseline.adapter(baseline.student()), probe)
+        alone = class_correlation(embeddings, probe.classes, len(probe.class_names))
+        matrices["baseline"] = as_lists(alone)
+        gap = correlation_gap(torch.tensor(np.array(matrices["teacher"], dtype=float)), alone)
+    differences = f"The student's differ from the teacher's by {record['correlation_gap']:.3f} on average"
+    differences += "." if gap is None else f", the baseline's by {gap:.3f}."
+    now = Section(
+        "classes",
+        "How alike classes look",
+        as_svg(charts.draw_correlation(matrices, record["classes"])).encode(),
+        f"Correlation of the classes' mean embeddings, within ground-truth boxes. {differences}",
+    )
+    if len(records) == 1:
+        return [now]
+    figure = charts.draw_correlation_history(records, gap)
+    caption = "Mean absolute difference of the two matrices, over pairs of classes."
+    return [now, Section("classes_over_training", "Likeness over training", as_svg(figure).encode(), caption)]
+
+
+def _of_terms(cfg: CfgNode, records: Sequence[Dict[str, Any]]) -> List[Section]:
+    sections = []
+    if any(record.get("gradients") for record in records):
+        caption = (
+            "Left: norm of each weighted term's gradient in the backbone, as a share of their sum. Right: its cosine "
+            "with the gradient of the student's own losses; below 0 they pull in opposite directions. One batch each."
+        )
+        figure = charts.draw_gradients(records)
+        sections.append(Section("gradients", "What pulls at the student", as_svg(figure).encode(), caption))
+    terms = read_terms(cfg.OUTPUT_DIR)
+    if terms:
+        caption = "As they enter the total, weights included, smoothed as Detectron2 does. Dashed: the student's own."
+        sections.append(Section("terms", "Loss terms", as_svg(charts.draw_terms(terms)).encode(), caption))
+    return sections
+
+
+def _of_detections(cfg: CfgNode, distiller: GDetKD, probe: Probe, baseline: Optional[FinishedRun]) -> Any:
+    """The section, and the page's headline."""
+    found: Dict[str, List[Found]] = {"teacher": detect_by_teacher(distiller.teacher, probe)}
+    if baseline is not None:
+        found["baseline"] = detect(baseline.student(), probe)
+    found["student"] = detect(distiller.student, probe)
+    counts = [len(each["instances"]) for each in probe.inputs]
+    alone = found.get("baseline", [None] * len(counts))
+    rows = zip(counts, found["student"], found["teacher"], alone)
+    compared: List[Comparison] = [compare_detectors(*row) for row in rows]
+    shown = pick(compared, SHOWN)
+    figure = draw_detections(
+        [probe.inputs[index] for index in shown],
+        {name: [its[index] for index in shown] for name, its in found.items()},
+        [compared[index] for index in shown],
+        probe.class_names,
+        cfg.INPUT.FORMAT,
+    )
+    gained, lost, copied = (sum(int(vars(c)[what].sum()) for c in compared) for what in ("gained", "lost", "copied"))
+    than = "the teacher" if baseline is None else "the baseline"
+    finds = {name: sum(int(f.finds(n).sum()) for f, n in zip(its, counts)) for name, its in found.items()}
+    headline = (
+        f"Of {sum(counts)} objects on {len(counts)} images {some([f'the {k} finds {v}' for k, v in finds.items()])}. "
+        f"The student finds {gained} that {than} does not, misses {lost} that {than} finds, and makes {copied} of the "
+        f"teacher's mistakes{'' if baseline is None else ' that the baseline does not make'}."
+    )
+    caption = (
+        "Each detector from the score of its best F1 on these images on, which it sees at the student's test size. The "
+        f"{len(shown)} images of {len(counts)} on which most is to be seen."
+    )
+    return Section("detections", "Who finds what", as_png(figure), caption, "png"), headline

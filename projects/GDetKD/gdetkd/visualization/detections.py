@@ -1,0 +1,120 @@
+"""Images with what several detectors find in them, side by side."""
+
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+from ..insight.detections import Comparison, Found
+from .charts import OURS, PLAIN, TEACHER
+
+RIGHT, WRONG, MISSED = "#5aa469", "#e9a23b", "#9aa0a6"
+GAINED, LOST, COPIED = "#1d6fd1", "#d1495b", "#b5179e"
+TITLES = {"teacher": TEACHER, "baseline": PLAIN, "student": OURS}
+
+
+def pick(compared: Sequence[Comparison], count: int) -> List[int]:
+    """Indices of the images on which most is to be seen, most first; of equals the earlier."""
+    return sorted(range(len(compared)), key=lambda index: -len(compared[index]))[:count]
+
+
+def draw_detections(
+    inputs: Sequence[Dict[str, Any]],
+    detectors: Dict[str, Sequence[Found]],
+    compared: Sequence[Comparison],
+    class_names: Sequence[str],
+    input_format: str,
+) -> Figure:
+    """A row for each image: its objects, then each detector's detections.
+
+    Args:
+        inputs: images and objects as a `Probe` has them.
+        detectors: by name ("teacher", "baseline", "student"), what each takes for objects on each image.
+        compared: what distillation changed on each.
+        input_format: of the pixels, Detectron2's INPUT.FORMAT.
+    """
+    columns = ["objects", *detectors]
+    figure, axes = plt.subplots(
+        len(inputs), len(columns), figsize=(3.3 * len(columns), 3.3 * len(inputs) + 0.5), squeeze=False
+    )
+    for row, each, comparison, *found in zip(axes, inputs, compared, *detectors.values()):
+        pixels = _as_rgb(each["image"], input_format)
+        objects = each["instances"]
+        for axis, name, its in zip(row, columns, [None, *found]):
+            axis.imshow(pixels)
+            axis.set(xticks=[], yticks=[], xlim=(-0.5, pixels.shape[1] - 0.5), ylim=(pixels.shape[0] - 0.5, -0.5))
+            if its is None:
+                _draw_objects(axis, objects, comparison, class_names)
+            else:
+                _draw_found(axis, its, objects, comparison if name == "student" else None, class_names)
+    for axis, name in zip(axes[0], columns):
+        axis.set_title(name, color=TITLES.get(name, "#222222"), fontsize=12, loc="left")
+    _legend(figure, has_baseline="baseline" in detectors)
+    return figure
+
+
+def _draw_objects(axis: Axes, objects: Any, comparison: Comparison, class_names: Sequence[str]) -> None:
+    for index, (box, label) in enumerate(zip(objects.gt_boxes.tensor.tolist(), objects.gt_classes.tolist())):
+        color = GAINED if comparison.gained[index] else LOST if comparison.lost[index] else "white"
+        _box(axis, box, color, class_names[label], strong=color != "white")
+
+
+def _draw_found(
+    axis: Axes, found: Found, objects: Any, comparison: Optional[Comparison], class_names: Sequence[str]
+) -> None:
+    missed = ~found.finds(len(objects))
+    for index in missed.nonzero().flatten().tolist():
+        lost = comparison is not None and bool(comparison.lost[index])
+        _box(axis, objects.gt_boxes.tensor[index].tolist(), LOST if lost else MISSED, "", strong=lost, dashed=True)
+    for index, (box, label, object_) in enumerate(
+        zip(found.boxes.tolist(), found.classes.tolist(), found.objects.tolist())
+    ):
+        color, strong = (RIGHT, False) if object_ >= 0 else (WRONG, False)
+        if comparison is not None and object_ >= 0 and comparison.gained[object_]:
+            color, strong = GAINED, True
+        if comparison is not None and comparison.copied[index]:
+            color, strong = COPIED, True
+        _box(axis, box, color, class_names[label], strong)
+
+
+def _box(axis: Axes, box: Sequence[float], color: str, text: str, strong: bool, dashed: bool = False) -> None:
+    x1, y1, x2, y2 = box
+    style: Dict[str, Any] = {"fill": False, "linewidth": 2.6 if strong else 1.5, "linestyle": "--" if dashed else "-"}
+    axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, edgecolor=color, **style))
+    if text:
+        axis.text(
+            x1, y1, text, fontsize=7, color="#222222" if color == "white" else "white", va="bottom", clip_on=True,
+            bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+        )  # fmt: skip
+
+
+def _legend(figure: Figure, has_baseline: bool) -> None:
+    than = "the baseline" if has_baseline else "the teacher"
+    also = ", the baseline does not" if has_baseline else ""
+    entries: List[Tuple[str, str, str]] = [
+        (RIGHT, "-", "found"),
+        (WRONG, "-", "a mistake"),
+        (MISSED, "--", "missed"),
+        (GAINED, "-", f"found by the student, not by {than}"),
+        (LOST, "--", f"found by {than}, not by the student"),
+        (COPIED, "-", f"a mistake that the teacher makes, too{also}"),
+    ]
+    handles = [
+        Line2D([], [], color=color, linestyle=style, linewidth=2.4, label=text) for color, style, text in entries
+    ]
+    bottom = 0.5 / figure.get_figheight()
+    figure.subplots_adjust(
+        left=0.005, right=0.995, bottom=bottom, top=1 - 0.3 / figure.get_figheight(), wspace=0.02, hspace=0.02
+    )
+    figure.legend(handles=handles, loc="lower center", ncol=3, frameon=False, fontsize=8.5)
+
+
+def _as_rgb(image: torch.Tensor, input_format: str) -> np.ndarray:
+    """(H, W, 3) uint8 of a (3, H, W) image in an order of Detectron2's."""
+    pixels = image.numpy().transpose(1, 2, 0)
+    return pixels[:, :, ::-1] if input_format == "BGR" else pixels

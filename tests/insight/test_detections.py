@@ -1,0 +1,75 @@
+"""Who finds what: matching, thresholds, and what distillation changed."""
+
+import torch
+
+from gdetkd.insight.detections import Found, best_threshold, compare_detectors, match_objects
+
+OBJECTS = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]])
+CLASSES = torch.tensor([0, 1, 1])
+
+
+def shifted(index, by=0.0):
+    return (OBJECTS[index] + by).tolist()
+
+
+def find(*detections):
+    """From (box, score, class)."""
+    boxes, scores, classes = zip(*detections) if detections else ([], [], [])
+    boxes = torch.tensor(boxes).reshape(-1, 4)
+    return match_objects(boxes, torch.tensor(scores), torch.tensor(classes, dtype=torch.long), OBJECTS, CLASSES)
+
+
+def test_the_best_detection_takes_an_object_and_the_next_is_a_mistake():
+    found = find((shifted(0, 1.0), 0.5, 0), (shifted(0), 0.9, 0))
+    assert found.scores.tolist() == torch.tensor([0.9, 0.5]).tolist()
+    assert found.objects.tolist() == [0, -1]
+
+
+def test_class_and_overlap_have_to_be_right():
+    assert find((shifted(0), 0.9, 1)).objects.tolist() == [-1]
+    assert find((shifted(0, 3.0), 0.9, 0)).objects.tolist() == [-1]  # IoU 49 / 151
+
+
+def test_no_detection_and_no_object():
+    assert not find().finds(3).any()
+    alone = match_objects(OBJECTS, torch.ones(3), CLASSES, torch.empty(0, 4), torch.empty(0, dtype=torch.long))
+    assert alone.objects.tolist() == [-1, -1, -1] and len(alone.finds(0)) == 0
+    assert best_threshold([find()], objects=3) == 0.0
+
+
+def test_threshold_is_that_of_the_best_f1():
+    found = find((shifted(0), 0.9, 0), (shifted(1), 0.7, 1), (shifted(1, 30.0), 0.6, 1), (shifted(1, -15.0), 0.5, 0))
+    # F1 after each: 2/4, 4/5, 4/6, 4/7.
+    assert abs(best_threshold([found], objects=3) - 0.7) < 1e-6
+    assert found.above(0.7).finds(3).tolist() == [True, True, False]
+
+
+def test_equal_scores_are_taken_together():
+    found = find((shifted(0), 0.9, 0), (shifted(1), 0.5, 1), (shifted(2, 30.0), 0.5, 0), (shifted(2, 60.0), 0.5, 0))
+    # After the first 2/4; with all of score 0.5 4/7, though 4/5 if it could stop at the right one of them.
+    assert abs(best_threshold([found], objects=3) - 0.5) < 1e-6
+    assert len(found.above(0.5).boxes) == 4
+
+
+def test_what_distillation_changed():
+    mistake, other = shifted(0, 60.0), shifted(0, 90.0)
+    student = find((shifted(0), 0.9, 0), (mistake, 0.8, 1), (other, 0.7, 1))
+    teacher = find((shifted(0), 0.9, 0), (shifted(1), 0.9, 1), (mistake, 0.8, 1), (other, 0.7, 1))
+    baseline = find((shifted(2), 0.9, 1), (other, 0.8, 1))
+    compared = compare_detectors(3, student, teacher, baseline)
+    assert compared.gained.tolist() == [True, False, False]
+    assert compared.lost.tolist() == [False, False, True]
+    assert compared.copied.tolist() == [False, True, False]  # the baseline makes the other one by itself
+    assert len(compared) == 3
+
+
+def test_without_a_baseline_the_teacher_is_what_is_compared_with():
+    student, teacher = find((shifted(0), 0.9, 0)), find((shifted(1), 0.9, 1))
+    compared = compare_detectors(3, student, teacher, None)
+    assert compared.gained.tolist() == [True, False, False] and compared.lost.tolist() == [False, True, False]
+
+
+def test_a_mistake_of_another_class_is_not_copied():
+    box = shifted(0, 60.0)
+    assert not compare_detectors(3, find((box, 0.9, 0)), find((box, 0.9, 1)), None).copied.any()
+    assert isinstance(find(), Found)

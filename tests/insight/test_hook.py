@@ -1,0 +1,106 @@
+"""DISTILL.VIS_PERIOD: what it writes, and that the training does not notice."""
+
+import json
+
+import pytest
+import torch
+from detectron2.utils.env import seed_all_rng
+
+from gdetkd import DistillTrainer
+from gdetkd.errors import GDetKDError
+from gdetkd.insight.records import RecordFile
+
+SEEN = {"DATASETS.TEST": ("tiny",), "TEST.KEEP_BEST": False, "DISTILL.VIS_PERIOD": 2, "DISTILL.VIS_IMAGES": 3}
+
+
+def train(cfg, resume=False, stop_at=None):
+    seed_all_rng(cfg.SEED)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    if stop_at is not None:
+        trainer.max_iter = stop_at
+    trainer.train()
+    return trainer
+
+
+def losses_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "loss" in k and "gradient" not in k} for line in lines]
+
+
+def test_the_training_is_the_same_and_all_is_written(distill_cfg, tmp_path):
+    weights = []
+    for name, changes in (("plain", {**SEEN, "DISTILL.VIS_PERIOD": 0}), ("seen", SEEN)):
+        cfg = distill_cfg({**changes, "OUTPUT_DIR": str(tmp_path / name)})
+        (tmp_path / name).mkdir()
+        weights.append(train(cfg).student.state_dict())
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert losses_of(tmp_path / "plain") == losses_of(tmp_path / "seen")
+    assert not (tmp_path / "plain" / "visualization").exists()
+
+    folder = tmp_path / "seen" / "visualization"
+    page = (folder / "index.html").read_text()
+    for heading in ("Who finds what", "Which levels match", "How alike classes look", "What pulls at the student"):
+        assert heading in page
+    assert {path.suffix for path in folder.iterdir()} == {".html", ".svg", ".png", ".jsonl"}
+    records = RecordFile(str(tmp_path / "seen")).read()
+    assert [record["iterations"] for record in records] == [0, 2, 4]
+    assert records[0]["gradients"] is None
+    assert set(records[1]["gradients"]) == {
+        "student",
+        *(f"loss_distill_{each}" for each in ("sgfi", "ckd", "cls", "reg")),
+    }
+    assert all(gradient["norm"] > 0 for gradient in records[1]["gradients"].values())
+    alphas = [row for row in records[2]["levels"]["all"]["alpha"] if row is not None]
+    assert alphas and all(abs(sum(row) - 1) < 1e-5 for row in alphas)
+    events = b"".join(path.read_bytes() for path in (tmp_path / "seen").glob("events.out.tfevents*"))
+    for name in (b"insight/tau", b"insight/detections", b"gradient/loss_distill_sgfi"):
+        assert name in events
+
+
+def test_a_resumed_run_sees_nothing_twice(distill_cfg):
+    cfg = distill_cfg({**SEEN, "SOLVER.MAX_ITER": 6, "SOLVER.CHECKPOINT_PERIOD": 3})
+    train(cfg, stop_at=5)
+    file = RecordFile(cfg.OUTPUT_DIR)
+    assert [record["iterations"] for record in file.read()] == [0, 2, 4, 5]
+    before = file.read()
+    (file.folder.parent / "last_checkpoint").write_text("model_0000002.pth")  # as if killed before the next
+    train(cfg, resume=True)
+    assert [record["iterations"] for record in file.read()] == [0, 2, 4, 6]
+    assert file.read()[:2] == before[:2]
+    again, then = file.read()[2], before[2]
+    assert again == then
+
+
+@pytest.mark.parametrize("pair", ["faster_rcnn-retinanet", "fcos-faster_rcnn"])
+def test_across_families(pair_cfg, pair):
+    cfg = pair_cfg(pair, {**SEEN, "SOLVER.MAX_ITER": 2})
+    train(cfg)
+    record = RecordFile(cfg.OUTPUT_DIR).read()[-1]
+    assert record["iterations"] == 2 and record["correlation_gap"] is not None
+    assert len(record["levels"]["all"]["alpha"]) == len(record["teacher_levels"])
+
+
+def test_without_sgfi_there_are_no_levels(distill_cfg):
+    cfg = distill_cfg({**SEEN, "DISTILL.LOSSES": ("CKD",), "SOLVER.MAX_ITER": 2})
+    train(cfg)
+    record = RecordFile(cfg.OUTPUT_DIR).read()[-1]
+    assert "levels" not in record and "tau" not in record and record["correlation_gap"] is not None
+
+
+def test_without_losses_nothing_is_looked_at(distill_cfg):
+    cfg = distill_cfg({**SEEN, "DISTILL.LOSSES": (), "SOLVER.MAX_ITER": 2})
+    train(cfg)
+    assert RecordFile(cfg.OUTPUT_DIR).read() == []
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"DATASETS.TEST": ()}, "DATASETS.TEST, which is empty"),
+        ({"DISTILL.VIS_BASELINE": "nowhere"}, "no config.yaml"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_said_before_training(distill_cfg, changes, message):
+    with pytest.raises(GDetKDError, match=message):
+        DistillTrainer(distill_cfg({**SEEN, **changes}))

@@ -1,0 +1,55 @@
+"""tools/visualize.py on the folders of finished runs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from detectron2.data import MetadataCatalog
+
+from gdetkd import DistillTrainer
+from gdetkd.errors import GDetKDError
+from gdetkd.insight.records import RecordFile
+from gdetkd.insight.runs import FinishedRun
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def visualize(*args):
+    command = [sys.executable, str(ROOT / "tools/visualize.py"), *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture
+def finished(distill_cfg, tmp_path):
+    """Trains for two iterations, and returns the run's folder."""
+
+    def make(name, changes):
+        keys = {"DATASETS.REGISTER": [dict(MetadataCatalog.get("tiny").gdetkd_entry)], "DATASETS.TEST": ("tiny",)}
+        keys.update({"SOLVER.MAX_ITER": 2, "SOLVER.CHECKPOINT_PERIOD": 1, "DISTILL.VIS_IMAGES": 3})
+        (tmp_path / name).mkdir()
+        cfg = distill_cfg({**keys, "OUTPUT_DIR": str(tmp_path / name), **changes})
+        (tmp_path / name / "config.yaml").write_text(cfg.dump())  # as default_setup does
+        trainer = DistillTrainer(cfg)
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+        return tmp_path / name
+
+    return make
+
+
+def test_a_run_that_recorded_nothing_is_seen_by_its_checkpoints(finished):
+    distilled, alone = finished("distilled", {}), finished("alone", {"DISTILL.LOSSES": ()})
+    seen = visualize(distilled, "--baseline", alone)
+    assert seen.returncode == 0, seen.stderr
+    page = (distilled / "visualization" / "index.html").read_text()
+    assert "the baseline finds" in page and "Matching over training" in page and "What pulls" not in page
+    assert [record["iterations"] for record in RecordFile(str(distilled)).read()] == [1, 2]
+
+    refused = visualize(alone)
+    assert refused.returncode != 0 and "without distillation losses" in refused.stderr
+
+
+def test_a_folder_that_is_no_finished_run_is_refused(tmp_path):
+    with pytest.raises(GDetKDError, match="is not the OUTPUT_DIR of a finished run: it has no config.yaml"):
+        FinishedRun(str(tmp_path))

@@ -1,0 +1,77 @@
+#!/usr/bin/env python
+"""Shows what distillation did in a finished run: levels, classes, terms, AP, and who finds what.
+
+python tools/visualize.py RUN [--baseline RUN] [--images 32]
+
+RUN is the OUTPUT_DIR of a distillation, seen from the folder that it was started in; the page is
+RUN/visualization/index.html. What DISTILL.VIS_PERIOD recorded during the training is shown; where it was 0, the
+checkpoints that were kept are looked at instead, which tells all but the gradients of the terms. See
+docs/visualization.md.
+"""
+
+import argparse
+import sys
+import warnings
+
+warnings.filterwarnings("ignore")
+
+from gdetkd.data import register_datasets  # noqa: E402, I001
+from gdetkd.data.shapes import make_shapes_for
+from gdetkd.distiller import GDetKD
+from gdetkd.errors import GDetKDError
+from gdetkd.insight.page import PAGE, write_page
+from gdetkd.insight.probe import Probe, load_probe
+from gdetkd.insight.records import RecordFile, make_record
+from gdetkd.insight.runs import FinishedRun, load_checkpoint
+
+from detectron2.config import CfgNode
+from tqdm import tqdm
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="the OUTPUT_DIR of a finished distillation")
+    parser.add_argument("--baseline", default="", help="the OUTPUT_DIR of the student trained alone")
+    parser.add_argument("--images", type=int, help="labelled images of DATASETS.TEST to look at; default: the run's")
+    return parser.parse_args()
+
+
+def configure(run: FinishedRun, args: argparse.Namespace) -> CfgNode:
+    cfg = run.cfg
+    if cfg.MODEL.META_ARCHITECTURE != "GDetKD" or not cfg.DISTILL.LOSSES:
+        raise GDetKDError(f"{args.run!r} is a run without distillation losses: there is nothing to look at.")
+    cfg.DISTILL.VIS_BASELINE = args.baseline or cfg.DISTILL.VIS_BASELINE
+    cfg.DISTILL.VIS_IMAGES = args.images or cfg.DISTILL.VIS_IMAGES
+    make_shapes_for(cfg)
+    register_datasets(cfg)
+    return cfg
+
+
+def look_at_checkpoints(run: FinishedRun, distiller: GDetKD, probe: Probe, file: RecordFile) -> None:
+    """Makes records where the training made none; the distiller has the last weights afterwards."""
+    checkpoints = run.checkpoints()
+    if not file.read():
+        for iterations, path in tqdm(checkpoints, desc="looking at checkpoints"):
+            load_checkpoint(distiller, path)
+            file.add({**make_record(distiller, probe, iterations), "gradients": None})
+    load_checkpoint(distiller, checkpoints[-1][1])
+
+
+def main() -> None:
+    args = parse_arguments()
+    run = FinishedRun(args.run)
+    cfg = configure(run, args)
+    baseline = FinishedRun(cfg.DISTILL.VIS_BASELINE) if cfg.DISTILL.VIS_BASELINE else None
+    distiller = GDetKD(cfg)
+    probe = load_probe(cfg, distiller.teacher)
+    file = RecordFile(args.run)
+    look_at_checkpoints(run, distiller, probe, file)
+    write_page(file.folder, cfg, distiller, probe, baseline)
+    print(f"Page: {file.folder / PAGE}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GDetKDError as error:
+        sys.exit(str(error))
