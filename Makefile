@@ -22,8 +22,9 @@ export PYTHONWARNINGS := ignore
 quickstart: $(INSTALLED)
 	$(PYTHON) tools/quickstart.py --pair $(PAIR)
 
+# A process for each core, up to four: tiny detectors gain nothing from more threads.
 test: $(INSTALLED)
-	$(PYTHON) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 soak: $(INSTALLED)
 	$(PYTHON) -m pytest -m soak -s $(PYTEST_ARGS)
