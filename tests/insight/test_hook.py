@@ -58,18 +58,23 @@ def test_the_training_is_the_same_and_all_is_written(distill_cfg, tmp_path):
         assert name in events
 
 
-def test_a_resumed_run_sees_nothing_twice(distill_cfg):
-    cfg = distill_cfg({**SEEN, "SOLVER.MAX_ITER": 6, "SOLVER.CHECKPOINT_PERIOD": 3})
+def test_a_resumed_run_sees_all_once(distill_cfg):
+    cfg = distill_cfg({**SEEN, "SOLVER.MAX_ITER": 6, "SOLVER.CHECKPOINT_PERIOD": 2})
     train(cfg, stop_at=5)
     file = RecordFile(cfg.OUTPUT_DIR)
-    assert [record["iterations"] for record in file.read()] == [0, 2, 4, 5]
     before = file.read()
-    (file.folder.parent / "last_checkpoint").write_text("model_0000002.pth")  # as if killed before the next
+    assert [record["iterations"] for record in before] == [0, 2, 4, 5]
+    lines = (file.folder / "records.jsonl").read_text().splitlines()
+    (file.folder / "records.jsonl").write_text(
+        "\n".join([lines[0], *lines[2:]]) + "\n"
+    )  # a kill came before the second
+    (file.folder.parent / "last_checkpoint").write_text("model_0000001.pth")
     train(cfg, resume=True)
-    assert [record["iterations"] for record in file.read()] == [0, 2, 4, 6]
-    assert file.read()[:2] == before[:2]
-    again, then = file.read()[2], before[2]
-    assert again == then
+    after = file.read()
+    assert [record["iterations"] for record in after] == [0, 2, 4, 6]
+    assert after[1] == {**before[1], "gradients": None} and after[2] == before[2]
+    train(cfg, stop_at=1)  # anew
+    assert [record["iterations"] for record in file.read()] == [0, 1]
 
 
 @pytest.mark.parametrize("pair", ["faster_rcnn-retinanet", "fcos-faster_rcnn"])

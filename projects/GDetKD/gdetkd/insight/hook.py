@@ -68,9 +68,11 @@ class Insight(HookBase):
     def before_train(self) -> None:
         if not comm.is_main_process():
             return
-        self._file.forget_after(self.trainer.start_iter)
-        if self.trainer.start_iter == 0:
-            self._record(0)
+        done = self.trainer.start_iter
+        self._file.start_at(done)
+        # The start; and on resume what a kill came before, for checkpoints are written first.
+        if self._is_due(done) and all(record["iterations"] != done for record in self._file.read()):
+            self._record(done)
 
     def after_step(self) -> None:
         iterations = self.trainer.iter + 1

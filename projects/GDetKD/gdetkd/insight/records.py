@@ -77,10 +77,10 @@ class RecordFile:
         # The last line may be half written.
         return [json.loads(line) for line in self._path.read_text().splitlines() if line.endswith("}")]
 
-    def forget_after(self, iterations: int) -> None:
-        """Leaves out what a run that is resumed at `iterations` will see again."""
+    def start_at(self, iterations: int) -> None:
+        """Leaves out what a run that goes on after `iterations` will see again; all, of one that starts anew."""
         before = self.read()
-        kept = [record for record in before if record["iterations"] < iterations]
+        kept = [record for record in before if 0 < iterations >= record["iterations"]]
         if len(kept) < len(before):
             with written_whole(str(self._path)) as file:
                 file.writelines(json.dumps(record) + "\n" for record in kept)
