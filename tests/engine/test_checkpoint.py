@@ -132,6 +132,47 @@ def test_a_full_disk_does_not_lose_the_best_score(distill_cfg, tmp_path, disk, m
     assert read_weights(str(tmp_path / "run" / "model_best.pth"))["record"]["metric"] == 20.0
 
 
+def test_detections_that_the_disk_does_not_take_end_no_training(distill_cfg, tmp_path, disk, caplog):
+    """Their metrics are known all the same, and with them the best checkpoint."""
+    keys = {"DATASETS.TEST": ("tiny",), "TEST.EVAL_PERIOD": 2, "SOLVER.CHECKPOINT_PERIOD": 100}
+    cfg = distill_cfg({"DISTILL.LOSSES": (), "SOLVER.MAX_ITER": 3, **keys})
+
+    scores = []
+
+    class Full(DistillTrainer):
+        @classmethod
+        def test(cls, *args):
+            disk["bytes"] = 0
+            scores.append(super().test(*args)["bbox"]["AP"])
+            disk["bytes"] = None
+            return {"bbox": {"AP": 5.0}}
+
+    _, steps = train(Full, cfg)
+    assert list(steps) == [0, 1, 2] and len(scores) == 2
+    assert caplog.text.count("What the evaluation of tiny found could not be written (No space left on device)") == 2
+    assert read_weights(str(tmp_path / "run" / "model_best.pth"))["record"]["metric"] == 5.0
+    assert not list((tmp_path / "run" / "inference").iterdir())
+
+
+def test_a_score_of_an_earlier_evaluation_is_not_given_to_later_weights(distill_cfg, tmp_path, disk):
+    cfg = distill_cfg({"DISTILL.LOSSES": (), "DATASETS.TEST": ("tiny",), "TEST.EVAL_PERIOD": 1, "SOLVER.MAX_ITER": 3})
+    results = iter([{"bbox": {"AP": 10.0}}, {"bbox": {"AP": 30.0}}, {}])  # the last could not be made
+
+    class Scored(DistillTrainer):
+        @classmethod
+        def test(cls, *args):
+            found = next(results)
+            disk["bytes"] = 0 if found == {"bbox": {"AP": 30.0}} else None
+            return found
+
+        def run_step(self):
+            disk["bytes"] = None
+            super().run_step()
+
+    train(Scored, cfg)
+    assert read_weights(str(tmp_path / "run" / "model_best.pth"))["record"]["metric"] == 10.0
+
+
 def interrupted(distill_cfg, **keys):
     """A run with checkpoints after 1, 2, 3 of its 5 iterations, and what it would have come to."""
     cfg = distill_cfg({"SOLVER.MAX_ITER": 5, "SOLVER.CHECKPOINT_PERIOD": 1, "DISTILL.LOSSES": ALL_LOSSES, **keys})

@@ -1,6 +1,7 @@
 """Two and four processes (gloo): equal parameters, the gradients of the joint batch, no rank that waits for ever."""
 
 import gdetkd  # noqa: F401, I001  first, in the spawned processes too
+import errno
 import time
 
 import pytest
@@ -160,6 +161,31 @@ def _train_spoiled(rank, cfg):
     return str(error.value)
 
 
+def _evaluate_on_a_full_disk(rank, cfg):
+    """The main process can first not convert the set's annotations, and then not write what was found."""
+    from gdetkd.engine import evaluators  # here, for each process has a module of its own
+
+    calls, written_whole = iter(range(10)), evaluators.written_whole
+    convert = evaluators.coco_evaluation.convert_to_coco_json
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Full(DistillTrainer):
+        @classmethod
+        def test(cls, *args):
+            call = next(calls)
+            if rank == 0:
+                evaluators.coco_evaluation.convert_to_coco_json = full if call == 0 else convert
+                evaluators.written_whole = full if call == 1 else written_whole
+            results.append(super().test(*args))
+            return results[-1]
+
+    results = []
+    _train(rank, cfg, Full)
+    return results
+
+
 def _one_after_the_other(rank, calls):
     """Starting processes takes longer than what they do."""
     return [function(rank, *arguments) for function, arguments in calls]
@@ -203,3 +229,15 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_or_is_left_out_on_all(s
     assert all("loss_distill_ckd is nan (process 1; images " in message for message in messages)
     assert (tmp_path / "run" / "nonfinite_0000001.pth").exists()
     assert _equal(results) and all(torch.isfinite(p).all() for p in results[0]["parameters"])
+
+
+def test_an_evaluation_on_a_full_disk_keeps_the_ranks_together(shared_cfg, tmp_path):
+    (tiny,) = shared_cfg(2).DATASETS.REGISTER
+    converted = {**tiny, "name": "converted", "limit": 4}  # Detectron2 writes its annotations down
+    keys = {"DATASETS.REGISTER": [tiny, converted], "DATASETS.TEST": ("converted", "tiny"), "TEST.EVAL_PERIOD": 1}
+    cfg = shared_cfg(2, {**keys, "SOLVER.MAX_ITER": 3, "DISTILL.LOSSES": ()})
+    results, others = run_in_processes(_evaluate_on_a_full_disk, tmp_path, 2, cfg)
+    assert [result["converted"] != {} for result in results] == [False, True, True]
+    assert all("AP" in result["tiny"]["bbox"] for result in results) and len(others) == 3
+    names = {path.name for path in (tmp_path / "run" / "inference").iterdir()}
+    assert names >= {"converted_coco_format.json", "coco_instances_results.json"}

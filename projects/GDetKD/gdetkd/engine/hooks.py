@@ -129,7 +129,9 @@ class KeepBest(BestCheckpointer):
         super().__init__(period, _WeightsOnly(student, output_dir, record=self._record), metric)
 
     def _best_checking(self) -> None:
-        self._record.metric = self.trainer.storage.latest().get(self._metric, (None,))[0]
+        self._record.metric, iteration = self.trainer.storage.latest().get(self._metric, (None, None))
+        if self._record.metric is not None and iteration != self.trainer.storage.iter:
+            return  # an earlier evaluation's: this one did not come to a score
         before, failed = (self.best_metric, self.best_iter), len(self._checkpointer.failed)
         super()._best_checking()
         if len(self._checkpointer.failed) > failed:

@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from functools import partial
 from typing import Any, Dict, List, Optional
 
 import torch
@@ -25,7 +26,7 @@ from ..distiller import GDetKD
 from ..errors import GDetKDError
 from ..structures import DetectorSpec
 from ..teacher import transfer_heads
-from .evaluators import build_evaluator
+from .evaluators import DiskTolerant, build_evaluator
 from .guard import GuardedAMPTrainer, GuardedTrainer, StepGuard
 from .hooks import KeepBest, MissedEvaluation, RandomState, Stopwatch, TolerantWriter
 from .optimizer import build_optimizer
@@ -119,6 +120,12 @@ class DistillTrainer(DefaultTrainer):
         with random_state((0,)):
             return super().test(cfg, model, evaluators)
 
+    def _evaluate(self) -> Dict:
+        names = self.cfg.DATASETS.TEST
+        evaluators = [DiskTolerant(partial(self.build_evaluator, self.cfg, name), name) for name in names]
+        self._last_eval_results = self.test(self.cfg, self.model, evaluators)
+        return self._last_eval_results
+
     def build_writers(self) -> List[EventWriter]:
         """Detectron2's, which a full disk does not end the training through."""
         return [TolerantWriter(writer) for writer in super().build_writers()]
@@ -132,6 +139,7 @@ class DistillTrainer(DefaultTrainer):
         hooks.insert(writes[0] if writes else len(hooks), random_state)
         evaluates = max(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
         period, folder = self.cfg.TEST.EVAL_PERIOD, self.cfg.OUTPUT_DIR
+        hooks[evaluates] = EvalHook(period, self._evaluate)
         best = None
         if self.cfg.TEST.KEEP_BEST and self.cfg.DATASETS.TEST and comm.is_main_process():
             best = KeepBest(period, self.student, folder)
