@@ -4,8 +4,10 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets.pascal_voc import load_voc_instances
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from test_clean import BOX, dataset, with_boxes
 
@@ -13,6 +15,8 @@ from conftest import make_cfg, write_coco
 from gdetkd.data import register_datasets
 from gdetkd.data.coco_json import _decoded_length, leaves
 from gdetkd.data.voc import load_voc
+from gdetkd.engine.evaluators import build_evaluator
+from gdetkd.engine.preflight import check_datasets
 from gdetkd.errors import GDetKDError
 
 pytestmark = pytest.mark.usefixtures("forget_datasets")
@@ -65,6 +69,39 @@ def test_annotations_that_cannot_be_meant(tmp_path, change, match):
     dataset(tmp_path, change)
     with pytest.raises(GDetKDError, match=f"mine.json.*{match}.*Correct that file"):
         DatasetCatalog.get("mine")
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda content: content["annotations"][2].pop("iscrowd"), "annotation 3 lacks 'iscrowd'"),
+        (lambda content: content["annotations"][2].pop("area"), "annotation 3 lacks 'area'"),
+        (change_annotation(area="12"), "annotation 1 has the area '12'"),
+        (change_annotation(area=float("nan")), "annotation 1 has the area nan"),
+        (change_annotation(bbox=[5, 5, 10**400, 9]), "annotation 1 has the box"),
+    ],
+)
+def test_what_evaluation_needs_is_asked_of_test_sets_alone(tmp_path, change, match):
+    """pycocotools would break off at the first evaluation."""
+    cfg = dataset(tmp_path, change)
+    check_datasets(cfg)
+    cfg.DATASETS.TEST = ("mine",)
+    with pytest.raises(GDetKDError, match=f"'mine' cannot be evaluated against .*mine.json': {match}.*add it"):
+        check_datasets(cfg)
+
+
+def test_a_shortened_test_set_is_written_anew_with_what_evaluation_needs(tmp_path):
+    cfg = dataset(tmp_path, lambda content: [a.pop("area") for a in content["annotations"]], limit=2)
+    cfg.DATASETS.TEST = ("mine",)
+    check_datasets(cfg)
+    evaluator = build_evaluator(cfg, "mine")
+    evaluator.reset()
+    for sample in DatasetCatalog.get("mine"):
+        instances = Instances((sample["height"], sample["width"]))
+        instances.pred_boxes, instances.scores = Boxes(torch.tensor([[5.0, 5.0, 30.0, 30.0]])), torch.ones(1)
+        instances.pred_classes = torch.zeros(1, dtype=torch.int64)
+        evaluator.process([sample], [{"instances": instances}])
+    assert "AP" in evaluator.evaluate()["bbox"]
 
 
 def test_masks_that_pycocotools_wrote_are_understood(tmp_path):

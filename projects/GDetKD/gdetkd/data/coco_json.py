@@ -14,7 +14,7 @@ class InvalidItem(Exception):
     """Says what is wrong with an item of the file."""
 
 
-def check_coco(path: str, name: str, folder: str, allow_outside: bool = False) -> None:
+def check_coco(path: str, name: str, folder: str, allow_outside: bool = False) -> Optional[str]:
     """Reads the file once for what would make its readers fail without naming it, or go wrong without a word.
 
     Args:
@@ -22,6 +22,9 @@ def check_coco(path: str, name: str, folder: str, allow_outside: bool = False) -
         name: of the data set, for messages.
         folder: of the images, which their file names may not leave.
         allow_outside: they may.
+
+    Returns:
+        what keeps the file from being evaluated against, though it can be trained on; None where nothing does.
 
     Raises:
         GDetKDError: the file is no JSON or no COCO file; an image id or a category id stands twice; an annotation has
@@ -35,8 +38,10 @@ def check_coco(path: str, name: str, folder: str, allow_outside: bool = False) -
         categories = _unique_ids("category", parts["categories"], int)
         for category in parts["categories"]:
             _require(isinstance(category.get("name"), str), f"category {category['id']} has no name")
+        fault = None
         for annotation in parts["annotations"]:
             _check_annotation(annotation, categories)
+            fault = fault or _fault_in_evaluation(annotation)
     except InvalidItem as e:
         reason = str(e)
     except RecursionError:
@@ -44,7 +49,7 @@ def check_coco(path: str, name: str, folder: str, allow_outside: bool = False) -
     except ValueError as e:  # of JSON, or of text that is not UTF-8
         reason = f"{type(e).__name__}: {e}"
     else:
-        return
+        return fault
     raise GDetKDError(
         f"The data set {name!r} cannot be read from {path!r} ({reason}). Correct that file or the entry in "
         "DATASETS.REGISTER."
@@ -115,6 +120,24 @@ def _check_annotation(annotation: Dict[str, Any], categories: Set[Any]) -> None:
     if annotation.get("segmentation"):
         reason = _fault_of_mask(annotation["segmentation"])
         _require(reason is None, f"{which} has a segmentation {reason}")
+
+
+def _fault_in_evaluation(annotation: Dict[str, Any]) -> Optional[str]:
+    """pycocotools reads the file itself, at the first evaluation, and what Detectron2 does without."""
+    which = f"annotation {annotation['id']!r}"
+    if "iscrowd" not in annotation:
+        return f"{which} lacks 'iscrowd' (0: an object; 1: a crowd)"
+    if not _is_finite(annotation.get("area")):
+        lacks = f"has the area {annotation['area']!r}" if "area" in annotation else "lacks 'area'"
+        return f"{which} {lacks} (pixels; of the box where there is no mask)"
+    return None if all(map(_is_finite, annotation["bbox"])) else f"{which} has the box {annotation['bbox']!r}"
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return _is_number(value) and math.isfinite(value)
+    except OverflowError:  # of an integer that no float is as large as
+        return False
 
 
 def _is_number(value: Any) -> bool:
