@@ -124,13 +124,16 @@ def _check_annotation(annotation: Dict[str, Any], categories: Set[Any]) -> None:
 
 def _fault_in_evaluation(annotation: Dict[str, Any]) -> Optional[str]:
     """pycocotools reads the file itself, at the first evaluation, and what Detectron2 does without."""
-    which = f"annotation {annotation['id']!r}"
     if "iscrowd" not in annotation:
-        return f"{which} lacks 'iscrowd' (0: an object; 1: a crowd)"
-    if not _is_finite(annotation.get("area")):
-        lacks = f"has the area {annotation['area']!r}" if "area" in annotation else "lacks 'area'"
-        return f"{which} {lacks} (pixels; of the box where there is no mask)"
-    return None if all(map(_is_finite, annotation["bbox"])) else f"{which} has the box {annotation['bbox']!r}"
+        fault = "lacks 'iscrowd' (0: an object; 1: a crowd)"
+    elif not _is_finite(annotation.get("area")):
+        fault = f"has the area {annotation['area']!r}" if "area" in annotation else "lacks 'area'"
+        fault += " (pixels; of the box where there is no mask)"
+    elif not all(map(_is_finite, annotation["bbox"])):
+        fault = f"has the box {annotation['bbox']!r}"
+    else:
+        return None
+    return f"annotation {annotation['id']!r} {fault}"
 
 
 def _is_finite(value: Any) -> bool:
