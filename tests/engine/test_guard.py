@@ -1,5 +1,6 @@
 """A loss that is not finite reaches no parameter; SIGTERM saves and ends the run with a code of its own."""
 
+import errno
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from test_trainer import train
 from conftest import make_batch
 from gdetkd import DistillTrainer
 from gdetkd.engine.guard import EXIT_STOPPED, NonFiniteError
+from gdetkd.errors import GDetKDError
 from gdetkd.losses import CKD
 from gdetkd.safe_load import read_weights
 
@@ -138,6 +140,47 @@ def test_sigterm_saves_and_the_run_goes_on_bit_by_bit(distill_cfg, tmp_path):
     trainer, steps = train(DistillTrainer, cfg, resume=True)
     assert steps == {iteration: uninterrupted[iteration] for iteration in (3, 4, 5)}
     assert trainer.scheduler.last_epoch == 6
+
+
+def test_sigterm_comes_before_an_evaluation_that_is_made_up_for(distill_cfg, tmp_path, monkeypatch):
+    """A cluster may not wait for as long as an evaluation takes."""
+    made = []
+
+    def evaluate(cls, cfg, *args):
+        made.append(cfg.OUTPUT_DIR)
+        return {"bbox": {"AP": float(torch.rand(1))}}  # it has the random state that it would have had
+
+    monkeypatch.setattr(DistillTrainer, "test", classmethod(evaluate))
+    keys = {"SOLVER.MAX_ITER": 6, "INPUT.MIN_SIZE_TRAIN": (48, 64), "SOLVER.CHECKPOINT_PERIOD": 100}
+    cfg = distill_cfg({**keys, "DATASETS.TEST": ("tiny",), "TEST.EVAL_PERIOD": 3})
+    _, uninterrupted = train(DistillTrainer, cfg)
+    best = read_weights(str(tmp_path / "run" / "model_best.pth"))
+    run = tmp_path / "stopped"
+    run.mkdir()
+    cfg.OUTPUT_DIR = str(run)
+    with pytest.raises(SystemExit) as stop:
+        train(Terminated, cfg)
+    assert stop.value.code == EXIT_STOPPED and str(run) not in made and not (run / "model_best.pth").exists()
+    _, steps = train(DistillTrainer, cfg, resume=True)
+    assert steps == {iteration: uninterrupted[iteration] for iteration in (3, 4, 5)} and made.count(str(run)) == 2
+    resumed = read_weights(str(run / "model_best.pth"))
+    assert resumed["record"] == best["record"] and resumed["iteration"] == best["iteration"]
+
+
+def test_a_stop_that_cannot_be_saved_does_not_pretend_to_be(distill_cfg, tmp_path, monkeypatch):
+    from gdetkd.engine import checkpoint
+
+    def full(path, *args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Full(Terminated):
+        def run_step(self):
+            if self.iter == self.at:
+                monkeypatch.setattr(checkpoint, "written_whole", full)
+            super().run_step()
+
+    with pytest.raises(GDetKDError, match="iteration 2 and could NOT be saved.*goes on from model_0000001.pth"):
+        train(Full, distill_cfg({"SOLVER.MAX_ITER": 6, "SOLVER.CHECKPOINT_PERIOD": 2}))
 
 
 def test_sigterm_in_the_last_iteration_lets_the_run_end(distill_cfg, tmp_path):

@@ -33,10 +33,10 @@ class StepSkipped(Exception):
 
 
 class StepGuard(HookBase):
-    """Stops a run whose losses are not finite before that reaches a parameter, and one that gets SIGTERM when its
-    step is done. Every process comes to the same decision.
+    """Stops a run whose losses are not finite before that reaches a parameter, and notes that one gets SIGTERM, for
+    `AgreedStop`. Every process comes to the same decision.
 
-    It must be the last hook: what it saves has to hold all that a step does.
+    It must be the last hook: until the run has ended, the evaluation after the last step included, SIGTERM is noted.
 
     Args:
         tolerated: steps that may be skipped, over the whole run, for a loss that is not finite.
@@ -48,7 +48,7 @@ class StepGuard(HookBase):
         self._random_state = random_state
         self._skipped = 0
         self._is_asked = False  # this process, to stop
-        self._is_agreed = False
+        self.stop_is_agreed = False  # of all processes, for SIGTERM to one of them
         self._files: List[str] = []
         self._statistics: List[Tuple[torch.Tensor, torch.Tensor]] = []
         self._handler: Any = None
@@ -89,7 +89,7 @@ class StepGuard(HookBase):
         """
         values = dict(zip(losses, torch.stack([loss.detach().float().sum() for loss in losses.values()]).tolist()))
         terms = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
-        some_not_finite, self._is_agreed = _on_any_process(bool(terms), self._is_asked)
+        some_not_finite, self.stop_is_agreed = _on_any_process(bool(terms), self._is_asked)
         if some_not_finite:
             self._skip_or_stop(comm.all_gather({"terms": terms, "files": self._files}))
 
@@ -125,7 +125,8 @@ class StepGuard(HookBase):
         raise NonFiniteError(
             f"{message} The optimizer did not take that step. The batch's files are in {name}.json and the state "
             f"before the step in {name}.pth, in {self.trainer.cfg.OUTPUT_DIR}. Look at these images and at the weight "
-            "of that term, lower SOLVER.BASE_LR, or let DISTILL.SKIP_NONFINITE leave such steps out."
+            "of that term, let DISTILL.SKIP_NONFINITE leave such steps out, or start anew with a lower "
+            "SOLVER.BASE_LR: a run that is resumed keeps its own."
         )
 
     def _write_report(self, name: str, found: List[Dict[str, Any]]) -> None:
@@ -145,25 +146,55 @@ class StepGuard(HookBase):
             f"{', '.join(map(str, of_ranks))}; images {', '.join(files)})."
         )
 
+    def state_dict(self) -> Dict[str, Any]:
+        return {"skipped": self._skipped} if self._skipped else {}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        self._skipped = state["skipped"]
+
+
+class AgreedStop(HookBase):
+    """Saves and ends a run that is to stop, when its step is done.
+
+    It must stand after the hooks whose work is part of a step (the schedule's, the periodic checkpoint) and before the
+    one that evaluates: a cluster that sends SIGTERM may wait for less than an evaluation takes. `MissedEvaluation`
+    makes up for it on resume.
+    """
+
+    def __init__(self, guard: StepGuard, random_state: RandomState) -> None:
+        self._guard = guard
+        self._random_state = random_state
+
     def after_step(self) -> None:
+        """
+        Raises:
+            SystemExit: with EXIT_STOPPED, the run is saved and can go on.
+            GDetKDError: the run ends and could not be saved.
+        """
         iteration = self.trainer.iter
-        if not self._is_agreed or iteration + 1 >= self.trainer.max_iter:
+        if not self._guard.stop_is_agreed or iteration + 1 >= self.trainer.max_iter:
             return
         self._random_state.keep()
-        if comm.is_main_process():
-            self.trainer.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
-        comm.synchronize()  # or one that ends would make the launcher end the one that writes
+        # Exchanged also because one that ends would make the launcher end the one that writes.
+        is_saved, last = comm.all_gather(self._save(iteration) if comm.is_main_process() else None)[0]
+        if not is_saved:
+            raise GDetKDError(
+                f"SIGTERM: the run stops after iteration {iteration} and could NOT be saved. Make room in "
+                f"{self.trainer.cfg.OUTPUT_DIR}; --resume goes on from {last or 'nothing'}, and takes the iterations "
+                "since then again."
+            )
         logger.warning(
             "SIGTERM: the run stops after iteration %d, with exit code %d. --resume goes on with it.",
             *(iteration, EXIT_STOPPED),
         )
         raise SystemExit(EXIT_STOPPED)
 
-    def state_dict(self) -> Dict[str, Any]:
-        return {"skipped": self._skipped} if self._skipped else {}
-
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self._skipped = state["skipped"]
+    def _save(self, iteration: int) -> Tuple[bool, str]:
+        """Whether the run is saved, and the name of the file that it would be resumed from."""
+        checkpointer, name = self.trainer.checkpointer, f"model_{iteration:07d}"
+        before = len(checkpointer.failed)
+        checkpointer.save(name, iteration=iteration)
+        return len(checkpointer.failed) == before, os.path.basename(checkpointer.get_checkpoint_file())
 
 
 def _has_statistics(module: nn.Module) -> bool:

@@ -27,7 +27,7 @@ from ..errors import GDetKDError
 from ..structures import DetectorSpec
 from ..teacher import transfer_heads
 from .evaluators import DiskTolerant, build_evaluator
-from .guard import GuardedAMPTrainer, GuardedTrainer, StepGuard
+from .guard import AgreedStop, GuardedAMPTrainer, GuardedTrainer, StepGuard
 from .hooks import KeepBest, MissedEvaluation, RandomState, Stopwatch, TolerantWriter
 from .optimizer import build_optimizer
 from .preflight import check_architecture, check_classes, check_datasets
@@ -131,7 +131,9 @@ class DistillTrainer(DefaultTrainer):
         return [TolerantWriter(writer) for writer in super().build_writers()]
 
     def build_hooks(self) -> List[Optional[HookBase]]:
-        """Detectron2's, the random states before the checkpoint, the best one after the evaluation, the guard last."""
+        """Detectron2's, the random states before the checkpoint, the stop before the evaluation, the best checkpoint
+        after it, the guard last.
+        """
         hooks = super().build_hooks()
         writes = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicCheckpointer)]
         # Only the main process has that hook; the others take part in gathering the states just the same.
@@ -148,6 +150,7 @@ class DistillTrainer(DefaultTrainer):
         if best is not None:
             hooks.insert(evaluates + 1, best)
         self._guard = StepGuard(self.cfg.DISTILL.SKIP_NONFINITE, random_state)
+        hooks.insert(evaluates, AgreedStop(self._guard, random_state))
         return [Stopwatch(), *self._with_insight(hooks), self._guard]
 
     def _with_insight(self, hooks: List[Optional[HookBase]]) -> List[Optional[HookBase]]:
