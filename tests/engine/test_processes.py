@@ -2,6 +2,7 @@
 
 import gdetkd  # noqa: F401, I001  first, in the spawned processes too
 import errno
+import os
 import time
 
 import pytest
@@ -153,12 +154,19 @@ class _Spoiled(DistillTrainer):
             super().run_step()
 
 
+class _SlowlySaved(_Spoiled):
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        save = self.checkpointer.save_aside
+        self.checkpointer.save_aside = lambda *args, **kwargs: (time.sleep(1), save(*args, **kwargs))
+
+
 def _train_spoiled(rank, cfg):
     if cfg.DISTILL.SKIP_NONFINITE:
         return _train(rank, cfg, _Spoiled)
     with pytest.raises(NonFiniteError) as error:
-        _train(rank, cfg, _Spoiled)
-    return str(error.value)
+        _train(rank, cfg, _SlowlySaved)
+    return str(error.value), os.path.exists(os.path.join(cfg.OUTPUT_DIR, "nonfinite_0000001.pth"))
 
 
 def _evaluate_on_a_full_disk(rank, cfg):
@@ -225,9 +233,10 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_or_is_left_out_on_all(s
     stops = shared_cfg(2, {"SOLVER.MAX_ITER": 4})
     goes_on = shared_cfg(2, {"SOLVER.MAX_ITER": 4, "DISTILL.SKIP_NONFINITE": 1})
     calls = [(_train_spoiled, (cfg,)) for cfg in (stops, goes_on)]
-    messages, results = zip(*run_in_processes(_one_after_the_other, tmp_path, 2, calls))
-    assert all("loss_distill_ckd is nan (process 1; images " in message for message in messages)
-    assert (tmp_path / "run" / "nonfinite_0000001.pth").exists()
+    stopped, results = zip(*run_in_processes(_one_after_the_other, tmp_path, 2, calls))
+    for message, is_saved in stopped:
+        assert "loss_distill_ckd is nan (process 1; images " in message
+        assert is_saved  # before any process ends, which would make the launcher end the one that writes
     assert _equal(results) and all(torch.isfinite(p).all() for p in results[0]["parameters"])
 
 

@@ -15,8 +15,9 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..errors import GDetKDError
+from ..losses.ckd import EmbeddingQueue
 from .checkpoint import written_whole
-from .hooks import RandomState
+from .hooks import RandomState, get_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class StepGuard(HookBase):
         self.stop_is_agreed = False  # of all processes, for SIGTERM to one of them
         self._files: List[str] = []
         self._statistics: List[Tuple[torch.Tensor, torch.Tensor]] = []
+        self._queues: List[EmbeddingQueue] = []
+        self._random_before: Dict[str, Any] = {}
         self._handler: Any = None
 
     def attach(self, model: nn.Module) -> Any:
@@ -62,7 +65,8 @@ class StepGuard(HookBase):
             self._files = [str(sample.get("file_name", "no file name")) for sample in inputs[0]]
 
     def before_train(self) -> None:
-        # The forward pass writes these before the losses are known.
+        # The forward pass writes to these before the losses are known.
+        self._queues = [module for module in self.trainer.model.modules() if isinstance(module, EmbeddingQueue)]
         buffers = [b for m in self.trainer.model.modules() if _has_statistics(m) for b in m.buffers(recurse=False)]
         self._statistics = [(buffer, torch.empty_like(buffer)) for buffer in buffers]
         if threading.current_thread() is threading.main_thread():  # Python allows no other to handle signals
@@ -79,6 +83,9 @@ class StepGuard(HookBase):
     def before_step(self) -> None:
         for buffer, before in self._statistics:
             before.copy_(buffer)
+        for queue in self._queues:
+            queue.settle()
+        self._random_before = get_random_state()
 
     def check(self, losses: Dict[str, torch.Tensor]) -> None:
         """Called between the backward pass and the optimizer's step, when Detectron2 fetches the losses anyway.
@@ -109,25 +116,36 @@ class StepGuard(HookBase):
     def _skip_or_stop(self, found: List[Dict[str, Any]]) -> None:
         for buffer, before in self._statistics:
             buffer.copy_(before)
+        for queue in self._queues:
+            queue.drop_pending()
         message = self._message(found)
-        self._skipped += 1
-        if self._skipped <= self._tolerated:
+        if self._skipped < self._tolerated:
+            self._skipped += 1
             logger.warning(
                 "%s The step is left out: %d of the %d that DISTILL.SKIP_NONFINITE tolerates.",
                 *(message, self._skipped, self._tolerated),
             )
             raise StepSkipped
         name = f"nonfinite_{self.trainer.iter:07d}"
-        self._random_state.keep()
+        self._random_state.keep(self._random_before)
         if comm.is_main_process():
             self._write_report(name, found)
-            self.trainer.checkpointer.save_aside(name, iteration=self.trainer.iter)
+            self._save_before_step(name)
+        comm.synchronize()  # or the error of another would make the launcher end the one that writes
         raise NonFiniteError(
             f"{message} The optimizer did not take that step. The batch's files are in {name}.json and the state "
             f"before the step in {name}.pth, in {self.trainer.cfg.OUTPUT_DIR}. Look at these images and at the weight "
             "of that term, let DISTILL.SKIP_NONFINITE leave such steps out, or start anew with a lower "
             "SOLVER.BASE_LR: a run that is resumed keeps its own."
         )
+
+    def _save_before_step(self, name: str) -> None:
+        """A checkpoint's iteration is the last that was done, and resuming takes the one after: this one, again."""
+        self.trainer.iter -= 1
+        try:
+            self.trainer.checkpointer.save_aside(name, iteration=self.trainer.iter)
+        finally:
+            self.trainer.iter += 1
 
     def _write_report(self, name: str, found: List[Dict[str, Any]]) -> None:
         report = json.dumps({"iteration": self.trainer.iter, "processes": found}, indent=2)

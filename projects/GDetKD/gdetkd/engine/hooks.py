@@ -65,9 +65,9 @@ class RandomState(HookBase):
         if last or (self._period > 0 and (self.trainer.iter + 1) % self._period == 0):
             self.keep()
 
-    def keep(self) -> None:
-        """Every process has to call it at once."""
-        self._states = comm.gather(get_random_state())
+    def keep(self, state: Optional[Dict[str, Any]] = None) -> None:
+        """Keeps the present state of each process, or another that each gives; all have to call it at once."""
+        self._states = comm.gather(get_random_state() if state is None else state)
 
     def state_dict(self) -> Dict[str, Any]:
         return {"states": self._states} if self._states else {}
