@@ -49,6 +49,22 @@ def test_content_and_folder_are_on_the_disk_before_the_old_file_is_gone(tmp_path
     assert events == 2 * whole  # the checkpoint, and then the file that names it
 
 
+@pytest.mark.parametrize("number, is_raised", [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_file_system_that_cannot_sync_folders_is_written_to(tmp_path, monkeypatch, number, is_raised):
+    sync = os.fsync
+
+    def without_folders(handle):
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(number, os.strerror(number))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", without_folders)
+    checkpointer = DurableCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
+    checkpointer.save("model_0000001")
+    assert checkpointer.failed == ["model_0000001"] * is_raised
+    assert (tmp_path / "last_checkpoint").exists() != is_raised
+
+
 class FullDisk:
     """A file for writing that takes so many bytes and no more."""
 
@@ -200,6 +216,15 @@ def test_a_damaged_last_checkpoint_is_passed_over_for_the_one_before(distill_cfg
     assert steps == {iteration: uninterrupted[iteration] for iteration in (2, 3, 4)}
     assert "model_0000002.pth' cannot be read" in caplog.text and "passed over for the checkpoint before" in caplog.text
     assert not list(folder.glob("*.partial"))
+
+
+def test_an_evaluation_leaves_alone_what_a_training_is_writing(tmp_path):
+    """`--eval-only --resume` in the folder of a run that goes on."""
+    model = torch.nn.Linear(1, 1)
+    DurableCheckpointer(model, str(tmp_path)).save("model_0000001")
+    (tmp_path / "model_0000003.pth.partial").write_bytes(b"half")
+    DurableCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
+    assert (tmp_path / "model_0000003.pth.partial").exists()
 
 
 def test_no_checkpoint_that_can_be_read(distill_cfg):

@@ -16,7 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from conftest import ALL_LOSSES, look_through_the_model, make_batch, settle_batch_norm
 from gdetkd import DistillTrainer, GDetKD
+from gdetkd.engine.checkpoint import DurableCheckpointer
 from gdetkd.engine.guard import NonFiniteError
+from gdetkd.errors import GDetKDError
 
 TIMEOUT_SECONDS = 240
 
@@ -194,6 +196,35 @@ def _evaluate_on_a_full_disk(rank, cfg):
     return results
 
 
+def _resume(rank, folder):
+    """The iteration of the checkpoint that each process resumes from, or why none does."""
+    try:
+        checkpointer = DurableCheckpointer(torch.nn.Linear(1, 1), folder, save_to_disk=rank == 0)
+        return checkpointer.resume_or_load("", resume=True)["iteration"]
+    except GDetKDError as e:
+        return str(e)
+
+
+def _resume_with_an_old_look(rank, folder):
+    """The other process still sees the folder as it was when the main one had written but the first."""
+    look = DurableCheckpointer._candidates_seen_here
+    if rank == 1:
+        DurableCheckpointer._candidates_seen_here = lambda self: [os.path.join(folder, "model_0000001.pth")]
+    try:
+        return _resume(rank, folder)
+    finally:
+        DurableCheckpointer._candidates_seen_here = look
+
+
+def _resume_where_one_lacks_it(rank, folder):
+    isfile = os.path.isfile
+    os.path.isfile = lambda path: isfile(path) and not (rank == 1 and path.endswith("model_0000003.pth"))
+    try:
+        return _resume(rank, folder)
+    finally:
+        os.path.isfile = isfile
+
+
 def _one_after_the_other(rank, calls):
     """Starting processes takes longer than what they do."""
     return [function(rank, *arguments) for function, arguments in calls]
@@ -250,3 +281,15 @@ def test_an_evaluation_on_a_full_disk_keeps_the_ranks_together(shared_cfg, tmp_p
     assert all("AP" in result["tiny"]["bbox"] for result in results) and len(others) == 3
     names = {path.name for path in (tmp_path / "run" / "inference").iterdir()}
     assert names >= {"converted_coco_format.json", "coco_instances_results.json"}
+
+
+def test_all_ranks_resume_from_the_main_ones_checkpoint_or_none_does(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for iteration in (1, 3):
+        DurableCheckpointer(torch.nn.Linear(1, 1), str(folder)).save(f"model_{iteration:07d}", iteration=iteration)
+    functions = (_resume, _resume_with_an_old_look, _resume_where_one_lacks_it)
+    calls = [(function, (str(folder),)) for function in functions]
+    same, with_an_old_look, lacking = zip(*run_in_processes(_one_after_the_other, tmp_path, 2, calls))
+    assert same == with_an_old_look == (3, 3)
+    assert all("model_0000003.pth' is not there for the process of rank 1" in message for message in lacking)
