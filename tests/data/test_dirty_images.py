@@ -55,6 +55,24 @@ def test_other_modes_load_as_they_look(tmp_path, mode, ending):
     assert error_of(read_image(str(path), "RGB"), original) < 6
 
 
+@pytest.mark.parametrize("name", ["JPEG", "JPEG2000", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "MPO", "TGA"])
+def test_formats_of_photographs_are_read(tmp_path, name):
+    Image.init()
+    if name not in Image.SAVE:
+        pytest.skip(f"this Pillow cannot write {name}")
+    photograph().save(tmp_path / "x.png", format=name)
+    assert find_bad_images([{"file_name": str(tmp_path / "x.png"), "width": 64, "height": 48}], whole=True) == {}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_format_that_another_program_reads_is_refused_by_name(tmp_path, monkeypatch, whole):
+    photograph().save(tmp_path / "x.jpg", format="EPS")
+    started = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **kwargs: started.append(1))
+    (reason,) = find_bad_images([{"file_name": str(tmp_path / "x.jpg")}], whole=whole).values()
+    assert reason.startswith("is EPS, not one of ") and reason.endswith("WEBP: convert it") and not started
+
+
 def test_sixteen_bits_of_colour_load_and_of_grey_are_named(tmp_path):
     grey = np.linspace(0, 65535, 64 * 48).reshape(48, 64)
     Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "grey.png")

@@ -37,6 +37,8 @@ IMAGE_ERRORS = (
     struct.error,
     zlib.error,
 )
+# What photographs come as, by Pillow's names. It reads many others, of them some by other programs: EPS by Ghostscript.
+FORMATS = "AVIF BMP DIB GIF HEIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP".split()
 # Modes of more than 8 bits, of which conversion keeps what is below 256.
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -127,7 +129,9 @@ def _fault(sample: Sample, whole: bool = False) -> Optional[str]:
     if not os.path.exists(path):
         return "not there"
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as image:  # its header alone
+            if image.format not in FORMATS:
+                return f"is {image.format}, not one of {', '.join(FORMATS)}: convert it"
             size, mode = image.size, image.mode
             turned = _is_turned(image)
             if whole:
