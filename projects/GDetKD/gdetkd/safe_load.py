@@ -206,7 +206,8 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
     """Merges a yaml file, and those that it names as its _BASE_, by safe loading alone; in place.
 
     Raises:
-        GDetKDError: the file or one of its bases is not there, is no yaml, or has a tag that makes Python objects.
+        GDetKDError: the file or one of its bases is not there, is empty or no yaml, or has a tag that makes Python
+            objects.
     """
     try:
         cfg.merge_from_file(path, allow_unsafe=False)
@@ -221,6 +222,10 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
     except RecursionError as e:
         raise GDetKDError(
             f"The config {path!r} has a _BASE_ that leads back to itself, or is nested too deeply."
+        ) from e
+    except (TypeError, AttributeError) as e:  # what an empty file, a list or a mere word comes to
+        raise GDetKDError(
+            f"The config {path!r} or a _BASE_ of it is empty, or no mapping of keys to values ({e}). Write KEY: VALUE."
         ) from e
     except (FileNotFoundError, AssertionError) as e:
         if "not exist" not in str(e) and not isinstance(e, FileNotFoundError):

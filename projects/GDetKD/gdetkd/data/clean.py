@@ -96,13 +96,13 @@ def clean_annotations(dicts: List[Sample], least: float = 0) -> Findings:
 
 
 def _judge(annotation: Sample, image: Sample, least: float) -> Optional[str]:
-    if any(abs(value) > FARTHEST for value in annotation["bbox"]) and all(
-        isinstance(value, int) or math.isfinite(value) for value in annotation["bbox"]
-    ):
+    # Of an integer that no float is as large as, `isfinite` cannot tell.
+    if not all(isinstance(value, int) or math.isfinite(value) for value in annotation["bbox"]):
+        return "without_area"
+    if any(abs(value) > FARTHEST for value in annotation["bbox"]):
         return "far"
     x1, y1, x2, y2 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-    # Written so that a coordinate that is not a number fails.
-    if not (x2 - x1 > least and y2 - y1 > least and math.isfinite(x1 + y1 + x2 + y2)):
+    if not (x2 - x1 > least and y2 - y1 > least):
         return "without_area"
     width, height = image.get("width", math.inf), image.get("height", math.inf)
     if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:

@@ -6,6 +6,7 @@ import os
 from typing import Any, Dict, List, Optional, Set, Tuple
 
 from ..errors import GDetKDError
+from .clean import FARTHEST
 
 MOST_PIXELS = 2**31  # of an image's width times height, for a mask of it
 
@@ -150,7 +151,9 @@ def _is_number(value: Any) -> bool:
 def _fault_of_mask(mask: Any) -> Optional[str]:
     """pycocotools takes memory, and writes to it, by what a mask says of itself."""
     if isinstance(mask, list):
-        return None if all(map(_is_polygon, mask)) else "that is no list of polygons"
+        if not all(map(_is_polygon, mask)):
+            return "that is no list of polygons"
+        return None if all(map(_is_near, mask)) else f"that reaches over more than {FARTHEST:.0f} pixels"
     if not isinstance(mask, dict):
         return "that is neither polygons nor run lengths"
     size, counts = mask.get("size"), mask.get("counts")
@@ -172,6 +175,23 @@ def _is_polygon(polygon: Any) -> bool:
         return all(map(math.isfinite, polygon))
     except OverflowError:  # of an integer that no float is as large as
         return False
+
+
+def _is_near(polygon: List[float]) -> bool:
+    """pycocotools walks along the outline and keeps every pixel of it: memory, and beyond 2**31 any address."""
+    if not polygon:
+        return True
+    least, most = min(polygon), max(polygon)
+    if least < -FARTHEST or most > FARTHEST:
+        return False
+    return len(polygon) * (most - least) <= FARTHEST or _outline(polygon) <= FARTHEST
+
+
+def _outline(polygon: List[float]) -> float:
+    """The length, in pixels, that is walked along; of each side its larger component."""
+    xs, ys = polygon[::2], polygon[1::2]
+    sides = zip(xs, ys, xs[1:] + xs[:1], ys[1:] + ys[:1])
+    return sum(max(abs(x2 - x1), abs(y2 - y1)) for x1, y1, x2, y2 in sides)
 
 
 def _decoded_length(text: str) -> int:
