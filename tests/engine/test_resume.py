@@ -86,6 +86,37 @@ def test_other_classes_are_refused(distill_cfg, tmp_path, names, match):
         train(DistillTrainer, cfg, resume=True)
 
 
+@pytest.mark.parametrize("how", ["unread", "renamed", "moved"])
+def test_images_that_are_not_as_they_were_are_spoken_of(distill_cfg, tmp_path, caplog, how):
+    """One that could not be read at one of the starts, say: from there on the order is another."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_coco(folder, 4, name="mine")
+
+    def register():
+        entry = {"name": "mine", "kind": "coco", "json": str(folder / "mine.json"), "images": str(folder)}
+        cfg.DATASETS.REGISTER = [entry]
+        register_datasets(cfg)
+
+    cfg = distill_cfg({"DATASETS.TRAIN": ("mine",), "SOLVER.MAX_ITER": 1, "INPUT.MAX_BAD_FRACTION": 0.5})
+    register()
+    train(DistillTrainer, cfg)
+    if how == "unread":
+        (folder / "mine2.png").write_bytes(b"")
+    elif how == "renamed":
+        (folder / "mine2.png").rename(folder / "other.png")
+        (folder / "mine.json").write_text((folder / "mine.json").read_text().replace("mine2.png", "other.png"))
+    else:
+        folder = folder.rename(tmp_path / "moved")
+    DatasetCatalog.remove("mine"), MetadataCatalog.remove("mine")
+    register()
+    cfg.SOLVER.MAX_ITER = 2
+    train(DistillTrainer, cfg, resume=True)
+    said = {"unread": "4 then, 3 now.", "renamed": "4 then, 4 now, of other names.", "moved": None}[how]
+    assert (f"are not those that the run was started with: {said}" in caplog.text) == (said is not None)
+    assert ("are not those that" in caplog.text) == (said is not None)
+
+
 def test_a_teacher_that_moved_is_known_by_its_hash(distill_cfg, tmp_path):
     cfg = distill_cfg({"SOLVER.MAX_ITER": 4, "SOLVER.CHECKPOINT_PERIOD": 2})
     _, uninterrupted = train(DistillTrainer, cfg)

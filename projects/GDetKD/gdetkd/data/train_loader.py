@@ -3,6 +3,7 @@
 Detectron2's sampler starts over on resume, and its augmentations draw from the state of whichever worker runs them.
 """
 
+import hashlib
 import os
 import random
 import signal
@@ -126,6 +127,11 @@ class ResumableLoader:
         self._batches = batches
         self._num_workers = num_workers
         self._bad_images = bad_images
+
+    def describe(self) -> Dict[str, Any]:
+        """How many images there are, and a hash of their file names in order, wherever the folder is."""
+        names = "\n".join(os.path.basename(sample["file_name"]) for sample in self._dicts)
+        return {"images": len(self._dicts), "sha256": hashlib.sha256(names.encode("utf-8", "replace")).hexdigest()}
 
     def __iter__(self) -> Iterator[List[Sample]]:
         # A generator: Detectron2 v0.6 asks for it in the trainer's constructor, before it is known where to start.

@@ -75,6 +75,17 @@ class RunRecord:
             )
 
 
+def warn_of_other_data(before: Dict[str, Any], now: Dict[str, Any]) -> None:
+    """Compares what `ResumableLoader.describe` said then and says now: by one image more the order is another."""
+    if before != now:
+        logger.warning(
+            "The images to train on are not those that the run was started with: %d then, %d now%s. It goes on, but in "
+            "another order of images than uninterrupted. Was an image changed, or could one not be read at one of the "
+            "starts? Those that are left out are named above.",
+            *(before["images"], now["images"], "" if before["images"] != now["images"] else ", of other names"),
+        )
+
+
 def _refusal(what: str, before: str, now: str) -> str:
     return (
         f"This run was started with {what}: {before}; now {now}. Resume it with the config and data it was started "

@@ -31,7 +31,7 @@ from .guard import AgreedStop, GuardedAMPTrainer, GuardedTrainer, StepGuard
 from .hooks import KeepBest, MissedEvaluation, RandomState, Stopwatch, TolerantWriter
 from .optimizer import build_optimizer
 from .preflight import check_architecture, check_classes, check_datasets
-from .resume import DistillState, RunRecord
+from .resume import DistillState, RunRecord, warn_of_other_data
 from .schedule import LossSchedule
 from .student_weights import StudentCheckpointer
 from .teacher_score import evaluate_teacher
@@ -194,6 +194,7 @@ class DistillTrainer(DefaultTrainer):
         state["_trainer"] = self._trainer.state_dict()
         if isinstance(self.data_loader, ResumableLoader):
             state["data_seed"] = self.data_loader.seed
+            state["data"] = self.data_loader.describe()
         return state
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
@@ -202,6 +203,8 @@ class DistillTrainer(DefaultTrainer):
         self._trainer.load_state_dict(state_dict["_trainer"])
         if "data_seed" in state_dict and isinstance(self.data_loader, ResumableLoader):
             self.data_loader.seed = state_dict["data_seed"]
+        if "data" in state_dict and isinstance(self.data_loader, ResumableLoader):
+            warn_of_other_data(state_dict["data"], self.data_loader.describe())
 
 
 def build_plain_student(cfg: CfgNode) -> nn.Module:
