@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 from test_clean import BOX, dataset
@@ -114,6 +114,25 @@ def test_an_image_that_breaks_off_is_replaced_and_named(tmp_path, caplog, worker
             assert name.endswith("mine1.png") or (name == other and torch.equal(image, replaced))
     for first, second in zip(batches[5:], batches_of(cfg, 7, start=5)):  # a function of seed and position still
         assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_in_a_mapper_is_not_taken_for_a_broken_image(tmp_path, monkeypatch, workers):
+    cfg = dataset(tmp_path, count=6)
+    cfg.INPUT.MAX_BAD_FRACTION, cfg.DATALOADER.NUM_WORKERS = 1.0, workers
+    monkeypatch.setattr(DatasetMapper, "_transform_annotations", lambda *args: {}["no such key"])
+    with pytest.raises(GDetKDError, match="mine.*is sound, but no training sample.*KeyError: 'no such key'"):
+        batches_of(cfg, 1)
+
+
+def test_an_image_that_changes_its_size_in_training_is_replaced(tmp_path, caplog):
+    cfg = dataset(tmp_path, count=6)
+    cfg.INPUT.MAX_BAD_FRACTION = 0.2
+    loader = build_train_loader(cfg)
+    Image.new("RGB", (64, 50)).save(tmp_path / "mine1.png")
+    stream = iter(loader)
+    names = {os.path.basename(sample["file_name"]) for _ in range(12) for sample in next(stream)}
+    assert "mine1.png" not in names and "now mine1.png" in caplog.text
 
 
 def test_too_many_images_that_break_off_stop_the_run(tmp_path, caplog):
