@@ -284,6 +284,33 @@ def test_an_evaluation_that_was_made_is_not_made_again(distill_cfg, monkeypatch)
     assert len(made) == count + 2 and any(isinstance(hook, MissedEvaluation) for hook in trainer._hooks)
 
 
+def test_a_run_that_starts_anew_does_not_believe_an_earlier_runs_note(distill_cfg, tmp_path, monkeypatch):
+    keys = {"DATASETS.TEST": ("tiny",), "TEST.EVAL_PERIOD": 2, "SOLVER.CHECKPOINT_PERIOD": 2, "SOLVER.MAX_ITER": 5}
+    cfg = distill_cfg({"DISTILL.LOSSES": (), **keys})
+    monkeypatch.setattr(DistillTrainer, "test", classmethod(lambda *args: {"bbox": {"AP": 1.0}}))
+    train(DistillTrainer, cfg)
+    note = tmp_path / "run" / "last_evaluation"
+    assert note.read_text() == "4"
+    train(DistillTrainer, cfg, stop_at=1)
+    assert not note.exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), PermissionError(errno.EACCES, "no"), MemoryError()])
+def test_a_checkpoint_that_the_disk_does_not_give_is_not_passed_over(tmp_path, monkeypatch, error):
+    """The one before would be taken for no damage: what is there now may be read in a minute."""
+    model = torch.nn.Linear(1, 1)
+    for iteration in (1, 3):
+        DurableCheckpointer(model, str(tmp_path)).save(f"model_{iteration:07d}", iteration=iteration)
+
+    def failing(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(GDetKDError, match="model_0000003.pth' cannot be read.*now"):
+        patch.setattr(torch, "load", failing)
+        DurableCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
+    assert DurableCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)["iteration"] == 3
+
+
 def test_metrics_that_the_disk_does_not_take_end_no_training(distill_cfg, caplog, monkeypatch):
     from detectron2.utils.events import JSONWriter
 

@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..errors import GDetKDError
-from ..safe_load import DamagedFileError, SafeCheckpointer, read_weights
+from ..safe_load import DamagedFileError, SafeCheckpointer, UnreadableFileError, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ class DurableCheckpointer(SafeCheckpointer):
         """
         Raises:
             GDetKDError: none of the checkpoints can be read, the one to resume from is not of a training, or a process
-                does not see the one that the main process does.
+                does not see the one that the main process does, or cannot read it for a reason that is not the file's.
         """
         if not resume or not self.has_checkpoint():
             return self.load(path, checkpointables=[])
@@ -175,12 +175,17 @@ class DurableCheckpointer(SafeCheckpointer):
         damages = []
         for path in self._candidates():
             _check_seen_by_all(path)
-            damage, content = "", {}
+            damage, trouble, content = "", "", {}
             try:
                 content = read_weights(path)
             except DamagedFileError as e:
                 damage = str(e)
-            if damage := max(comm.all_gather(damage)):
+            except UnreadableFileError as e:
+                trouble = str(e)
+            damage, trouble = map(max, zip(*comm.all_gather((damage, trouble))))
+            if trouble:  # of whichever process, it ends all
+                raise UnreadableFileError(trouble)
+            if damage:
                 logger.warning("%s It is passed over for the checkpoint before.", damage)
                 damages.append(damage)
                 continue

@@ -183,6 +183,8 @@ class MissedEvaluation(HookBase):
 
     def before_train(self) -> None:
         done = self.trainer.start_iter
+        if done == 0 and comm.is_main_process() and os.path.exists(self._note):
+            os.remove(self._note)  # of another run in this folder
         # The main process's note counts, for all have to evaluate together.
         if not self._is_due(done) or comm.all_gather(self._noted())[0] >= done:
             return
