@@ -55,6 +55,7 @@ def test_the_number_of_processes_is_named(distill_cfg, caplog):
         ("DISTILL.LOSSES", ("CKD", "SGFI"), "other distillation losses: DISTILL.LOSSES .*SGFI.*CKD"),
         ("SOLVER.OPTIMIZER", "AdamW", "another optimizer"),
         ("SOLVER.AMP.ENABLED", True, "another precision: SOLVER.AMP.ENABLED False; now True"),
+        ("SOLVER.BIAS_LR_FACTOR", 2.0, "other groups of parameters .*SOLVER.WEIGHT_DECAY"),
         ("DISTILL.CKD.PROJECTION_DIM", 4, "other distillation losses, or other sizes of them"),
         ("MODEL.ROI_BOX_HEAD.FC_DIM", 8, "another student.*box_head"),
     ],

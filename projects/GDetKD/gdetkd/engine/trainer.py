@@ -198,9 +198,16 @@ class DistillTrainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        # v0.6 leaves the optimizer out; later versions have loaded it by now, which is done again without harm.
-        self._trainer.load_state_dict(state_dict["_trainer"])
+        try:
+            super().load_state_dict(state_dict)
+            # v0.6 leaves the optimizer out; later versions have loaded it by now, which is done again without harm.
+            self._trainer.load_state_dict(state_dict["_trainer"])
+        except ValueError as e:  # the optimizer's
+            raise GDetKDError(
+                f"This run was started with other groups of parameters ({e}). SOLVER.WEIGHT_DECAY, WEIGHT_DECAY_NORM, "
+                "WEIGHT_DECAY_BIAS and BIAS_LR_FACTOR make them: resume it with those it was started with, or start in "
+                "a new OUTPUT_DIR."
+            ) from e
         if "data_seed" in state_dict and isinstance(self.data_loader, ResumableLoader):
             self.data_loader.seed = state_dict["data_seed"]
         if "data" in state_dict and isinstance(self.data_loader, ResumableLoader):
