@@ -17,6 +17,8 @@ from gdetkd import DistillTrainer, add_gdetkd_config  # first: it prepares the i
 import torch  # isort: skip
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from gdetkd.data import register_datasets
 from gdetkd.engine import build_plain_student, evaluate_teacher
@@ -52,6 +54,7 @@ def setup(args: Namespace) -> CfgNode:
         raise GDetKDError("SOLVER.AMP.ENABLED needs a CUDA device. Set it to False, or train on a GPU.")
     cfg.freeze()
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gdetkd")  # Detectron2 thinks of its own alone
     return cfg
 
 

@@ -153,6 +153,25 @@ def test_opts_change_it(distill_cfg, lazy_teacher):
 
 
 @pytest.mark.parametrize(
+    "key, value",
+    [
+        ("model.backbone", {"_target_": "os.mkdir", "path": "made"}),
+        ("model.roi_heads.box_in_features", ["p2", {"_target_": "os.mkdir", "path": "made"}]),
+        ("model.backbone", "${oc.create:{_target_:os.mkdir,path:made}}"),
+        ("model._target_", "os.mkdir"),
+        ("model[_target_]", "os.mkdir"),
+        ("model.backbone[_target_]", "os.mkdir"),
+    ],
+)
+def test_opts_cannot_name_what_is_called(distill_cfg, lazy_teacher, tmp_path, monkeypatch, key, value):
+    """They come from a yaml, and a yaml is not to run anything but the file it names."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GDetKDError, match=r"DISTILL.TEACHER.OPTS: 'model.*into the teacher's .py file"):
+        FrozenTeacher(distill_cfg({**lazy_teacher(), "DISTILL.TEACHER.OPTS": [key, value]}))
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
     "change, match",
     [
         (("model = L(", "detector = L("), "defines no `model`"),

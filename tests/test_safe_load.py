@@ -214,10 +214,17 @@ def test_a_teachers_config_with_a_tag_is_refused(distill_cfg, tmp_path):
 
 @pytest.mark.parametrize(
     "text, match",
-    [("_BASE_: own.yaml\n", "leads back to itself"), ("SEED: [1\n", "no yaml"), ("_BASE_: gone.yaml\n", "not there")],
+    [
+        ("_BASE_: own.yaml\n", "leads back to itself"),
+        ("SEED: [1\n", "no yaml"),
+        ("_BASE_: gone.yaml\n", "not there"),
+        *[(text, "is empty, or no mapping") for text in ("", "# SEED: 1\n", "- SEED\n", "SEED\n", "7\n")],
+        ("_BASE_: empty.yaml\n", "_BASE_ of it is empty"),
+    ],
 )
 def test_configs_that_cannot_be_read(tmp_path, text, match):
     (tmp_path / "own.yaml").write_text(text)
+    (tmp_path / "empty.yaml").write_text("")
     with pytest.raises(GDetKDError, match=f"own.yaml.*{match}"):
         merge_config_file(make_cfg({}), str(tmp_path / "own.yaml"))
     with pytest.raises(GDetKDError, match="not there"):

@@ -4,15 +4,19 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets.pascal_voc import load_voc_instances
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from test_clean import BOX, dataset, with_boxes
 
 from conftest import make_cfg, write_coco
 from gdetkd.data import register_datasets
-from gdetkd.data.coco_json import _decoded_length, leaves
+from gdetkd.data.coco_json import _decoded_length, _is_near, _outline, leaves
 from gdetkd.data.voc import load_voc
+from gdetkd.engine.evaluators import build_evaluator
+from gdetkd.engine.preflight import check_datasets
 from gdetkd.errors import GDetKDError
 
 pytestmark = pytest.mark.usefixtures("forget_datasets")
@@ -20,9 +24,11 @@ pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 def test_coordinates_from_far_away_are_left_out(tmp_path, caplog):
     far = [[1e30, 5, 9, 9], [5, 5, 10**30, 9], [5, 5, 10**400, 9], [-1e8, 5, 2e8, 9], [5, 5, 1e308, 1e308]]
-    dataset(tmp_path, with_boxes(*far, [5, 5, float("nan"), 9], [5, 5, 9, float("-inf")], [5, 5, 9, 9]))
+    nan, inf = float("nan"), float("inf")
+    none = [[5, 5, nan, 9], [5, 5, 9, -inf], [10**400, nan, 9, 9], [5, 10**400, 9, inf]]
+    dataset(tmp_path, with_boxes(*far, *none, [5, 5, 9, 9]))
     assert [a["bbox"] for a in DatasetCatalog.get("mine")[0]["annotations"]] == [[5, 5, 9, 9]]
-    assert "2 annotations without area are left out; 5 annotations with coordinates beyond 10000000" in caplog.text
+    assert "4 annotations without area are left out; 5 annotations with coordinates beyond 10000000" in caplog.text
 
 
 def change_image(**changes):
@@ -58,6 +64,10 @@ RLE = {"size": [64, 64], "counts": [64 * 64]}
         (change_annotation(segmentation={**RLE, "counts": [5]}), "not of its size"),
         (change_annotation(segmentation={**RLE, "counts": "zzzzzzzzzzzz"}), "not of its size"),
         (change_annotation(segmentation=[[1, 2, "x", 4, 5, 6]]), "no list of polygons"),
+        (change_annotation(segmentation=[[0, 0, 1e9, 0, 1e9, 1e9]]), "that reaches over more than 10000000"),
+        (change_annotation(segmentation=[[0, 0, -2e7, 0, 5, 5]]), "segmentation that reaches over more"),
+        (change_annotation(segmentation=[[0, 0, 10**400, 0, 5, 5]]), "no list of polygons"),
+        (change_annotation(segmentation=[[0, 0, 9e6, 9e6] * 100]), "segmentation that reaches over more"),
         (change_annotation(keypoints=["x"]), "keypoints that are none"),
     ],
 )
@@ -65,6 +75,39 @@ def test_annotations_that_cannot_be_meant(tmp_path, change, match):
     dataset(tmp_path, change)
     with pytest.raises(GDetKDError, match=f"mine.json.*{match}.*Correct that file"):
         DatasetCatalog.get("mine")
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda content: content["annotations"][2].pop("iscrowd"), "annotation 3 lacks 'iscrowd'"),
+        (lambda content: content["annotations"][2].pop("area"), "annotation 3 lacks 'area'"),
+        (change_annotation(area="12"), "annotation 1 has the area '12'"),
+        (change_annotation(area=float("nan")), "annotation 1 has the area nan"),
+        (change_annotation(bbox=[5, 5, 10**400, 9]), "annotation 1 has the box"),
+    ],
+)
+def test_what_evaluation_needs_is_asked_of_test_sets_alone(tmp_path, change, match):
+    """pycocotools would break off at the first evaluation."""
+    cfg = dataset(tmp_path, change)
+    check_datasets(cfg)
+    cfg.DATASETS.TEST = ("mine",)
+    with pytest.raises(GDetKDError, match=f"'mine' cannot be evaluated against .*mine.json': {match}.*add it"):
+        check_datasets(cfg)
+
+
+def test_a_shortened_test_set_is_written_anew_with_what_evaluation_needs(tmp_path):
+    cfg = dataset(tmp_path, lambda content: [a.pop("area") for a in content["annotations"]], limit=2)
+    cfg.DATASETS.TEST = ("mine",)
+    check_datasets(cfg)
+    evaluator = build_evaluator(cfg, "mine")
+    evaluator.reset()
+    for sample in DatasetCatalog.get("mine"):
+        instances = Instances((sample["height"], sample["width"]))
+        instances.pred_boxes, instances.scores = Boxes(torch.tensor([[5.0, 5.0, 30.0, 30.0]])), torch.ones(1)
+        instances.pred_classes = torch.zeros(1, dtype=torch.int64)
+        evaluator.process([sample], [{"instances": instances}])
+    assert "AP" in evaluator.evaluate()["bbox"]
 
 
 def test_masks_that_pycocotools_wrote_are_understood(tmp_path):
@@ -157,13 +200,29 @@ def test_voc_of_one_image(tmp_path):
         ("<annotation><size><width>x</width><height>4</height></size></annotation>", "invalid literal"),
         ("<annotation><size><width>0</width><height>4</height></size></annotation>", "image is 0x4"),
         ('<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>', "document type"),
-        ("\0\0\0", "ParseError"),
+        ("\0\0\0", "zero bytes"),
+        ("<annotation>", "ParseError"),
     ],
 )
 def test_voc_annotations_that_are_none(tmp_path, text, match):
     root = voc(tmp_path, text=text)
     with pytest.raises(GDetKDError, match=f"one.xml' is not an annotation of VOC's.*{match}"):
         load_voc(root, "train", ["cat"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_document_type_in_another_encoding_is_seen(tmp_path, encoding):
+    root = voc(tmp_path)
+    text = '<?xml version="1.0" encoding="utf-16"?><!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>'
+    (tmp_path / "Annotations" / "one.xml").write_bytes(text.encode(encoding))
+    with pytest.raises(GDetKDError, match="one.xml' is not an annotation of VOC's.*write it in UTF-8"):
+        load_voc(root, "train", ["cat"])
+
+
+def test_outlines_are_long_or_too_long():
+    zigzag = [value for x in range(1500) for value in (x, 5000 * (x % 2))]
+    assert _is_near(zigzag) and not _is_near(zigzag * 3)  # of 7,500,000 pixels, and of three times as many
+    assert _outline([0, 0, 4, 0, 4, 3]) == 4 + 3 + 4
 
 
 @pytest.mark.parametrize("listed", [["../../etc/passwd"], ["one", "one"], ["one -1"], ["/etc/passwd"]])

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 from test_clean import BOX, dataset
@@ -55,6 +55,24 @@ def test_other_modes_load_as_they_look(tmp_path, mode, ending):
     assert error_of(read_image(str(path), "RGB"), original) < 6
 
 
+@pytest.mark.parametrize("name", ["JPEG", "JPEG2000", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "MPO", "TGA"])
+def test_formats_of_photographs_are_read(tmp_path, name):
+    Image.init()
+    if name not in Image.SAVE:
+        pytest.skip(f"this Pillow cannot write {name}")
+    photograph().save(tmp_path / "x.png", format=name)
+    assert find_bad_images([{"file_name": str(tmp_path / "x.png"), "width": 64, "height": 48}], whole=True) == {}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_format_that_another_program_reads_is_refused_by_name(tmp_path, monkeypatch, whole):
+    photograph().save(tmp_path / "x.jpg", format="EPS")
+    started = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **kwargs: started.append(1))
+    (reason,) = find_bad_images([{"file_name": str(tmp_path / "x.jpg")}], whole=whole).values()
+    assert reason.startswith("is EPS, not one of ") and reason.endswith("WEBP: convert it") and not started
+
+
 def test_sixteen_bits_of_colour_load_and_of_grey_are_named(tmp_path):
     grey = np.linspace(0, 65535, 64 * 48).reshape(48, 64)
     Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "grey.png")
@@ -96,6 +114,25 @@ def test_an_image_that_breaks_off_is_replaced_and_named(tmp_path, caplog, worker
             assert name.endswith("mine1.png") or (name == other and torch.equal(image, replaced))
     for first, second in zip(batches[5:], batches_of(cfg, 7, start=5)):  # a function of seed and position still
         assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_in_a_mapper_is_not_taken_for_a_broken_image(tmp_path, monkeypatch, workers):
+    cfg = dataset(tmp_path, count=6)
+    cfg.INPUT.MAX_BAD_FRACTION, cfg.DATALOADER.NUM_WORKERS = 1.0, workers
+    monkeypatch.setattr(DatasetMapper, "_transform_annotations", lambda *args: {}["no such key"])
+    with pytest.raises(GDetKDError, match="mine.*is sound, but no training sample.*KeyError: 'no such key'"):
+        batches_of(cfg, 1)
+
+
+def test_an_image_that_changes_its_size_in_training_is_replaced(tmp_path, caplog):
+    cfg = dataset(tmp_path, count=6)
+    cfg.INPUT.MAX_BAD_FRACTION = 0.2
+    loader = build_train_loader(cfg)
+    Image.new("RGB", (64, 50)).save(tmp_path / "mine1.png")
+    stream = iter(loader)
+    names = {os.path.basename(sample["file_name"]) for _ in range(12) for sample in next(stream)}
+    assert "mine1.png" not in names and "now mine1.png" in caplog.text
 
 
 def test_too_many_images_that_break_off_stop_the_run(tmp_path, caplog):

@@ -49,6 +49,22 @@ def test_content_and_folder_are_on_the_disk_before_the_old_file_is_gone(tmp_path
     assert events == 2 * whole  # the checkpoint, and then the file that names it
 
 
+@pytest.mark.parametrize("number, is_raised", [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_file_system_that_cannot_sync_folders_is_written_to(tmp_path, monkeypatch, number, is_raised):
+    sync = os.fsync
+
+    def without_folders(handle):
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(number, os.strerror(number))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", without_folders)
+    checkpointer = DurableCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
+    checkpointer.save("model_0000001")
+    assert checkpointer.failed == ["model_0000001"] * is_raised
+    assert (tmp_path / "last_checkpoint").exists() != is_raised
+
+
 class FullDisk:
     """A file for writing that takes so many bytes and no more."""
 
@@ -132,6 +148,47 @@ def test_a_full_disk_does_not_lose_the_best_score(distill_cfg, tmp_path, disk, m
     assert read_weights(str(tmp_path / "run" / "model_best.pth"))["record"]["metric"] == 20.0
 
 
+def test_detections_that_the_disk_does_not_take_end_no_training(distill_cfg, tmp_path, disk, caplog):
+    """Their metrics are known all the same, and with them the best checkpoint."""
+    keys = {"DATASETS.TEST": ("tiny",), "TEST.EVAL_PERIOD": 2, "SOLVER.CHECKPOINT_PERIOD": 100}
+    cfg = distill_cfg({"DISTILL.LOSSES": (), "SOLVER.MAX_ITER": 3, **keys})
+
+    scores = []
+
+    class Full(DistillTrainer):
+        @classmethod
+        def test(cls, *args):
+            disk["bytes"] = 0
+            scores.append(super().test(*args)["bbox"]["AP"])
+            disk["bytes"] = None
+            return {"bbox": {"AP": 5.0}}
+
+    _, steps = train(Full, cfg)
+    assert list(steps) == [0, 1, 2] and len(scores) == 2
+    assert caplog.text.count("What the evaluation of tiny found could not be written (No space left on device)") == 2
+    assert read_weights(str(tmp_path / "run" / "model_best.pth"))["record"]["metric"] == 5.0
+    assert not list((tmp_path / "run" / "inference").iterdir())
+
+
+def test_a_score_of_an_earlier_evaluation_is_not_given_to_later_weights(distill_cfg, tmp_path, disk):
+    cfg = distill_cfg({"DISTILL.LOSSES": (), "DATASETS.TEST": ("tiny",), "TEST.EVAL_PERIOD": 1, "SOLVER.MAX_ITER": 3})
+    results = iter([{"bbox": {"AP": 10.0}}, {"bbox": {"AP": 30.0}}, {}])  # the last could not be made
+
+    class Scored(DistillTrainer):
+        @classmethod
+        def test(cls, *args):
+            found = next(results)
+            disk["bytes"] = 0 if found == {"bbox": {"AP": 30.0}} else None
+            return found
+
+        def run_step(self):
+            disk["bytes"] = None
+            super().run_step()
+
+    train(Scored, cfg)
+    assert read_weights(str(tmp_path / "run" / "model_best.pth"))["record"]["metric"] == 10.0
+
+
 def interrupted(distill_cfg, **keys):
     """A run with checkpoints after 1, 2, 3 of its 5 iterations, and what it would have come to."""
     cfg = distill_cfg({"SOLVER.MAX_ITER": 5, "SOLVER.CHECKPOINT_PERIOD": 1, "DISTILL.LOSSES": ALL_LOSSES, **keys})
@@ -159,6 +216,15 @@ def test_a_damaged_last_checkpoint_is_passed_over_for_the_one_before(distill_cfg
     assert steps == {iteration: uninterrupted[iteration] for iteration in (2, 3, 4)}
     assert "model_0000002.pth' cannot be read" in caplog.text and "passed over for the checkpoint before" in caplog.text
     assert not list(folder.glob("*.partial"))
+
+
+def test_an_evaluation_leaves_alone_what_a_training_is_writing(tmp_path):
+    """`--eval-only --resume` in the folder of a run that goes on."""
+    model = torch.nn.Linear(1, 1)
+    DurableCheckpointer(model, str(tmp_path)).save("model_0000001")
+    (tmp_path / "model_0000003.pth.partial").write_bytes(b"half")
+    DurableCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
+    assert (tmp_path / "model_0000003.pth.partial").exists()
 
 
 def test_no_checkpoint_that_can_be_read(distill_cfg):
@@ -216,6 +282,33 @@ def test_an_evaluation_that_was_made_is_not_made_again(distill_cfg, monkeypatch)
     (Path(cfg.OUTPUT_DIR) / "last_checkpoint").write_text("model_0000001.pth")
     trainer, _ = train(DistillTrainer, cfg, resume=True)
     assert len(made) == count + 2 and any(isinstance(hook, MissedEvaluation) for hook in trainer._hooks)
+
+
+def test_a_run_that_starts_anew_does_not_believe_an_earlier_runs_note(distill_cfg, tmp_path, monkeypatch):
+    keys = {"DATASETS.TEST": ("tiny",), "TEST.EVAL_PERIOD": 2, "SOLVER.CHECKPOINT_PERIOD": 2, "SOLVER.MAX_ITER": 5}
+    cfg = distill_cfg({"DISTILL.LOSSES": (), **keys})
+    monkeypatch.setattr(DistillTrainer, "test", classmethod(lambda *args: {"bbox": {"AP": 1.0}}))
+    train(DistillTrainer, cfg)
+    note = tmp_path / "run" / "last_evaluation"
+    assert note.read_text() == "4"
+    train(DistillTrainer, cfg, stop_at=1)
+    assert not note.exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), PermissionError(errno.EACCES, "no"), MemoryError()])
+def test_a_checkpoint_that_the_disk_does_not_give_is_not_passed_over(tmp_path, monkeypatch, error):
+    """The one before would be taken for no damage: what is there now may be read in a minute."""
+    model = torch.nn.Linear(1, 1)
+    for iteration in (1, 3):
+        DurableCheckpointer(model, str(tmp_path)).save(f"model_{iteration:07d}", iteration=iteration)
+
+    def failing(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(GDetKDError, match="model_0000003.pth' cannot be read.*now"):
+        patch.setattr(torch, "load", failing)
+        DurableCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
+    assert DurableCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)["iteration"] == 3
 
 
 def test_metrics_that_the_disk_does_not_take_end_no_training(distill_cfg, caplog, monkeypatch):

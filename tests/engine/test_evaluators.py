@@ -1,5 +1,6 @@
 """The metrics of a data set."""
 
+import json
 import sys
 
 import numpy as np
@@ -7,11 +8,12 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_pascal_voc
+from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from conftest import NUM_CLASSES, make_cfg
-from gdetkd.engine.evaluators import build_evaluator
+from gdetkd.engine.evaluators import CocoMetrics, build_evaluator
 from gdetkd.errors import GDetKDError
 
 XML = """<annotation><filename>{name}.jpg</filename><size><width>64</width><height>48</height><depth>3</depth></size>
@@ -62,7 +64,7 @@ def test_difficult_objects_count_in_cocos_metric_alone(voc, tmp_path):
 
 def test_other_sets_have_cocos(tmp_path):
     evaluator = build_evaluator(make_cfg({"OUTPUT_DIR": str(tmp_path)}), "tiny")
-    assert type(evaluator).__name__ == "COCOEvaluator"
+    assert type(evaluator) is CocoMetrics
 
 
 def test_a_conversion_of_an_earlier_run_is_not_believed(voc, tmp_path):
@@ -78,6 +80,10 @@ def test_a_conversion_of_an_earlier_run_is_not_believed(voc, tmp_path):
 def score_disturbed_truth(implementation, tmp_path):
     """Metrics of detections that are the objects of "tiny", moved, some renamed, some missed, some doubled."""
     evaluator = build_evaluator(make_cfg({"OUTPUT_DIR": str(tmp_path), "TEST.COCO_EVAL": implementation}), "tiny")
+    return find_disturbed_truth(evaluator)["bbox"]
+
+
+def find_disturbed_truth(evaluator):
     evaluator.reset()
     rng = np.random.default_rng(0)
     for sample in DatasetCatalog.get("tiny"):
@@ -93,7 +99,17 @@ def score_disturbed_truth(implementation, tmp_path):
         instances.scores = torch.from_numpy(rng.random(len(boxes)))
         instances.pred_classes = torch.tensor(classes, dtype=torch.int64)
         evaluator.process([sample], [{"instances": instances}])
-    return evaluator.evaluate()["bbox"]
+    return evaluator.evaluate()
+
+
+def test_detections_are_written_as_detectron2_writes_them(tmp_path):
+    theirs = find_disturbed_truth(COCOEvaluator("tiny", output_dir=str(tmp_path / "theirs"), use_fast_impl=False))
+    keys = {"OUTPUT_DIR": str(tmp_path), "TEST.COCO_EVAL": "pycocotools"}
+    ours = find_disturbed_truth(build_evaluator(make_cfg(keys), "tiny"))
+    assert ours["bbox"] == pytest.approx(theirs["bbox"], rel=0, nan_ok=True)
+    name, folder = "coco_instances_results.json", tmp_path / "inference"
+    assert json.loads((folder / name).read_text()) == json.loads((tmp_path / "theirs" / name).read_text()) != []
+    assert [path.name for path in folder.iterdir()] == [name]
 
 
 def test_the_fast_implementation_gives_the_official_figures(tmp_path):

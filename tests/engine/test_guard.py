@@ -1,5 +1,6 @@
 """A loss that is not finite reaches no parameter; SIGTERM saves and ends the run with a code of its own."""
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,9 @@ from test_trainer import train
 from conftest import make_batch
 from gdetkd import DistillTrainer
 from gdetkd.engine.guard import EXIT_STOPPED, NonFiniteError
+from gdetkd.errors import GDetKDError
 from gdetkd.losses import CKD
+from gdetkd.losses.ckd import EmbeddingQueue
 from gdetkd.safe_load import read_weights
 
 
@@ -62,7 +65,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer(distill_cf
     assert report["iteration"] == 2 and found["terms"] == {"loss_distill_ckd": shown}
     assert len(found["files"]) == 2 and all(Path(name).exists() for name in found["files"])
     saved = read_weights(str(tmp_path / "run" / "nonfinite_0000002.pth"))
-    assert same(saved["model"], states.before[2]) and saved["trainer"]["iteration"] == 2
+    assert same(saved["model"], states.before[2]) and saved["trainer"]["iteration"] == saved["iteration"] == 1
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000001.pth"
 
 
@@ -75,6 +78,61 @@ def test_batch_statistics_are_as_before_the_step(distill_cfg, monkeypatch):
     means = [name for name in states.before[1] if name.endswith("running_mean")]
     assert means and not same({name: states.before[0][name] for name in means}, states.before[1])
     assert same(trainer.student.state_dict(), states.before[1])
+
+
+def test_from_the_state_before_the_step_a_run_takes_it_again(distill_cfg, tmp_path, monkeypatch):
+    """To look at it; here it is finite the second time, and the run goes on as if it had been the first."""
+    cfg = distill_cfg({"SOLVER.MAX_ITER": 6, "INPUT.MIN_SIZE_TRAIN": (48, 64)})
+    _, uninterrupted = train(DistillTrainer, cfg)
+    cfg.OUTPUT_DIR = str(tmp_path / "spoiled")
+    (tmp_path / "spoiled").mkdir()
+    with monkeypatch.context() as patch, pytest.raises(NonFiniteError):
+        spoil(patch, {2})
+        train(DistillTrainer, cfg)
+    (tmp_path / "spoiled" / "last_checkpoint").write_text("nonfinite_0000002.pth")
+    cfg.DISTILL.SKIP_NONFINITE = 1
+    trainer, steps = train(DistillTrainer, cfg, resume=True)
+    assert steps == {iteration: uninterrupted[iteration] for iteration in (2, 3, 4, 5)}
+    assert trainer._guard.state_dict() == {}  # the step that ended the run was not one that was left out
+
+
+@pytest.mark.parametrize("tolerated", [0, 1])
+def test_what_a_bad_step_pushed_is_not_in_the_queue(distill_cfg, monkeypatch, tolerated):
+    pushed, push = [], EmbeddingQueue.push
+
+    def spoiled(queue, embeddings):
+        pushed.append(embeddings * (float("nan") if len(pushed) == 2 else 1.0))
+        push(queue, pushed[-1])
+
+    monkeypatch.setattr(EmbeddingQueue, "push", spoiled)
+    spoil(monkeypatch, {2})
+    keys = {"SOLVER.MAX_ITER": 4, "DISTILL.SKIP_NONFINITE": tolerated, "DISTILL.CKD.QUEUE_SIZE": 100}
+    trainer, _ = with_states(distill_cfg(keys))
+    try:
+        trainer.train()
+    except NonFiniteError:
+        assert not tolerated
+    state = trainer.distiller.losses.state_dict()
+    expected = torch.cat([embeddings for step, embeddings in enumerate(pushed) if step != 2])
+    assert torch.equal(state["CKD.queue.embeddings"][: len(expected)], expected)
+    assert state["CKD.queue.filled"] == len(expected) and len(pushed) == (4 if tolerated else 3)
+
+
+def test_proposals_that_are_not_finite_cost_no_embedding_of_the_step_before(distill_cfg, monkeypatch):
+    """Where the forward pass breaks off, what waits to enter the queue would be another step's."""
+    trainer, _ = with_states(distill_cfg({"SOLVER.MAX_ITER": 2, "DISTILL.CKD.QUEUE_SIZE": 100}))
+    generator, calls = trainer.student.proposal_generator, iter(range(10))
+    forward = type(generator).forward
+
+    def spoiled(self, *args, **kwargs):
+        if self is generator and next(calls) == 1:
+            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN. Training has diverged.")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(generator), "forward", spoiled)
+    with pytest.raises(NonFiniteError):
+        trainer.train()
+    assert trainer.distiller.losses.state_dict()["CKD.queue.filled"] > 0
 
 
 def test_so_many_steps_are_left_out_and_no_more(distill_cfg, caplog, monkeypatch):
@@ -138,6 +196,47 @@ def test_sigterm_saves_and_the_run_goes_on_bit_by_bit(distill_cfg, tmp_path):
     trainer, steps = train(DistillTrainer, cfg, resume=True)
     assert steps == {iteration: uninterrupted[iteration] for iteration in (3, 4, 5)}
     assert trainer.scheduler.last_epoch == 6
+
+
+def test_sigterm_comes_before_an_evaluation_that_is_made_up_for(distill_cfg, tmp_path, monkeypatch):
+    """A cluster may not wait for as long as an evaluation takes."""
+    made = []
+
+    def evaluate(cls, cfg, *args):
+        made.append(cfg.OUTPUT_DIR)
+        return {"bbox": {"AP": float(torch.rand(1))}}  # it has the random state that it would have had
+
+    monkeypatch.setattr(DistillTrainer, "test", classmethod(evaluate))
+    keys = {"SOLVER.MAX_ITER": 6, "INPUT.MIN_SIZE_TRAIN": (48, 64), "SOLVER.CHECKPOINT_PERIOD": 100}
+    cfg = distill_cfg({**keys, "DATASETS.TEST": ("tiny",), "TEST.EVAL_PERIOD": 3})
+    _, uninterrupted = train(DistillTrainer, cfg)
+    best = read_weights(str(tmp_path / "run" / "model_best.pth"))
+    run = tmp_path / "stopped"
+    run.mkdir()
+    cfg.OUTPUT_DIR = str(run)
+    with pytest.raises(SystemExit) as stop:
+        train(Terminated, cfg)
+    assert stop.value.code == EXIT_STOPPED and str(run) not in made and not (run / "model_best.pth").exists()
+    _, steps = train(DistillTrainer, cfg, resume=True)
+    assert steps == {iteration: uninterrupted[iteration] for iteration in (3, 4, 5)} and made.count(str(run)) == 2
+    resumed = read_weights(str(run / "model_best.pth"))
+    assert resumed["record"] == best["record"] and resumed["iteration"] == best["iteration"]
+
+
+def test_a_stop_that_cannot_be_saved_does_not_pretend_to_be(distill_cfg, tmp_path, monkeypatch):
+    from gdetkd.engine import checkpoint
+
+    def full(path, *args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Full(Terminated):
+        def run_step(self):
+            if self.iter == self.at:
+                monkeypatch.setattr(checkpoint, "written_whole", full)
+            super().run_step()
+
+    with pytest.raises(GDetKDError, match="iteration 2 and could NOT be saved.*goes on from model_0000001.pth"):
+        train(Full, distill_cfg({"SOLVER.MAX_ITER": 6, "SOLVER.CHECKPOINT_PERIOD": 2}))
 
 
 def test_sigterm_in_the_last_iteration_lets_the_run_end(distill_cfg, tmp_path):

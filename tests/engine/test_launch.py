@@ -1,6 +1,7 @@
 """Processes that are stopped, die, or are started by torchrun."""
 
 import gdetkd  # noqa: F401, I001  first, in the spawned processes too
+import errno
 import os
 import runpy
 import signal
@@ -16,11 +17,12 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from gdetkd import DistillTrainer
+from gdetkd.engine import checkpoint
 from gdetkd.engine.guard import EXIT_STOPPED
 from gdetkd.engine.launch import TORCHRUN, run_everywhere, which_ended
 from gdetkd.errors import GDetKDError
 from gdetkd.safe_load import read_weights
-from test_processes import TIMEOUT_SECONDS, spawn
+from test_processes import TIMEOUT_SECONDS, run_in_processes, spawn
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,6 +61,21 @@ def test_sigterm_of_one_rank_saves_and_stops_all(shared_cfg, tmp_path):
     assert all(process.exitcode in (EXIT_STOPPED, -signal.SIGTERM) for process in context.processes)
     saved = read_weights(str(tmp_path / "run" / "model_0000002.pth"))
     assert len(saved["trainer"]["hooks"]["RandomState"]["states"]) == 2
+
+
+def _train_signalled_on_a_full_disk(rank, cfg):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoint.written_whole = full
+    with pytest.raises(GDetKDError) as error:
+        _train_signalled(rank, cfg, signal.SIGTERM)
+    return str(error.value)
+
+
+def test_sigterm_of_one_rank_with_no_room_to_save_is_an_error_of_all(shared_cfg, tmp_path):
+    messages = run_in_processes(_train_signalled_on_a_full_disk, tmp_path, 2, shared_cfg(2, {"SOLVER.MAX_ITER": 50}))
+    assert all("after iteration 2 and could NOT be saved" in m and "goes on from nothing" in m for m in messages)
 
 
 def test_a_rank_that_dies_ends_the_others_and_is_named(shared_cfg, tmp_path):

@@ -28,6 +28,21 @@ def test_changes_of_the_config_are_named(distill_cfg, caplog):
     assert "has changed: DISTILL.CKD.WEIGHT 0.5 -> 0.25; SOLVER.MAX_ITER 2 -> 3." in caplog.text
 
 
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_what_the_optimizer_keeps_is_said_to_be_without_effect(distill_cfg, caplog, optimizer):
+    cfg = distill_cfg({"SOLVER.MAX_ITER": 3, "SOLVER.WARMUP_ITERS": 0, "SOLVER.OPTIMIZER": optimizer})
+    before, _ = train(DistillTrainer, cfg, stop_at=1)
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.MOMENTUM, cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.GAMMA = 1e-7, 0.5, 0.3, 0.2
+    after, _ = train(DistillTrainer, cfg, resume=True)
+    assert "SOLVER.BASE_LR 0.0005 -> 1e-07" in caplog.text and "SOLVER.GAMMA 0.1 -> 0.2" in caplog.text
+    kept = "goes on as it was: SOLVER.BASE_LR, SOLVER.MOMENTUM, SOLVER.WEIGHT_DECAY. To train"
+    assert kept in caplog.text
+    names = ("lr", "initial_lr", "weight_decay", "momentum", "betas")
+    groups = [t.optimizer.param_groups for t in (before, after)]
+    first, second = ([{name: group.get(name) for name in names} for group in of_run] for of_run in groups)
+    assert first == second and after.scheduler.base_lrs == before.scheduler.base_lrs
+
+
 def test_the_number_of_processes_is_named(distill_cfg, caplog):
     record = RunRecord(distill_cfg(), ("cat", "dog"))
     record.load_state_dict({**record.state_dict(), "processes": 4})
@@ -39,6 +54,8 @@ def test_the_number_of_processes_is_named(distill_cfg, caplog):
     [
         ("DISTILL.LOSSES", ("CKD", "SGFI"), "other distillation losses: DISTILL.LOSSES .*SGFI.*CKD"),
         ("SOLVER.OPTIMIZER", "AdamW", "another optimizer"),
+        ("SOLVER.AMP.ENABLED", True, "another precision: SOLVER.AMP.ENABLED False; now True"),
+        ("SOLVER.BIAS_LR_FACTOR", 2.0, "other groups of parameters .*SOLVER.WEIGHT_DECAY"),
         ("DISTILL.CKD.PROJECTION_DIM", 4, "other distillation losses, or other sizes of them"),
         ("MODEL.ROI_BOX_HEAD.FC_DIM", 8, "another student.*box_head"),
     ],
@@ -68,6 +85,37 @@ def test_other_classes_are_refused(distill_cfg, tmp_path, names, match):
     register_datasets(cfg)
     with pytest.raises(GDetKDError, match=f"started with {match}: class0, class1, class2; now class{names[0]}"):
         train(DistillTrainer, cfg, resume=True)
+
+
+@pytest.mark.parametrize("how", ["unread", "renamed", "moved"])
+def test_images_that_are_not_as_they_were_are_spoken_of(distill_cfg, tmp_path, caplog, how):
+    """One that could not be read at one of the starts, say: from there on the order is another."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_coco(folder, 4, name="mine")
+
+    def register():
+        entry = {"name": "mine", "kind": "coco", "json": str(folder / "mine.json"), "images": str(folder)}
+        cfg.DATASETS.REGISTER = [entry]
+        register_datasets(cfg)
+
+    cfg = distill_cfg({"DATASETS.TRAIN": ("mine",), "SOLVER.MAX_ITER": 1, "INPUT.MAX_BAD_FRACTION": 0.5})
+    register()
+    train(DistillTrainer, cfg)
+    if how == "unread":
+        (folder / "mine2.png").write_bytes(b"")
+    elif how == "renamed":
+        (folder / "mine2.png").rename(folder / "other.png")
+        (folder / "mine.json").write_text((folder / "mine.json").read_text().replace("mine2.png", "other.png"))
+    else:
+        folder = folder.rename(tmp_path / "moved")
+    DatasetCatalog.remove("mine"), MetadataCatalog.remove("mine")
+    register()
+    cfg.SOLVER.MAX_ITER = 2
+    train(DistillTrainer, cfg, resume=True)
+    said = {"unread": "4 then, 3 now.", "renamed": "4 then, 4 now, of other names.", "moved": None}[how]
+    assert (f"are not those that the run was started with: {said}" in caplog.text) == (said is not None)
+    assert ("are not those that" in caplog.text) == (said is not None)
 
 
 def test_a_teacher_that_moved_is_known_by_its_hash(distill_cfg, tmp_path):

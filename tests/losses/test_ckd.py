@@ -168,3 +168,14 @@ def test_a_queue_of_length_zero_keeps_nothing():
     for _ in range(2):
         module(*outputs(3)).backward()
     assert module.queue.contents().shape == (0, 6)
+
+
+def test_what_is_not_finite_never_enters_the_queue():
+    queue, nan = EmbeddingQueue(4, 2), float("nan")
+    queue.push(torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0], [4.0, 4.0]]))
+    queue.settle()
+    queue.push(torch.tensor([[nan, 5.0], [6.0, 6.0], [7.0, float("inf")]]))
+    assert queue.contents().tolist() == [[1.0, 1.0], [6.0, 6.0], [3.0, 3.0], [4.0, 4.0]]
+    queue.push(torch.ones(4, 2))
+    queue.drop_pending()
+    assert queue.contents().tolist() == [[1.0, 1.0], [6.0, 6.0], [3.0, 3.0], [4.0, 4.0]]

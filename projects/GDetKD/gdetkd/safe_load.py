@@ -1,5 +1,6 @@
 """Weights and configs as what they are, input from strangers: read without running anything that they hold."""
 
+import errno
 import pickle
 import re
 import zlib
@@ -36,12 +37,23 @@ DAMAGE = (
 )
 
 
+# Of errors of the system, those that say nothing of a file: a damaged one can make a loader seek where nothing is.
+OF_THE_MACHINE = (
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO),
+    *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+)
+
+
 class UntrustedFileError(GDetKDError):
     """A weights file that wants to run code, or holds what can do so."""
 
 
 class DamagedFileError(GDetKDError):
     """A weights file that is cut off, empty, or none."""
+
+
+class UnreadableFileError(GDetKDError):
+    """A weights file that the disk does not give now, or the memory does not hold, whatever is in it."""
 
 
 class SafePickle(pickle.Unpickler):
@@ -95,13 +107,19 @@ def read_weights(path: str) -> Dict[str, Any]:
 
     Raises:
         UntrustedFileError: it holds something else than tensors, arrays, numbers, strings and plain containers.
-        DamagedFileError: it is cut off, empty, or none of these files.
+        DamagedFileError: it is cut off, empty, not there, or none of these files.
+        UnreadableFileError: the disk does not give it, or the memory does not hold it.
     """
     try:
         content = _read_pickle(path) if path.endswith(".pkl") else _read_torch(path)
     except UntrustedFileError as e:
         raise UntrustedFileError(_refusal(path, str(e))) from e
     except DAMAGE as e:
+        if _is_of_the_machine(e):
+            raise UnreadableFileError(
+                f"The weights {path!r} cannot be read here and now ({type(e).__name__}: {e}), which says nothing of "
+                "the file. Try again, with access to it and memory for it; or remove it to do without."
+            ) from e
         if asked := _asked_for(e):
             raise UntrustedFileError(_refusal(path, f"it asks for {asked}")) from e
         reason = (str(e).strip().splitlines() or ["it ends too early"])[0]
@@ -111,6 +129,10 @@ def read_weights(path: str) -> Dict[str, Any]:
     if not isinstance(content, dict):
         raise DamagedFileError(f"The weights {path!r} hold a {type(content).__name__}, not a dictionary of tensors.")
     return content
+
+
+def _is_of_the_machine(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in OF_THE_MACHINE)
 
 
 def _read_pickle(path: str) -> Any:
@@ -179,7 +201,7 @@ class SafeCheckpointer(DetectionCheckpointer, _SafeTorchFormat):
     """Detectron2's checkpointer, for files from strangers.
 
     Raises:
-        UntrustedFileError, DamagedFileError: on loading; see `read_weights`.
+        UntrustedFileError, DamagedFileError, UnreadableFileError: on loading; see `read_weights`.
     """
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
@@ -206,7 +228,8 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
     """Merges a yaml file, and those that it names as its _BASE_, by safe loading alone; in place.
 
     Raises:
-        GDetKDError: the file or one of its bases is not there, is no yaml, or has a tag that makes Python objects.
+        GDetKDError: the file or one of its bases is not there, is empty or no yaml, or has a tag that makes Python
+            objects.
     """
     try:
         cfg.merge_from_file(path, allow_unsafe=False)
@@ -221,6 +244,10 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
     except RecursionError as e:
         raise GDetKDError(
             f"The config {path!r} has a _BASE_ that leads back to itself, or is nested too deeply."
+        ) from e
+    except (TypeError, AttributeError) as e:  # what an empty file, a list or a mere word comes to
+        raise GDetKDError(
+            f"The config {path!r} or a _BASE_ of it is empty, or no mapping of keys to values ({e}). Write KEY: VALUE."
         ) from e
     except (FileNotFoundError, AssertionError) as e:
         if "not exist" not in str(e) and not isinstance(e, FileNotFoundError):

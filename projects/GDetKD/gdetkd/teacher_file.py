@@ -2,7 +2,9 @@
 
 import logging
 import os
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, Optional, Tuple
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
@@ -87,7 +89,8 @@ class LazyTeacher(TeacherFile):
     `dataloader.train.dataset.names` whose classes it has.
 
     Raises:
-        GDetKDError: the file lacks `model`, or does not tell the channel order.
+        GDetKDError: the file lacks `model`, or does not tell the channel order; or DISTILL.TEACHER.OPTS could name a
+            function to call.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -97,6 +100,7 @@ class LazyTeacher(TeacherFile):
         self._file: DictConfig = LazyConfig.load(self.path)
         opts = list(cfg.DISTILL.TEACHER.OPTS)
         for key, value in zip(opts[::2], opts[1::2]):
+            _check_plain(key, value)
             OmegaConf.update(self._file, key, value)
         if "model" not in self._file:
             raise GDetKDError(f"The teacher's file {self.path!r} defines no `model`: give one of a detector.")
@@ -140,6 +144,31 @@ class LazyTeacher(TeacherFile):
             )
         dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False)
         return build_detection_test_loader(dicts, mapper=instantiate(mapper))
+
+
+def _check_plain(key: Any, value: Any) -> None:
+    """The file is a program that the user chose; what changes it comes from a yaml, which may be a stranger's.
+
+    Raises:
+        GDetKDError: the change could make a call, or another one, of what the file describes.
+    """
+    if not isinstance(key, str) or any(part.startswith("_") for part in re.split(r"[.\[\]]", key)):
+        reason = "is no plain dotted key: a part that starts with '_' says what is called"
+    elif not _is_plain(value):
+        # OmegaConf makes mappings of strings, too: "${oc.create:{...}}".
+        reason = f"has the value {value!r}: mappings and strings with '${{' can name functions to call"
+    else:
+        return
+    raise GDetKDError(
+        f"DISTILL.TEACHER.OPTS: {key!r} {reason}. Give numbers, strings, or lists of them, and write anything else "
+        "into the teacher's .py file."
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return not isinstance(value, Mapping) and not (isinstance(value, str) and "${" in value)
 
 
 def read_teacher_file(cfg: CfgNode) -> TeacherFile:

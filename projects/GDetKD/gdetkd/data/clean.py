@@ -37,6 +37,8 @@ IMAGE_ERRORS = (
     struct.error,
     zlib.error,
 )
+# What photographs come as, by Pillow's names. It reads many others, of them some by other programs: EPS by Ghostscript.
+FORMATS = "AVIF BMP DIB GIF HEIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP".split()
 # Modes of more than 8 bits, of which conversion keeps what is below 256.
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -94,13 +96,13 @@ def clean_annotations(dicts: List[Sample], least: float = 0) -> Findings:
 
 
 def _judge(annotation: Sample, image: Sample, least: float) -> Optional[str]:
-    if any(abs(value) > FARTHEST for value in annotation["bbox"]) and all(
-        isinstance(value, int) or math.isfinite(value) for value in annotation["bbox"]
-    ):
+    # Of an integer that no float is as large as, `isfinite` cannot tell.
+    if not all(isinstance(value, int) or math.isfinite(value) for value in annotation["bbox"]):
+        return "without_area"
+    if any(abs(value) > FARTHEST for value in annotation["bbox"]):
         return "far"
     x1, y1, x2, y2 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-    # Written so that a coordinate that is not a number fails.
-    if not (x2 - x1 > least and y2 - y1 > least and math.isfinite(x1 + y1 + x2 + y2)):
+    if not (x2 - x1 > least and y2 - y1 > least):
         return "without_area"
     width, height = image.get("width", math.inf), image.get("height", math.inf)
     if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
@@ -127,7 +129,9 @@ def _fault(sample: Sample, whole: bool = False) -> Optional[str]:
     if not os.path.exists(path):
         return "not there"
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as image:  # its header alone
+            if image.format not in FORMATS:
+                return f"is {image.format}, not one of {', '.join(FORMATS)}: convert it"
             size, mode = image.size, image.mode
             turned = _is_turned(image)
             if whole:

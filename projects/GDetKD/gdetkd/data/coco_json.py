@@ -6,6 +6,7 @@ import os
 from typing import Any, Dict, List, Optional, Set, Tuple
 
 from ..errors import GDetKDError
+from .clean import FARTHEST
 
 MOST_PIXELS = 2**31  # of an image's width times height, for a mask of it
 
@@ -14,7 +15,7 @@ class InvalidItem(Exception):
     """Says what is wrong with an item of the file."""
 
 
-def check_coco(path: str, name: str, folder: str, allow_outside: bool = False) -> None:
+def check_coco(path: str, name: str, folder: str, allow_outside: bool = False) -> Optional[str]:
     """Reads the file once for what would make its readers fail without naming it, or go wrong without a word.
 
     Args:
@@ -22,6 +23,9 @@ def check_coco(path: str, name: str, folder: str, allow_outside: bool = False) -
         name: of the data set, for messages.
         folder: of the images, which their file names may not leave.
         allow_outside: they may.
+
+    Returns:
+        what keeps the file from being evaluated against, though it can be trained on; None where nothing does.
 
     Raises:
         GDetKDError: the file is no JSON or no COCO file; an image id or a category id stands twice; an annotation has
@@ -35,8 +39,10 @@ def check_coco(path: str, name: str, folder: str, allow_outside: bool = False) -
         categories = _unique_ids("category", parts["categories"], int)
         for category in parts["categories"]:
             _require(isinstance(category.get("name"), str), f"category {category['id']} has no name")
+        fault = None
         for annotation in parts["annotations"]:
             _check_annotation(annotation, categories)
+            fault = fault or _fault_in_evaluation(annotation)
     except InvalidItem as e:
         reason = str(e)
     except RecursionError:
@@ -44,7 +50,7 @@ def check_coco(path: str, name: str, folder: str, allow_outside: bool = False) -
     except ValueError as e:  # of JSON, or of text that is not UTF-8
         reason = f"{type(e).__name__}: {e}"
     else:
-        return
+        return fault
     raise GDetKDError(
         f"The data set {name!r} cannot be read from {path!r} ({reason}). Correct that file or the entry in "
         "DATASETS.REGISTER."
@@ -117,6 +123,27 @@ def _check_annotation(annotation: Dict[str, Any], categories: Set[Any]) -> None:
         _require(reason is None, f"{which} has a segmentation {reason}")
 
 
+def _fault_in_evaluation(annotation: Dict[str, Any]) -> Optional[str]:
+    """pycocotools reads the file itself, at the first evaluation, and what Detectron2 does without."""
+    if "iscrowd" not in annotation:
+        fault = "lacks 'iscrowd' (0: an object; 1: a crowd)"
+    elif not _is_finite(annotation.get("area")):
+        fault = f"has the area {annotation['area']!r}" if "area" in annotation else "lacks 'area'"
+        fault += " (pixels; of the box where there is no mask)"
+    elif not all(map(_is_finite, annotation["bbox"])):
+        fault = f"has the box {annotation['bbox']!r}"
+    else:
+        return None
+    return f"annotation {annotation['id']!r} {fault}"
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return _is_number(value) and math.isfinite(value)
+    except OverflowError:  # of an integer that no float is as large as
+        return False
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -124,7 +151,9 @@ def _is_number(value: Any) -> bool:
 def _fault_of_mask(mask: Any) -> Optional[str]:
     """pycocotools takes memory, and writes to it, by what a mask says of itself."""
     if isinstance(mask, list):
-        return None if all(map(_is_polygon, mask)) else "that is no list of polygons"
+        if not all(map(_is_polygon, mask)):
+            return "that is no list of polygons"
+        return None if all(map(_is_near, mask)) else f"that reaches over more than {FARTHEST:.0f} pixels"
     if not isinstance(mask, dict):
         return "that is neither polygons nor run lengths"
     size, counts = mask.get("size"), mask.get("counts")
@@ -146,6 +175,23 @@ def _is_polygon(polygon: Any) -> bool:
         return all(map(math.isfinite, polygon))
     except OverflowError:  # of an integer that no float is as large as
         return False
+
+
+def _is_near(polygon: List[float]) -> bool:
+    """pycocotools walks along the outline and keeps every pixel of it: memory, and beyond 2**31 any address."""
+    if not polygon:
+        return True
+    least, most = min(polygon), max(polygon)
+    if least < -FARTHEST or most > FARTHEST:
+        return False
+    return len(polygon) * (most - least) <= FARTHEST or _outline(polygon) <= FARTHEST
+
+
+def _outline(polygon: List[float]) -> float:
+    """The length, in pixels, that is walked along; of each side its larger component."""
+    xs, ys = polygon[::2], polygon[1::2]
+    sides = zip(xs, ys, xs[1:] + xs[:1], ys[1:] + ys[:1])
+    return sum(max(abs(x2 - x1), abs(y2 - y1)) for x1, y1, x2, y2 in sides)
 
 
 def _decoded_length(text: str) -> int:

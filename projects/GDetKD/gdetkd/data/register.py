@@ -86,8 +86,10 @@ def _register_coco(entry: Mapping[str, Any], allow_outside: bool) -> None:
 
     def load() -> List[Dict[str, Any]]:
         if not checked:  # it takes as long as reading it, and a set is read several times
-            check_coco(json_file, name, images, allow_outside)
+            fault = check_coco(json_file, name, images, allow_outside)
             checked.append(True)
+            if fault is not None and "limit" not in entry:  # which is written anew, with all that an evaluation needs
+                MetadataCatalog.get(name).set(evaluation_fault=fault)
         return load_coco_json(json_file, images, name)
 
     _register(entry, load, json_file)

@@ -3,6 +3,7 @@
 Detectron2's sampler starts over on resume, and its augmentations draw from the state of whichever worker runs them.
 """
 
+import hashlib
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper, get_detection_dataset_dicts
+from detectron2.data.detection_utils import check_image_size, read_image
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
@@ -70,10 +72,24 @@ class PositionedDataset(Dataset):
                 except GDetKDError:
                     raise
                 except IMAGE_ERRORS as e:
+                    if not isinstance(e, OSError) and _is_sound(dataset_dict):
+                        raise GDetKDError(
+                            f"The image {dataset_dict['file_name']!r} is sound, but no training sample could be made "
+                            f"of it ({type(e).__name__}: {e}). Look at its annotations, and at what maps them."
+                        ) from e
                     bad[dataset_dict["file_name"]] = f"does not open ({type(e).__name__}: {e})"
                     continue
             return {**sample, BAD_IMAGES: bad} if bad else sample
         raise GDetKDError(f"{ATTEMPTS} images in turn cannot be used, of them {next(iter(bad.items()))}.")
+
+
+def _is_sound(sample: Sample) -> bool:
+    """What a broken image raises is what a mistake in annotations or in a mapper raises, too."""
+    try:
+        check_image_size(dict(sample), read_image(sample["file_name"], "RGB"))
+    except IMAGE_ERRORS:
+        return False
+    return True
 
 
 class BatchStream:
@@ -126,6 +142,11 @@ class ResumableLoader:
         self._batches = batches
         self._num_workers = num_workers
         self._bad_images = bad_images
+
+    def describe(self) -> Dict[str, Any]:
+        """How many images there are, and a hash of their file names in order, wherever the folder is."""
+        names = "\n".join(os.path.basename(sample["file_name"]) for sample in self._dicts)
+        return {"images": len(self._dicts), "sha256": hashlib.sha256(names.encode("utf-8", "replace")).hexdigest()}
 
     def __iter__(self) -> Iterator[List[Sample]]:
         # A generator: Detectron2 v0.6 asks for it in the trainer's constructor, before it is known where to start.

@@ -46,6 +46,8 @@ def _load_image(root: str, name: str, classes: List[str]) -> Dict[str, Any]:
     with open(path, "rb") as file:
         text = file.read()
     try:
+        if b"\0" in text:  # of UTF-16, in which what is looked for next would not be found
+            raise ValueError("it has zero bytes: write it in UTF-8")
         if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
             raise ValueError("it declares a document type, whose entities can grow without bound")
         tree = ElementTree.fromstring(text)

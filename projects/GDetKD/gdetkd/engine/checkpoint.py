@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there, and resuming from the last one that can be read."""
 
+import errno
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..errors import GDetKDError
-from ..safe_load import DamagedFileError, SafeCheckpointer, read_weights
+from ..safe_load import DamagedFileError, SafeCheckpointer, UnreadableFileError, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +66,13 @@ def written_whole(path: str, mode: str = "w") -> Iterator[Any]:
 
 
 def _sync_folder(folder: str) -> None:
-    """A renaming is on the disk only when its folder is."""
+    """A renaming is on the disk only when its folder is. Some network file systems do not know how to, and say so."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
 
@@ -130,10 +134,17 @@ class DurableCheckpointer(SafeCheckpointer):
             super().tag_last_checkpoint(last_filename_basename)
 
     def has_checkpoint(self) -> bool:
+        """Whether the main process sees one to resume from; every process has to ask at once."""
         return bool(self._candidates())
 
     def _candidates(self) -> List[str]:
-        """Paths of the checkpoints to resume from, the first choice first."""
+        """Paths of the checkpoints to resume from, the first choice first: the main process's, everywhere.
+
+        Another may see the folder of a moment before, on a file system that they share.
+        """
+        return comm.all_gather(self._candidates_seen_here() if comm.is_main_process() else [])[0]
+
+    def _candidates_seen_here(self) -> List[str]:
         if not os.path.isdir(self.save_dir):
             return []
         tagged = os.path.basename(self.get_checkpoint_file())
@@ -147,11 +158,13 @@ class DurableCheckpointer(SafeCheckpointer):
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
         """
         Raises:
-            GDetKDError: none of the checkpoints can be read, or the one to resume from is not of a training.
+            GDetKDError: none of the checkpoints can be read, the one to resume from is not of a training, or a process
+                does not see the one that the main process does, or cannot read it for a reason that is not the file's.
         """
         if not resume or not self.has_checkpoint():
             return self.load(path, checkpointables=[])
-        if self.save_to_disk:
+        # An evaluation may look into the folder of a training that is just writing.
+        if self.save_to_disk and "trainer" in self.checkpointables:
             for name in os.listdir(self.save_dir):
                 if name.endswith(PARTIAL):
                     os.remove(os.path.join(self.save_dir, name))
@@ -161,12 +174,18 @@ class DurableCheckpointer(SafeCheckpointer):
         """Reads the first candidate that every process can read; its path."""
         damages = []
         for path in self._candidates():
-            damage, content = "", {}
+            _check_seen_by_all(path)
+            damage, trouble, content = "", "", {}
             try:
                 content = read_weights(path)
             except DamagedFileError as e:
                 damage = str(e)
-            if damage := max(comm.all_gather(damage)):
+            except UnreadableFileError as e:
+                trouble = str(e)
+            damage, trouble = map(max, zip(*comm.all_gather((damage, trouble))))
+            if trouble:  # of whichever process, it ends all
+                raise UnreadableFileError(trouble)
+            if damage:
                 logger.warning("%s It is passed over for the checkpoint before.", damage)
                 damages.append(damage)
                 continue
@@ -185,3 +204,18 @@ class DurableCheckpointer(SafeCheckpointer):
         path, content = self._already_read or ("", {})
         self._already_read = None
         return content if path == filename else super()._load_file(filename)
+
+
+def _check_seen_by_all(path: str) -> None:
+    """A file that is gone is passed over by all; one that is there for the main process alone can be no shared start.
+
+    Raises:
+        GDetKDError: on every process, some do not see the file.
+    """
+    is_seen = comm.all_gather(os.path.isfile(path))
+    blind = [rank for rank, seen in enumerate(is_seen) if not seen]
+    if is_seen[0] and blind:
+        raise GDetKDError(
+            f"The checkpoint {path!r} is not there for the process of rank {', '.join(map(str, blind))}, though it is "
+            "for the main one. OUTPUT_DIR has to be on a file system that all processes share, or copy the file there."
+        )

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -19,6 +19,7 @@ from detectron2.utils import comm
 
 from .._compat import has_compiled_ops
 from ..errors import GDetKDError
+from .checkpoint import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,45 @@ logger = logging.getLogger(__name__)
 COCO_EVAL = ("", "pycocotools", "faster-coco-eval")
 
 
-class FasterCOCOEvaluator(COCOEvaluator):
+class CocoMetrics(COCOEvaluator):
+    """Detectron2's, but the detections are written when the metrics are known, whole, and once.
+
+    Detectron2 writes them before, and a second time in torch's format, whose writer hides the errors of the disk.
+
+    Attributes:
+        metrics: of the last evaluation, also where its detections could not be written.
+    """
+
+    def __init__(self, *args: Any, output_dir: str, **kwargs: Any) -> None:
+        super().__init__(*args, output_dir=output_dir, **kwargs)
+        self._folder, self._output_dir = output_dir, None
+        self._detections: Optional[str] = None
+        self.metrics: Dict[str, Any] = {}
+
+    def evaluate(self, img_ids: Optional[List[int]] = None) -> Dict[str, Any]:
+        """
+        Raises:
+            OSError: on the main process, when no other waits for it: the detections cannot be written.
+        """
+        self.metrics, self._detections = {}, None
+        self.metrics = super().evaluate(img_ids)
+        if self._detections is not None:
+            os.makedirs(self._folder, exist_ok=True)
+            path = os.path.join(self._folder, "coco_instances_results.json")
+            logger.info("Detections: %s", path)
+            with written_whole(path) as file:
+                file.write(self._detections)
+        return self.metrics
+
+    def _eval_predictions(self, predictions: List[Dict[str, Any]], img_ids: Optional[List[int]] = None) -> None:
+        found = [detection for of_image in predictions for detection in of_image["instances"]]
+        # Meanwhile Detectron2 gives them the file's category ids, and pycocotools keys of its own.
+        own_keys = list(found[0]) if found else []
+        super()._eval_predictions(predictions, img_ids=img_ids)
+        self._detections = json.dumps([{key: detection[key] for key in own_keys} for detection in found])
+
+
+class FasterCOCOEvaluator(CocoMetrics):
     """COCO's metrics as the package faster-coco-eval computes them.
 
     Raises:
@@ -86,6 +125,59 @@ class DetectionWriter(DatasetEvaluator):
         return {}
 
 
+class DiskTolerant(DatasetEvaluator):
+    """An evaluator during training, which an error of the disk does not end: it is logged.
+
+    It is built when the turn of its set comes, and forgotten with it. What fails on the main process alone comes after
+    the last exchange of its evaluator, so that the processes stay together; what may fail on any is agreed upon.
+
+    Args:
+        build: makes the evaluator.
+        dataset_name: of the registered set that it is for.
+    """
+
+    def __init__(self, build: Callable[[], DatasetEvaluator], dataset_name: str) -> None:
+        self._build = build
+        self._name = dataset_name
+        self._evaluators: List[DatasetEvaluator] = []
+
+    def reset(self) -> None:
+        metadata = MetadataCatalog.get(self._name)
+        is_converted, error = metadata.get("json_file") is None, ""
+        try:
+            built = self._build()
+        except OSError as e:
+            error = f"{type(e).__name__}: {e}"
+        if error := max(comm.all_gather(error)):
+            logger.error("%s cannot be evaluated now (%s); the training goes on.", self._name, error)
+            self._evaluators = []
+            if is_converted and metadata.get("json_file") is not None:
+                del metadata.json_file  # Detectron2 names the file before it is there; the next time it is made anew
+            return
+        # One after the other: an error of the first would keep the main process from the exchange of the second.
+        self._evaluators = list(built._evaluators) if isinstance(built, DatasetEvaluators) else [built]
+        for evaluator in self._evaluators:
+            evaluator.reset()
+
+    def process(self, inputs: List[Dict[str, Any]], outputs: List[Dict[str, Any]]) -> None:
+        for evaluator in self._evaluators:
+            evaluator.process(inputs, outputs)
+
+    def evaluate(self) -> Dict[str, Any]:
+        evaluators, self._evaluators = self._evaluators, []
+        return {name: value for evaluator in evaluators for name, value in self._results(evaluator).items()}
+
+    def _results(self, evaluator: DatasetEvaluator) -> Dict[str, Any]:
+        try:
+            return evaluator.evaluate() or {}
+        except OSError as e:
+            logger.error(
+                "What the evaluation of %s found could not be written (%s); the training goes on.",
+                *(self._name, e.strerror or e),
+            )
+            return getattr(evaluator, "metrics", {})
+
+
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """COCO's metrics for every data set, under `bbox`; for Detectron2's VOC sets also VOC's, under `voc`.
 
@@ -105,13 +197,13 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     return coco
 
 
-def _coco_evaluator(implementation: str, dataset_name: str, folder: str) -> COCOEvaluator:
+def _coco_evaluator(implementation: str, dataset_name: str, folder: str) -> CocoMetrics:
     if implementation not in COCO_EVAL:
         raise GDetKDError(f"TEST.COCO_EVAL is {implementation!r}; there are {', '.join(map(repr, COCO_EVAL))}.")
     if implementation == "faster-coco-eval":
         return FasterCOCOEvaluator(dataset_name, output_dir=folder)
     fast = implementation == "" and has_compiled_ops()
-    return COCOEvaluator(dataset_name, output_dir=folder, use_fast_impl=fast)
+    return CocoMetrics(dataset_name, output_dir=folder, use_fast_impl=fast)
 
 
 def _forget_converted(folder: str, dataset_name: str) -> None:
@@ -119,6 +211,8 @@ def _forget_converted(folder: str, dataset_name: str) -> None:
     converted = os.path.join(folder, f"{dataset_name}_coco_format.json")
     # Within a run it is converted once, and its metadata then names the file.
     is_new = MetadataCatalog.get(dataset_name).get("json_file") is None
-    if is_new and comm.is_main_process() and os.path.exists(converted):
-        os.remove(converted)
-    comm.synchronize()
+    try:
+        if is_new and comm.is_main_process() and os.path.exists(converted):
+            os.remove(converted)
+    finally:
+        comm.synchronize()

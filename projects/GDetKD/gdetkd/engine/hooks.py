@@ -65,9 +65,9 @@ class RandomState(HookBase):
         if last or (self._period > 0 and (self.trainer.iter + 1) % self._period == 0):
             self.keep()
 
-    def keep(self) -> None:
-        """Every process has to call it at once."""
-        self._states = comm.gather(get_random_state())
+    def keep(self, state: Optional[Dict[str, Any]] = None) -> None:
+        """Keeps the present state of each process, or another that each gives; all have to call it at once."""
+        self._states = comm.gather(get_random_state() if state is None else state)
 
     def state_dict(self) -> Dict[str, Any]:
         return {"states": self._states} if self._states else {}
@@ -129,7 +129,9 @@ class KeepBest(BestCheckpointer):
         super().__init__(period, _WeightsOnly(student, output_dir, record=self._record), metric)
 
     def _best_checking(self) -> None:
-        self._record.metric = self.trainer.storage.latest().get(self._metric, (None,))[0]
+        self._record.metric, iteration = self.trainer.storage.latest().get(self._metric, (None, None))
+        if self._record.metric is not None and iteration != self.trainer.storage.iter:
+            return  # an earlier evaluation's: this one did not come to a score
         before, failed = (self.best_metric, self.best_iter), len(self._checkpointer.failed)
         super()._best_checking()
         if len(self._checkpointer.failed) > failed:
@@ -181,6 +183,8 @@ class MissedEvaluation(HookBase):
 
     def before_train(self) -> None:
         done = self.trainer.start_iter
+        if done == 0 and comm.is_main_process() and os.path.exists(self._note):
+            os.remove(self._note)  # of another run in this folder
         # The main process's note counts, for all have to evaluate together.
         if not self._is_due(done) or comm.all_gather(self._noted())[0] >= done:
             return

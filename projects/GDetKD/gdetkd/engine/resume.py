@@ -18,7 +18,18 @@ FIXED = {
     "DISTILL.LOSSES": "other distillation losses",
     "DISTILL.STUDENT_META_ARCHITECTURE": "another student",
     "SOLVER.OPTIMIZER": "another optimizer",
+    "SOLVER.AMP.ENABLED": "another precision",
 }
+# What the checkpoint's optimizer and schedule bring along. STEPS, GAMMA, MAX_ITER and the warm-up are the config's.
+KEPT = (
+    "SOLVER.BASE_LR",
+    "SOLVER.BIAS_LR_FACTOR",
+    "SOLVER.MOMENTUM",
+    "SOLVER.NESTEROV",
+    "SOLVER.WEIGHT_DECAY",
+    "SOLVER.WEIGHT_DECAY_BIAS",
+    "SOLVER.WEIGHT_DECAY_NORM",
+)
 
 
 class RunRecord:
@@ -40,7 +51,7 @@ class RunRecord:
         """Logs what is not as it was.
 
         Raises:
-            GDetKDError: the classes or their order, the losses, the student or the optimizer are others.
+            GDetKDError: the classes or their order, the losses, the student, the optimizer or the precision are others.
         """
         before, now = _flat(yaml.safe_load(then["config"])), _flat(yaml.safe_load(self._config))
         for key, what in FIXED.items():
@@ -50,15 +61,29 @@ class RunRecord:
             is_order = sorted(then["classes"]) == sorted(self._classes)
             what = "its classes in another order" if is_order else "other classes"
             raise GDetKDError(_refusal(what, some(then["classes"]), some(self._classes)))
-        changes = [
-            f"{key} {before.get(key, 'absent')!r} -> {now.get(key, 'absent')!r}"
-            for key in sorted({*before, *now})
-            if before.get(key, "absent") != now.get(key, "absent")
-        ]
+        changed = [key for key in sorted({*before, *now}) if before.get(key, "absent") != now.get(key, "absent")]
+        changes = [f"{key} {before.get(key, 'absent')!r} -> {now.get(key, 'absent')!r}" for key in changed]
         if then["processes"] != comm.get_world_size():
             changes.append(f"number of processes {then['processes']} -> {comm.get_world_size()}")
         if changes:
             logger.warning("Since the checkpoint was written this has changed: %s.", "; ".join(changes))
+        if kept := [key for key in changed if key in KEPT]:
+            logger.warning(
+                "Of these WITHOUT EFFECT on a run that is resumed, for its optimizer goes on as it was: %s. To train "
+                "with others, start from the checkpoint by MODEL.WEIGHTS, without --resume, in a new OUTPUT_DIR.",
+                ", ".join(kept),
+            )
+
+
+def warn_of_other_data(before: Dict[str, Any], now: Dict[str, Any]) -> None:
+    """Compares what `ResumableLoader.describe` said then and says now: by one image more the order is another."""
+    if before != now:
+        logger.warning(
+            "The images to train on are not those that the run was started with: %d then, %d now%s. It goes on, but in "
+            "another order of images than uninterrupted. Was an image changed, or could one not be read at one of the "
+            "starts? Those that are left out are named above.",
+            *(before["images"], now["images"], "" if before["images"] != now["images"] else ", of other names"),
+        )
 
 
 def _refusal(what: str, before: str, now: str) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from functools import partial
 from typing import Any, Dict, List, Optional
 
 import torch
@@ -25,12 +26,12 @@ from ..distiller import GDetKD
 from ..errors import GDetKDError
 from ..structures import DetectorSpec
 from ..teacher import transfer_heads
-from .evaluators import build_evaluator
-from .guard import GuardedAMPTrainer, GuardedTrainer, StepGuard
+from .evaluators import DiskTolerant, build_evaluator
+from .guard import AgreedStop, GuardedAMPTrainer, GuardedTrainer, StepGuard
 from .hooks import KeepBest, MissedEvaluation, RandomState, Stopwatch, TolerantWriter
 from .optimizer import build_optimizer
 from .preflight import check_architecture, check_classes, check_datasets
-from .resume import DistillState, RunRecord
+from .resume import DistillState, RunRecord, warn_of_other_data
 from .schedule import LossSchedule
 from .student_weights import StudentCheckpointer
 from .teacher_score import evaluate_teacher
@@ -119,12 +120,20 @@ class DistillTrainer(DefaultTrainer):
         with random_state((0,)):
             return super().test(cfg, model, evaluators)
 
+    def _evaluate(self) -> Dict:
+        names = self.cfg.DATASETS.TEST
+        evaluators = [DiskTolerant(partial(self.build_evaluator, self.cfg, name), name) for name in names]
+        self._last_eval_results = self.test(self.cfg, self.model, evaluators)
+        return self._last_eval_results
+
     def build_writers(self) -> List[EventWriter]:
         """Detectron2's, which a full disk does not end the training through."""
         return [TolerantWriter(writer) for writer in super().build_writers()]
 
     def build_hooks(self) -> List[Optional[HookBase]]:
-        """Detectron2's, the random states before the checkpoint, the best one after the evaluation, the guard last."""
+        """Detectron2's, the random states before the checkpoint, the stop before the evaluation, the best checkpoint
+        after it, the guard last.
+        """
         hooks = super().build_hooks()
         writes = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicCheckpointer)]
         # Only the main process has that hook; the others take part in gathering the states just the same.
@@ -132,6 +141,7 @@ class DistillTrainer(DefaultTrainer):
         hooks.insert(writes[0] if writes else len(hooks), random_state)
         evaluates = max(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
         period, folder = self.cfg.TEST.EVAL_PERIOD, self.cfg.OUTPUT_DIR
+        hooks[evaluates] = EvalHook(period, self._evaluate)
         best = None
         if self.cfg.TEST.KEEP_BEST and self.cfg.DATASETS.TEST and comm.is_main_process():
             best = KeepBest(period, self.student, folder)
@@ -140,6 +150,7 @@ class DistillTrainer(DefaultTrainer):
         if best is not None:
             hooks.insert(evaluates + 1, best)
         self._guard = StepGuard(self.cfg.DISTILL.SKIP_NONFINITE, random_state)
+        hooks.insert(evaluates, AgreedStop(self._guard, random_state))
         return [Stopwatch(), *self._with_insight(hooks), self._guard]
 
     def _with_insight(self, hooks: List[Optional[HookBase]]) -> List[Optional[HookBase]]:
@@ -183,14 +194,24 @@ class DistillTrainer(DefaultTrainer):
         state["_trainer"] = self._trainer.state_dict()
         if isinstance(self.data_loader, ResumableLoader):
             state["data_seed"] = self.data_loader.seed
+            state["data"] = self.data_loader.describe()
         return state
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        # v0.6 leaves the optimizer out; later versions have loaded it by now, which is done again without harm.
-        self._trainer.load_state_dict(state_dict["_trainer"])
+        try:
+            super().load_state_dict(state_dict)
+            # v0.6 leaves the optimizer out; later versions have loaded it by now, which is done again without harm.
+            self._trainer.load_state_dict(state_dict["_trainer"])
+        except ValueError as e:  # the optimizer's
+            raise GDetKDError(
+                f"This run was started with other groups of parameters ({e}). SOLVER.WEIGHT_DECAY, WEIGHT_DECAY_NORM, "
+                "WEIGHT_DECAY_BIAS and BIAS_LR_FACTOR make them: resume it with those it was started with, or start in "
+                "a new OUTPUT_DIR."
+            ) from e
         if "data_seed" in state_dict and isinstance(self.data_loader, ResumableLoader):
             self.data_loader.seed = state_dict["data_seed"]
+        if "data" in state_dict and isinstance(self.data_loader, ResumableLoader):
+            warn_of_other_data(state_dict["data"], self.data_loader.describe())
 
 
 def build_plain_student(cfg: CfgNode) -> nn.Module:

@@ -79,7 +79,8 @@ class EmbeddingQueue(nn.Module):
     """The last `size` raw teacher embeddings, oldest overwritten first.
 
     They are raw because a frozen teacher's never go stale, while their projection is learned. What is pushed becomes
-    visible at the next `contents`, that is after the backward pass, which still reads the queue.
+    visible at the next `contents`, that is after the backward pass, which still reads the queue. One that is not finite
+    never does: what was in its place stays.
     """
 
     def __init__(self, size: int, dim: int) -> None:
@@ -98,6 +99,14 @@ class EmbeddingQueue(nn.Module):
         self._write_pending()
         return self.embeddings[: int(self.filled)]
 
+    def settle(self) -> None:
+        """Makes visible what was pushed, before a step; so that what waits during the step is the step's own."""
+        self._write_pending()
+
+    def drop_pending(self) -> None:
+        """Forgets what was pushed since, of a step that is undone."""
+        self._pending = None
+
     def _write_pending(self) -> None:
         new, self._pending = self._pending, None
         size = len(self.embeddings)
@@ -105,7 +114,9 @@ class EmbeddingQueue(nn.Module):
             return
         new = new[-size:]
         places = (torch.arange(len(new), device=new.device) + self.next) % size
-        self.embeddings[places] = new.to(self.embeddings.dtype)
+        # Chosen by value, for leaving rows out would make a GPU wait for their number.
+        is_finite = torch.isfinite(new).all(dim=1, keepdim=True)  # (N, 1)
+        self.embeddings[places] = torch.where(is_finite, new.to(self.embeddings.dtype), self.embeddings[places])
         self.next.copy_((self.next + len(new)) % size)
         self.filled.copy_((self.filled + len(new)).clamp(max=size))
 
