@@ -91,3 +91,10 @@ def test_workers_outlive_a_clusters_warning_and_end_with_the_training():
     worker.terminate()
     worker.join(10)
     assert worker.exitcode == 0
+
+
+def test_processes_that_read_different_images_are_told(monkeypatch):
+    other = {"images": 11, "sha256": "another"}
+    monkeypatch.setattr("gdetkd.data.train_loader.comm.all_gather", lambda mine: [mine, other])
+    with pytest.raises(GDetKDError, match="12 for process 0, 11 for process 1"):
+        build_train_loader(make_cfg({}))

@@ -197,8 +197,8 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
     """Detectron2's training loader, config keys and all, but resumable.
 
     Raises:
-        GDetKDError: the number of images a step does not divide by the number of processes, or the sampler cannot be
-            resumed.
+        GDetKDError: the number of images a step does not divide by the number of processes, which do not have the same
+            images, or the sampler cannot be resumed.
     """
     world_size = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH % world_size:
@@ -208,7 +208,7 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
     dicts = without_bad_images(all_dicts, most, names)
     wide = [image["width"] > image["height"] for image in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
     sampler = _sampler(cfg, dicts)
-    return ResumableLoader(
+    loader = ResumableLoader(
         dicts,
         InstaBoostMapper(cfg) if cfg.INPUT.INSTABOOST.ENABLED else DatasetMapper(cfg, is_train=True),
         lambda seed: BatchStream(lambda: iter(sampler(seed)), cfg.SOLVER.IMS_PER_BATCH // world_size, wide),
@@ -216,6 +216,23 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         bad_images=BadImages(len(all_dicts), len(all_dicts) - len(dicts), most, names),
     )
+    _check_same_everywhere(loader, names)
+    return loader
+
+
+def _check_same_everywhere(loader: ResumableLoader, names: str) -> None:
+    """Each process leaves out what it cannot read, and one index would be several images.
+
+    Raises:
+        GDetKDError: on every process, they do not have the same images.
+    """
+    found = comm.all_gather(loader.describe())
+    if any(each != found[0] for each in found):
+        counts = ", ".join(f"{each['images']} for process {rank}" for rank, each in enumerate(found))
+        raise GDetKDError(
+            f"{names}: the processes do not have the same images to train on ({counts}). Can all of them read the same "
+            "folder? The log of each names what it left out."
+        )
 
 
 def _load_dicts(cfg: CfgNode, names: str) -> List[Sample]:
