@@ -62,14 +62,19 @@ def row_of(rows, method, schedule=1.0):
 
 
 def test_methods():
-    assert method_opts("none") == ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "False"]
-    assert method_opts("GDetKD") == []
-    assert method_opts("PKD+CKD") == ["DISTILL.LOSSES", "('PKD', 'CKD')", "DISTILL.HEAD_TRANSFER", "False"]
-    assert method_opts("head_transfer") == ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "True"]
-    assert method_opts("SGFI+head_transfer") == ["DISTILL.LOSSES", "('SGFI',)", "DISTILL.HEAD_TRANSFER", "True"]
-    for wrong in ("PDK", "SGFI+SGFI", "none+SGFI", ""):
+    cfg = load_config(CONFIG, ["DISTILL.LOSSES", "('SGFI', 'CKD')", "DISTILL.HEAD_TRANSFER", "False"])
+    assert method_opts("none", cfg) == ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "False"]
+    assert method_opts("GDetKD", cfg) == []
+    assert method_opts("PKD+CKD", cfg) == ["DISTILL.LOSSES", "('PKD', 'CKD')", "DISTILL.HEAD_TRANSFER", "False"]
+    assert method_opts("head_transfer", cfg) == ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "True"]
+    assert method_opts("SGFI+head_transfer", cfg) == ["DISTILL.LOSSES", "('SGFI',)", "DISTILL.HEAD_TRANSFER", "True"]
+    joined = ["DISTILL.LOSSES", "('SGFI', 'CKD', 'PKD')", "DISTILL.HEAD_TRANSFER", "False"]
+    assert method_opts("GDetKD+PKD", cfg) == joined
+    cfg.DISTILL.HEAD_TRANSFER = True
+    assert method_opts("GDetKD+PKD", cfg) == [*joined[:-1], "True"]
+    for wrong in ("PDK", "SGFI+SGFI", "none+SGFI", "GDetKD+CKD", ""):
         with pytest.raises(GDetKDError, match="no method.*GDetKD.*CROSSKD"):
-            method_opts(wrong)
+            method_opts(wrong, cfg)
 
 
 def test_ablation_is_of_the_configured_components():
@@ -109,6 +114,7 @@ def test_a_longer_schedule_keeps_its_steps(tmp_path):
         ({}, ["DATASETS.TEST", "()"], "names 0. Name one"),
         ({}, ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "no method has an effect.*GDetKD"),
         ({"methods": ["GDetKD"]}, ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "False"], "that is nothing"),
+        ({"methods": ["GDetKD+PKD"]}, ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "False"], "that is nothing"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path, keys, opts, message):

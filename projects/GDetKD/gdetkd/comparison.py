@@ -1,7 +1,7 @@
 """Several methods on one config, with one teacher: which runs that takes, and training them.
 
-A method is "none" (the student alone, the baseline), the name of a loss, names joined by "+", "head_transfer" (which
-may be joined, too), or "GDetKD": what the config itself asks for.
+A method is "none" (the student alone, the baseline), the name of a loss, "head_transfer", or "GDetKD": what the config
+itself asks for. All but the first may be joined by "+": "GDetKD+PKD" is what the config asks for, and PKD.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,11 @@ SAME_TIME = 0.05
 Key = Tuple[str, float]
 
 
-def method_opts(method: str) -> List[str]:
+def method_opts(method: str, cfg: CfgNode) -> List[str]:
     """KEY VALUE changes that make a config that of a method.
+
+    Args:
+        cfg: the config, which says what "GDetKD" is.
 
     Raises:
         GDetKDError: it names something that is no loss, or the same twice.
@@ -32,16 +35,21 @@ def method_opts(method: str) -> List[str]:
         return list(PLAIN)
     if method == CONFIGURED:
         return []
-    parts = method.split("+")
+    parts = [part for name in method.split("+") for part in (_configured(cfg) if name == CONFIGURED else [name])]
     known = [name for name, _ in DISTILL_LOSS_REGISTRY]
     for part in parts:
         if part not in (*known, HEAD_TRANSFER) or parts.count(part) > 1:
             raise GDetKDError(
                 f"There is no method {method!r}: {part!r} is no loss, or stands twice. There are {BASELINE}, "
-                f"{CONFIGURED}, {HEAD_TRANSFER}, {', '.join(known)}, and any of the last joined by '+'."
+                f"{CONFIGURED}, {HEAD_TRANSFER}, {', '.join(known)}, and all but the first joined by '+'."
             )
     losses = tuple(part for part in parts if part != HEAD_TRANSFER)
     return ["DISTILL.LOSSES", str(losses), "DISTILL.HEAD_TRANSFER", str(HEAD_TRANSFER in parts)]
+
+
+def _configured(cfg: CfgNode) -> List[str]:
+    """What a config asks for, part by part."""
+    return [*cfg.DISTILL.LOSSES, *([HEAD_TRANSFER] if cfg.DISTILL.HEAD_TRANSFER else [])]
 
 
 def ablation(cfg: CfgNode) -> List[str]:
@@ -50,7 +58,7 @@ def ablation(cfg: CfgNode) -> List[str]:
     Raises:
         GDetKDError: the config asks for no component.
     """
-    parts = [*cfg.DISTILL.LOSSES, *([HEAD_TRANSFER] if cfg.DISTILL.HEAD_TRANSFER else [])]
+    parts = _configured(cfg)
     if not parts:
         raise GDetKDError("There is nothing to ablate: DISTILL.LOSSES is empty and DISTILL.HEAD_TRANSFER is off.")
     joined = ["+".join(parts[:count]) for count in range(2, len(parts))]
@@ -100,7 +108,7 @@ class Comparison:
         self.equal_time_runs: Dict[Key, List[Run]] = {}
 
     def _run(self, method: str, schedule: float, seed: int) -> Run:
-        opts = [*self.opts, *method_opts(method), "SEED", str(seed)]
+        opts = [*self.opts, *method_opts(method, self.cfg), "SEED", str(seed)]
         run = Run(self._folder(method, schedule, seed), self.config_file, opts, self.cfg.SOLVER.MAX_ITER)
         return run if schedule == 1 else stretched(run.folder, run, schedule)
 
@@ -161,7 +169,8 @@ def _check(cfg: CfgNode, config_file: str, methods: Sequence[str]) -> None:
             f"{config_file} trains a {cfg.MODEL.META_ARCHITECTURE}, on which no method has an effect: set "
             'MODEL.META_ARCHITECTURE to "GDetKD" and name a teacher in DISTILL.TEACHER.'
         )
-    if CONFIGURED in methods and not (cfg.DISTILL.LOSSES or cfg.DISTILL.HEAD_TRANSFER):
+    asked = any(CONFIGURED in method.split("+") for method in methods)
+    if asked and not (cfg.DISTILL.LOSSES or cfg.DISTILL.HEAD_TRANSFER):
         raise GDetKDError(
             f"{CONFIGURED} is what {config_file} asks for, and that is nothing: name losses in DISTILL.LOSSES, or take "
             f"{CONFIGURED} out of the methods."
