@@ -49,6 +49,7 @@ def _worker(rank, meeting, folder, world_size, function, args):
     else:
         comm._LOCAL_PROCESS_GROUP = dist.new_group(list(range(world_size)))
     torch.save(function(rank, *args), f"{folder}/rank{rank}.pt")
+    dist.barrier()  # together: once a process was aborted while it ended its threads, its peer perhaps gone already
     dist.destroy_process_group()
 
 
