@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict
 
 from gdetkd.data import build_train_loader, register_datasets
 from gdetkd.data.shapes import make_shapes_for
@@ -24,13 +24,10 @@ import torch  # isort: skip
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
-from timing import WARM_UP, machine, now, quartiles
+from timing import WARM_UP, machine, now, numbers, quartiles
 
 
 def parse_arguments() -> argparse.Namespace:
-    def numbers(text: str) -> List[int]:
-        return [int(number) for number in text.split(",")]
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--workers", type=numbers, default=[0, 1, 4], help="DATALOADER.NUM_WORKERS; Detectron2's is 4")

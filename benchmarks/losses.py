@@ -22,7 +22,7 @@ import torch  # isort: skip
 from detectron2.config import get_cfg
 from detectron2.structures import Boxes
 from tabulate import tabulate
-from timing import machine, measure, quartiles
+from timing import machine, measure, numbers, quartiles
 from torch import nn
 from torchvision.ops import box_iou
 
@@ -31,9 +31,6 @@ IMAGES = 2
 
 
 def parse_arguments() -> argparse.Namespace:
-    def numbers(text: str) -> List[int]:
-        return [int(number) for number in text.split(",")]
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--regions", type=numbers, default=[64, 256, 1024, 4096])

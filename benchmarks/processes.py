@@ -13,7 +13,7 @@ import socket
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict
 
 from losses import EMBEDDING, build, make_outputs
 
@@ -21,15 +21,12 @@ import torch  # isort: skip
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from tabulate import tabulate
-from timing import WARM_UP, machine, now
+from timing import WARM_UP, machine, now, numbers
 
 from gdetkd.losses.ckd import gather_embeddings
 
 
 def parse_arguments() -> argparse.Namespace:
-    def numbers(text: str) -> List[int]:
-        return [int(number) for number in text.split(",")]
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=numbers, default=[1, 2, 4])
     parser.add_argument("--regions", type=int, default=256, help="of each process")

@@ -35,3 +35,8 @@ def quartiles(values: List[float]) -> List[float]:
 def machine(device: str) -> str:
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     return f"{platform.machine()}, {name}, torch {torch.__version__}, {device}"
+
+
+def numbers(text: str) -> List[int]:
+    """Of an argument such as "64,256"."""
+    return [int(number) for number in text.split(",")]

@@ -22,6 +22,7 @@ from gdetkd.errors import GDetKDError
 from gdetkd.insight.page import PAGE, write_page
 from gdetkd.insight.probe import Probe, load_probe
 from gdetkd.insight.records import RecordFile, make_record
+from gdetkd.insight.references import look_at_references
 from gdetkd.insight.runs import FinishedRun, load_checkpoint
 
 from detectron2.config import CfgNode
@@ -66,7 +67,7 @@ def main() -> None:
     probe = load_probe(cfg, distiller.teacher)
     file = RecordFile(args.run)
     look_at_checkpoints(run, distiller, probe, file)
-    write_page(file.folder, cfg, distiller, probe, baseline)
+    write_page(file, cfg, distiller.student, probe, look_at_references(distiller.teacher, probe, baseline))
     print(f"Page: {file.folder / PAGE}")
 
 

@@ -169,8 +169,7 @@ def _check(cfg: CfgNode, config_file: str, methods: Sequence[str]) -> None:
             f"{config_file} trains a {cfg.MODEL.META_ARCHITECTURE}, on which no method has an effect: set "
             'MODEL.META_ARCHITECTURE to "GDetKD" and name a teacher in DISTILL.TEACHER.'
         )
-    asked = any(CONFIGURED in method.split("+") for method in methods)
-    if asked and not (cfg.DISTILL.LOSSES or cfg.DISTILL.HEAD_TRANSFER):
+    if not _configured(cfg) and any(CONFIGURED in method.split("+") for method in methods):
         raise GDetKDError(
             f"{CONFIGURED} is what {config_file} asks for, and that is nothing: name losses in DISTILL.LOSSES, or take "
             f"{CONFIGURED} out of the methods."

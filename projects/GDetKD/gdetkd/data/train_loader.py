@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import islice
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
@@ -143,7 +144,8 @@ class ResumableLoader:
         self._num_workers = num_workers
         self._bad_images = bad_images
 
-    def describe(self) -> Dict[str, Any]:
+    @cached_property  # every checkpoint holds it
+    def description(self) -> Dict[str, Any]:
         """How many images there are, and a hash of their file names in order, wherever the folder is."""
         names = "\n".join(os.path.basename(sample["file_name"]) for sample in self._dicts)
         return {"images": len(self._dicts), "sha256": hashlib.sha256(names.encode("utf-8", "replace")).hexdigest()}
@@ -226,7 +228,7 @@ def _check_same_everywhere(loader: ResumableLoader, names: str) -> None:
     Raises:
         GDetKDError: on every process, they do not have the same images.
     """
-    found = comm.all_gather(loader.describe())
+    found = comm.all_gather(loader.description)
     if any(each != found[0] for each in found):
         counts = ", ".join(f"{each['images']} for process {rank}" for rank, each in enumerate(found))
         raise GDetKDError(

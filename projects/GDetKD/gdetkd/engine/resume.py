@@ -76,7 +76,7 @@ class RunRecord:
 
 
 def warn_of_other_data(before: Dict[str, Any], now: Dict[str, Any]) -> None:
-    """Compares what `ResumableLoader.describe` said then and says now: by one image more the order is another."""
+    """Compares what `ResumableLoader.description` was then and is now: by one image more the order is another."""
     if before != now:
         logger.warning(
             "The images to train on are not those that the run was started with: %d then, %d now%s. It goes on, but in "

@@ -13,6 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
+from detectron2.structures import Instances
 from detectron2.utils import comm
 
 from ..classes import other_names, some
@@ -127,13 +128,17 @@ def score_on_sample(
     return SampleScore(sum(values) / max(1, len(values)), images, len(both))
 
 
+def evenly_spread(items: Sequence[Any], count: int) -> List[Any]:
+    """`count` of them, or all where there are fewer."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
+
+
 @contextmanager
 def _sample(name: str, count: int) -> Iterator[str]:
     """Images evenly spread over a registered data set, registered inside under another name."""
-    dicts = load_dataset(name)
-    count = min(count, len(dicts))
-    chosen = [dicts[index * len(dicts) // count] for index in range(count)]
-    sample = f"{name}_{count}_images"
+    chosen = evenly_spread(load_dataset(name), count)
+    sample = f"{name}_{len(chosen)}_images"
     DatasetCatalog.register(sample, lambda: copy.deepcopy(chosen))
     # Not the JSON file, against the whole of which Detectron2 would evaluate.
     known = MetadataCatalog.get(name).as_dict()
@@ -179,24 +184,32 @@ def teachers_classes_in(cfg: CfgNode, teacher: FrozenTeacher, dataset: str) -> O
     return classes
 
 
+def renumbered(instances: Instances, classes: Sequence[Optional[int]]) -> Instances:
+    """On the CPU, the detections of classes that the data set has, under the data set's numbers.
+
+    Args:
+        instances: of the teacher, with `pred_classes`.
+        classes: of `teachers_classes_in`.
+    """
+    instances = instances.to("cpu")
+    numbers = torch.tensor([-1 if index is None else index for index in classes])[instances.pred_classes]
+    instances.pred_classes = numbers
+    return instances[numbers >= 0]
+
+
 class _Renumbered(DatasetEvaluator):
     """Passes on the detections of classes that the data set has, under the data set's numbers."""
 
     def __init__(self, evaluator: DatasetEvaluator, classes: List[Optional[int]]) -> None:
         self._evaluator = evaluator
-        self._number = torch.tensor([-1 if index is None else index for index in classes])
+        self._classes = classes
 
     def reset(self) -> None:
         self._evaluator.reset()
 
     def process(self, inputs: List[Dict[str, Any]], outputs: List[Dict[str, Any]]) -> None:
-        renumbered = []
-        for output in outputs:
-            instances = output["instances"].to("cpu")
-            numbers = self._number[instances.pred_classes]
-            instances.pred_classes = numbers
-            renumbered.append({"instances": instances[numbers >= 0]})
-        self._evaluator.process(inputs, renumbered)
+        theirs = [{"instances": renumbered(output["instances"], self._classes)} for output in outputs]
+        self._evaluator.process(inputs, theirs)
 
     def evaluate(self) -> Any:
         return self._evaluator.evaluate()

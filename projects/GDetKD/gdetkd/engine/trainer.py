@@ -194,7 +194,7 @@ class DistillTrainer(DefaultTrainer):
         state["_trainer"] = self._trainer.state_dict()
         if isinstance(self.data_loader, ResumableLoader):
             state["data_seed"] = self.data_loader.seed
-            state["data"] = self.data_loader.describe()
+            state["data"] = self.data_loader.description
         return state
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
@@ -211,7 +211,7 @@ class DistillTrainer(DefaultTrainer):
         if "data_seed" in state_dict and isinstance(self.data_loader, ResumableLoader):
             self.data_loader.seed = state_dict["data_seed"]
         if "data" in state_dict and isinstance(self.data_loader, ResumableLoader):
-            warn_of_other_data(state_dict["data"], self.data_loader.describe())
+            warn_of_other_data(state_dict["data"], self.data_loader.description)
 
 
 def build_plain_student(cfg: CfgNode) -> nn.Module:

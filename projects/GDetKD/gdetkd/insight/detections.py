@@ -1,7 +1,7 @@
 """Which objects a detector finds, which of its detections are mistakes, and how that differs between detectors."""
 
 from dataclasses import dataclass
-from typing import List, Optional, Sequence
+from typing import Optional, Sequence
 
 import torch
 from torchvision.ops import box_iou
@@ -121,8 +121,6 @@ def compare_detectors(objects: int, student: Found, teacher: Found, baseline: Op
 def _same_mistakes(ours: Found, theirs: Found) -> torch.Tensor:
     """(K,) which of our detections are mistakes that overlap one of theirs of the same class."""
     wrong = theirs.objects < 0
-    same: List[torch.Tensor] = [
-        box_iou(ours.boxes, theirs.boxes[wrong]) >= IOU_THRESHOLD,
-        ours.classes[:, None] == theirs.classes[wrong],
-    ]
-    return (ours.objects < 0) & (same[0] & same[1]).any(dim=1)
+    is_there = box_iou(ours.boxes, theirs.boxes[wrong]) >= IOU_THRESHOLD
+    is_of_its_class = ours.classes[:, None] == theirs.classes[wrong]
+    return (ours.objects < 0) & (is_there & is_of_its_class).any(dim=1)

@@ -16,6 +16,7 @@ from .gradients import term_gradients
 from .page import write_page
 from .probe import Probe, load_probe
 from .records import RecordFile, make_record
+from .references import References, look_at_references
 from .runs import FinishedRun
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Insight(HookBase):
         self._gradients: Optional[Dict[str, Any]] = None
         self._probe: Optional[Probe] = None
         self._baseline: Optional[FinishedRun] = None
+        self._references: Optional[References] = None
         if comm.is_main_process():
             self._probe = load_probe(cfg, distiller.teacher)
             self._baseline = FinishedRun(cfg.DISTILL.VIS_BASELINE) if cfg.DISTILL.VIS_BASELINE else None
@@ -68,6 +70,8 @@ class Insight(HookBase):
     def before_train(self) -> None:
         if not comm.is_main_process():
             return
+        with random_state((0,)):
+            self._references = look_at_references(self._distiller.teacher, self._probe, self._baseline)
         done = self.trainer.start_iter
         self._file.start_at(done)
         # The start; and on resume what a kill came before, for checkpoints are written first.
@@ -97,7 +101,7 @@ class Insight(HookBase):
     def write_page(self) -> None:
         try:
             with random_state((0,)):
-                images = write_page(self._file.folder, self._cfg, self._distiller, self._probe, self._baseline)
+                images = write_page(self._file, self._cfg, self._distiller.student, self._probe, self._references)
         except OSError as e:
             logger.error("The page of what distillation does could not be written (%s).", e.strerror or e)
             return

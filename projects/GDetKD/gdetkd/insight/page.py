@@ -2,27 +2,27 @@
 
 import io
 from html import escape
-from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from matplotlib import pyplot as plt
 from PIL import Image
+from torch import nn
 
 from ..classes import some
-from ..distiller import GDetKD
 from ..engine.checkpoint import written_whole
 from ..visualization import insight_charts as charts
 from ..visualization.charts import STYLE, as_png, as_svg
 from ..visualization.detections import draw_detections, pick
 from ..visualization.page import html_figure, html_list, html_page
 from .detections import Comparison, Found, compare_detectors
-from .measures import class_correlation, correlation_gap
-from .probe import Probe, detect, detect_by_teacher, embed_objects
+from .measures import correlation_gap
+from .probe import Probe, detect
 from .records import RecordFile, as_lists
-from .runs import FinishedRun, read_curve, read_teacher_ap, read_terms
+from .references import Baseline, References
+from .runs import read_curve, read_teacher_ap, read_terms
 
 PAGE = "index.html"
 # Images whose detections are shown.
@@ -45,15 +45,15 @@ class Section(NamedTuple):
 
 
 def write_page(
-    folder: Path, cfg: CfgNode, distiller: GDetKD, probe: Probe, baseline: Optional[FinishedRun]
+    file: RecordFile, cfg: CfgNode, student: nn.Module, probe: Probe, references: References
 ) -> Dict[str, np.ndarray]:
     """Writes `index.html`, which needs nothing beside it, and its figures as files; over older ones.
 
     Args:
-        folder: holds the records.
+        file: the run's records, beside which all is written.
         cfg: the run's; its OUTPUT_DIR holds metrics.json.
-        distiller: with the student's weights of the last record.
-        baseline: the student alone; None where there is none to compare with.
+        student: with the weights of the last record.
+        references: what it is compared with.
 
     Returns:
         the detections, by name, as (3, H, W) uint8.
@@ -61,23 +61,23 @@ def write_page(
     Raises:
         OSError: the disk does not take it.
     """
-    records = RecordFile(cfg.OUTPUT_DIR).read()
+    records, baseline = file.read(), references.baseline
     with plt.rc_context(STYLE):
+        detections, headline = _of_detections(cfg, student, probe, references)
         sections = [
             *_of_scores(cfg, baseline),
+            detections,
             *_of_levels(records),
-            *_of_classes(cfg, records, probe, baseline),
+            *_of_classes(records, baseline),
             *_of_terms(cfg, records),
         ]
-        detections, headline = _of_detections(cfg, distiller, probe, baseline)
-    sections.insert(1 if sections and sections[0].name == "ap" else 0, detections)
-    folder.mkdir(parents=True, exist_ok=True)
+    file.folder.mkdir(parents=True, exist_ok=True)
     for section in sections:
         ending = "svg" if section.kind == "svg+xml" else section.kind
-        with written_whole(str(folder / f"{section.name}.{ending}"), "wb") as file:
-            file.write(section.image)
-    with written_whole(str(folder / PAGE)) as file:
-        file.write(_page(cfg, records, headline, sections))
+        with written_whole(str(file.folder / f"{section.name}.{ending}"), "wb") as image:
+            image.write(section.image)
+    with written_whole(str(file.folder / PAGE)) as page:
+        page.write(_page(cfg, records, headline, sections))
     return {"detections": np.asarray(Image.open(io.BytesIO(detections.image)).convert("RGB")).transpose(2, 0, 1)}
 
 
@@ -100,13 +100,13 @@ def _page(cfg: CfgNode, records: Sequence[Dict[str, Any]], headline: str, sectio
     return html_page("What distillation did", parts)
 
 
-def _of_scores(cfg: CfgNode, baseline: Optional[FinishedRun]) -> List[Section]:
+def _of_scores(cfg: CfgNode, baseline: Optional[Baseline]) -> List[Section]:
     curve = read_curve(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER)
     if not curve[0]:
         return []
     teacher_ap = read_teacher_ap(cfg.OUTPUT_DIR)
     known = "" if teacher_ap is not None else " The teacher's is not known: DISTILL.EVAL_TEACHER was off."
-    figure = charts.draw_ap(curve, baseline.curve() if baseline else None, teacher_ap)
+    figure = charts.draw_ap(curve, baseline.curve if baseline else None, teacher_ap)
     caption = f"Box AP on {cfg.DATASETS.TEST[0]} at each evaluation.{known}"
     return [Section("ap", "AP during training", as_svg(figure).encode(), caption)]
 
@@ -129,19 +129,15 @@ def _of_levels(records: Sequence[Dict[str, Any]]) -> List[Section]:
     return [matching, Section("levels_over_training", "Matching over training", as_svg(figure).encode(), caption)]
 
 
-def _of_classes(
-    cfg: CfgNode, records: Sequence[Dict[str, Any]], probe: Probe, baseline: Optional[FinishedRun]
-) -> List[Section]:
+def _of_classes(records: Sequence[Dict[str, Any]], baseline: Optional[Baseline]) -> List[Section]:
     record = records[-1]
     if record["correlation_gap"] is None:
         return []
     matrices = {name: record["correlation"][name] for name in ("teacher", "student")}
     gap = None
     if baseline is not None:
-        embeddings = embed_objects(baseline.adapter(baseline.student()), probe)
-        alone = class_correlation(embeddings, probe.classes, len(probe.class_names))
-        matrices["baseline"] = as_lists(alone)
-        gap = correlation_gap(torch.tensor(np.array(matrices["teacher"], dtype=float)), alone)
+        matrices["baseline"] = as_lists(baseline.correlation)
+        gap = correlation_gap(torch.tensor(np.array(matrices["teacher"], dtype=float)), baseline.correlation)
     differences = f"The student's differ from the teacher's by {record['correlation_gap']:.3f} on average"
     differences += "." if gap is None else f", the baseline's by {gap:.3f}."
     now = Section(
@@ -173,12 +169,13 @@ def _of_terms(cfg: CfgNode, records: Sequence[Dict[str, Any]]) -> List[Section]:
     return sections
 
 
-def _of_detections(cfg: CfgNode, distiller: GDetKD, probe: Probe, baseline: Optional[FinishedRun]) -> Any:
+def _of_detections(cfg: CfgNode, student: nn.Module, probe: Probe, references: References) -> Tuple[Section, str]:
     """The section, and the page's headline."""
-    found: Dict[str, List[Found]] = {"teacher": detect_by_teacher(distiller.teacher, probe)}
+    baseline = references.baseline
+    found: Dict[str, List[Found]] = {"teacher": references.teacher}
     if baseline is not None:
-        found["baseline"] = detect(baseline.student(), probe)
-    found["student"] = detect(distiller.student, probe)
+        found["baseline"] = baseline.found
+    found["student"] = detect(student, probe)
     counts = [len(each["instances"]) for each in probe.inputs]
     alone = found.get("baseline", [None] * len(counts))
     rows = zip(counts, found["student"], found["teacher"], alone)

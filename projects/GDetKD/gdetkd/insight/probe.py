@@ -3,7 +3,6 @@
 Shapes: N objects on all images, L levels of the student, D the width of an embedding.
 """
 
-import copy
 import logging
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -19,7 +18,7 @@ from torch import nn
 from ..detectors import DetectorAdapter
 from ..distiller import GDetKD
 from ..engine.preflight import load_dataset
-from ..engine.teacher_score import teachers_classes_in
+from ..engine.teacher_score import evenly_spread, renumbered, teachers_classes_in
 from ..errors import GDetKDError
 from ..structures import DetectorOutputs, Regions
 from ..teacher import FrozenTeacher
@@ -77,9 +76,7 @@ def load_probe(cfg: CfgNode, teacher: FrozenTeacher) -> Probe:
     labelled = [each for each in load_dataset(name) if _objects_of(each)]
     if not labelled:
         raise GDetKDError(f"DISTILL.VIS_PERIOD looks at labelled images, and {name!r} has none: set it to 0.")
-    count = min(max(1, cfg.DISTILL.VIS_IMAGES), len(labelled))
-    chosen = [labelled[index * len(labelled) // count] for index in range(count)]
-    inputs = [_read(copy.deepcopy(each), cfg) for each in chosen]
+    inputs = [_read(each, cfg) for each in evenly_spread(labelled, max(1, cfg.DISTILL.VIS_IMAGES))]
     scales = [each["image"].shape[1] / each["height"] for each in inputs for _ in range(len(each["instances"]))]
     names = tuple(MetadataCatalog.get(name).thing_classes)
     return Probe(name, inputs, torch.tensor(scales), names, _teachers_classes(cfg, teacher, name))
@@ -122,7 +119,7 @@ class Look:
     """What is seen of the probe's objects, within their ground-truth boxes.
 
     Attributes:
-        student, teacher: (N, D_S), (N, D_T) embeddings; None where the detector has no look at given boxes.
+        student, teacher: (N, D_S), (N, D_T) embeddings.
         alpha: (N, L) SGFI's, None where it is not among the losses.
         levels: (N,) the teacher's level of each object; None as alpha.
     """
@@ -159,7 +156,7 @@ def look_at(adapter: DetectorAdapter, batch: List[Dict[str, Any]], regions: Regi
 
 
 def embed_objects(adapter: DetectorAdapter, probe: Probe) -> torch.Tensor:
-    """(N, D) embeddings of the probe's objects by a plain detector."""
+    """(N, D) embeddings of the probe's objects by a plain student."""
     with inference_context(adapter.model), torch.no_grad():
         device = next(adapter.model.parameters()).device
         return torch.cat(
@@ -182,11 +179,7 @@ def detect_by_teacher(teacher: FrozenTeacher, probe: Probe) -> List[Found]:
     """The same of the teacher, of those of its classes that the set has, under the set's numbers."""
     outputs = [output for batch in probe.batches() for output in teacher.detect(_images(batch))]
     if probe.teachers_classes is not None:
-        number = torch.tensor([-1 if each is None else each for each in probe.teachers_classes])
-        for output in outputs:
-            instances = output["instances"].to("cpu")
-            instances.pred_classes = number[instances.pred_classes]
-            output["instances"] = instances[instances.pred_classes >= 0]
+        outputs = [{"instances": renumbered(output["instances"], probe.teachers_classes)} for output in outputs]
     return _judge(outputs, probe)
 
 

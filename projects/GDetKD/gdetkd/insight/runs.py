@@ -5,12 +5,11 @@ from typing import Any, Dict, List, Tuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from torch import nn
 
-from ..config import plain_config
 from ..detectors import DetectorAdapter, build_adapter
 from ..distiller import GDetKD
+from ..engine import build_plain_student
 from ..engine.checkpoint import NUMBERED
 from ..errors import GDetKDError
 from ..experiments import Run, load_config
@@ -47,7 +46,7 @@ class FinishedRun:
 
     def student(self) -> nn.Module:
         """The plain detector, with its last weights."""
-        model = build_model(plain_config(self.cfg))
+        model = build_plain_student(self.cfg)
         SafeCheckpointer(model).load(str(self.folder / "model_final.pth"))
         return model.eval()
 
