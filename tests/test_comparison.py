@@ -155,6 +155,19 @@ def test_the_baseline_itself_stands_at_equal_time_where_a_step_costs_no_more(tmp
     assert {run.max_iter for run in comparison.equal_time_runs["PKD", 1]} == {650}
 
 
+def test_steps_of_about_the_same_cost_share_a_baseline_at_equal_time(tmp_path, monkeypatch):
+    monkeypatch.setitem(SECONDS, "PKD", 141.0)
+    monkeypatch.setitem(SECONDS, "GDetKD", 149.0)
+    comparison = finished(tmp_path, schedules=(1, 1.5), equal_time=True)
+    # Rounded up to 1.5, so that none has less time than the method, and that is the baseline's other schedule.
+    folders = {tmp_path / "runs" / f"none-x1.5-seed{seed}" for seed in (1, 2, 3)}
+    for each in (comparison.equal_time_runs["PKD", 1], comparison.equal_time_runs["GDetKD", 1]):
+        assert {run.folder for run in each} == folders
+    assert {run.max_iter for run in comparison.equal_time_runs["PKD", 1.5]} == {1125}  # 2.25 times 500
+    at_equal_time, schedule = comparison.equal_time_runs["PKD", 1][0], comparison.runs["none", 1.5][0]
+    assert at_equal_time.fingerprint() == schedule.fingerprint()
+
+
 def test_memory_where_it_was_measured(tmp_path):
     rows = summarize(finished(tmp_path, memory={"none": 100, "PKD": 130, "GDetKD": 150, "SGFI+CKD": 200}), 52.0)
     assert row_of(rows, "GDetKD").step_memory == pytest.approx(1.5)
@@ -176,7 +189,8 @@ def test_report(tmp_path):
     write_report(tmp_path / "report", comparison, 52.0, SETTING)
     markdown = (tmp_path / "report" / "report.md").read_text()
     line = next(line for line in markdown.splitlines() if "GDetKD" in line)
-    assert "33.0 ± 1.5" in line and "+21.0 ± 0.6" in line and "+12.0" in line and "52 %" in line and "2.00x" in line
+    assert "33.0 ± 1.5" in line and "+21.0 ± 0.6" in line and "52 %" in line and "2.00x" in line
+    assert "+1.0 ± 0.6" in line  # over none on twice the schedule, which has the time of its steps
     with open(tmp_path / "report" / "report.csv") as file:
         records = list(csv.DictReader(file))
     assert len(records) == 8 and records[2]["method"] == "GDetKD" and float(records[2]["gain"]) == 21.0

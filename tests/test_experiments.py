@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import METHODS, Run, run_all, stretched, time_ratio
+from gdetkd.experiments import METHODS, Run, load_config, run_all, stretched, time_ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "quickstart" / "faster_rcnn-faster_rcnn.yaml")
@@ -69,8 +69,26 @@ def test_complete_runs_are_not_repeated_and_failed_ones_are_named(tmp_path):
 def test_a_folder_of_another_config_is_refused(tmp_path):
     finished(tmp_path / "done", 10.0, 100, 20.0)
     changed = Run(tmp_path / "done", CONFIG, ["DISTILL.SGFI.WEIGHT", "9.0"], 100)
-    with pytest.raises(GDetKDError, match="holds a run of another config"):
+    with pytest.raises(GDetKDError, match="holds a run of another config. Go on"):
         run_all([changed], tmp_path / "train_net.py")
+    # Once Detectron2 has written the run's config there, the keys that differ are named, and no others.
+    as_run = load_config(CONFIG, ["SOLVER.MAX_ITER", 100, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "done")])
+    (tmp_path / "done" / "config.yaml").write_text(as_run.dump())
+    with pytest.raises(GDetKDError, match="another config: DISTILL.SGFI.WEIGHT 6.0 -> 9.0. Go on with that, remove"):
+        run_all([changed], tmp_path / "train_net.py")
+
+
+def test_a_run_that_is_named_twice_is_trained_once(tmp_path):
+    program = tmp_path / "train_net.py"
+    program.write_text(
+        "import json, pathlib, sys\n"
+        "folder = pathlib.Path(sys.argv[-1])\n"
+        "line = json.dumps({'iteration': 5, 'bbox/AP': 1, 'bbox/AP50': 1, 'bbox/AP75': 1})\n"
+        "(folder / 'metrics.json').open('a').write(line + '\\n')\n"
+        "(folder / 'model_final.pth').touch()\n"
+    )
+    run_all([Run(tmp_path / "one", CONFIG, [], 5), Run(tmp_path / "one", CONFIG, [], 5)], program)
+    assert len((tmp_path / "one" / "metrics.json").read_text().splitlines()) == 1
 
 
 def test_a_student_that_finds_nothing_has_no_ap_rather_than_nan(tmp_path):

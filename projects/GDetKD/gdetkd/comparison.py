@@ -4,6 +4,7 @@ A method is "none" (the student alone, the baseline), the name of a loss, "head_
 itself asks for. All but the first may be joined by "+": "GDetKD+PKD" is what the config asks for, and PKD.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
@@ -18,6 +19,8 @@ from .losses import DISTILL_LOSS_REGISTRY
 BASELINE, CONFIGURED, HEAD_TRANSFER = "none", "GDetKD", "head_transfer"
 # A method whose steps take as long as the baseline's, but for this share, needs no baseline of its own.
 SAME_TIME = 0.05
+# Otherwise the baseline has its time, rounded up to a tenth of the baseline's own: never less than the method.
+TIME_STEPS = 10
 # A method, and how many times the config's iterations.
 Key = Tuple[str, float]
 
@@ -150,13 +153,11 @@ class Comparison:
             baselines = self.runs[BASELINE, schedule]
             kept = self.output / "runs" / f"{method}-x{schedule:g}-time_ratio.txt"
             ratio = kept_time_ratio(kept, baselines, runs)
-            name = f"none-for-{method}"
-            self.equal_time_runs[method, schedule] = [
-                baseline
-                if abs(ratio - 1) <= SAME_TIME
-                else stretched(self._folder(name, schedule, seed), baseline, ratio)
-                for seed, baseline in zip(self.seeds, baselines)
-            ]
+            # Steps of about the same cost share a baseline, and so does a schedule of that length.
+            longer = round(schedule * math.ceil(ratio * TIME_STEPS - 1e-6) / TIME_STEPS, 6)
+            self.equal_time_runs[method, schedule] = (
+                baselines if ratio <= 1 + SAME_TIME else [self._run(BASELINE, longer, seed) for seed in self.seeds]
+            )
 
 
 def _check(cfg: CfgNode, config_file: str, methods: Sequence[str]) -> None:

@@ -1,5 +1,7 @@
 """Every config key that GDetKD adds to Detectron2's: meaning, unit and source beside each default."""
 
+from typing import Any, Dict, Mapping, Sequence
+
 from detectron2.config import CfgNode, get_cfg
 
 from .config_rivals import add_rival_nodes
@@ -87,6 +89,24 @@ def without_gdetkd_keys(cfg: CfgNode) -> CfgNode:
     plain.defrost()
     _keep_known(plain, get_cfg())
     return plain
+
+
+def flat_config(node: Mapping[str, Any], prefix: str = "") -> Dict[str, Any]:
+    """A nested config as {"SOLVER.MAX_ITER": 100, ...}."""
+    flat: Dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            flat.update(flat_config(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Sequence[str] = ()) -> Dict[str, str]:
+    """What differs between two flat configs, by key in their order: "SOLVER.MAX_ITER 100 -> 200"."""
+    keys = [key for key in sorted({*before, *now}) if key not in ignored]
+    pairs = {key: (before.get(key, "absent"), now.get(key, "absent")) for key in keys}
+    return {key: f"{key} {a!r} -> {b!r}" for key, (a, b) in pairs.items() if a != b}
 
 
 def _keep_known(node: CfgNode, known: CfgNode) -> None:

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from tqdm import tqdm
 
-from .config import add_gdetkd_config
+from .config import add_gdetkd_config, changed_keys, flat_config
 from .errors import GDetKDError
 from .safe_load import merge_config_file
 
@@ -99,9 +100,20 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         if (mark.exists() or self.lines()) and (not mark.exists() or mark.read_text() != self.fingerprint()):
             raise GDetKDError(
-                f"{self.folder} holds a run of another config. Remove that folder, or choose another --output."
+                f"{self.folder} holds a run of another config{self._differences()}. Go on with that, remove that "
+                "folder, or choose another --output."
             )
         mark.write_text(self.fingerprint())
+
+    def _differences(self) -> str:
+        """Of the config in the folder to this one's, where it has been written there: ": KEY 1 -> 2"."""
+        path = self.folder / "config.yaml"
+        if not path.exists():
+            return ""
+        then, now = (flat_config(yaml.safe_load(text)) for text in (path.read_text(), self.config().dump()))
+        # Both are set when a run starts.
+        changes = changed_keys(then, now, ignored=("OUTPUT_DIR", "MODEL.DEVICE"))
+        return f": {'; '.join(changes.values())}" if changes else ""
 
     def lines(self) -> List[Dict[str, Any]]:
         """What the run has written to metrics.json so far."""
@@ -165,7 +177,7 @@ def run_all(runs: Iterable[Run], train_net: Path, jobs: int = 2) -> None:
         GDetKDError: a folder holds a run of another config, or a run failed; then the message names its log and gives
             the log's last line.
     """
-    runs = list(runs)
+    runs = list({run.folder: run for run in runs}.values())
     for run in runs:
         run.claim_folder()
     waiting = [run for run in runs if not run.is_complete()]

@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from ..classes import some
+from ..config import changed_keys, flat_config
 from ..distiller import GDetKD
 from ..errors import GDetKDError
 
@@ -53,7 +54,7 @@ class RunRecord:
         Raises:
             GDetKDError: the classes or their order, the losses, the student, the optimizer or the precision are others.
         """
-        before, now = _flat(yaml.safe_load(then["config"])), _flat(yaml.safe_load(self._config))
+        before, now = (flat_config(yaml.safe_load(text)) for text in (then["config"], self._config))
         for key, what in FIXED.items():
             if key in before and before[key] != now[key]:
                 raise GDetKDError(_refusal(what, f"{key} {before[key]!r}", repr(now[key])))
@@ -61,8 +62,8 @@ class RunRecord:
             is_order = sorted(then["classes"]) == sorted(self._classes)
             what = "its classes in another order" if is_order else "other classes"
             raise GDetKDError(_refusal(what, some(then["classes"]), some(self._classes)))
-        changed = [key for key in sorted({*before, *now}) if before.get(key, "absent") != now.get(key, "absent")]
-        changes = [f"{key} {before.get(key, 'absent')!r} -> {now.get(key, 'absent')!r}" for key in changed]
+        changed = changed_keys(before, now)
+        changes = list(changed.values())
         if then["processes"] != comm.get_world_size():
             changes.append(f"number of processes {then['processes']} -> {comm.get_world_size()}")
         if changes:
@@ -91,17 +92,6 @@ def _refusal(what: str, before: str, now: str) -> str:
         f"This run was started with {what}: {before}; now {now}. Resume it with the config and data it was started "
         "with, or start in a new OUTPUT_DIR."
     )
-
-
-def _flat(node: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
-    """{"SOLVER.MAX_ITER": 100, ...}"""
-    flat: Dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 class DistillState:
