@@ -78,6 +78,23 @@ def test_a_folder_of_another_config_is_refused(tmp_path):
         run_all([changed], tmp_path / "train_net.py")
 
 
+def test_a_change_that_a_run_does_not_use_leaves_it_as_it_is():
+    def print_of(*opts):
+        return Run(Path("any"), CONFIG, list(opts), 100).fingerprint()
+
+    baseline, other_teacher = METHODS["baseline"], ["DISTILL.TEACHER.WEIGHTS", "another.pth"]
+    assert print_of(*baseline) == print_of(*baseline, *other_teacher, "DISTILL.SGFI.WEIGHT", "9.0")
+    transfer = METHODS["head_transfer"]
+    assert print_of(*transfer) == print_of(*transfer, "DISTILL.SGFI.WEIGHT", "9.0")
+    assert print_of(*transfer) != print_of(*transfer, *other_teacher)
+    sgfi = METHODS["SGFI"]
+    assert print_of(*sgfi) == print_of(*sgfi, "DISTILL.CKD.GAMMA", "0.1", "SOLVER.CHECKPOINT_PERIOD", "7")
+    for key, value in (("DISTILL.SGFI.WEIGHT", "9.0"), ("DISTILL.REGIONS.NMS_THRESH", "0.5"), ("SEED", "3")):
+        assert print_of(*sgfi) != print_of(*sgfi, key, value)
+    assert print_of(*baseline) != print_of(*sgfi)
+    assert len({print_of(*baseline), print_of(*baseline, "SEED", "3"), print_of(*baseline, "SOLVER.BASE_LR", "1.0")}) == 3
+
+
 def test_a_run_that_is_named_twice_is_trained_once(tmp_path):
     program = tmp_path / "train_net.py"
     program.write_text(

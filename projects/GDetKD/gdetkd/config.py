@@ -1,6 +1,6 @@
 """Every config key that GDetKD adds to Detectron2's: meaning, unit and source beside each default."""
 
-from typing import Any, Dict, Mapping, Sequence
+from typing import Any, Dict, Mapping
 
 from detectron2.config import CfgNode, get_cfg
 
@@ -102,10 +102,9 @@ def flat_config(node: Mapping[str, Any], prefix: str = "") -> Dict[str, Any]:
     return flat
 
 
-def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Sequence[str] = ()) -> Dict[str, str]:
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> Dict[str, str]:
     """What differs between two flat configs, by key in their order: "SOLVER.MAX_ITER 100 -> 200"."""
-    keys = [key for key in sorted({*before, *now}) if key not in ignored]
-    pairs = {key: (before.get(key, "absent"), now.get(key, "absent")) for key in keys}
+    pairs = {key: (before.get(key, "absent"), now.get(key, "absent")) for key in sorted({*before, *now})}
     return {key: f"{key} {a!r} -> {b!r}" for key, (a, b) in pairs.items() if a != b}
 
 

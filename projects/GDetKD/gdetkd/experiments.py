@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .config import add_gdetkd_config, changed_keys, flat_config
 from .errors import GDetKDError
+from .losses import DISTILL_LOSS_REGISTRY
 from .safe_load import merge_config_file
 
 PLAIN = ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "False"]
@@ -34,6 +35,15 @@ METHODS: Dict[str, List[str]] = {
     "distilled": [],
 }
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+# Keys, or their beginnings, that change no figure of a run; device and folder are set when it starts.
+WITHOUT_EFFECT = (
+    "DISTILL.EVAL_TEACHER",
+    "DISTILL.VIS_",
+    "MODEL.DEVICE",
+    "OUTPUT_DIR",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.KEEP_BEST",
+)
 POLL_SECONDS = 1.0
 
 
@@ -50,6 +60,23 @@ def load_config(config_file: str, opts: Sequence[Any]) -> CfgNode:
     merge_config_file(cfg, config_file)
     cfg.merge_from_list(list(opts))
     return cfg
+
+
+def deciding_keys(dump: str) -> Dict[str, Any]:
+    """Of a config, by flat key, what decides over a run's figures: a weight that is changed leaves the runs as they are
+    that do not use it.
+
+    Args:
+        dump: the config as yaml, before a run's start or as written then.
+    """
+    flat = flat_config(yaml.safe_load(dump))
+    losses = flat["DISTILL.LOSSES"]
+    unused = tuple(f"DISTILL.{name}." for name, _ in DISTILL_LOSS_REGISTRY if name not in losses)
+    if not losses:
+        unused += ("DISTILL.REGIONS.", "DISTILL.WARMUP_ITERS")
+        if not flat["DISTILL.HEAD_TRANSFER"]:
+            unused += ("DISTILL.TEACHER.", "DISTILL.CLASS_MAP")
+    return {key: value for key, value in flat.items() if not key.startswith((*WITHOUT_EFFECT, *unused))}
 
 
 @dataclass
@@ -88,7 +115,7 @@ class Run:
 
     def fingerprint(self) -> str:
         """A digest of all that determines the run."""
-        return hashlib.sha256(self.config().dump().encode()).hexdigest()
+        return hashlib.sha256(yaml.safe_dump(deciding_keys(self.config().dump())).encode()).hexdigest()
 
     def claim_folder(self) -> None:
         """Marks the folder as this run's.
@@ -110,9 +137,7 @@ class Run:
         path = self.folder / "config.yaml"
         if not path.exists():
             return ""
-        then, now = (flat_config(yaml.safe_load(text)) for text in (path.read_text(), self.config().dump()))
-        # Both are set when a run starts.
-        changes = changed_keys(then, now, ignored=("OUTPUT_DIR", "MODEL.DEVICE"))
+        changes = changed_keys(deciding_keys(path.read_text()), deciding_keys(self.config().dump()))
         return f": {'; '.join(changes.values())}" if changes else ""
 
     def lines(self) -> List[Dict[str, Any]]:
