@@ -1,6 +1,6 @@
 # make quickstart   a distillation on generated data, from nothing; PAIR=teacher-student
 # make test         the tests; DETECTRON2=DIR runs them against another Detectron2 source tree
-# make soak         the long tests: kills, leaks, fuzzing (about half an hour on 2 cores)
+# make soak         the long tests: kills, leaks, fuzzing (11 minutes on 2 cores)
 # make lint         ruff, lint and format
 # make lock         remakes requirements.txt from requirements.in
 # make teacher      retrains a teacher of the quickstart (about 20 minutes on 2 cores); TEACHER=FasterRCNN
