@@ -2,13 +2,14 @@
 
 import csv
 import io
+import statistics
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from tabulate import tabulate
 
 from ..comparison import BASELINE, Comparison, Key
-from ..experiments import METRICS, Run, mean_and_error
+from ..experiments import METRICS, Run, mean_and_error, time_ratio
 
 # A mean over seeds and its standard error, None of a single seed; or None where there is nothing to average.
 Estimate = Optional[Tuple[float, Optional[float]]]
@@ -28,7 +29,8 @@ class Row:
         equal_time_ap: that baseline's AP.
         lead_closed: `gain` as a share of the teacher's AP over the baseline's; None where the teacher has no lead.
         seconds: of training a run, without evaluations; mean over seeds.
-        step_time: seconds of an iteration over the baseline's.
+        step_time: seconds of an iteration over the baseline's; median over seeds, in which one that was timed beside
+            other work falls out.
         step_memory: peak memory over the baseline's; None where it was not measured.
     """
 
@@ -74,7 +76,7 @@ def _row(comparison: Comparison, key: Key, runs: List[Run], teacher_ap: Optional
         _estimate(at_equal_time, "AP") if at_equal_time else None,
         gain[0] / lead if gain is not None and lead is not None and lead > 0 else None,
         mean_and_error([run.result()["seconds"] for run in runs])[0],
-        _mean(run.seconds_per_iteration() for run in runs) / _mean(run.seconds_per_iteration() for run in baselines),
+        statistics.median(map(time_ratio, baselines, runs)),
         _mean(memories[0]) / _mean(memories[1]) if known else None,
     )
 
