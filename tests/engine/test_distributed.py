@@ -3,8 +3,6 @@
 import gdetkd  # noqa: F401, I001  first, in the spawned processes too: it prepares the import of Detectron2
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.structures import Boxes
@@ -15,35 +13,7 @@ from gdetkd import DistillTrainer
 from gdetkd.losses import CKD
 from gdetkd.losses.ckd import gather_embeddings
 from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
-
-TIMEOUT_SECONDS = 120
-
-
-def run_in_two_processes(function, tmp_path, *args):
-    """Calls `function(rank, *args)` in two processes that can talk; what it returns, by rank."""
-    context = mp.start_processes(
-        _worker,
-        (f"file://{tmp_path}/meeting", str(tmp_path), function, args),
-        nprocs=2,
-        join=False,
-        start_method="spawn",
-    )
-    if not context.join(TIMEOUT_SECONDS):  # the first join returns when one ends, the next when both have
-        assert context.join(TIMEOUT_SECONDS), "the processes hang"
-    return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def _worker(rank, meeting, folder, function, args):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    if hasattr(comm, "create_local_process_group"):
-        comm.create_local_process_group(2)
-    else:
-        comm._LOCAL_PROCESS_GROUP = dist.new_group([0, 1])
-    torch.save(function(rank, *args), f"{folder}/rank{rank}.pt")
-    dist.barrier()  # together: once a process was aborted while it ended its threads, its peer perhaps gone already
-    dist.destroy_process_group()
-
+from test_processes import run_in_processes
 
 COUNTS = [(2, 5), (0, 3), (4, 0), (0, 0)]
 
@@ -53,7 +23,7 @@ def _gather(rank):
 
 
 def test_gathering_allows_for_unequal_and_no_embeddings(tmp_path):
-    for rank, results in enumerate(run_in_two_processes(_gather, tmp_path)):
+    for rank, results in enumerate(run_in_processes(_gather, tmp_path, 2)):
         for counts, (own_rank, parts) in zip(COUNTS, results):
             assert own_rank == rank and [len(part) for part in parts] == list(counts)
             assert all((part == i + 1).all() for i, part in enumerate(parts))
@@ -75,7 +45,7 @@ def _contrast(rank, images_of_ranks):
 
 def test_regions_of_other_processes_are_negatives(tmp_path):
     """Over all regions the mean of two processes is that of one process with both batches."""
-    losses = run_in_two_processes(_contrast, tmp_path, [[0], [1, 2]])
+    losses = run_in_processes(_contrast, tmp_path, 2, [[0], [1, 2]])
     together = _contrast(0, [[0, 1, 2]])
     assert together == pytest.approx((losses[0] + 2 * losses[1]) / 3, rel=1e-5)
 
@@ -124,7 +94,7 @@ def test_one_rank_without_any_region_neither_hangs_nor_parts_the_ranks(distill_c
     # The processes start anew and have to register the set for themselves.
     keys = {"DATASETS.REGISTER": [MetadataCatalog.get("tiny").gdetkd_entry]}
     cfg = distill_cfg({**keys, "SOLVER.MAX_ITER": 3, "SOLVER.IMS_PER_BATCH": 4, "DISTILL.LOSSES": ALL_LOSSES})
-    first, second = run_in_two_processes(_train, tmp_path, cfg)
+    first, second = run_in_processes(_train, tmp_path, 2, cfg)
     assert len(first["queues"]) == 3
     for (ours, filled), (theirs, their_filled) in zip(first["queues"], second["queues"]):
         assert filled == their_filled > 0 and torch.equal(ours, theirs)

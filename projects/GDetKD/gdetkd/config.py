@@ -2,6 +2,7 @@
 
 from typing import Any, Dict, Mapping
 
+import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from .config_rivals import add_rival_nodes
@@ -91,12 +92,16 @@ def without_gdetkd_keys(cfg: CfgNode) -> CfgNode:
     return plain
 
 
-def flat_config(node: Mapping[str, Any], prefix: str = "") -> Dict[str, Any]:
-    """A nested config as {"SOLVER.MAX_ITER": 100, ...}."""
+def flat_config(dump: str) -> Dict[str, Any]:
+    """A config's dump, which is yaml, as {"SOLVER.MAX_ITER": 100, ...}."""
+    return _flat(yaml.safe_load(dump), "")
+
+
+def _flat(node: Mapping[str, Any], prefix: str) -> Dict[str, Any]:
     flat: Dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, dict):
-            flat.update(flat_config(value, f"{prefix}{key}."))
+            flat.update(_flat(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value
     return flat

@@ -69,7 +69,7 @@ def deciding_keys(dump: str) -> Dict[str, Any]:
     Args:
         dump: the config as yaml, before a run's start or as written then.
     """
-    flat = flat_config(yaml.safe_load(dump))
+    flat = flat_config(dump)
     losses = flat["DISTILL.LOSSES"]
     unused = tuple(f"DISTILL.{name}." for name, _ in DISTILL_LOSS_REGISTRY if name not in losses)
     if not losses:
@@ -123,14 +123,14 @@ class Run:
         Raises:
             GDetKDError: it holds a run of another config, whose results would be taken for this one's.
         """
-        mark = self.folder / "fingerprint.txt"
+        mark, fingerprint = self.folder / "fingerprint.txt", self.fingerprint()
         self.folder.mkdir(parents=True, exist_ok=True)
-        if (mark.exists() or self.lines()) and (not mark.exists() or mark.read_text() != self.fingerprint()):
+        if (mark.exists() or self.lines()) and (not mark.exists() or mark.read_text() != fingerprint):
             raise GDetKDError(
                 f"{self.folder} holds a run of another config{self._differences()}. Go on with that, remove that "
                 "folder, or choose another --output."
             )
-        mark.write_text(self.fingerprint())
+        mark.write_text(fingerprint)
 
     def _differences(self) -> str:
         """Of the config in the folder to this one's, where it has been written there: ": KEY 1 -> 2"."""

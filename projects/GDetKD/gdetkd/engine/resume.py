@@ -3,7 +3,6 @@
 import logging
 from typing import Any, Dict, Optional, Tuple
 
-import yaml
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
@@ -54,7 +53,7 @@ class RunRecord:
         Raises:
             GDetKDError: the classes or their order, the losses, the student, the optimizer or the precision are others.
         """
-        before, now = (flat_config(yaml.safe_load(text)) for text in (then["config"], self._config))
+        before, now = flat_config(then["config"]), flat_config(self._config)
         for key, what in FIXED.items():
             if key in before and before[key] != now[key]:
                 raise GDetKDError(_refusal(what, f"{key} {before[key]!r}", repr(now[key])))
