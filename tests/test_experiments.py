@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import METHODS, Run, load_config, run_all, stretched, time_ratio
+from gdetkd.experiments import PLAIN, Run, load_config, run_all, stretched, time_ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "quickstart" / "faster_rcnn-faster_rcnn.yaml")
@@ -63,7 +63,7 @@ def test_complete_runs_are_not_repeated_and_failed_ones_are_named(tmp_path):
     program.write_text("import sys; print('the reason'); sys.exit(1)")
     run_all([finished(tmp_path / "done", 10.0, 100, 20.0)], program)
     with pytest.raises(GDetKDError, match="the reason"):
-        run_all([Run(tmp_path / "new", CONFIG, METHODS["distilled"], 5)], program)
+        run_all([Run(tmp_path / "new", CONFIG, [], 5)], program)
 
 
 def test_a_folder_of_another_config_is_refused(tmp_path):
@@ -82,12 +82,12 @@ def test_a_change_that_a_run_does_not_use_leaves_it_as_it_is():
     def print_of(*opts):
         return Run(Path("any"), CONFIG, list(opts), 100).fingerprint()
 
-    baseline, other_teacher = METHODS["baseline"], ["DISTILL.TEACHER.WEIGHTS", "another.pth"]
+    baseline, other_teacher = PLAIN, ["DISTILL.TEACHER.WEIGHTS", "another.pth"]
     assert print_of(*baseline) == print_of(*baseline, *other_teacher, "DISTILL.SGFI.WEIGHT", "9.0")
-    transfer = METHODS["head_transfer"]
+    transfer = ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "True"]
     assert print_of(*transfer) == print_of(*transfer, "DISTILL.SGFI.WEIGHT", "9.0")
     assert print_of(*transfer) != print_of(*transfer, *other_teacher)
-    sgfi = METHODS["SGFI"]
+    sgfi = ["DISTILL.LOSSES", "('SGFI',)", "DISTILL.HEAD_TRANSFER", "False"]
     assert print_of(*sgfi) == print_of(*sgfi, "DISTILL.CKD.GAMMA", "0.1", "SOLVER.CHECKPOINT_PERIOD", "7")
     for key, value in (("DISTILL.SGFI.WEIGHT", "9.0"), ("DISTILL.REGIONS.NMS_THRESH", "0.5"), ("SEED", "3")):
         assert print_of(*sgfi) != print_of(*sgfi, key, value)

@@ -20,7 +20,7 @@ from gdetkd.data import register_datasets
 from gdetkd.data.shapes import make_shapes_for
 from gdetkd.engine import evaluate_teacher
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import METHODS, Run, run_all, stretched, time_ratio
+from gdetkd.experiments import PLAIN, Run, run_all, stretched, time_ratio
 from gdetkd.safe_load import SafeCheckpointer
 from gdetkd.teacher import FrozenTeacher
 from gdetkd.visualization.comparison import Curve, draw_comparison
@@ -62,7 +62,8 @@ def train(config_file: str, cfg: CfgNode, output: Path, seed: int) -> Dict[str, 
     opts, train_net = ["SEED", str(seed)], ROOT / "train_net.py"
     iterations = cfg.SOLVER.MAX_ITER
     runs = {
-        name: Run(output / name, config_file, METHODS[name] + opts, iterations) for name in ("baseline", "distilled")
+        "baseline": Run(output / "baseline", config_file, PLAIN + opts, iterations),
+        "distilled": Run(output / "distilled", config_file, opts, iterations),
     }
     run_all(runs.values(), train_net)
     ratio = time_ratio(runs["baseline"], runs["distilled"])

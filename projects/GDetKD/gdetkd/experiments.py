@@ -1,4 +1,4 @@
-"""Runs of train_net.py side by side, and what they came to: the ground of the quickstart and of docs/results.md.
+"""Runs of train_net.py side by side, and what they came to: the ground of the quickstart and of comparisons.
 
 Each run is a process of its own with its share of the cores. A run that is complete is not repeated.
 """
@@ -24,16 +24,8 @@ from .errors import GDetKDError
 from .losses import DISTILL_LOSS_REGISTRY
 from .safe_load import merge_config_file
 
+# What makes a config of distillation that of the student alone.
 PLAIN = ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "False"]
-# What each method changes in the config of the full distillation.
-METHODS: Dict[str, List[str]] = {
-    "baseline": PLAIN,
-    "head_transfer": ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "True"],
-    "SGFI": ["DISTILL.LOSSES", "('SGFI',)", "DISTILL.HEAD_TRANSFER", "False"],
-    "CKD": ["DISTILL.LOSSES", "('CKD',)", "DISTILL.HEAD_TRANSFER", "False"],
-    "SGFI+CKD": ["DISTILL.LOSSES", "('SGFI', 'CKD')", "DISTILL.HEAD_TRANSFER", "False"],
-    "distilled": [],
-}
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # Keys, or their beginnings, that change no figure of a run; device and folder are set when it starts.
 WITHOUT_EFFECT = (
