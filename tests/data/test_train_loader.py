@@ -73,6 +73,37 @@ def test_random_state_is_restored_after_an_exception():
     assert torch.equal(before, torch.get_rng_state())
 
 
+class FakeGPU:
+    """A generator in the place of the current GPU's, and a record of what would touch all of them."""
+
+    def __init__(self, monkeypatch):
+        self.generator = torch.Generator().manual_seed(7)
+        self.reseeded_all = False
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: self.generator.get_state())
+        monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: self.generator.set_state(state))
+        monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: self.generator.manual_seed(seed))
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", self._reseed_all)
+
+    def _reseed_all(self, seed):
+        self.reseeded_all = True
+
+    def draw(self):
+        return torch.rand(3, generator=self.generator).tolist()
+
+
+def test_random_state_leaves_a_gpu_as_it_was(monkeypatch):
+    undisturbed = FakeGPU(monkeypatch).draw()
+    gpu = FakeGPU(monkeypatch)
+    drawn = []
+    for _ in range(2):
+        with random_state((1, 2)):
+            drawn.append(gpu.draw())
+    assert drawn[0] == drawn[1] != undisturbed
+    assert gpu.draw() == undisturbed
+    assert not gpu.reseeded_all
+
+
 def test_samplers_that_cannot_be_resumed_are_refused():
     with pytest.raises(GDetKDError, match="RandomSubsetTrainingSampler"):
         build_train_loader(make_cfg({"DATALOADER.SAMPLER_TRAIN": "RandomSubsetTrainingSampler"}))

@@ -34,18 +34,25 @@ ATTEMPTS = 100  # at an image that can be used
 
 @contextmanager
 def random_state(seed: Sequence[int]) -> Iterator[None]:
-    """Python's, NumPy's and torch's (CPU) generators are seeded inside, and as before outside."""
+    """Python's, NumPy's and torch's generators (the CPU's and the current GPU's) are seeded inside, and as before outside."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    # Not in a loader's worker, which has no GPU.
+    before_cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     words = np.random.SeedSequence(list(seed)).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])
-    torch.manual_seed(int(words[2]))
+    # Not torch.manual_seed, which reseeds the generators of all GPUs for good.
+    torch.default_generator.manual_seed(int(words[2]))
+    if before_cuda is not None:
+        torch.cuda.manual_seed(int(words[2]))
     try:
         yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.set_rng_state(before[2])
+        if before_cuda is not None:
+            torch.cuda.set_rng_state(before_cuda)
 
 
 class PositionedDataset(Dataset):
