@@ -15,6 +15,7 @@ from typing import Any
 from gdetkd import DistillTrainer, add_gdetkd_config  # first: it prepares the import of Detectron2
 
 import torch  # isort: skip
+import torch.distributed as dist
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
@@ -52,10 +53,21 @@ def setup(args: Namespace) -> CfgNode:
         logging.warning("There is no CUDA device: running on the CPU, which is much slower.")
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         raise GDetKDError("SOLVER.AMP.ENABLED needs a CUDA device. Set it to False, or train on a GPU.")
+    _check_device(cfg.MODEL.DEVICE)
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gdetkd")  # Detectron2 thinks of its own alone
     return cfg
+
+
+def _check_device(device: str) -> None:
+    if device == "cpu" and comm.get_world_size() > 1 and dist.get_backend() == "nccl":
+        raise GDetKDError(
+            "MODEL.DEVICE is cpu, but the processes exchange by NCCL, which knows GPUs alone: hide the GPUs by "
+            "CUDA_VISIBLE_DEVICES=, or train on them."
+        )
+    if torch.device(device).index is not None and comm.get_world_size() == 1:
+        torch.cuda.set_device(device)  # or random states would be kept of another GPU than draws
 
 
 def main(args: Namespace) -> Any:

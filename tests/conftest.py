@@ -18,6 +18,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from PIL import Image
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU, on a machine with GPUs too
 NUM_CLASSES = 3
 TINY = {
     "MODEL.DEVICE": "cpu",

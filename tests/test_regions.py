@@ -1,7 +1,9 @@
+import pytest
 import torch
+from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
-from gdetkd.regions import pool_all_levels, roi_align_torchvision
+from gdetkd.regions import pool_all_levels, pool_in_full_precision, roi_align_torchvision
 from gdetkd.separable import roi_align_separable
 from gdetkd.structures import Regions
 
@@ -59,3 +61,15 @@ def test_separable_without_a_region():
 def test_image_ids_follow_the_boxes():
     assert Regions(BOXES).image_ids().tolist() == [0] * 5 + [2] * 2
     assert len(Regions(BOXES)) == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_boxes_keep_their_place_where_the_maps_are_in_half_precision(dtype):
+    """A map that holds its columns' numbers: the mean over a box is its centre's column."""
+    maps = [torch.arange(256, dtype=dtype).expand(1, 2, 64, 256)]  # exact in either
+    boxes = torch.tensor([[961.3, 101, 989.7, 129]])
+    assert (boxes.to(dtype).float()[0, 0] - boxes[0, 0]).abs() > 0.04
+    regions, expected = Regions([Boxes(boxes)]), (961.3 + 989.7) / 2 / 4 - 0.5
+    pooler = ROIPooler(7, [1 / 4], 2, "ROIAlignV2")
+    assert pool_in_full_precision(pooler, maps, regions).mean().item() == pytest.approx(expected, abs=1e-3)
+    assert pool_all_levels(maps, [4], regions, (7, 7), 2).mean().item() == pytest.approx(expected, abs=1e-3)

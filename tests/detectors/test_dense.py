@@ -125,6 +125,14 @@ def test_a_teachers_embedding_is_the_towers_feature_at_the_centre(offset):
     torch.testing.assert_close(second, 100 + torch.tensor([100 / 16, 145 / 16]) - offset)  # level 1, stride 16
 
 
+def test_a_teachers_embedding_is_of_the_same_place_in_half_precision():
+    _, adapter, _ = build("retinanet", {"MODEL.ANCHOR_GENERATOR.SIZES": SIZES})
+    columns = torch.arange(200, dtype=torch.bfloat16).expand(1, 1, 40, 200)
+    regions = Regions([Boxes(torch.tensor([[961.0, 80, 1002, 121]]))])
+    found = adapter._embed_at_centres([columns] * 5, regions)
+    assert found.item() == pytest.approx((961 + 1002) / 2 / 8, abs=1e-3)
+
+
 def test_fcos_from_a_config_is_detectron2s():
     model, _, cfg = build("fcos")
     keys = {

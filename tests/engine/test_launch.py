@@ -1,6 +1,7 @@
 """Processes that are stopped, die, or are started by torchrun."""
 
 import gdetkd  # noqa: F401, I001  first, in the spawned processes too
+import contextlib
 import errno
 import os
 import runpy
@@ -8,16 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from gdetkd import DistillTrainer
-from gdetkd.engine import checkpoint
+from gdetkd.engine import checkpoint, launch
 from gdetkd.engine.guard import EXIT_STOPPED
 from gdetkd.engine.launch import TORCHRUN, run_everywhere, which_ended
 from gdetkd.errors import GDetKDError
@@ -127,3 +131,32 @@ def test_what_does_not_go_together_with_torchrun(monkeypatch, argument, match):
     parser = runpy.run_path(str(ROOT / "train_net.py"), run_name="train_net")["parser"]()
     with pytest.raises(GDetKDError, match=match):
         run_everywhere(pytest.fail, parser.parse_args(argument))
+
+
+@pytest.mark.parametrize("error, destroyed", [(None, 1), (SystemExit(EXIT_STOPPED), 1), (RuntimeError("one"), 0)])
+def test_a_process_that_fails_alone_does_not_wait_for_the_others(monkeypatch, error, destroyed):
+    """NCCL's `destroy_process_group` waits for all."""
+    calls = []
+    for name in TORCHRUN:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(launch, "_join_torchrun", lambda args, timeout: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append(1))
+
+    def main(args):
+        if error:
+            raise error
+
+    with contextlib.nullcontext() if error is None else pytest.raises(type(error)):
+        run_everywhere(main, Namespace(timeout=30))
+    assert len(calls) == destroyed
+
+
+def test_what_is_exchanged_beside_nccl_has_the_timeout_of_all_else(monkeypatch):
+    made = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "new_group", lambda **keys: made.append(keys) or "the group")
+    monkeypatch.setattr(comm, "_get_global_gloo_group", comm._get_global_gloo_group)  # and back afterwards
+    timeout = timedelta(minutes=7)
+    assert launch._exchange_within(timeout, lambda args: comm._get_global_gloo_group(), Namespace()) == "the group"
+    assert made == [{"backend": "gloo", "timeout": timeout}]

@@ -64,3 +64,11 @@ def test_gradients_of_terms_in_closed_form():
     assert weight.grad is None
     sum(losses.values()).backward()  # the graph is still there
     assert weight.grad.tolist() == [1.0, 4.0]
+
+
+def test_gradients_that_half_precision_makes_infinite_are_left_out():
+    weight = torch.tensor([3.0, 4.0], requires_grad=True)
+    losses = {"loss_a": weight.sum(), "loss_distill_c": (weight.half() * 2).float().sum()}
+    assert term_gradients(losses, ["loss_distill_c"], [weight], scale=2.0**16) == {}
+    found = term_gradients(losses, ["loss_distill_c"], [weight], scale=2.0**8)
+    assert found["loss_distill_c"] == {"norm": pytest.approx(8**0.5), "cosine": pytest.approx(1.0)}

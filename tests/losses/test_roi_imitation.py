@@ -56,6 +56,17 @@ def test_each_region_is_pooled_on_its_own_level():
         torch.testing.assert_close(found[index], everywhere[level][index])
 
 
+def test_levels_without_regions_stay_in_the_graph():
+    """Or else SyncBN's backward pass would wait on the processes that have regions there for those that have none."""
+    regions, levels = random_regions()
+    strides = [2, 4, 8]
+    maps = [torch.randn(3, 2, 32 // s, 32 // s, dtype=torch.float64, requires_grad=True) for s in strides]
+    pooled = pool_on_levels(maps, strides, regions, torch.zeros_like(levels), (3, 3), 2)
+    gradients = torch.autograd.grad(pooled.square().sum(), maps, allow_unused=True)
+    assert gradients[0].abs().sum() > 0
+    assert all(each is not None and not each.any() for each in gradients[1:])
+
+
 def module_and_outputs(count):
     module = ROIFI(make_cfg({}), SPEC, SPEC)
     maps = {"p2": torch.randn(1, 4, 16, 16, requires_grad=True), "p3": torch.randn(1, 4, 8, 8, requires_grad=True)}

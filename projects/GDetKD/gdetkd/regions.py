@@ -7,11 +7,12 @@ from typing import Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.sampling import subsample_labels
 from torchvision.ops import box_iou, nms, roi_align
 
 from .separable import roi_align_separable
-from .structures import Regions
+from .structures import Regions, full_precision
 
 # Cells of a feature map up to which, on a CPU, two matrix products are faster than torchvision's RoIAlign,
 # whose backward scatters one sample at a time (benchmarks/roi_align.py; figures in docs/performance.md).
@@ -37,6 +38,7 @@ def pool_all_levels(
     Returns:
         (N, L, C, h, w), channels last in memory, in which SGFI convolves them faster (docs/performance.md).
     """
+    maps = [full_precision(each) for each in maps]  # as in `pool_in_full_precision`
     # Levels are finest first, so the large ones come before the small ones.
     large = sum(not _is_small(feature_map) for feature_map in maps)
     parts = [roi_align_torchvision(*level, regions, size, sampling_ratio) for level in zip(maps[:large], strides)]
@@ -47,6 +49,12 @@ def pool_all_levels(
             return small
         parts.append(small.permute(0, 1, 3, 4, 2))
     return torch.cat(parts, dim=1).permute(0, 1, 4, 2, 3)
+
+
+def pool_in_full_precision(pooler: ROIPooler, maps: Sequence[torch.Tensor], regions: Regions) -> torch.Tensor:
+    """(N, C, h, w): a detector's own RoIAlign, of float32 boxes: Detectron2 gives boxes the precision of the maps, and
+    bfloat16 knows a place beyond pixel 256 to 2 pixels, beyond 1,024 to 8."""
+    return pooler([full_precision(each) for each in maps], regions.boxes)
 
 
 def _is_small(feature_map: torch.Tensor) -> bool:

@@ -7,6 +7,11 @@ import torch
 from detectron2.structures import Boxes
 
 
+def full_precision(tensor: torch.Tensor) -> torch.Tensor:
+    """float32 of a half-precision tensor; others as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 @dataclass
 class Regions:
     """Boxes of one step, the same for teacher and student.

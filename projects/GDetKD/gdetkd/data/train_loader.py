@@ -34,7 +34,8 @@ ATTEMPTS = 100  # at an image that can be used
 
 @contextmanager
 def random_state(seed: Sequence[int]) -> Iterator[None]:
-    """Python's, NumPy's and torch's generators (the CPU's and the current GPU's) are seeded inside, and as before outside."""
+    """Python's, NumPy's and torch's generators (the CPU's and the current GPU's) are seeded inside; outside they are as
+    before."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     # Not in a loader's worker, which has no GPU.
     before_cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None

@@ -19,8 +19,8 @@ from torchvision.ops import roi_align
 
 from ..errors import GDetKDError
 from ..recorder import Call
-from ..regions import match_and_sample, suppress
-from ..structures import DetectorOutputs, DetectorSpec, Regions
+from ..regions import match_and_sample, pool_in_full_precision, suppress
+from ..structures import DetectorOutputs, DetectorSpec, Regions, full_precision
 from .base import DETECTOR_ADAPTER_REGISTRY, REGION_FIELDS, DetectorAdapter
 from .dense_head import DenseHead
 from .sources import by_anchor, gather, places, without_anchor
@@ -119,7 +119,7 @@ class DenseAdapter(DetectorAdapter):
         if "levels" in needs:
             outputs.levels = self._assign_levels(regions)
         if "pooled" in needs:
-            outputs.pooled = self._pooler(maps, regions.boxes)
+            outputs.pooled = pool_in_full_precision(self._pooler, maps, regions)
         if "embeddings" in needs:
             # Every level, in order: a head with BatchNorm has one of them for each and turns to the next by itself.
             outputs.embeddings = self._embed_at_centres([model.head.cls_subnet(each) for each in maps], regions)
@@ -187,6 +187,7 @@ class DenseAdapter(DetectorAdapter):
         """(N, D): bilinear interpolation of the tower's map at each region's centre on the region's level."""
         levels = self._assign_levels(regions)
         boxes, image_ids = regions.tensor(), regions.image_ids()
+        towers = [full_precision(tower) for tower in towers]  # as in `pool_in_full_precision`
         embeddings = towers[0].new_zeros(len(boxes), towers[0].shape[1])
         for level, (tower, stride) in enumerate(zip(towers, self.spec.strides.values())):
             mine = levels == level

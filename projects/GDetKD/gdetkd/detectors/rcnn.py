@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import GDetKDError
 from ..recorder import Call
+from ..regions import pool_in_full_precision
 from ..structures import DetectorOutputs, DetectorSpec, Predictions, Regions
 from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter
 
@@ -99,7 +100,7 @@ class _TwoStageAdapter(DetectorAdapter):
             rule = pooler.min_level, pooler.max_level, pooler.canonical_box_size, pooler.canonical_level
             outputs.levels = assign_boxes_to_levels(regions.boxes, *rule)
         if {"pooled", "embeddings", "logits", "deltas"} & set(needs):
-            outputs.pooled = pooler(maps, regions.boxes)
+            outputs.pooled = pool_in_full_precision(pooler, maps, regions)
         if not {"embeddings", "logits", "deltas"} & set(needs):
             return outputs
         head = self._heads[0](outputs.pooled)
@@ -107,7 +108,8 @@ class _TwoStageAdapter(DetectorAdapter):
         if {"logits", "deltas"} & set(needs):
             outputs.logits, outputs.deltas = self._predictors[0](head)
             for boxes, head, predictor in zip(later_regions, self._heads[1:], self._predictors[1:]):
-                outputs.later_stages.append(Predictions(boxes, *predictor(head(pooler(maps, boxes.boxes)))))
+                pooled = pool_in_full_precision(pooler, maps, boxes)
+                outputs.later_stages.append(Predictions(boxes, *predictor(head(pooled))))
         return outputs
 
 

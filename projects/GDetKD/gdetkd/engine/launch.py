@@ -1,5 +1,6 @@
 """Starts a function in every process of a run: alone, by Detectron2's launcher, or as torchrun has it."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -41,15 +42,20 @@ def run_everywhere(main: Callable[[Namespace], Any], args: Namespace) -> None:
     if is_under_torchrun():
         _join_torchrun(args, timeout)
         try:
-            main(args)
-        finally:
+            _exchange_within(timeout, main, args)
+        except SystemExit:
             dist.destroy_process_group()
+            raise
+        # Not after an error: NCCL would wait there for the others, which wait for this process, and torchrun would not
+        # see that it failed.
+        dist.destroy_process_group()
         return
     _check_gpus(args)
     processes, machines = (0, 1) if args.check else (args.num_gpus, args.num_machines)  # a check needs but one process
     before = signal.signal(signal.SIGTERM, _pass_on) if processes * machines > 1 else None
     try:
-        launch(main, processes, machines, args.machine_rank, args.dist_url, (args,), timeout)
+        everywhere = functools.partial(_exchange_within, timeout, main)
+        launch(everywhere, processes, machines, args.machine_rank, args.dist_url, (args,), timeout)
     except (ProcessExitedException, ProcessRaisedException) as e:
         if getattr(e, "exit_code", None) == EXIT_STOPPED:
             sys.exit(EXIT_STOPPED)
@@ -57,6 +63,14 @@ def run_everywhere(main: Callable[[Namespace], Any], args: Namespace) -> None:
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def _exchange_within(timeout: timedelta, main: Callable[[Namespace], Any], args: Namespace) -> Any:
+    """Calls `main(args)`; what Detectron2 exchanges on the CPU beside NCCL has the timeout of all else, too."""
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl":
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        comm._get_global_gloo_group = lambda: group
+    return main(args)
 
 
 def which_ended(error: Any, first_rank: int = 0) -> str:

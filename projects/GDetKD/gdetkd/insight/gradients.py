@@ -1,6 +1,7 @@
 """How hard each loss term pulls at the student."""
 
-from typing import Dict, List, Sequence
+import math
+from typing import Dict, List, Optional, Sequence
 
 import torch
 from torch import nn
@@ -21,27 +22,29 @@ def term_gradients(
         scale: factor on the losses in the backward pass, undone in the result: half precision needs a large one.
 
     Returns:
-        for `OWN` and each term: "norm", and "cosine" with the student's own gradient, 0 where one of them is 0.
+        for `OWN` and each term: "norm", and "cosine" with the student's own gradient, 0 where one of them is 0. Nothing
+        where a gradient is not finite, as the first of a training in half precision are until its scale has come down.
     """
     groups = {OWN: [loss for name, loss in losses.items() if name not in terms]}
     groups.update({term: [losses[term]] for term in terms})
-    gradients = {name: _gradient(sum(group), parameters, scale) for name, group in groups.items()}
-    own = gradients[OWN]
-    norms = {name: float(gradient.norm()) for name, gradient in gradients.items()}
-    return {
-        name: {
-            "norm": norms[name],
-            "cosine": float(gradient @ own) / (norms[name] * norms[OWN]) if norms[name] * norms[OWN] > 0 else 0.0,
-        }
-        for name, gradient in gradients.items()
-    }
+    own = _gradient(sum(groups[OWN]), parameters, scale)
+    own_norm = _product(own, own, scale) ** 0.5
+    found = {}
+    for name, group in groups.items():
+        # One term's at a time: of a large student each takes as much memory as its weights.
+        gradient = own if name == OWN else _gradient(sum(group), parameters, scale)
+        norm = _product(gradient, gradient, scale) ** 0.5
+        product = norm * own_norm
+        found[name] = {"norm": norm, "cosine": _product(gradient, own, scale) / product if product > 0 else 0.0}
+    return found if all(map(math.isfinite, (each["norm"] for each in found.values()))) else {}
 
 
-def _gradient(loss: torch.Tensor, parameters: Sequence[nn.Parameter], scale: float) -> torch.Tensor:
-    """(P,) of all parameters, flat."""
-    found = torch.autograd.grad(loss * scale, parameters, retain_graph=True, allow_unused=True)
-    parts: List[torch.Tensor] = [
-        torch.zeros_like(parameter).flatten() if each is None else each.flatten()
-        for each, parameter in zip(found, parameters)
-    ]
-    return torch.cat(parts).double() / scale
+def _gradient(loss: torch.Tensor, parameters: Sequence[nn.Parameter], scale: float) -> List[Optional[torch.Tensor]]:
+    """Of each parameter, times the scale; None of one that the loss does not reach."""
+    return list(torch.autograd.grad(loss * scale, parameters, retain_graph=True, allow_unused=True))
+
+
+def _product(a: Sequence[Optional[torch.Tensor]], b: Sequence[Optional[torch.Tensor]], scale: float) -> float:
+    """The inner product of two gradients, the scale undone."""
+    parts = [(x.double() * y.double()).sum() for x, y in zip(a, b) if x is not None and y is not None]
+    return float(torch.stack(parts).sum()) / scale**2 if parts else 0.0

@@ -60,7 +60,8 @@ class Insight(HookBase):
         return iterations % self._period == 0 or iterations == self.trainer.max_iter
 
     def _look_at_losses(self, model: nn.Module, inputs: Any, losses: Dict[str, torch.Tensor]) -> None:
-        if not model.training or not self._is_due(self.trainer.iter + 1):
+        # Detectron2 estimates the statistics of BatchNorm (TEST.PRECISE_BN) by forward passes that no gradient follows.
+        if not model.training or not torch.is_grad_enabled() or not self._is_due(self.trainer.iter + 1):
             return
         scaler = getattr(self.trainer._trainer, "grad_scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())

@@ -48,11 +48,6 @@ class DistillLoss(nn.Module):
         raise NotImplementedError
 
 
-def full_precision(tensor: torch.Tensor) -> torch.Tensor:
-    """float32 of a half-precision tensor; others as they are."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
 def sum_of_zeros(tensors: Iterable[torch.Tensor]) -> Any:
     """A zero that each tensor has a (zero) gradient of."""
     return sum((tensor.sum() * 0.0 for tensor in tensors), 0.0)

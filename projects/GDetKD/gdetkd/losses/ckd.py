@@ -12,7 +12,8 @@ from detectron2.config import CfgNode
 from torch import nn
 from torchvision.ops import box_iou
 
-from .build import DISTILL_LOSS_REGISTRY, DistillLoss, full_precision, sum_of_zeros
+from ..structures import full_precision
+from .build import DISTILL_LOSS_REGISTRY, DistillLoss, sum_of_zeros
 
 
 def contrastive_distillation(

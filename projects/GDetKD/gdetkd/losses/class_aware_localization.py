@@ -7,7 +7,8 @@ from detectron2.config import CfgNode
 
 from ..classes import match_classes, merge_logits, select_deltas
 from ..errors import GDetKDError
-from .build import DISTILL_LOSS_REGISTRY, DistillLoss, full_precision, sum_of_zeros
+from ..structures import full_precision
+from .build import DISTILL_LOSS_REGISTRY, DistillLoss, sum_of_zeros
 from .soft_classification import check_comparable
 
 

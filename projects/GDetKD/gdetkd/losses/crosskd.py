@@ -12,7 +12,8 @@ from detectron2.config import CfgNode
 from fvcore.nn import giou_loss
 
 from ..errors import GDetKDError
-from .build import DISTILL_LOSS_REGISTRY, DistillLoss, full_precision
+from ..structures import full_precision
+from .build import DISTILL_LOSS_REGISTRY, DistillLoss
 from .pkd import standardize
 
 # Of the classification and the box tower, by level.

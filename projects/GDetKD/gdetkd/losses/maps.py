@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..errors import GDetKDError
-from .build import DistillLoss, full_precision
+from ..structures import full_precision
+from .build import DistillLoss
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from ..errors import GDetKDError
 from ..regions import pool_all_levels
-from ..structures import Regions
-from .build import DISTILL_LOSS_REGISTRY, DistillLoss, full_precision, mean_squared_error
+from ..structures import Regions, full_precision
+from .build import DISTILL_LOSS_REGISTRY, DistillLoss, mean_squared_error
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +57,13 @@ def pool_on_levels(
         (N, C, h, w)
     """
     by_image = levels.split([len(boxes) for boxes in regions.boxes])
-    pooled: List[torch.Tensor] = [maps[0].new_zeros(0, maps[0].shape[1], *size)]
-    order: List[torch.Tensor] = [levels.new_zeros(0)]
+    pooled: List[torch.Tensor] = []
+    order: List[torch.Tensor] = []
     for index, (feature_map, stride) in enumerate(zip(maps, strides)):
         mine = Regions([Boxes(boxes.tensor[own == index]) for boxes, own in zip(regions.boxes, by_image)])
-        if len(mine):
-            pooled.append(pool_all_levels([feature_map], [stride], mine, size, sampling_ratio)[:, 0])
-            order.append(torch.nonzero(levels == index)[:, 0])
+        # Levels without regions stay in the graph: SyncBN's backward pass is the same on every process.
+        pooled.append(pool_all_levels([feature_map], [stride], mine, size, sampling_ratio)[:, 0])
+        order.append(torch.nonzero(levels == index)[:, 0])
     return torch.cat(pooled)[torch.cat(order).argsort()]
 
 

@@ -12,7 +12,8 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..errors import GDetKDError
-from .build import DISTILL_LOSS_REGISTRY, DistillLoss, full_precision, mean_squared_error
+from ..structures import full_precision
+from .build import DISTILL_LOSS_REGISTRY, DistillLoss, mean_squared_error
 
 # Two 3x3 convolutions of stride 2 without padding need at least this many cells.
 MIN_POOLED_SIZE = 7
