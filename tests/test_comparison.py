@@ -13,8 +13,9 @@ import pytest
 
 from conftest import WIDER
 from gdetkd.comparison import Comparison, ablation, method_opts
+from gdetkd.engine import DistillTrainer
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import load_config, mean_and_error, stretched
+from gdetkd.experiments import kept_time_ratio, load_config, mean_and_error, stretched
 from gdetkd.visualization.report import write_report
 from gdetkd.visualization.summary import as_markdown, summarize
 
@@ -103,6 +104,37 @@ def test_a_longer_schedule_keeps_its_steps(tmp_path):
     run = Comparison(CONFIG, opts, tmp_path, []).runs["none", 1][0]
     cfg = stretched(tmp_path / "longer", run, 1.5).config()
     assert (cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD) == ((450, 600), 750, 160)
+
+
+def test_a_config_for_several_gpus_is_spelled_out_for_one_process(tmp_path):
+    opts = ["SOLVER.REFERENCE_WORLD_SIZE", "4", "SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR"]
+    opts += ["SOLVER.STEPS", "(300, 400)", "TEST.EVAL_PERIOD", "100", "DISTILL.SGFI.WARMUP_ITERS", "50"]
+    comparison = Comparison(CONFIG, opts, tmp_path, ["GDetKD"])
+    run = comparison.runs["GDetKD", 1][0]
+    as_trained = DistillTrainer.auto_scale_workers(run.config(), 1)
+    plain = load_config(CONFIG, [])
+    for cfg in (comparison.cfg, run.config(), as_trained):
+        assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH) == (2000, plain.SOLVER.IMS_PER_BATCH // 4)
+        assert (cfg.SOLVER.STEPS, cfg.TEST.EVAL_PERIOD, cfg.DISTILL.SGFI.WARMUP_ITERS) == ((1200, 1600), 400, 200)
+    finish(run, 30.0, 100.0)
+    assert run.is_complete() and run.result()["iterations"] == 2000
+
+
+def test_a_kept_ratio_of_times_goes_with_its_runs(tmp_path):
+    comparison = finished(tmp_path, equal_time=True, methods=("none", "GDetKD"))
+    pairs = comparison.runs["none", 1], comparison.runs["GDetKD", 1]
+    kept = tmp_path / "kept.json"
+    assert kept_time_ratio(kept, *pairs) == 2.0
+    for run in pairs[1]:
+        finish(run, 30.0, 300.0)
+    assert kept_time_ratio(kept, *pairs) == 2.0  # the same runs: what was trained on it stays
+    other = Comparison(CONFIG, ["DISTILL.SGFI.WEIGHT", "9.0"], tmp_path, ["GDetKD"]).runs
+    assert kept_time_ratio(kept, other["none", 1], other["GDetKD", 1]) == 3.0
+
+
+def test_half_precision_of_the_teacher_is_no_reason_against_a_comparison(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    Comparison(CONFIG, ["DISTILL.TEACHER.DTYPE", "float16"], tmp_path, ["GDetKD"]).check_methods()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,21 @@ def test_a_change_that_a_run_does_not_use_leaves_it_as_it_is():
     assert print_of(*baseline) != print_of(*sgfi)
     for key, value in (("SOLVER.BASE_LR", "1.0"), ("SEED", "3")):
         assert print_of(*baseline) != print_of(*baseline, key, value)
+
+
+def test_another_teacher_at_the_same_path_is_another_run(tmp_path):
+    weights, folder = tmp_path / "teacher.pth", tmp_path / "done"
+    distilled = ["DISTILL.TEACHER.WEIGHTS", str(weights)]
+    weights.write_bytes(b"one")
+    run, alone = Run(folder, CONFIG, distilled, 100), Run(folder, CONFIG, [*PLAIN, *distilled], 100)
+    before, before_alone = run.fingerprint(), alone.fingerprint()
+    run.claim_folder()
+    (folder / "config.yaml").write_text(run.config().dump())
+    weights.write_bytes(b"another")
+    os.utime(weights, ns=(1, 1))
+    assert run.fingerprint() != before and alone.fingerprint() == before_alone
+    with pytest.raises(GDetKDError, match="another config: the weights of the teacher are no longer the same"):
+        run.claim_folder()
 
 
 def test_a_run_that_is_named_twice_is_trained_once(tmp_path):

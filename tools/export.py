@@ -112,11 +112,11 @@ def main() -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE changes to the config")
     args = parser.parse_args()
     cfg = load_config(args.config_file, args.opts)
-    cfg.MODEL.DEVICE = "cpu"
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.output.suffix == ".yaml":
         write_plain_config(cfg, args.weights, args.output)
         return
+    cfg.MODEL.DEVICE = "cpu"
     student = build_plain_student(cfg)
     SafeCheckpointer(student).load(args.weights)
     export(student, args.output, *args.image_size)

@@ -34,6 +34,7 @@ import numpy as np
 cfg = get_cfg()
 cfg.merge_from_file(sys.argv[1])
 cfg.MODEL.DEVICE = "cpu"
+cfg.MODEL.DEVICE = "cpu"
 found = DefaultPredictor(cfg)(np.load(sys.argv[2]))["instances"]
 print(json.dumps({"boxes": found.pred_boxes.tensor.tolist(), "scores": found.scores.tolist()}))
 """
@@ -80,8 +81,11 @@ def assert_same(found, expected):
 
 def test_plain_detectron2_without_this_package(trained, tmp_path):
     cfg, weights = trained("faster_rcnn")
+    cfg.MODEL.DEVICE = "cuda"
     (tmp_path / "distill.yaml").write_text(cfg.dump())
     assert run_tool(tmp_path / "distill.yaml", weights, tmp_path / "plain.yaml").returncode == 0
+    assert "DEVICE: cuda" in (tmp_path / "plain.yaml").read_text()  # the config's, not the exporting machine's
+    cfg.MODEL.DEVICE = "cpu"
     image = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
     np.save(tmp_path / "image.npy", image)
     (tmp_path / "script.py").write_text(PLAIN_SCRIPT)

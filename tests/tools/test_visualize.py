@@ -50,6 +50,14 @@ def test_a_run_that_recorded_nothing_is_seen_by_its_checkpoints(finished):
     assert refused.returncode != 0 and "without distillation losses" in refused.stderr
 
 
+def test_a_run_of_fewer_processes_than_its_config_is_for_is_seen_to_its_end(finished):
+    folder = finished("distilled", {"SOLVER.REFERENCE_WORLD_SIZE": 2, "SOLVER.IMS_PER_BATCH": 4})
+    run = FinishedRun(str(folder))
+    assert run.cfg.SOLVER.MAX_ITER == 4
+    assert [iterations for iterations, _ in run.checkpoints()] == [2, 4]
+    assert run.curve()[0][-1] == 4
+
+
 def test_a_folder_that_is_no_finished_run_is_refused(tmp_path):
     with pytest.raises(GDetKDError, match="is not the OUTPUT_DIR of a finished run: it has no config.yaml"):
         FinishedRun(str(tmp_path))

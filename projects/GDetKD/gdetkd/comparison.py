@@ -11,7 +11,9 @@ from typing import Dict, List, Sequence, Tuple
 
 from detectron2.config import CfgNode
 
+from .config import flat_config
 from .distiller import GDetKD
+from .engine import DistillTrainer
 from .errors import GDetKDError
 from .experiments import PLAIN, Run, kept_time_ratio, load_config, run_all, seed_by_seed, stretched
 from .losses import DISTILL_LOSS_REGISTRY
@@ -53,6 +55,14 @@ def method_opts(method: str, cfg: CfgNode) -> List[str]:
 def _configured(cfg: CfgNode) -> List[str]:
     """What a config asks for, part by part."""
     return [*cfg.DISTILL.LOSSES, *([HEAD_TRANSFER] if cfg.DISTILL.HEAD_TRANSFER else [])]
+
+
+def for_one_process(cfg: CfgNode) -> List[str]:
+    """KEY VALUE changes that spell out what a config with a SOLVER.REFERENCE_WORLD_SIZE is in one process, which each
+    run of a comparison is."""
+    scaled = flat_config(DistillTrainer.auto_scale_workers(cfg, 1).dump())
+    before = flat_config(cfg.dump())
+    return [part for key, value in scaled.items() if value != before[key] for part in (key, str(value))]
 
 
 def ablation(cfg: CfgNode) -> List[str]:
@@ -100,6 +110,7 @@ class Comparison:
             raise GDetKDError(
                 f"A comparison needs a seed and positive schedules, not {list(self.seeds)} and {self.schedules}."
             )
+        self.opts = [*self.opts, *for_one_process(load_config(self.config_file, self.opts))]
         self.cfg = load_config(self.config_file, self.opts)
         _check(self.cfg, self.config_file, self.methods)
         self.runs: Dict[Key, List[Run]] = {
@@ -127,7 +138,7 @@ class Comparison:
         teacher = None  # the same for all, and may be large
         for method in self.methods:
             cfg = self.runs[method, self.schedules[0]][0].config()
-            cfg.MODEL.DEVICE = "cpu"
+            cfg.MODEL.DEVICE, cfg.DISTILL.TEACHER.DTYPE = "cpu", "float32"  # half precision may want a GPU
             try:
                 teacher = GDetKD(cfg, teacher).teacher or teacher
             except GDetKDError as e:
@@ -151,7 +162,7 @@ class Comparison:
             if method == BASELINE:
                 continue
             baselines = self.runs[BASELINE, schedule]
-            kept = self.output / "runs" / f"{method}-x{schedule:g}-time_ratio.txt"
+            kept = self.output / "runs" / f"{method}-x{schedule:g}-time_ratio.json"
             ratio = kept_time_ratio(kept, baselines, runs)
             # Steps of about the same cost share a baseline, and so does a schedule of that length.
             longer = round(schedule * math.ceil(ratio * TIME_STEPS - 1e-6) / TIME_STEPS, 6)

@@ -174,7 +174,7 @@ def _add_loss_node(cfg: CfgNode, name: str, weight: float) -> None:
 def _add_regions_node(cfg: CfgNode) -> None:
     """Which of a dense student's predictions become regions (method section 4; the values are the paper's)."""
     node = cfg.DISTILL.REGIONS = CfgNode()
-    # Predictions of an image that are decoded, by class-maximum score, over all levels.
+    # Predictions of an image that are decoded, by class-maximum score (FCOS: and centerness), over all levels.
     node.PRE_NMS_TOPK = 2000
     # IoU of class-agnostic suppression, and how many boxes of an image it leaves at most.
     node.NMS_THRESH = 0.7

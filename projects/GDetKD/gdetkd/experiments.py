@@ -3,6 +3,7 @@
 Each run is a process of its own with its share of the cores. A run that is complete is not repeated.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -71,6 +72,16 @@ def deciding_keys(dump: str) -> Dict[str, Any]:
     return {key: value for key, value in flat.items() if not key.startswith((*WITHOUT_EFFECT, *unused))}
 
 
+@functools.lru_cache(maxsize=None)
+def digest_of_file(path: str, modified: int) -> str:
+    """SHA-256 of a file as it is since `modified`."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(2**20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 @dataclass
 class Point:
     """An evaluation during training: AP, AP50, AP75 in percent, and training time without evaluations."""
@@ -106,8 +117,12 @@ class Run:
         return load_config(self.config_file, [*self.opts, "SOLVER.MAX_ITER", self.max_iter, "OUTPUT_DIR", ""])
 
     def fingerprint(self) -> str:
-        """A digest of all that determines the run."""
-        return hashlib.sha256(yaml.safe_dump(deciding_keys(self.config().dump())).encode()).hexdigest()
+        """A digest of all that determines the run, but for the images: its config, and its teacher's weights."""
+        keys = deciding_keys(self.config().dump())
+        weights = keys.get("DISTILL.TEACHER.WEIGHTS")
+        if weights and os.path.isfile(weights):
+            keys["teacher"] = digest_of_file(weights, os.stat(weights).st_mtime_ns)
+        return hashlib.sha256(yaml.safe_dump(keys).encode()).hexdigest()
 
     def claim_folder(self) -> None:
         """Marks the folder as this run's.
@@ -125,12 +140,12 @@ class Run:
         mark.write_text(fingerprint)
 
     def _differences(self) -> str:
-        """Of the config in the folder to this one's, where it has been written there: ": KEY 1 -> 2"."""
+        """Of what is in the folder to this run, where its config has been written there: ": KEY 1 -> 2"."""
         path = self.folder / "config.yaml"
         if not path.exists():
             return ""
         changes = changed_keys(deciding_keys(path.read_text()), deciding_keys(self.config().dump()))
-        return f": {'; '.join(changes.values())}" if changes else ""
+        return f": {'; '.join(changes.values()) or 'the weights of the teacher are no longer the same'}"
 
     def lines(self) -> List[Dict[str, Any]]:
         """What the run has written to metrics.json so far."""
@@ -260,7 +275,11 @@ def mean_and_error(values: Sequence[float]) -> Tuple[float, Optional[float]]:
 
 def kept_time_ratio(path: Path, baselines: Sequence[Run], others: Sequence[Run]) -> float:
     """How much longer an iteration of the others takes, the median over seeds: what else the machine did while a run
-    was timed falls out. It is kept in a file, so that seeds can be added later without other runs being needed."""
-    if not path.exists():
-        path.write_text(f"{statistics.median(map(time_ratio, baselines, others)):.3f}")
-    return float(path.read_text())
+    was timed falls out. It is kept in a file, so that seeds can be added later without other runs being needed, for as
+    long as the first seed's runs are the same."""
+    of = [runs[0].fingerprint() for runs in (baselines, others)]
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if kept.get("of") != of:
+        kept = {"ratio": round(statistics.median(map(time_ratio, baselines, others)), 3), "of": of}
+        path.write_text(json.dumps(kept))
+    return kept["ratio"]

@@ -27,8 +27,9 @@ def check_architecture(cfg: CfgNode) -> None:
 def check_datasets(cfg: CfgNode) -> None:
     """
     Raises:
-        GDetKDError: DATASETS.TRAIN or TEST names a set that is not registered, one without images or, in TRAIN, one of
-            mere images; or an image of TEST cannot be read.
+        GDetKDError: DATASETS.TRAIN is empty; it or TEST names a set that is not registered, one without images or, in
+            TRAIN, one of mere images; their classes are in different orders; a set of TEST cannot be evaluated on, or
+            an image of it cannot be read.
     """
     if not cfg.DATASETS.TRAIN:
         raise GDetKDError("DATASETS.TRAIN is empty: name the data set to train on.")

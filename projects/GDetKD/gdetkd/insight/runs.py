@@ -36,6 +36,10 @@ class FinishedRun:
         self.cfg: CfgNode = load_config(str(self.folder / "config.yaml"), ["OUTPUT_DIR", str(folder)])
         if not torch.cuda.is_available():
             self.cfg.MODEL.DEVICE = "cpu"
+        # As many as they were: SOLVER.REFERENCE_WORLD_SIZE may have changed them after the config was written.
+        trained = [line["iteration"] for line in Run(self.folder, "", [], 0).lines() if "total_loss" in line]
+        if trained:
+            self.cfg.SOLVER.MAX_ITER = max(trained) + 1
 
     def checkpoints(self) -> List[Tuple[int, Path]]:
         """Iterations done and the file, of each that was kept; the last is model_final.pth."""
