@@ -160,6 +160,20 @@ def test_terms_are_weighted_warmed_up_and_logged(distill_cfg, tmp_path):
     assert {"raw/loss_distill_ckd", "loss_distill_ckd", "share/loss_distill_ckd"} <= set(last)
 
 
+def test_logging_waits_for_nothing_before_the_backward_pass(distill_cfg, monkeypatch):
+    trainer = DistillTrainer(distill_cfg({"SOLVER.MAX_ITER": 1}))
+    trainer.resume_or_load(resume=False)
+    had_gradients = []
+
+    def reduce_dict(values):
+        had_gradients.append(all(p.grad is not None for p in trainer.student.parameters() if p.requires_grad))
+        return values
+
+    monkeypatch.setattr("gdetkd.engine.schedule.comm.reduce_dict", reduce_dict)
+    trainer.train()
+    assert had_gradients and all(had_gradients)
+
+
 def test_best_checkpoint_and_teacher_score(distill_cfg, tmp_path):
     keys = {"DATASETS.TEST": ("tiny",), "TEST.EVAL_PERIOD": 2, "DISTILL.EVAL_TEACHER": True, "SOLVER.MAX_ITER": 4}
     cfg = distill_cfg(keys)

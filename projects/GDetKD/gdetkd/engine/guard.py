@@ -18,6 +18,7 @@ from ..errors import GDetKDError
 from ..losses.ckd import EmbeddingQueue
 from .checkpoint import written_whole
 from .hooks import RandomState, get_random_state
+from .schedule import LossSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -229,9 +230,10 @@ def _on_any_process(*flags: bool) -> List[bool]:
 
 
 class _Guarded:
-    """Detectron2's step, looked at by a `StepGuard` before the optimizer's part."""
+    """Detectron2's step, looked at by a `StepGuard` before the optimizer's part; and the terms' values are logged."""
 
     guard: StepGuard
+    schedule: LossSchedule
 
     def run_step(self) -> None:
         try:
@@ -244,6 +246,7 @@ class _Guarded:
 
     def _write_metrics(self, loss_dict: Dict[str, torch.Tensor], data_time: float, *args: Any, **kwargs: Any) -> None:
         self.guard.check(loss_dict)
+        self.schedule.log()
         super()._write_metrics(loss_dict, data_time, *args, **kwargs)
 
 

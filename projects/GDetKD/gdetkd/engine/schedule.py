@@ -21,6 +21,7 @@ class LossSchedule:
     def __init__(self, cfg: CfgNode) -> None:
         self._warmup_iters = cfg.DISTILL.WARMUP_ITERS
         self._nodes = {term_name(name): cfg.DISTILL[name] for name in cfg.DISTILL.LOSSES}
+        self._waiting: Dict[str, torch.Tensor] = {}  # what is to be logged of the step
 
     @property
     def terms(self) -> List[str]:
@@ -44,7 +45,7 @@ class LossSchedule:
         }
 
     def attach(self, model: nn.Module) -> Any:
-        """Weights what `model` returns in training, and logs it. Returns the handle that undoes this."""
+        """Weights what `model` returns in training, and keeps it for `log`. Returns the handle that undoes this."""
         return model.register_forward_hook(self._hook)
 
     def _hook(self, model: nn.Module, inputs: Any, output: Any) -> Optional[Dict[str, torch.Tensor]]:
@@ -52,15 +53,19 @@ class LossSchedule:
             return None
         storage = get_event_storage()
         weighted = self(output, storage.iter)
-        self._log(output, weighted)
+        self._waiting = {f"raw/{name}": output[name].detach() for name in self._nodes}
+        total = torch.stack([loss.detach() for loss in weighted.values()]).sum()
+        self._waiting.update({f"share/{name}": weighted[name].detach() / total for name in self._nodes})
         return weighted
 
-    def _log(self, raw: Dict[str, torch.Tensor], weighted: Dict[str, torch.Tensor]) -> None:
-        """Raw values and shares of the total; the trainer logs the weighted ones under the terms' own names."""
-        values = {f"raw/{name}": raw[name].detach() for name in self._nodes}
-        total = torch.stack([loss.detach() for loss in weighted.values()]).sum()
-        values.update({f"share/{name}": weighted[name].detach() / total for name in self._nodes})
-        values = comm.reduce_dict(values)
+    def log(self) -> None:
+        """Raw values and shares of the total, into the storage of the step, on every process or on none; the trainer
+        logs the weighted ones under the terms' own names. After the backward pass, for it waits for the device and for
+        the other processes."""
+        waiting, self._waiting = self._waiting, {}
+        if not waiting:
+            return
+        values = comm.reduce_dict(waiting)
         if comm.is_main_process():
             names, numbers = list(values), torch.stack(list(values.values())).tolist()
             get_event_storage().put_scalars(smoothing_hint=False, **dict(zip(names, numbers)))

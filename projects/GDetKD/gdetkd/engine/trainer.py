@@ -84,7 +84,7 @@ class DistillTrainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
-        self._trainer.guard = self._guard
+        self._trainer.guard, self._trainer.schedule = self._guard, self.schedule
         self._guard.attach(model)
 
     @staticmethod
