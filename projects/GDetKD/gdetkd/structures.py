@@ -31,8 +31,9 @@ class Regions:
 
     def image_ids(self) -> torch.Tensor:
         """(N,) index of each region's image in the batch."""
-        counts = torch.tensor([len(boxes) for boxes in self.boxes], device=self.boxes[0].device)
-        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        # Filled on the device: neither copied to it nor counted there, for which a GPU would wait.
+        ids = [boxes.tensor.new_full((len(boxes),), image, dtype=torch.long) for image, boxes in enumerate(self.boxes)]
+        return torch.cat(ids)
 
     def __len__(self) -> int:
         return sum(len(boxes) for boxes in self.boxes)

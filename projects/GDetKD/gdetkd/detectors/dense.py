@@ -173,11 +173,11 @@ class DenseAdapter(DetectorAdapter):
         found = Boxes(self.model.box2box_transform.apply_deltas(chosen.float(), all_anchors))
         inside = (all_anchors[:, :2] + all_anchors[:, 2:]) / 2 < all_anchors.new_tensor([size[1], size[0]])
         valid = torch.isfinite(found.tensor).all(dim=1) & torch.isfinite(flat[best]) & inside.all(dim=1)
-        found, sources, kept_scores = found[valid], sources[valid], flat[best][valid]
+        found.tensor = found.tensor.nan_to_num()  # clipping refuses what is not finite; these are left out below
         found.clip(size)
-        valid = found.nonempty(threshold=config.MIN_SIZE)
-        found, sources, kept_scores = found.tensor[valid], sources[valid], kept_scores[valid]
-        keep = suppress(found, kept_scores, config)
+        valid = torch.nonzero(valid & found.nonempty(threshold=config.MIN_SIZE))[:, 0]
+        found, sources = found.tensor[valid], sources[valid]
+        keep = suppress(found, flat[best[valid]], config)
         return found[keep], sources[keep]
 
     def _assign_levels(self, regions: Regions) -> torch.Tensor:
@@ -190,7 +190,7 @@ class DenseAdapter(DetectorAdapter):
         towers = [full_precision(tower) for tower in towers]  # as in `pool_in_full_precision`
         embeddings = towers[0].new_zeros(len(boxes), towers[0].shape[1])
         for level, (tower, stride) in enumerate(zip(towers, self.spec.strides.values())):
-            mine = levels == level
+            mine = torch.nonzero(levels == level)[:, 0]
             # RoIAlign of one cell is interpolation at its centre. It holds cell i's centre to lie at (i + 0.5) strides,
             # the detector that of its anchors at (i + offset).
             shift = (0.5 - self.model.anchor_generator.offset) * stride

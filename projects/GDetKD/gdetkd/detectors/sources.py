@@ -16,13 +16,14 @@ def gather(maps: Sequence[torch.Tensor], image_ids: torch.Tensor, sources: torch
         image_ids: (N,)
         sources: (N, 4) level, row, column, anchor.
     """
-    order, found = [], []
-    for level, values in enumerate(maps):
-        mine = torch.nonzero(sources[:, 0] == level)[:, 0]
-        _, row, column, anchor = sources[mine].unbind(dim=1)
-        order.append(mine)
-        found.append(values[image_ids[mine], anchor, :, row, column])
-    return torch.cat(found)[torch.cat(order).argsort()]
+    level, row, column, anchor = sources.unbind(dim=1)
+    found = maps[0].new_zeros(len(sources), maps[0].shape[2])
+    for index, values in enumerate(maps):
+        # Something of each level, chosen by value: to select those of a level would make a GPU wait for their number.
+        height, width = values.shape[-2:]
+        here = values[image_ids, anchor, :, row.clamp(max=height - 1), column.clamp(max=width - 1)]
+        found = torch.where((level == index)[:, None], here, found)
+    return found
 
 
 def by_anchor(prediction: torch.Tensor, width: int) -> torch.Tensor:

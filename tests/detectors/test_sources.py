@@ -1,0 +1,60 @@
+"""What stands at the sources of dense regions."""
+
+import pytest
+import torch
+from detectron2.structures import Boxes
+
+from gdetkd.detectors.sources import gather
+from gdetkd.structures import Regions
+
+SHAPES = [(12, 16), (6, 8), (3, 4)]
+
+
+def random_sources(count):
+    level = torch.arange(count) % len(SHAPES)
+    place = torch.tensor([[int(torch.randint(0, side, ())) for side in SHAPES[each]] for each in level.tolist()])
+    return torch.cat([level[:, None], place, torch.randint(0, 3, (count, 1))], dim=1)
+
+
+@pytest.fixture
+def maps():
+    torch.manual_seed(0)
+    return [torch.randn(2, 3, 5, *shape, dtype=torch.float64, requires_grad=True) for shape in SHAPES]
+
+
+def test_gather_is_a_plain_loop_over_regions(maps):
+    sources, image_ids = random_sources(40), torch.randint(0, 2, (40,))
+    found = gather(maps, image_ids, sources)
+    places = zip(image_ids.tolist(), sources.tolist())
+    expected = torch.stack([maps[level][image, anchor, :, y, x] for image, (level, y, x, anchor) in places])
+    assert torch.equal(found, expected)
+    weights = torch.randn_like(found)
+    ours, theirs = (torch.autograd.grad((each * weights).sum(), maps) for each in (found, expected))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b)
+
+
+def test_gather_waits_for_no_number_of_regions(maps, monkeypatch):
+    monkeypatch.setattr(torch, "nonzero", pytest.fail)
+    assert gather(maps, torch.zeros(4, dtype=torch.long), random_sources(4)).shape == (4, 5)
+
+
+def test_no_sources(maps):
+    found = gather(maps, torch.zeros(0, dtype=torch.long), torch.zeros(0, 4, dtype=torch.long))
+    assert found.shape == (0, 5)
+    assert all(gradient is not None for gradient in torch.autograd.grad(found.sum(), maps))
+
+
+def test_values_that_are_not_finite_stay_where_they_are(maps):
+    """A level's own values, and gradients, are not touched by another's."""
+    with torch.no_grad():
+        maps[1].fill_(float("nan"))
+    sources = random_sources(9)[0::3]  # of the first level
+    found = gather(maps, torch.zeros(3, dtype=torch.long), sources)
+    assert torch.isfinite(found).all()
+    assert all(torch.isfinite(each).all() for each in torch.autograd.grad(found.sum(), maps))
+
+
+def test_image_ids():
+    regions = Regions([Boxes(torch.rand(2, 4)), Boxes(torch.zeros(0, 4)), Boxes(torch.rand(1, 4))])
+    assert regions.image_ids().tolist() == [0, 0, 2] and regions.image_ids().dtype == torch.long
