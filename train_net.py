@@ -66,7 +66,7 @@ def _check_device(device: str) -> None:
             "MODEL.DEVICE is cpu, but the processes exchange by NCCL, which knows GPUs alone: hide the GPUs by "
             "CUDA_VISIBLE_DEVICES=, or train on them."
         )
-    if torch.device(device).index is not None and comm.get_world_size() == 1:
+    if device.startswith("cuda:") and comm.get_world_size() == 1:
         torch.cuda.set_device(device)  # or random states would be kept of another GPU than draws
 
 
