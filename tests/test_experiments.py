@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from gdetkd.errors import GDetKDError
 from gdetkd.experiments import PLAIN, Run, load_config, run_all, stretched, time_ratio
@@ -132,3 +133,26 @@ def test_a_student_that_finds_nothing_has_no_ap_rather_than_nan(tmp_path):
     runs["distilled"] = finished(tmp_path / "d", 30.0, 100, 32.0)
     summary = quickstart.summarize({"AP": 60.0, "AP50": 80.0, "AP75": 65.0}, runs)
     assert summary["baseline"]["AP"] == 0 and summary["distilled"]["lead_closed"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("visible, expected", [(None, {"0", "1"}), ("4,7", {"4", "7"})])
+def test_each_job_has_a_gpu_of_its_own(tmp_path, monkeypatch, visible, expected):
+    program = tmp_path / "train_net.py"
+    program.write_text(
+        "import json, os, pathlib, sys, time\n"
+        "folder = pathlib.Path(sys.argv[-1])\n"
+        "(folder / 'gpu.txt').write_text(os.environ.get('CUDA_VISIBLE_DEVICES', 'all'))\n"
+        "line = json.dumps({'iteration': 5, 'bbox/AP': 1, 'bbox/AP50': 1, 'bbox/AP75': 1})\n"
+        "(folder / 'metrics.json').write_text(line)\n"
+        "(folder / 'model_final.pth').touch()\n"
+        "end = time.time() + 20\n"
+        "while folder.name != 'third' and len(list(folder.parent.glob('*/gpu.txt'))) < 2 and time.time() < end:\n"
+        "    time.sleep(0.05)\n"
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    run_all([Run(tmp_path / name, CONFIG, [], 5) for name in ("one", "two", "third")], program, jobs=2)
+    gpus = {name: (tmp_path / name / "gpu.txt").read_text() for name in ("one", "two", "third")}
+    assert {gpus["one"], gpus["two"]} == expected and gpus["third"] in expected

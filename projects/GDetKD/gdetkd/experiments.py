@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
+import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from tqdm import tqdm
@@ -203,7 +204,8 @@ def seed_by_seed(runs: Mapping[Any, Sequence[Run]]) -> List[Run]:
 
 
 def run_all(runs: Iterable[Run], train_net: Path, jobs: int = 2) -> None:
-    """Trains what is not complete yet, `jobs` at once, with a progress bar.
+    """Trains what is not complete yet, `jobs` at once, each on a GPU of its own as far as there are any, with a
+    progress bar.
 
     Raises:
         GDetKDError: a folder holds a run of another config, or a run failed; then the message names its log and gives
@@ -213,31 +215,34 @@ def run_all(runs: Iterable[Run], train_net: Path, jobs: int = 2) -> None:
     for run in runs:
         run.claim_folder()
     waiting = [run for run in runs if not run.is_complete()]
-    running: List[Run] = []
+    running: Dict[int, Run] = {}  # by the place, of `jobs`, that it takes
     total = sum(run.max_iter for run in waiting)
     with tqdm(total=total, unit="it", mininterval=5, desc=_names(waiting), disable=not waiting) as bar:
         done = 0
         while waiting or running:
-            while waiting and len(running) < jobs:
-                running.append(_start(waiting.pop(0), train_net, jobs))
+            for place in [place for place in range(jobs) if place not in running][: len(waiting)]:
+                running[place] = _start(waiting.pop(0), train_net, jobs, place)
             time.sleep(POLL_SECONDS)
-            for run in [run for run in running if run.process.poll() is not None]:
+            for place, run in [(place, run) for place, run in running.items() if run.process.poll() is not None]:
                 _check(run)
-                running.remove(run)
+                del running[place]
                 done += run.max_iter
-            bar.update(done + sum(run.iterations_done() for run in running) - bar.n)
+            bar.update(done + sum(run.iterations_done() for run in running.values()) - bar.n)
 
 
 def _names(runs: Sequence[Run]) -> str:
     return ", ".join(run.folder.name for run in runs[:3]) + (", ..." if len(runs) > 3 else "")
 
 
-def _start(run: Run, train_net: Path, jobs: int) -> Run:
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+def _start(run: Run, train_net: Path, jobs: int, place: int) -> Run:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    count = torch.cuda.device_count()
+    if count > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else list(map(str, range(count)))
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[place % count]
     with open(run.folder / "stdout.txt", "a") as log:
-        run.process = subprocess.Popen(
-            run.command(train_net), stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads}
-        )
+        run.process = subprocess.Popen(run.command(train_net), stdout=log, stderr=subprocess.STDOUT, env=environment)
     return run
 
 
