@@ -132,6 +132,10 @@ def test_embedding_is_two_strided_convolutions_with_relu():
     expected = F.relu(F.conv2d(hidden, embed.conv2.weight, embed.conv2.bias, stride=2))
     assert expected.shape == (2, 6, 1, 1)
     torch.testing.assert_close(embed(rois), expected.flatten(1))
+    embed.negative_slope = 0.5
+    hidden = F.conv2d(rois, embed.conv1.weight, embed.conv1.bias, stride=2)
+    hidden = F.conv2d(torch.where(hidden > 0, hidden, hidden / 2), embed.conv2.weight, embed.conv2.bias, stride=2)
+    torch.testing.assert_close(embed(rois), torch.where(hidden > 0, hidden, hidden / 2).flatten(1))
 
 
 def test_module_without_regions_gives_every_parameter_a_gradient():

@@ -147,6 +147,9 @@ def _add_loss_nodes(cfg: CfgNode) -> None:
     cfg.DISTILL.SGFI.EMBED_CHANNELS = (128, 64)
     # Initial temperature of the softmax over levels; it is learned and stays positive.
     cfg.DISTILL.SGFI.TAU = 1.0
+    # Slope of the embedding's ReLUs below 0; 0 is the paper's. Large steps (SOLVER.BASE_LR) can make the embedding 0 of
+    # every region, of which the log warns, and a small slope leads out of that.
+    cfg.DISTILL.SGFI.NEGATIVE_SLOPE = 0.0
 
     _add_loss_node(cfg, "CKD", weight=0.5)  # weight: the only public configuration
     # Temperature of the contrastive similarities (cosines): the only public configuration.

@@ -26,6 +26,7 @@ from ..distiller import GDetKD
 from ..errors import GDetKDError
 from ..structures import DetectorSpec
 from ..teacher import transfer_heads
+from .attention import AttentionWatch
 from .evaluators import DiskTolerant, build_evaluator
 from .guard import AgreedStop, GuardedAMPTrainer, GuardedTrainer, StepGuard
 from .hooks import KeepBest, MissedEvaluation, RandomState, Stopwatch, TolerantWriter
@@ -151,7 +152,12 @@ class DistillTrainer(DefaultTrainer):
             hooks.insert(evaluates + 1, best)
         self._guard = StepGuard(self.cfg.DISTILL.SKIP_NONFINITE, random_state)
         hooks.insert(evaluates, AgreedStop(self._guard, random_state))
-        return [Stopwatch(), *self._with_insight(hooks), self._guard]
+        return [Stopwatch(), *self._with_watch(self._with_insight(hooks)), self._guard]
+
+    def _with_watch(self, hooks: List[Optional[HookBase]]) -> List[Optional[HookBase]]:
+        if self.distiller is None or "SGFI" not in self.distiller.losses:
+            return hooks
+        return _before_writers(hooks, AttentionWatch(self.distiller.losses["SGFI"]))
 
     def _with_insight(self, hooks: List[Optional[HookBase]]) -> List[Optional[HookBase]]:
         if self.cfg.DISTILL.VIS_PERIOD <= 0:
@@ -163,9 +169,7 @@ class DistillTrainer(DefaultTrainer):
 
         insight = Insight(self.cfg, self.distiller, self.schedule)
         insight.attach(self._trainer.model)
-        writers = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)]
-        place = writers[0] if writers else len(hooks)
-        return [*hooks[:place], insight, *hooks[place:], LastPage(insight)]
+        return [*_before_writers(hooks, insight), LastPage(insight)]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resumes, or loads MODEL.WEIGHTS into the student and then the teacher's heads where they are asked for."""
@@ -217,6 +221,12 @@ class DistillTrainer(DefaultTrainer):
 def build_plain_student(cfg: CfgNode) -> nn.Module:
     """The student alone, for evaluation: it needs no teacher."""
     return build_model(plain_config(cfg))
+
+
+def _before_writers(hooks: List[Optional[HookBase]], hook: HookBase) -> List[Optional[HookBase]]:
+    writers = [i for i, each in enumerate(hooks) if isinstance(each, PeriodicWriter)]
+    place = writers[0] if writers else len(hooks)
+    return [*hooks[:place], hook, *hooks[place:]]
 
 
 def _distributed(model: nn.Module) -> nn.Module:

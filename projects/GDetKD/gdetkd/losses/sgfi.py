@@ -4,7 +4,7 @@ Shapes: N regions, L student levels, C_S and C_T channels, (H, W) the pooled siz
 """
 
 import math
-from typing import Any, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -61,12 +61,18 @@ def semantic_guided_imitation(
 class RegionEmbedding(nn.Module):
     """f_embed: two 3x3 convolutions of stride 2, each followed by ReLU; one for both sides.
 
+    Args:
+        in_channels: C_T.
+        channels: of the two convolutions' outputs; the second is D.
+        negative_slope: of the ReLUs; 0 is the paper's. With more, one that is dead for all regions can come back.
+
     For the student, f_adap (1x1) is folded into the first of them. Both are linear and there is no padding, so
     this is exact, and nothing of size (N, L, C_T, H, W) has to be made.
     """
 
-    def __init__(self, in_channels: int, channels: Tuple[int, int]) -> None:
+    def __init__(self, in_channels: int, channels: Tuple[int, int], negative_slope: float = 0.0) -> None:
         super().__init__()
+        self.negative_slope = negative_slope
         self.conv1 = nn.Conv2d(in_channels, channels[0], kernel_size=3, stride=2)
         self.conv2 = nn.Conv2d(channels[0], channels[1], kernel_size=3, stride=2)
 
@@ -81,7 +87,10 @@ class RegionEmbedding(nn.Module):
         return self._finish(F.conv2d(rois, weight, bias, stride=2))
 
     def _finish(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.conv2(F.relu(hidden))).flatten(start_dim=1)
+        return self._relu(self.conv2(self._relu(hidden))).flatten(start_dim=1)
+
+    def _relu(self, values: torch.Tensor) -> torch.Tensor:
+        return F.leaky_relu(values, self.negative_slope) if self.negative_slope else F.relu(values)
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -89,7 +98,7 @@ class SGFI(DistillLoss):
     """Owns f_adap, f_embed and tau.
 
     Raises:
-        GDetKDError: the teacher pools its regions to fewer than 7x7 cells.
+        GDetKDError: the teacher pools its regions to fewer than 7x7 cells, or a key of DISTILL.SGFI is out of range.
     """
 
     needs = frozenset({"pooled", "level_pooled"})
@@ -104,9 +113,13 @@ class SGFI(DistillLoss):
         if cfg.DISTILL.SGFI.TAU <= 0:
             raise GDetKDError(f"DISTILL.SGFI.TAU is a temperature and must be positive, not {cfg.DISTILL.SGFI.TAU}.")
         self.adapter = nn.Conv2d(student_spec.channels, teacher_spec.channels, kernel_size=1)
-        self.embed = RegionEmbedding(teacher_spec.channels, tuple(cfg.DISTILL.SGFI.EMBED_CHANNELS))
+        slope = cfg.DISTILL.SGFI.NEGATIVE_SLOPE
+        if not 0 <= slope < 1:
+            raise GDetKDError(f"DISTILL.SGFI.NEGATIVE_SLOPE must be at least 0 and less than 1, not {slope}.")
+        self.embed = RegionEmbedding(teacher_spec.channels, tuple(cfg.DISTILL.SGFI.EMBED_CHANNELS), slope)
         # The logarithm is what is learned, so that tau stays positive.
         self.log_tau = nn.Parameter(torch.tensor(math.log(cfg.DISTILL.SGFI.TAU)))
+        self.last_attention: Optional[torch.Tensor] = None  # of the step, (N, L), to look at
 
     @property
     def tau(self) -> torch.Tensor:
@@ -126,6 +139,7 @@ class SGFI(DistillLoss):
         rois = full_precision(student.level_pooled)  # (N, L, C_S, H, W)
         target = full_precision(teacher.pooled)  # (N, C_T, H, W)
         alpha = self.attention(rois, target)
+        self.last_attention = alpha.detach()
         # The alphas sum to 1, so adapting the aggregate equals aggregating the adapted. Cells are rows, (N H W, C),
         # in which the sum over levels is one product and the adapter another.
         levels = rois.permute(0, 1, 3, 4, 2).flatten(2)  # (N, L, H W C_S), no copy
