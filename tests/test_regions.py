@@ -60,6 +60,7 @@ def test_separable_without_a_region():
 
 def test_image_ids_follow_the_boxes():
     assert Regions(BOXES).image_ids().tolist() == [0] * 5 + [2] * 2
+    assert Regions(BOXES).image_ids().dtype == torch.long
     assert len(Regions(BOXES)) == 7
 
 

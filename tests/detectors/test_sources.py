@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from detectron2.structures import Boxes
 
 from gdetkd.detectors.sources import gather
-from gdetkd.structures import Regions
 
 SHAPES = [(12, 16), (6, 8), (3, 4)]
 
@@ -53,8 +51,3 @@ def test_values_that_are_not_finite_stay_where_they_are(maps):
     found = gather(maps, torch.zeros(3, dtype=torch.long), sources)
     assert torch.isfinite(found).all()
     assert all(torch.isfinite(each).all() for each in torch.autograd.grad(found.sum(), maps))
-
-
-def test_image_ids():
-    regions = Regions([Boxes(torch.rand(2, 4)), Boxes(torch.zeros(0, 4)), Boxes(torch.rand(1, 4))])
-    assert regions.image_ids().tolist() == [0, 0, 2] and regions.image_ids().dtype == torch.long

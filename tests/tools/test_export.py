@@ -34,7 +34,6 @@ import numpy as np
 cfg = get_cfg()
 cfg.merge_from_file(sys.argv[1])
 cfg.MODEL.DEVICE = "cpu"
-cfg.MODEL.DEVICE = "cpu"
 found = DefaultPredictor(cfg)(np.load(sys.argv[2]))["instances"]
 print(json.dumps({"boxes": found.pred_boxes.tensor.tolist(), "scores": found.scores.tolist()}))
 """

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .config import add_gdetkd_config, changed_keys, flat_config
 from .errors import GDetKDError
 from .losses import DISTILL_LOSS_REGISTRY
-from .safe_load import merge_config_file
+from .safe_load import merge_config_file, sha256_of_file
 
 # What makes a config of distillation that of the student alone.
 PLAIN = ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "False"]
@@ -74,13 +74,9 @@ def deciding_keys(dump: str) -> Dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=None)
-def digest_of_file(path: str, modified: int) -> str:
-    """SHA-256 of a file as it is since `modified`."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(2**20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+def _digest(path: str, modified: int) -> str:
+    """Of a file as it is since `modified`: each run of a comparison asks for that of the same teacher."""
+    return sha256_of_file(path)
 
 
 @dataclass
@@ -122,7 +118,7 @@ class Run:
         keys = deciding_keys(self.config().dump())
         weights = keys.get("DISTILL.TEACHER.WEIGHTS")
         if weights and os.path.isfile(weights):
-            keys["teacher"] = digest_of_file(weights, os.stat(weights).st_mtime_ns)
+            keys["teacher"] = _digest(weights, os.stat(weights).st_mtime_ns)
         return hashlib.sha256(yaml.safe_dump(keys).encode()).hexdigest()
 
     def claim_folder(self) -> None:

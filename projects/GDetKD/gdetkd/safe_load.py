@@ -1,6 +1,7 @@
 """Weights and configs as what they are, input from strangers: read without running anything that they hold."""
 
 import errno
+import hashlib
 import pickle
 import re
 import zlib
@@ -253,3 +254,12 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
         if "not exist" not in str(e) and not isinstance(e, FileNotFoundError):
             raise
         raise GDetKDError(f"The config {path!r} or a _BASE_ of it is not there ({e}).") from e
+
+
+def sha256_of_file(path: str) -> str:
+    """In hexadecimal digits; block by block, for weights may be large."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(2**20), b""):
+            digest.update(block)
+    return digest.hexdigest()

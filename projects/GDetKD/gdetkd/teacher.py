@@ -1,6 +1,5 @@
 """The teacher: built from its own config, loaded completely or not at all, and frozen."""
 
-import hashlib
 import logging
 import os
 from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
@@ -15,7 +14,7 @@ from .classes import some, with_class_names
 from .detectors import build_adapter
 from .errors import GDetKDError
 from .inference import for_inference, parse_dtype
-from .safe_load import DamagedFileError, SafeCheckpointer
+from .safe_load import DamagedFileError, SafeCheckpointer, sha256_of_file
 from .structures import DetectorOutputs, Regions
 from .teacher_file import TeacherFile, read_teacher_file
 
@@ -82,12 +81,7 @@ def load_weights(model: nn.Module, path: str) -> str:
             f"The teacher's weights {path!r} hold values that are not finite ({some(broken)}): its training diverged. "
             "Take an earlier checkpoint."
         )
-    with open(local, "rb") as file:
-        return _sha256(file.read())
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return sha256_of_file(local)
 
 
 class FrozenTeacher:
