@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2.data import MetadataCatalog
+from detectron2.utils import comm
 
 from conftest import make_cfg
+from gdetkd.errors import GDetKDError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,6 +53,25 @@ def test_more_gpus_than_there_are(config_file):
     result = run("train_net.py", "--config-file", config_file, "--num-gpus", "64")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "--num-gpus 64" in result.stderr and "leave --num-gpus out" in result.stderr
+
+
+def test_the_device_and_the_exchange_have_to_fit(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from train_net import _check_device
+
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    _check_device("cpu")
+    _check_device("cuda:1")
+    assert chosen == ["cuda:1"]
+
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    for backend, device in (("gloo", "cpu"), ("nccl", "cuda:1")):
+        monkeypatch.setattr(torch.distributed, "get_backend", lambda backend=backend: backend)
+        _check_device(device)
+    assert chosen == ["cuda:1"]  # a process of several has its own
+    with pytest.raises(GDetKDError, match="MODEL.DEVICE is cpu.*NCCL.*CUDA_VISIBLE_DEVICES="):
+        _check_device("cpu")
 
 
 def test_evaluates_the_teacher_alone(config_file):
