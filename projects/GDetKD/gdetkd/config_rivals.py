@@ -18,11 +18,13 @@ def add_rival_nodes(cfg: CfgNode) -> None:
     # RoI imitation on the same level, with RoIAlign samples per bin and axis on the student's pyramid. Unpublished.
     _add_node(cfg, "ROIFI", 1.0, SAMPLING_RATIO=2)
     # Imitation near objects; psi, the share of an object's largest IoU with an anchor from which on an anchor is near.
-    _add_node(cfg, "FGFI", 0.01, IOU_FACTOR=0.5)
+    # PER_LEVEL: the largest on the anchor's own level, not on all; the authors have one level. The term is a sum over
+    # channels, and the weight is for one map of 512 of a VGG.
+    _add_node(cfg, "FGFI", 0.01, IOU_FACTOR=0.5, PER_LEVEL=False)
     # Channel-wise distillation; the temperature of the softmax over locations. MMRazor's, for pyramids of detectors.
     _add_node(cfg, "CWD", 10.0, TEMPERATURE=1.0)
-    # Pearson correlation; the weight is the authors' for two-stage students and across families, and they take 10
-    # between RetinaNets. ALIGN: 1x1 adapters where the pyramids' widths differ, which is an error without; ours.
+    # Pearson correlation; the weight is the authors' where student or teacher is two-stage, and they take 10 between
+    # dense detectors. ALIGN: 1x1 adapters where the pyramids' widths differ, which is an error without; ours.
     _add_node(cfg, "PKD", 6.0, ALIGN=False)
 
     # The authors' values differ by the student's family; the one that it is of counts.

@@ -15,14 +15,18 @@ from .build import DISTILL_LOSS_REGISTRY
 from .maps import MapLoss, adapters, masked_squared_error
 
 
-def near_object_cells(anchors: Sequence[torch.Tensor], gt_boxes: torch.Tensor, factor: float) -> List[torch.Tensor]:
+def near_object_cells(
+    anchors: Sequence[torch.Tensor], gt_boxes: torch.Tensor, factor: float, per_level: bool = False
+) -> List[torch.Tensor]:
     """The imitation region of an image ("Imitation region estimation"): cells with an anchor whose IoU with an object
-    exceeds `factor` times the largest that any anchor, of any level, has with that object.
+    exceeds `factor` times the largest that any anchor has with that object.
 
     Args:
         anchors: by level, (H, W, A, 4) xyxy in pixels.
         gt_boxes: (G, 4), G may be 0.
         factor: psi of the paper.
+        per_level: whether the largest is that of the anchor's own level, which gives an object cells on every level
+            where an anchor touches it. Otherwise it is that of all levels, which leaves it those of its size.
 
     Returns:
         by level, (H, W), bool.
@@ -30,8 +34,10 @@ def near_object_cells(anchors: Sequence[torch.Tensor], gt_boxes: torch.Tensor, f
     if len(gt_boxes) == 0:
         return [each.new_zeros(each.shape[:2], dtype=torch.bool) for each in anchors]
     overlaps = [box_iou(each.reshape(-1, 4), gt_boxes) for each in anchors]  # (H W A, G)
-    threshold = factor * torch.cat(overlaps).amax(dim=0)  # (G,)
-    near = [(overlap > threshold).any(dim=1) for overlap in overlaps]
+    largest = torch.stack([overlap.amax(dim=0) for overlap in overlaps])  # (levels, G)
+    if not per_level:
+        largest = largest.amax(dim=0).expand_as(largest)
+    near = [(overlap > factor * most).any(dim=1) for overlap, most in zip(overlaps, largest)]
     return [cells.view(each.shape[:3]).any(dim=2) for cells, each in zip(near, anchors)]
 
 
@@ -69,6 +75,7 @@ class FGFI(MapLoss):
     def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
         super().__init__(student_spec, teacher_spec)
         self.factor = cfg.DISTILL.FGFI.IOU_FACTOR
+        self.per_level = cfg.DISTILL.FGFI.PER_LEVEL
         if not 0 <= self.factor < 1:
             raise GDetKDError(f"DISTILL.FGFI.IOU_FACTOR is a share of the largest IoU, in [0, 1), not {self.factor}.")
         anchors = student_spec.location_anchors or {}
@@ -88,6 +95,6 @@ class FGFI(MapLoss):
             place_anchors(each.new_tensor(cell), level.stride, self.offset, each.shape[-2:])
             for cell, level, each in zip(self.anchors, self.levels, its)
         ]
-        by_image = [near_object_cells(anchors, boxes.tensor, self.factor) for boxes in student.gt_boxes]
+        by_image = [near_object_cells(anchors, boxes.tensor, self.factor, self.per_level) for boxes in student.gt_boxes]
         adapted = [adapter(each) for adapter, each in zip(self.adapters, ours)]
         return fine_grained_imitation(adapted, its, [torch.stack(masks) for masks in zip(*by_image)])
