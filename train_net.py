@@ -10,7 +10,9 @@ SIGTERM saves and ends a training with exit code 75; --resume goes on with it.
 import logging
 import sys
 from argparse import ArgumentParser, Namespace
-from typing import Any
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
 
 from gdetkd import DistillTrainer, add_gdetkd_config  # first: it prepares the import of Detectron2
 
@@ -24,9 +26,10 @@ from detectron2.utils.logger import setup_logger
 from gdetkd.data import register_datasets
 from gdetkd.engine import build_plain_student, evaluate_teacher
 from gdetkd.engine.check import Check
-from gdetkd.engine.checkpoint import DurableCheckpointer
+from gdetkd.engine.checkpoint import written_whole
 from gdetkd.engine.launch import run_everywhere
-from gdetkd.engine.preflight import check_test_sets
+from gdetkd.engine.preflight import check_student_classes, check_test_sets
+from gdetkd.engine.student_weights import StudentCheckpointer
 from gdetkd.errors import GDetKDError
 from gdetkd.safe_load import merge_config_file
 
@@ -55,9 +58,21 @@ def setup(args: Namespace) -> CfgNode:
         raise GDetKDError("SOLVER.AMP.ENABLED needs a CUDA device. Set it to False, or train on a GPU.")
     _check_device(cfg.MODEL.DEVICE)
     cfg.freeze()
-    default_setup(cfg, args)
+    with _config_of_run(cfg.OUTPUT_DIR, args.check or args.eval_only or args.eval_teacher):
+        default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gdetkd")  # Detectron2 thinks of its own alone
     return cfg
+
+
+@contextmanager
+def _config_of_run(output_dir: str, is_kept: bool) -> Iterator[None]:
+    """Keeps config.yaml, which Detectron2 writes at every start, as the training has left it."""
+    path = Path(output_dir, "config.yaml")
+    before = path.read_bytes() if is_kept and comm.is_main_process() and path.exists() else None
+    yield
+    if before is not None:
+        with written_whole(str(path), "wb") as file:
+            file.write(before)
 
 
 def _check_device(device: str) -> None:
@@ -78,13 +93,21 @@ def main(args: Namespace) -> Any:
     if args.eval_teacher:
         return evaluate_teacher(cfg)
     if args.eval_only:
-        check_test_sets(cfg)
-        student = build_plain_student(cfg)
-        DurableCheckpointer(student, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        return DistillTrainer.test(cfg, student)
+        return evaluate(cfg, args.resume)
     trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
+
+
+def evaluate(cfg: CfgNode, resume: bool) -> Any:
+    """The student, whole; a file that leaves some of it as it was initialised would be evaluated as a bad one."""
+    check_test_sets(cfg)
+    check_student_classes(cfg, cfg.DATASETS.TEST)
+    student = build_plain_student(cfg)
+    checkpointer = StudentCheckpointer(student, cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    checkpointer.check_whole(cfg.MODEL.WEIGHTS)
+    return DistillTrainer.test(cfg, student)
 
 
 def check(cfg: CfgNode, args: Namespace) -> None:

@@ -36,6 +36,25 @@ def test_other_names_of_the_same():
         match_classes("REG", cfg, spec("cat", "bus"), spec("vehicle", "cat"))
 
 
+@pytest.mark.parametrize(
+    "pairs,message",
+    [
+        ([["car", "vehicle"], ["truck", "vehicle"]], "'vehicle' of the teacher is both 'car' and 'truck'"),
+        ([["truck", "car"]], "'car' of the teacher is both 'car' and 'truck'"),
+        ([["truck", "vehicle"], ["truck", "car"]], "'truck' of the student both 'vehicle' and 'car'"),
+    ],
+)
+def test_a_class_that_would_be_two_of_the_others_is_refused(pairs, message):
+    cfg = make_cfg({"DISTILL.CLASS_MAP": pairs})
+    with pytest.raises(GDetKDError, match=f"{message}.*leave"):
+        match_classes("CLS", cfg, spec("car", "truck"), spec("vehicle", "car"))
+
+
+def test_classes_that_change_names_are_one_to_one():
+    cfg = make_cfg({"DISTILL.CLASS_MAP": [["a", "b"], ["b", "a"]]})
+    assert match_classes("CLS", cfg, spec("a", "b"), spec("a", "b")) == ClassMap((0, 1), (1, 0))
+
+
 def test_no_class_in_common_is_refused():
     with pytest.raises(GDetKDError, match="CLS.*no class.*cat.*eel.*CLASS_MAP"):
         match_classes("CLS", make_cfg({}), spec("cat"), spec("eel"))

@@ -13,6 +13,7 @@ import pytest
 
 from conftest import WIDER
 from gdetkd.comparison import Comparison, ablation, method_opts
+from gdetkd.data.shapes import CLASSES
 from gdetkd.engine import DistillTrainer
 from gdetkd.errors import GDetKDError
 from gdetkd.experiments import kept_time_ratio, load_config, mean_and_error, stretched
@@ -163,6 +164,14 @@ def test_a_method_that_cannot_be_had_is_found_out_before_training(tmp_path, monk
     monkeypatch.chdir(ROOT)
     comparison = Comparison(CONFIG, [], tmp_path, ["SGFI", "CROSSKD"])
     with pytest.raises(GDetKDError, match="method CROSSKD cannot be compared.*not dense"):
+        comparison.check_methods()
+
+
+def test_a_head_of_classes_in_another_order_is_found_out_before_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    comparison = Comparison(CONFIG, ["DISTILL.TEACHER.CLASSES", str(CLASSES)], tmp_path, ["GDetKD"])
+    monkeypatch.setattr("gdetkd.engine.preflight.class_names", lambda cfg: CLASSES[::-1])
+    with pytest.raises(GDetKDError, match="method GDetKD cannot be compared.*HEAD_TRANSFER.*another order"):
         comparison.check_methods()
 
 

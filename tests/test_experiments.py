@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import PLAIN, Run, load_config, run_all, stretched, time_ratio
+from gdetkd.experiments import PLAIN, Run, load_config, stretched, time_ratio
+from gdetkd.jobs import run_all
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "quickstart" / "faster_rcnn-faster_rcnn.yaml")
@@ -109,8 +110,41 @@ def test_another_teacher_at_the_same_path_is_another_run(tmp_path):
     weights.write_bytes(b"another")
     os.utime(weights, ns=(1, 1))
     assert run.fingerprint() != before and alone.fingerprint() == before_alone
-    with pytest.raises(GDetKDError, match="another config: the weights of the teacher are no longer the same"):
+    with pytest.raises(GDetKDError, match="another config: the weights of the teacher, or what its file says, are no"):
         run.claim_folder()
+
+
+def test_a_teacher_whose_file_has_changed_is_another_run(tmp_path):
+    teacher = tmp_path / "teacher.yaml"
+    distilled = ["DISTILL.TEACHER.CONFIG_FILE", str(teacher), "DISTILL.TEACHER.WEIGHTS", ""]
+    run, alone = Run(tmp_path, CONFIG, distilled, 100), Run(tmp_path, CONFIG, [*PLAIN, *distilled], 100)
+    found = set()
+    for content in (
+        "MODEL: {WEIGHTS: one.pth}",
+        "MODEL: {WEIGHTS: https://there/one.pth}",
+        "MODEL: {WEIGHTS: one.pth}\nINPUT: {FORMAT: RGB}",
+    ):
+        teacher.write_text(content)
+        found.add((run.fingerprint(), alone.fingerprint()))
+    assert len(found) == 3 and len({of_alone for _, of_alone in found}) == 1
+
+
+def test_trainings_end_with_what_started_them(tmp_path):
+    program = tmp_path / "train_net.py"
+    program.write_text(
+        "import pathlib, signal, sys, time\n"
+        "folder = pathlib.Path(sys.argv[-1])\n"
+        "def stop(*_):\n"
+        "    (folder / 'stopped').touch()\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "(folder / 'started').touch()\n"
+        "while folder.name == 'two' or not (folder.parent / 'two' / 'started').exists():\n"
+        "    time.sleep(0.05)\n"
+    )
+    with pytest.raises(GDetKDError, match="The run in .*one failed"):
+        run_all([Run(tmp_path / name, CONFIG, [], 5) for name in ("one", "two")], program)
+    assert (tmp_path / "two" / "stopped").exists() and not (tmp_path / "one" / "stopped").exists()
 
 
 def test_a_run_that_is_named_twice_is_trained_once(tmp_path):

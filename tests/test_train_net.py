@@ -49,6 +49,20 @@ def test_trains_and_evaluates_without_cuda_and_without_teacher(config_file, tmp_
     assert "are not there" in result.stderr.splitlines()[-1]
 
 
+def test_weights_that_are_not_all_of_the_student_are_not_evaluated(config_file, tmp_path):
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text("of the training")
+    torch.save({"model": {"backbone.fpn_output2.bias": torch.zeros(8)}}, tmp_path / "few.pth")
+    for weights in ("", str(tmp_path / "few.pth")):
+        result = run("train_net.py", "--config-file", config_file, "--eval-only", "MODEL.WEIGHTS", weights)
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert f"MODEL.WEIGHTS {weights!r} leaves" in result.stderr.splitlines()[-1]
+    keys = ["MODEL.ROI_HEADS.NUM_CLASSES", "4", "MODEL.WEIGHTS", str(tmp_path / "few.pth")]
+    result = run("train_net.py", "--config-file", config_file, "--eval-only", *keys)
+    assert result.returncode == 1 and "has 3 classes and the student 4" in result.stderr.splitlines()[-1]
+    assert config.read_text() == "of the training"  # which an evaluation leaves alone
+
+
 def test_more_gpus_than_there_are(config_file):
     result = run("train_net.py", "--config-file", config_file, "--num-gpus", "64")
     assert result.returncode == 1 and "Traceback" not in result.stderr

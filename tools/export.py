@@ -19,9 +19,9 @@ from typing import Tuple
 import gdetkd  # noqa: F401  it prepares the import of Detectron2
 from gdetkd.config import without_gdetkd_keys
 from gdetkd.engine import build_plain_student
+from gdetkd.engine.student_weights import StudentCheckpointer
 from gdetkd.errors import GDetKDError
 from gdetkd.experiments import load_config
-from gdetkd.safe_load import SafeCheckpointer
 
 import torch  # isort: skip
 import torchvision  # noqa: F401  its operators are part of what is exported
@@ -118,7 +118,9 @@ def main() -> None:
         return
     cfg.MODEL.DEVICE = "cpu"
     student = build_plain_student(cfg)
-    SafeCheckpointer(student).load(args.weights)
+    checkpointer = StudentCheckpointer(student)
+    checkpointer.load(args.weights)
+    checkpointer.check_whole(args.weights)
     export(student, args.output, *args.image_size)
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
 

@@ -20,7 +20,8 @@ from gdetkd.data import register_datasets
 from gdetkd.data.shapes import make_shapes_for
 from gdetkd.engine import evaluate_teacher
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import PLAIN, Run, run_all, stretched, time_ratio
+from gdetkd.experiments import PLAIN, Run, stretched, time_ratio
+from gdetkd.jobs import run_all
 from gdetkd.safe_load import SafeCheckpointer
 from gdetkd.teacher import FrozenTeacher
 from gdetkd.visualization.comparison import Curve, draw_comparison

@@ -7,7 +7,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from conftest import make_cfg, write_coco
 from gdetkd.data import register_datasets
-from gdetkd.engine.preflight import check_classes, check_datasets
+from gdetkd.engine import DistillTrainer
+from gdetkd.engine.preflight import check_classes, check_datasets, check_test_sets
 from gdetkd.errors import GDetKDError
 
 pytestmark = pytest.mark.usefixtures("forget_datasets")
@@ -93,6 +94,62 @@ def test_number_of_classes_is_compared(tiny_dataset):
     check_classes(["tiny"], 3)
     with pytest.raises(GDetKDError, match="has 3 classes and the student 80.*NUM_CLASSES"):
         check_classes(["tiny"], 80)
+
+
+@pytest.mark.parametrize("architecture, node", [("GeneralizedRCNN", "ROI_HEADS"), ("RetinaNet", "RETINANET")])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_number_of_classes_is_compared_before_anything_is_built(architecture, node, distilled):
+    keys = {"MODEL.META_ARCHITECTURE": architecture, f"MODEL.{node}.NUM_CLASSES": 80}
+    if distilled:
+        keys.update({"MODEL.META_ARCHITECTURE": "GDetKD", "DISTILL.STUDENT_META_ARCHITECTURE": architecture})
+    cfg = make_cfg({**keys, "DISTILL.LOSSES": ("CLS",) if distilled else ()})
+    with pytest.raises(GDetKDError, match="has 3 classes and the student 80.*NUM_CLASSES"):
+        DistillTrainer(cfg)
+
+
+def sets_of_classes(folder, *names):
+    """COCO sets of two images each, with their classes by these names; the config has trains on the first."""
+    entries = []
+    for index, classes in enumerate(names):
+        (folder / str(index)).mkdir()
+        write_coco(folder / str(index), 2, name="mine")
+        path = folder / str(index) / "mine.json"
+        content = json.loads(path.read_text())
+        content["categories"] = [{"id": c + 1, "name": name} for c, name in enumerate(classes)]
+        path.write_text(json.dumps(content))
+        entries.append(coco(folder / str(index), name=f"set{index}"))
+    keys = {"DATASETS.TRAIN": ("set0",), "DATASETS.TEST": tuple(entry["name"] for entry in entries[1:])}
+    cfg = make_cfg({**keys, "DATASETS.REGISTER": entries})
+    register_datasets(cfg)
+    return cfg
+
+
+def test_classes_in_another_order_are_refused_whatever_their_case(tmp_path):
+    cfg = sets_of_classes(tmp_path, "xyz", ["x", "Z", "Y"])
+    with pytest.raises(GDetKDError, match="'set0' and 'set1' have the same classes in another order"):
+        check_datasets(cfg)
+
+
+def test_classes_of_other_names_are_named(tmp_path, caplog):
+    check_datasets(sets_of_classes(tmp_path, "xyz", "XYZ", ["x", "person", "z"]))
+    assert caplog.text.count("have classes of other names") == 1
+    assert "'y' is 'person' in the second" in caplog.text
+
+
+@pytest.mark.parametrize("crowds", [True, False])
+def test_a_test_set_without_an_object(tmp_path, caplog, crowds):
+    write_coco(tmp_path, 4, name="mine")
+    content = json.loads((tmp_path / "mine.json").read_text())
+    content["annotations"] = [{**each, "iscrowd": 1} for each in content["annotations"]] if crowds else []
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    cfg = make_cfg({"DATASETS.TEST": ("mine",), "DATASETS.REGISTER": [coco(tmp_path)]})
+    register_datasets(cfg)
+    if crowds:
+        with pytest.raises(GDetKDError, match="'mine' cannot be evaluated on.*all of its 7 annotations.*crowds"):
+            check_test_sets(cfg)
+    else:
+        check_test_sets(cfg)
+        assert "mine has no annotation: no AP can be told" in caplog.text
 
 
 @pytest.mark.skipif(not (SHARED / "BCCD").exists(), reason="the BCCD photographs are not beside this checkout")

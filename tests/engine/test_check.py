@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from PIL import Image
 
@@ -176,11 +176,19 @@ def test_head_transfer_to_classes_in_another_order(shapes_cfg):
     Check(backwards)  # CLS and REG find classes by their names
 
 
+def test_head_transfer_from_classes_without_names_is_said(shapes_cfg, caplog):
+    cfg = shapes_cfg(DISTILL__TEACHER__CLASSES=(), DISTILL__LOSSES=("SGFI",))
+    Check(cfg)
+    assert "Head transfer takes the classes of student and teacher to be the same in the same order" in caplog.text
+
+
 def test_names_given_to_the_teacher_in_another_order_than_its_own(shapes_cfg, tmp_path):
     cfg = shapes_cfg(DISTILL__TEACHER__OPTS=["DATASETS.TRAIN", ("check_shapes",)])
     FrozenTeacher(cfg)
     cfg.DISTILL.TEACHER.CLASSES = CLASSES[::-1]
-    with pytest.raises(GDetKDError, match="DISTILL.TEACHER.CLASSES has the teacher's classes in another order"):
+    with pytest.raises(
+        GDetKDError, match="DISTILL.TEACHER.CLASSES has the teacher's classes in another order.*another name"
+    ):
         FrozenTeacher(cfg)
 
 
@@ -202,6 +210,15 @@ def test_the_teacher_is_scored_on_classes_found_by_name(shapes_cfg):
         score_on_sample(cfg, FrozenTeacher(cfg), "check_shapes", IMAGES)
 
 
+def test_a_sample_without_objects_says_nothing_of_the_teacher(shapes_cfg):
+    cfg = shapes_cfg()
+    images = DatasetCatalog.get("check_shapes")
+    DatasetCatalog.register("check_empty", lambda: [{**each, "annotations": []} for each in images])
+    MetadataCatalog.get("check_empty").set(thing_classes=list(CLASSES), evaluator_type="coco")
+    with pytest.raises(GDetKDError, match="None of the 4 images of 'check_empty'.*has an object"):
+        score_on_sample(cfg, FrozenTeacher(cfg), "check_empty", 4)
+
+
 def test_other_preprocessing_is_undone(shapes_cfg):
     cfg = shapes_cfg()
     teacher = FrozenTeacher(cfg)
@@ -216,6 +233,22 @@ def test_other_preprocessing_is_undone(shapes_cfg):
 def test_one_process_of_several(distill_cfg):
     check = Check(distill_cfg({"SOLVER.IMS_PER_BATCH": 8, "SOLVER.REFERENCE_WORLD_SIZE": 4}), processes=2)
     assert check._cfg.SOLVER.IMS_PER_BATCH == 2 and check._cfg.SOLVER.MAX_ITER == 8
+
+
+def test_a_teacher_that_cannot_be_evaluated_is_said_at_the_end(shapes_cfg, tmp_path):
+    cfg = shapes_cfg(DISTILL__TEACHER__CLASSES=(), DISTILL__LOSSES=("SGFI",), DISTILL__HEAD_TRANSFER=False)
+    opts = ["MODEL.ROI_HEADS.NUM_CLASSES", 7]
+    teacher = get_cfg()
+    add_gdetkd_config(teacher)
+    teacher.merge_from_file("configs/quickstart/teacher-FasterRCNN.yaml")
+    teacher.merge_from_list(["MODEL.DEVICE", "cpu", *opts])
+    torch.save({"model": build_model(teacher).state_dict()}, tmp_path / "seven.pth")
+    cfg.DISTILL.TEACHER.OPTS, cfg.DISTILL.TEACHER.WEIGHTS = opts, str(tmp_path / "seven.pth")
+    check = Check(cfg, images=2)
+    screen = check.run()
+    assert check.problems == [] and "No problem found." not in screen
+    assert screen.endswith("No problem found in what could be looked at. What could not is named above.")
+    assert "a wrong one would not be noticed." in screen and "in DISTILL.TEACHER.CLASSES" in screen
 
 
 def test_without_teacher_or_for_a_plain_detector(distill_cfg, tmp_path):

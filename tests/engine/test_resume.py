@@ -118,7 +118,7 @@ def test_images_that_are_not_as_they_were_are_spoken_of(distill_cfg, tmp_path, c
     assert ("are not those that" in caplog.text) == (said is not None)
 
 
-def test_a_teacher_that_moved_is_known_by_its_hash(distill_cfg, tmp_path):
+def test_a_teacher_that_moved_is_known_by_its_hash(distill_cfg, tmp_path, caplog):
     cfg = distill_cfg({"SOLVER.MAX_ITER": 4, "SOLVER.CHECKPOINT_PERIOD": 2})
     _, uninterrupted = train(DistillTrainer, cfg)
     (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
@@ -127,4 +127,9 @@ def test_a_teacher_that_moved_is_known_by_its_hash(distill_cfg, tmp_path):
         train(DistillTrainer, cfg, resume=True)
     cfg.DISTILL.TEACHER.WEIGHTS = str(tmp_path / "moved.pth")
     _, steps = train(DistillTrainer, cfg, resume=True)
-    assert steps == {2: uninterrupted[2], 3: uninterrupted[3]}
+    assert steps == {2: uninterrupted[2], 3: uninterrupted[3]} and "teaches something else" not in caplog.text
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
+    cfg.DISTILL.TEACHER.OPTS = ["MODEL.PIXEL_STD", [2.0, 2.0, 2.0]]
+    train(DistillTrainer, cfg, resume=True)
+    assert "std [1.0, 1.0, 1.0] when the checkpoint was written" in caplog.text
+    assert "std [2.0, 2.0, 2.0] now: it teaches something else" in caplog.text

@@ -6,16 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
-from conftest import make_batch, plain_keys_of
+from conftest import WIDER, make_batch, make_cfg, plain_keys_of
 from gdetkd import DistillTrainer
 from gdetkd.config import plain_config
-from gdetkd.engine import build_plain_student
+from gdetkd.data.train_loader import images_per_process
+from gdetkd.engine import build_plain_student, evaluate_teacher
 from gdetkd.engine.hooks import RandomState
 from gdetkd.errors import GDetKDError
+from gdetkd.insight.runs import read_curve, read_teacher_ap
 
 
 class Losses(HookBase):
@@ -236,6 +239,39 @@ def test_distillation_that_would_have_no_effect_is_refused(distill_cfg, keys):
     cfg = distill_cfg({"MODEL.META_ARCHITECTURE": "GeneralizedRCNN", **keys})
     with pytest.raises(GDetKDError, match="DISTILL has no effect"):
         DistillTrainer(cfg)
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(distill_cfg):
+    cfg = distill_cfg({"SOLVER.REFERENCE_WORLD_SIZE": 8, "SOLVER.IMS_PER_BATCH": 12})
+    with pytest.raises(GDetKDError, match="IMS_PER_BATCH 12 .*REFERENCE_WORLD_SIZE 8.*multiple of 8"):
+        DistillTrainer.auto_scale_workers(cfg, 4)
+    with pytest.raises(GDetKDError, match="IMS_PER_BATCH 16 does not divide by 3 processes: set it to 15"):
+        images_per_process(make_cfg({"SOLVER.IMS_PER_BATCH": 16}), 3)
+    assert images_per_process(make_cfg({"SOLVER.IMS_PER_BATCH": 16}), 4) == 4
+
+
+def test_of_several_test_sets_the_first_counts(distill_cfg, tmp_path, forget_datasets):
+    entry = dict(MetadataCatalog.get("tiny").gdetkd_entry)
+    keys = {"DATASETS.REGISTER": [{**entry, "name": "second", "limit": 4}], "DATASETS.TEST": ("tiny", "second")}
+    cfg = distill_cfg({**keys, "DISTILL.EVAL_TEACHER": True, "TEST.EVAL_PERIOD": 2, "SOLVER.MAX_ITER": 2})
+    DistillTrainer(cfg).train()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
+    [scores] = [line for line in lines if "tiny/bbox/AP" in line and "second/bbox/AP" in line]
+    best = torch.load(tmp_path / "run" / "model_best.pth", weights_only=True)
+    assert best["record"]["metric"] == scores["tiny/bbox/AP"]
+    assert read_curve(cfg) == ([2], [scores["tiny/bbox/AP"]])
+    assert read_teacher_ap(cfg) is not None
+
+
+def test_a_teacher_with_masks_is_evaluated_on_a_set_of_boxes(distill_cfg, tmp_path):
+    cfg = distill_cfg({"DATASETS.TEST": ("tiny",)}, teacher={**WIDER, "MODEL.MASK_ON": True})
+    assert set(evaluate_teacher(cfg)) == {"bbox"}
+
+
+def test_starting_weights_that_are_not_there(distill_cfg):
+    trainer = DistillTrainer(distill_cfg({"MODEL.WEIGHTS": "weights/R-18.pth"}))
+    with pytest.raises(GDetKDError, match="'weights/R-18.pth' are not there.*convert_torchvision.py"):
+        trainer.resume_or_load(resume=False)
 
 
 def test_other_numbers_of_processes_scale_the_warm_up_of_the_terms(distill_cfg):

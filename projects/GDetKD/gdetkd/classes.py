@@ -114,13 +114,17 @@ def _assume_same_order(loss: str, cfg: CfgNode, student: DetectorSpec, teacher: 
             f"teacher's in DISTILL.TEACHER.CLASSES, or take {loss} out of DISTILL.LOSSES (SGFI and CKD do not need "
             "equal classes)."
         )
+    _warn_of_unknown(loss, lacking)
+    return ClassMap()
+
+
+def _warn_of_unknown(what: str, lacking: str) -> None:
     logger.warning(
         "%s takes the classes of student and teacher to be the same in the same order: the names of the %s's are not "
         "known (DISTILL.TEACHER.CLASSES would give the teacher's).",
-        loss,
+        what,
         lacking,
     )
-    return ClassMap()
 
 
 def check_transfer(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> None:
@@ -129,7 +133,10 @@ def check_transfer(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -
     Raises:
         GDetKDError: the student has the teacher's classes in another order.
     """
-    if student.class_names is None or teacher.class_names is None or student.num_classes != teacher.num_classes:
+    if student.num_classes != teacher.num_classes:
+        return
+    if student.class_names is None or teacher.class_names is None:
+        _warn_of_unknown("Head transfer", "student" if student.class_names is None else "teacher")
         return
     other_name = other_names(cfg, student.class_names, teacher.class_names)
     names = [other_name.get(name, name) for name in student.class_names]
@@ -151,7 +158,7 @@ def other_names(cfg: CfgNode, student: Tuple[str, ...], teacher: Tuple[str, ...]
     """DISTILL.CLASS_MAP as a dictionary from the student's names to the teacher's.
 
     Raises:
-        GDetKDError: it names a class that does not exist.
+        GDetKDError: it names a class that does not exist, or with it one class of a side would be two of the other's.
     """
     pairs: Dict[str, str] = {}
     for pair in cfg.DISTILL.CLASS_MAP:
@@ -160,8 +167,26 @@ def other_names(cfg: CfgNode, student: Tuple[str, ...], teacher: Tuple[str, ...]
                 f"DISTILL.CLASS_MAP: {pair!r} is not a pair of a class of the student ({some(student)}) and one of "
                 f"the teacher ({some(teacher)})."
             )
-        pairs[pair[0]] = pair[1]
+        if pairs.setdefault(pair[0], pair[1]) != pair[1]:
+            raise GDetKDError(
+                f"DISTILL.CLASS_MAP makes {pair[0]!r} of the student both {pairs[pair[0]]!r} and {pair[1]!r} of the "
+                "teacher. One of them can teach it: leave the other out."
+            )
+    _check_one_to_one(pairs, student, teacher)
     return pairs
+
+
+def _check_one_to_one(pairs: Dict[str, str], student: Tuple[str, ...], teacher: Tuple[str, ...]) -> None:
+    """A class of the teacher that were two of the student's would teach them to look the same."""
+    taught: Dict[str, str] = {}
+    for name in student:
+        other = pairs.get(name, name)
+        if other in teacher and taught.setdefault(other, name) != name:
+            raise GDetKDError(
+                f"With DISTILL.CLASS_MAP {other!r} of the teacher is both {taught[other]!r} and {name!r} of the "
+                "student. It can teach one of them: leave out a pair, or give the student's other class a name that "
+                "the teacher does not have."
+            )
 
 
 def some(names: Sequence[str], count: int = 10) -> str:

@@ -14,9 +14,12 @@ from detectron2.config import CfgNode
 from .config import flat_config
 from .distiller import GDetKD
 from .engine import DistillTrainer
+from .engine.preflight import check_student
 from .errors import GDetKDError
-from .experiments import PLAIN, Run, kept_time_ratio, load_config, run_all, seed_by_seed, stretched
+from .experiments import PLAIN, Run, kept_time_ratio, load_config, stretched
+from .jobs import run_all, seed_by_seed
 from .losses import DISTILL_LOSS_REGISTRY
+from .teacher import transfer_heads
 
 BASELINE, CONFIGURED, HEAD_TRANSFER = "none", "GDetKD", "head_transfer"
 # A method whose steps take as long as the baseline's, but for this share, needs no baseline of its own.
@@ -140,7 +143,11 @@ class Comparison:
             cfg = self.runs[method, self.schedules[0]][0].config()
             cfg.MODEL.DEVICE, cfg.DISTILL.TEACHER.DTYPE = "cpu", "float32"  # half precision may want a GPU
             try:
-                teacher = GDetKD(cfg, teacher).teacher or teacher
+                distiller = GDetKD(cfg, teacher)
+                teacher = distiller.teacher or teacher
+                check_student(cfg, distiller.student, distiller.teacher)
+                if cfg.DISTILL.HEAD_TRANSFER:
+                    transfer_heads(teacher.model, distiller.student)
             except GDetKDError as e:
                 raise GDetKDError(f"The method {method} cannot be compared. {e}") from e
 

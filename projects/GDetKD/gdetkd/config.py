@@ -25,7 +25,8 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # SOLVER.WEIGHT_DECAY, BIAS_LR_FACTOR and the like act on it in the same way.
     cfg.SOLVER.OPTIMIZER = "SGD"
 
-    # Keep model_best.pth, the student with the highest bbox/AP (percent) so far, at every TEST.EVAL_PERIOD.
+    # Keep model_best.pth, the student with the highest bbox/AP (percent) so far, at every TEST.EVAL_PERIOD; of several
+    # sets in DATASETS.TEST the first counts.
     cfg.TEST.KEEP_BEST = True
     # What computes COCO's metrics: "pycocotools"; "faster-coco-eval", a package with the same figures, several times
     # faster on large sets (pip install 'gdetkd[eval]'); empty: Detectron2's own where compiled, else pycocotools.
@@ -90,6 +91,12 @@ def without_gdetkd_keys(cfg: CfgNode) -> CfgNode:
     plain.defrost()
     _keep_known(plain, get_cfg())
     return plain
+
+
+def score_prefix(cfg: CfgNode) -> str:
+    """What Detectron2 puts before "bbox/AP" of the set that counts, the first of DATASETS.TEST: nothing where it is the
+    only one."""
+    return f"{cfg.DATASETS.TEST[0]}/" if len(cfg.DATASETS.TEST) > 1 else ""
 
 
 def flat_config(dump: str) -> Dict[str, Any]:

@@ -1,7 +1,4 @@
-"""Runs of train_net.py side by side, and what they came to: the ground of the quickstart and of comparisons.
-
-Each run is a process of its own with its share of the cores. A run that is complete is not repeated.
-"""
+"""Runs of train_net.py and what they came to: the ground of the quickstart and of comparisons."""
 
 import functools
 import hashlib
@@ -11,20 +8,18 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from tqdm import tqdm
 
 from .config import add_gdetkd_config, changed_keys, flat_config
 from .errors import GDetKDError
 from .losses import DISTILL_LOSS_REGISTRY
 from .safe_load import merge_config_file, sha256_of_file
+from .teacher_file import read_teacher_file
 
 # What makes a config of distillation that of the student alone.
 PLAIN = ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "False"]
@@ -38,7 +33,6 @@ WITHOUT_EFFECT = (
     "SOLVER.CHECKPOINT_PERIOD",
     "TEST.KEEP_BEST",
 )
-POLL_SECONDS = 1.0
 
 
 def load_config(config_file: str, opts: Sequence[Any]) -> CfgNode:
@@ -97,12 +91,14 @@ class Run:
         config_file: of the full distillation.
         opts: KEY VALUE changes to it.
         max_iter: iterations of this run.
+        prefix: what its metrics' names begin with; see `score_prefix`.
     """
 
     folder: Path
     config_file: str
     opts: List[str]
     max_iter: int
+    prefix: str = ""
     process: Optional[subprocess.Popen] = field(default=None, repr=False)
 
     def command(self, train_net: Path) -> List[str]:
@@ -114,11 +110,18 @@ class Run:
         return load_config(self.config_file, [*self.opts, "SOLVER.MAX_ITER", self.max_iter, "OUTPUT_DIR", ""])
 
     def fingerprint(self) -> str:
-        """A digest of all that determines the run, but for the images: its config, and its teacher's weights."""
-        keys = deciding_keys(self.config().dump())
-        weights = keys.get("DISTILL.TEACHER.WEIGHTS")
-        if weights and os.path.isfile(weights):
-            keys["teacher"] = _digest(weights, os.stat(weights).st_mtime_ns)
+        """A digest of all that determines the run, but for the images: its config, and its teacher's file and weights.
+
+        Raises:
+            GDetKDError: the teacher's file is not there.
+        """
+        cfg = self.config()
+        keys = deciding_keys(cfg.dump())
+        if "DISTILL.TEACHER.CONFIG_FILE" in keys:
+            file = read_teacher_file(cfg)
+            keys["teacher"], keys["weights"] = file.content(), file.weights
+            if os.path.isfile(file.weights):
+                keys["weights"] = _digest(file.weights, os.stat(file.weights).st_mtime_ns)
         return hashlib.sha256(yaml.safe_dump(keys).encode()).hexdigest()
 
     def claim_folder(self) -> None:
@@ -142,7 +145,8 @@ class Run:
         if not path.exists():
             return ""
         changes = changed_keys(deciding_keys(path.read_text()), deciding_keys(self.config().dump()))
-        return f": {'; '.join(changes.values()) or 'the weights of the teacher are no longer the same'}"
+        same = "the weights of the teacher, or what its file says, are no longer the same"
+        return f": {'; '.join(changes.values()) or same}"
 
     def lines(self) -> List[Dict[str, Any]]:
         """What the run has written to metrics.json so far."""
@@ -159,11 +163,11 @@ class Run:
         points, seconds = [], 0.0
         for line in self.lines():
             seconds = line.get("train_seconds", seconds)
-            if "bbox/AP" in line:
+            if f"{self.prefix}bbox/AP" in line:
                 # Detectron2 writes the last evaluation one iteration after the last, on a line of its own.
                 iteration = min(line["iteration"] + 1, self.max_iter)
                 # Detectron2 gives NaN to a detector that finds nothing at all; there are objects, so its AP is 0.
-                values = {k: line[f"bbox/{k}"] for k in ("AP", "AP50", "AP75")}
+                values = {k: line[f"{self.prefix}bbox/{k}"] for k in ("AP", "AP50", "AP75")}
                 metrics = {k: 0.0 if math.isnan(value) else value for k, value in values.items()}
                 points.append(Point(iteration, seconds, metrics))
         return points
@@ -179,8 +183,8 @@ class Run:
 
     def metrics(self) -> Dict[str, Optional[float]]:
         """Of the last evaluation, in percent: AP, AP50, AP75, APs, APm, APl; None of a size that no object has."""
-        last = [line for line in self.lines() if "bbox/AP" in line][-1]
-        values = {name: last.get(f"bbox/{name}", math.nan) for name in METRICS}
+        last = [line for line in self.lines() if f"{self.prefix}bbox/AP" in line][-1]
+        values = {name: last.get(f"{self.prefix}bbox/{name}", math.nan) for name in METRICS}
         known = {name: None if math.isnan(value) else value for name, value in values.items()}
         return {**known, **self.curve()[-1].metrics}
 
@@ -192,61 +196,6 @@ class Run:
         """Of training alone."""
         last = self.curve()[-1]
         return last.seconds / last.iteration
-
-
-def seed_by_seed(runs: Mapping[Any, Sequence[Run]]) -> List[Run]:
-    """The runs of each method in an order in which what is stopped early has whole seeds."""
-    return [run for seed in zip(*runs.values()) for run in seed]
-
-
-def run_all(runs: Iterable[Run], train_net: Path, jobs: int = 2) -> None:
-    """Trains what is not complete yet, `jobs` at once, each on a GPU of its own as far as there are any, with a
-    progress bar.
-
-    Raises:
-        GDetKDError: a folder holds a run of another config, or a run failed; then the message names its log and gives
-            the log's last line.
-    """
-    runs = list({run.folder: run for run in runs}.values())
-    for run in runs:
-        run.claim_folder()
-    waiting = [run for run in runs if not run.is_complete()]
-    running: Dict[int, Run] = {}  # by the place, of `jobs`, that it takes
-    total = sum(run.max_iter for run in waiting)
-    with tqdm(total=total, unit="it", mininterval=5, desc=_names(waiting), disable=not waiting) as bar:
-        done = 0
-        while waiting or running:
-            for place in [place for place in range(jobs) if place not in running][: len(waiting)]:
-                running[place] = _start(waiting.pop(0), train_net, jobs, place)
-            time.sleep(POLL_SECONDS)
-            for place, run in [(place, run) for place, run in running.items() if run.process.poll() is not None]:
-                _check(run)
-                del running[place]
-                done += run.max_iter
-            bar.update(done + sum(run.iterations_done() for run in running.values()) - bar.n)
-
-
-def _names(runs: Sequence[Run]) -> str:
-    return ", ".join(run.folder.name for run in runs[:3]) + (", ..." if len(runs) > 3 else "")
-
-
-def _start(run: Run, train_net: Path, jobs: int, place: int) -> Run:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    count = torch.cuda.device_count()
-    if count > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = visible.split(",") if visible else list(map(str, range(count)))
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[place % count]
-    with open(run.folder / "stdout.txt", "a") as log:
-        run.process = subprocess.Popen(run.command(train_net), stdout=log, stderr=subprocess.STDOUT, env=environment)
-    return run
-
-
-def _check(run: Run) -> None:
-    if run.process.returncode != 0 or not run.is_complete():
-        log = run.folder / "stdout.txt"
-        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
-        raise GDetKDError(f"The run in {run.folder} failed; its log is {log}, which ends with: {last}")
 
 
 def time_ratio(baseline: Run, distilled: Run) -> float:

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import pickle
 import re
 import zlib
@@ -204,6 +205,17 @@ class SafeCheckpointer(DetectionCheckpointer, _SafeTorchFormat):
     Raises:
         UntrustedFileError, DamagedFileError, UnreadableFileError: on loading; see `read_weights`.
     """
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
+        """
+        Raises:
+            GDetKDError: there is no such file.
+        """
+        file = path.split("?")[0]  # Detectron2 takes options behind it
+        if file and "://" not in file and not os.path.isfile(file):
+            hint = " tools/convert_torchvision.py makes it: docs/recipes.md." if file.startswith("weights/R-") else ""
+            raise GDetKDError(f"The weights {file!r} are not there, seen from {os.getcwd()}.{hint}")
+        return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         if not filename.endswith((".pkl", ".pyth")):

@@ -150,8 +150,10 @@ class FrozenTeacher:
         return image.flip(0) if self._reorder else image
 
     def describe(self) -> Dict[str, str]:
-        """What a checkpoint keeps of the teacher: where its weights were, and what they were."""
-        return {"weights": self.file.weights, "sha256": self.sha256}
+        """What a checkpoint keeps of the teacher: where its weights were, what they were, and how it sees images."""
+        mean, std = (part.flatten().tolist() for part in (self.model.pixel_mean, self.model.pixel_std))
+        images = f"{self.file.input_format}, mean {mean}, std {std}"
+        return {"weights": self.file.weights, "sha256": self.sha256, "images": images}
 
 
 def _teachers_classes(cfg: CfgNode, file: TeacherFile, num_classes: int) -> Optional[Tuple[str, ...]]:
@@ -163,7 +165,8 @@ def _teachers_classes(cfg: CfgNode, file: TeacherFile, num_classes: int) -> Opti
     if given and given != known and sorted(given) == sorted(known):
         raise GDetKDError(
             f"DISTILL.TEACHER.CLASSES has the teacher's classes in another order ({some(given)}) than the data set "
-            f"that its own file trains on ({some(known)}). Leave it empty, or correct it."
+            f"that its own file trains on ({some(known)}). Leave it empty, or correct it. If it was trained on another "
+            "set of that name, give the data set another name here."
         )
     return given or known or None
 

@@ -5,6 +5,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Optional, Tuple
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
@@ -38,6 +39,10 @@ class TeacherFile(ABC):
     @abstractmethod
     def build(self) -> nn.Module:
         """The detector, untrained, on the student's device."""
+
+    @abstractmethod
+    def content(self) -> str:
+        """What the file says, with what it takes from others as far as that is known."""
 
     @abstractmethod
     def class_names(self) -> Optional[Tuple[str, ...]]:
@@ -74,6 +79,12 @@ class YamlTeacher(TeacherFile):
 
     def build(self) -> nn.Module:
         return build_model(self.cfg)
+
+    def content(self) -> str:
+        anywhere = self.cfg.clone()
+        anywhere.defrost()
+        anywhere.MODEL.DEVICE = ""
+        return anywhere.dump()
 
     def class_names(self) -> Optional[Tuple[str, ...]]:
         return class_names(self.cfg)
@@ -126,6 +137,9 @@ class LazyTeacher(TeacherFile):
 
     def build(self) -> nn.Module:
         return instantiate(self._file.model).to(self._device)
+
+    def content(self) -> str:
+        return Path(self.path).read_text()
 
     def class_names(self) -> Optional[Tuple[str, ...]]:
         names = self._get("dataloader.train.dataset.names")

@@ -203,6 +203,21 @@ class _Skipping:
         return islice(iter(self._items), self._count, None)
 
 
+def images_per_process(cfg: CfgNode, processes: int) -> int:
+    """Of a step.
+
+    Raises:
+        GDetKDError: the images of a step do not divide by the processes that share them.
+    """
+    images = cfg.SOLVER.IMS_PER_BATCH
+    if images % processes:
+        raise GDetKDError(
+            f"SOLVER.IMS_PER_BATCH {images} does not divide by {processes} processes: set it to "
+            f"{max(1, images // processes) * processes}, or take another number of GPUs."
+        )
+    return images // processes
+
+
 def build_train_loader(cfg: CfgNode) -> ResumableLoader:
     """Detectron2's training loader, config keys and all, but resumable.
 
@@ -210,9 +225,7 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
         GDetKDError: the number of images a step does not divide by the number of processes, which do not have the same
             images, or the sampler cannot be resumed.
     """
-    world_size = comm.get_world_size()
-    if cfg.SOLVER.IMS_PER_BATCH % world_size:
-        raise GDetKDError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide by {world_size} processes.")
+    count = images_per_process(cfg, comm.get_world_size())
     names, most = ", ".join(cfg.DATASETS.TRAIN), cfg.INPUT.MAX_BAD_FRACTION
     all_dicts = _load_dicts(cfg, names)
     dicts = without_bad_images(all_dicts, most, names)
@@ -221,7 +234,7 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
     loader = ResumableLoader(
         dicts,
         InstaBoostMapper(cfg) if cfg.INPUT.INSTABOOST.ENABLED else DatasetMapper(cfg, is_train=True),
-        lambda seed: BatchStream(lambda: iter(sampler(seed)), cfg.SOLVER.IMS_PER_BATCH // world_size, wide),
+        lambda seed: BatchStream(lambda: iter(sampler(seed)), count, wide),
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         bad_images=BadImages(len(all_dicts), len(all_dicts) - len(dicts), most, names),

@@ -10,6 +10,7 @@ from tabulate import tabulate
 from torch import nn
 
 from ..classes import match_classes, some
+from ..data.train_loader import images_per_process
 from ..errors import GDetKDError
 from ..structures import DetectorSpec
 from .preflight import load_dataset
@@ -40,6 +41,7 @@ class Check:
 
     Attributes:
         problems: reasons not to start, each with its remedy.
+        unknown: what could not be looked at, each with the reason.
 
     Raises:
         GDetKDError: the run could not be built at all.
@@ -47,6 +49,7 @@ class Check:
 
     def __init__(self, cfg: CfgNode, images: int = 50, processes: int = 1) -> None:
         self.problems: List[str] = []
+        self.unknown: List[str] = []
         self._images = images
         self._cfg = _of_one_process(cfg, processes)
         self._trainer = DistillTrainer(self._cfg)
@@ -120,7 +123,8 @@ class Check:
         try:
             score = score_on_sample(cfg, teacher, dataset, count)
         except GDetKDError as e:
-            return f"The teacher was not evaluated. {e}"
+            self.unknown.append(f"The teacher was not evaluated, so that a wrong one would not be noticed. {e}")
+            return self.unknown[-1]
         # All of them only where there is something to find: each costs as much as the first.
         weak = score.ap < cfg.DISTILL.TEACHER.MIN_AP
         candidates = [usual for usual in USUAL if usual != own] if weak else [with_channels_swapped(own)]
@@ -187,8 +191,10 @@ class Check:
         return "\n".join(lines)
 
     def _verdict(self) -> str:
-        if not self.problems:
+        if not self.problems and not self.unknown:
             return "No problem found."
+        if not self.problems:
+            return "No problem found in what could be looked at. What could not is named above."
         numbered = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, start=1))
         return f"PROBLEMS: {len(self.problems)}\n{numbered}"
 
@@ -198,7 +204,7 @@ def _of_one_process(cfg: CfgNode, processes: int) -> CfgNode:
     cfg = DistillTrainer.auto_scale_workers(cfg, processes).clone()
     cfg.defrost()
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
-    cfg.SOLVER.IMS_PER_BATCH = max(1, cfg.SOLVER.IMS_PER_BATCH // processes)
+    cfg.SOLVER.IMS_PER_BATCH = images_per_process(cfg, processes)
     cfg.freeze()
     return cfg
 

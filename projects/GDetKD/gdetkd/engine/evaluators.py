@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -178,11 +178,14 @@ class DiskTolerant(DatasetEvaluator):
             return getattr(evaluator, "metrics", {})
 
 
-def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+def build_evaluator(cfg: CfgNode, dataset_name: str, tasks: Optional[Tuple[str, ...]] = None) -> DatasetEvaluator:
     """COCO's metrics for every data set, under `bbox`; for Detectron2's VOC sets also VOC's, under `voc`.
 
     A set of mere images has none; its detections are written down.
     COCO's count objects that VOC marks as difficult; VOC's does not.
+
+    Args:
+        tasks: of COCO's "bbox", "segm" and "keypoints"; None: all that the detector predicts.
 
     Raises:
         GDetKDError: TEST.COCO_EVAL names no implementation, or one that is not installed.
@@ -191,19 +194,21 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     if MetadataCatalog.get(dataset_name).get("evaluator_type") == "images":
         return DetectionWriter(os.path.join(folder, f"{dataset_name}_detections.json"))
     _forget_converted(folder, dataset_name)
-    coco = _coco_evaluator(cfg.TEST.COCO_EVAL, dataset_name, folder)
+    coco = _coco_evaluator(cfg.TEST.COCO_EVAL, dataset_name, tasks, folder)
     if MetadataCatalog.get(dataset_name).get("evaluator_type") == "pascal_voc":
         return DatasetEvaluators([coco, VOCMetric(dataset_name)])
     return coco
 
 
-def _coco_evaluator(implementation: str, dataset_name: str, folder: str) -> CocoMetrics:
+def _coco_evaluator(
+    implementation: str, dataset_name: str, tasks: Optional[Tuple[str, ...]], folder: str
+) -> CocoMetrics:
     if implementation not in COCO_EVAL:
         raise GDetKDError(f"TEST.COCO_EVAL is {implementation!r}; there are {', '.join(map(repr, COCO_EVAL))}.")
     if implementation == "faster-coco-eval":
-        return FasterCOCOEvaluator(dataset_name, output_dir=folder)
+        return FasterCOCOEvaluator(dataset_name, tasks, output_dir=folder)
     fast = implementation == "" and has_compiled_ops()
-    return CocoMetrics(dataset_name, output_dir=folder, use_fast_impl=fast)
+    return CocoMetrics(dataset_name, tasks, output_dir=folder, use_fast_impl=fast)
 
 
 def _forget_converted(folder: str, dataset_name: str) -> None:

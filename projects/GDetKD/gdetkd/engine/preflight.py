@@ -1,15 +1,25 @@
 """Checks that cost no time, made before every training."""
 
+import logging
 from typing import List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
+from torch import nn
 
-from ..classes import some
+from ..classes import check_transfer, class_names, some, with_class_names
 from ..data.clean import check_images
+from ..detectors import build_adapter, find_adapter
 from ..errors import GDetKDError
 from ..safe_load import read_weights
+from ..structures import DetectorSpec
+from ..teacher import FrozenTeacher
+
+logger = logging.getLogger(__name__)
+
+# Where a config says how many classes the detector has.
+CLASS_KEYS = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET", "FCOS": "FCOS"}
 
 
 def check_architecture(cfg: CfgNode) -> None:
@@ -48,8 +58,9 @@ def check_datasets(cfg: CfgNode) -> None:
 def check_test_sets(cfg: CfgNode) -> None:
     """
     Raises:
-        GDetKDError: DATASETS.TEST names a set that is not registered, has no image, or has one that cannot be read to
-            its end or a JSON that cannot be evaluated against; or a file of proposals is not to be trusted.
+        GDetKDError: DATASETS.TEST names a set that is not registered, has no image or, though annotated, no object to
+            be found, or has an image that cannot be read to its end or a JSON that cannot be evaluated against; or a
+            file of proposals is not to be trusted.
     """
     check_proposals(cfg)
     for name in cfg.DATASETS.TEST:
@@ -60,7 +71,23 @@ def check_test_sets(cfg: CfgNode) -> None:
                 f"The data set {name!r} cannot be evaluated against {MetadataCatalog.get(name).json_file!r}: {fault}. "
                 "COCO's metrics need it of every annotation: add it to that file. Training does without."
             )
+        _check_objects(dicts, name)
         check_images(dicts, name)
+
+
+def _check_objects(dicts: List[dict], name: str) -> None:
+    """
+    Raises:
+        GDetKDError: all annotations are of crowds, of which COCO's metrics know no AP.
+    """
+    annotations = [annotation for image in dicts for annotation in image.get("annotations", ())]
+    if annotations and all(annotation.get("iscrowd", 0) for annotation in annotations):
+        raise GDetKDError(
+            f"The data set {name!r} cannot be evaluated on: all of its {len(annotations)} annotations are of crowds "
+            "(iscrowd 1), which count for nothing. Correct them, or take it out of DATASETS.TEST."
+        )
+    if not annotations and MetadataCatalog.get(name).get("evaluator_type") != "images":
+        logger.warning("%s has no annotation: no AP can be told on it, its detections alone are written.", name)
 
 
 def check_proposals(cfg: CfgNode) -> None:
@@ -95,6 +122,39 @@ def load_dataset(name: str) -> List[dict]:
     return dicts
 
 
+def check_student_classes(cfg: CfgNode, names: Sequence[str]) -> None:
+    """`check_classes` of the student that a config describes, before it is built: its losses would speak of other
+    things. A family that is not Detectron2's is passed over.
+
+    Raises:
+        GDetKDError: a data set has another number of classes.
+    """
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if architecture == "GDetKD":
+        architecture = cfg.DISTILL.STUDENT_META_ARCHITECTURE
+    if architecture in CLASS_KEYS:
+        check_classes(names, cfg.MODEL[CLASS_KEYS[architecture]].NUM_CLASSES)
+
+
+def check_student(cfg: CfgNode, student: nn.Module, teacher: Optional[FrozenTeacher]) -> Optional[DetectorSpec]:
+    """Whether the student fits the data and, where it takes over a teacher's head, that.
+
+    Returns:
+        what it is like; None for a family that only plain training knows.
+
+    Raises:
+        GDetKDError: it has another number of classes than a data set, or the teacher's in another order.
+    """
+    if find_adapter(student) is None:
+        return None
+    spec = build_adapter(student, "student", cfg).spec
+    check_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], spec.num_classes)
+    spec = with_class_names(spec, class_names(cfg))
+    if cfg.DISTILL.HEAD_TRANSFER and teacher is not None:
+        check_transfer(cfg, spec, teacher.spec)
+    return spec
+
+
 def check_classes(names: Sequence[str], num_classes: int, role: str = "student") -> None:
     """
     Raises:
@@ -105,7 +165,8 @@ def check_classes(names: Sequence[str], num_classes: int, role: str = "student")
         classes = MetadataCatalog.get(name).get("thing_classes")
         if classes is not None and len(classes) != num_classes:
             remedy = (
-                "Evaluate it on a set of its own classes, or without DISTILL.EVAL_TEACHER."
+                "Name its classes in DISTILL.TEACHER.CLASSES, so that they are found by name, or evaluate it on a set "
+                "of its own classes."
                 if role == "teacher"
                 else "Set the student's number of classes (MODEL.ROI_HEADS.NUM_CLASSES, MODEL.RETINANET.NUM_CLASSES, "
                 f"MODEL.FCOS.NUM_CLASSES) to {len(classes)}."
@@ -116,19 +177,26 @@ def check_classes(names: Sequence[str], num_classes: int, role: str = "student")
 
 
 def check_class_order(names: Sequence[str]) -> None:
-    """
+    """Warns of sets with other classes, which may be other names of the same; upper and lower case are.
+
     Raises:
         GDetKDError: two data sets have the same classes in another order, by which evaluation would mistake them.
     """
-    first: Optional[str] = None
-    for name in names:
-        classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes is None:
+    known = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
+    sets = [(name, list(classes)) for name, classes in known.items() if classes is not None]
+    for name, classes in sets[1:]:
+        first, expected = sets[0]
+        ours, its = ([each.strip().lower() for each in side] for side in (expected, classes))
+        if ours == its or len(ours) != len(its):  # `check_classes` looks at numbers
             continue
-        first = first or name
-        expected = MetadataCatalog.get(first).thing_classes
-        if list(classes) != list(expected) and sorted(classes) == sorted(expected):
+        if sorted(ours) == sorted(its):
             raise GDetKDError(
                 f"The data sets {first!r} and {name!r} have the same classes in another order: {some(expected)}; and "
                 f"{some(classes)}. Give them one order (in COCO JSON, by category id)."
             )
+        others = [f"{one!r} is {other!r}" for one, other in zip(expected, classes) if one != other]
+        logger.warning(
+            "The data sets %r and %r have classes of other names, which are taken to be the same, one by one: %s in "
+            "the second.",
+            *(first, name, some(others, 5)),
+        )

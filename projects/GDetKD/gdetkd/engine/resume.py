@@ -113,6 +113,12 @@ class DistillState:
                 f"This run was started with another teacher: {then['weights']!r} (SHA-256 {then['sha256'][:12]}), now "
                 f"{now['weights']!r} ({now['sha256'][:12]}). Resume with the first, or start in a new OUTPUT_DIR."
             )
+        if now["images"] != then.get("images", now["images"]):  # older checkpoints do not say
+            logger.warning(
+                "The teacher saw images as %s when the checkpoint was written, and sees them as %s now: it teaches "
+                "something else.",
+                *(then["images"], now["images"]),
+            )
         if now["weights"] != then["weights"]:
             logger.info("The teacher was %s and is now %s; it is the same.", then["weights"], now["weights"])
         try:

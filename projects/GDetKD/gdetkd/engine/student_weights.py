@@ -46,6 +46,18 @@ class StudentCheckpointer(DurableCheckpointer):
             )
         return incompatible
 
+    def check_whole(self, path: str) -> None:
+        """
+        Raises:
+            GDetKDError: some of the student is as it was initialised.
+        """
+        if self.unloaded:
+            raise GDetKDError(
+                f"MODEL.WEIGHTS {path!r} leaves {len(self.unloaded)} of the student's {len(self.model.state_dict())} "
+                f"tensors as they were initialised ({some(self.unloaded, 5)}). Give a checkpoint of this student, and "
+                "the config that it was trained with."
+            )
+
     def unloaded_backbone(self) -> List[str]:
         """Those below the pyramid, which weights for a detector or for classification should both hold."""
         return [name for name in self.unloaded if name.startswith("backbone.bottom_up.")]

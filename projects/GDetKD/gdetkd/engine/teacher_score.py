@@ -112,12 +112,17 @@ def score_on_sample(
 
     Args:
         count: of images, evenly spread over the set.
+
+    Raises:
+        GDetKDError: they have no object, or the set no class that is the teacher's.
     """
     flip = preprocessing is not None and preprocessing.input_format != teacher.file.input_format
     with _sample(dataset, count) as sample, _preprocessing(teacher, preprocessing):
+        images = load_dataset(sample)
+        if not any(image.get("annotations") for image in images):
+            raise GDetKDError(f"None of the {len(images)} images of {dataset!r} that were looked at has an object.")
         with tempfile.TemporaryDirectory() as folder:
             results = _evaluate(cfg, teacher, sample, folder, flip)["bbox"]
-        images = len(load_dataset(sample))
     names = MetadataCatalog.get(dataset).thing_classes
     kept = teachers_classes_in(cfg, teacher, dataset)
     both = names if kept is None else [names[index] for index in kept if index is not None]
@@ -125,7 +130,7 @@ def score_on_sample(
     # object of it.
     values = [results.get(f"AP-{name}", results["AP"]) for name in both]
     values = [value for value in values if not math.isnan(value)]
-    return SampleScore(sum(values) / max(1, len(values)), images, len(both))
+    return SampleScore(sum(values) / max(1, len(values)), len(images), len(both))
 
 
 def evenly_spread(items: Sequence[Any], count: int) -> List[Any]:
@@ -156,7 +161,9 @@ def _evaluate(cfg: CfgNode, teacher: FrozenTeacher, dataset: str, folder: str, f
     own_folder.defrost()
     own_folder.OUTPUT_DIR = folder
     classes = teachers_classes_in(cfg, teacher, dataset)
-    evaluator = build_evaluator(own_folder, dataset)
+    # A teacher's masks and keypoints count where the student has some, too: a set of boxes has none to compare with.
+    tasks = None if cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON else ("bbox",)
+    evaluator = build_evaluator(own_folder, dataset, tasks)
     if classes is not None:
         evaluator = _Renumbered(evaluator, classes)
     loader = teacher.file.test_loader(dataset)

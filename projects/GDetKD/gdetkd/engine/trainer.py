@@ -17,11 +17,10 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..classes import check_transfer, class_names, with_class_names
-from ..config import plain_config
+from ..classes import class_names
+from ..config import plain_config, score_prefix
 from ..data import ResumableLoader, build_train_loader, register_datasets
-from ..data.train_loader import random_state
-from ..detectors import build_adapter, find_adapter
+from ..data.train_loader import images_per_process, random_state
 from ..distiller import GDetKD
 from ..errors import GDetKDError
 from ..structures import DetectorSpec
@@ -31,7 +30,7 @@ from .evaluators import DiskTolerant, build_evaluator
 from .guard import AgreedStop, GuardedAMPTrainer, GuardedTrainer, StepGuard
 from .hooks import KeepBest, MissedEvaluation, RandomState, Stopwatch, TolerantWriter
 from .optimizer import build_optimizer
-from .preflight import check_architecture, check_classes, check_datasets
+from .preflight import check_architecture, check_datasets, check_student, check_student_classes
 from .resume import DistillState, RunRecord, warn_of_other_data
 from .schedule import LossSchedule
 from .student_weights import StudentCheckpointer
@@ -55,19 +54,17 @@ class DistillTrainer(DefaultTrainer):
         # optimizer out of the checkpoint.
         super(DefaultTrainer, self).__init__()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        images_per_process(cfg, comm.get_world_size())
         check_architecture(cfg)
         register_datasets(cfg)
         check_datasets(cfg)
+        check_student_classes(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         model = self.build_model(cfg)
         self.student: nn.Module = model.student if isinstance(model, GDetKD) else model
         self.distiller: Optional[GDetKD] = model if isinstance(model, GDetKD) else None
-        self.student_spec: Optional[DetectorSpec] = None  # without losses any detector can be trained
-        if find_adapter(self.student) is not None:
-            spec = build_adapter(self.student, "student", cfg).spec
-            check_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], spec.num_classes)
-            self.student_spec = with_class_names(spec, class_names(cfg))
-        if cfg.DISTILL.HEAD_TRANSFER and self.distiller is not None and self.student_spec is not None:
-            check_transfer(cfg, self.student_spec, self.distiller.teacher.spec)
+        # Without losses any detector can be trained.
+        teacher = None if self.distiller is None else self.distiller.teacher
+        self.student_spec: Optional[DetectorSpec] = check_student(cfg, self.student, teacher)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         model = _distributed(model)
@@ -90,7 +87,18 @@ class DistillTrainer(DefaultTrainer):
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
-        """Detectron2's rule (SOLVER.REFERENCE_WORLD_SIZE), and the warm-up of the terms by the factor of MAX_ITER."""
+        """Detectron2's rule (SOLVER.REFERENCE_WORLD_SIZE), and the warm-up of the terms by the factor of MAX_ITER.
+
+        Raises:
+            GDetKDError: SOLVER.IMS_PER_BATCH does not divide by SOLVER.REFERENCE_WORLD_SIZE.
+        """
+        images, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
+        if reference and images % reference:
+            raise GDetKDError(
+                f"SOLVER.IMS_PER_BATCH {images} is the batch of SOLVER.REFERENCE_WORLD_SIZE {reference} processes and "
+                f"does not divide by them. Give a multiple of {reference}, from which that of other "
+                "numbers of processes follows, or set SOLVER.REFERENCE_WORLD_SIZE to 0."
+            )
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if scaled is not cfg:
             scaled.defrost()
@@ -145,7 +153,7 @@ class DistillTrainer(DefaultTrainer):
         hooks[evaluates] = EvalHook(period, self._evaluate)
         best = None
         if self.cfg.TEST.KEEP_BEST and self.cfg.DATASETS.TEST and comm.is_main_process():
-            best = KeepBest(period, self.student, folder)
+            best = KeepBest(period, self.student, folder, f"{score_prefix(self.cfg)}bbox/AP")
         if self.cfg.DATASETS.TEST:
             hooks.insert(evaluates + 1, MissedEvaluation(period, folder, hooks[evaluates], best))
         if best is not None:

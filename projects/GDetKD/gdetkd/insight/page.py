@@ -101,10 +101,10 @@ def _page(cfg: CfgNode, records: Sequence[Dict[str, Any]], headline: str, sectio
 
 
 def _of_scores(cfg: CfgNode, baseline: Optional[Baseline]) -> List[Section]:
-    curve = read_curve(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER)
+    curve = read_curve(cfg)
     if not curve[0]:
         return []
-    teacher_ap = read_teacher_ap(cfg.OUTPUT_DIR)
+    teacher_ap = read_teacher_ap(cfg)
     known = "" if teacher_ap is not None else " The teacher's is not known: DISTILL.EVAL_TEACHER was off."
     figure = charts.draw_ap(curve, baseline.curve if baseline else None, teacher_ap)
     caption = f"Box AP on {cfg.DATASETS.TEST[0]} at each evaluation.{known}"

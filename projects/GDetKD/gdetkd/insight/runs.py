@@ -7,6 +7,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
+from ..config import score_prefix
 from ..detectors import DetectorAdapter, build_adapter
 from ..distiller import GDetKD
 from ..engine import build_plain_student
@@ -58,7 +59,7 @@ class FinishedRun:
         return build_adapter(student, "student", self.cfg)
 
     def curve(self) -> Tuple[List[int], List[float]]:
-        return read_curve(str(self.folder), self.cfg.SOLVER.MAX_ITER)
+        return read_curve(self.cfg)
 
 
 def load_checkpoint(distiller: GDetKD, path: Path) -> None:
@@ -77,9 +78,9 @@ def load_checkpoint(distiller: GDetKD, path: Path) -> None:
         raise GDetKDError(f"{str(path)!r} does not belong to this config: {e}") from e
 
 
-def read_curve(output_dir: str, max_iter: int) -> Tuple[List[int], List[float]]:
-    """Iterations and AP (percent) of a run's evaluations so far."""
-    points = Run(Path(output_dir), "", [], max_iter).curve()
+def read_curve(cfg: CfgNode) -> Tuple[List[int], List[float]]:
+    """Iterations and AP (percent) of a run's evaluations so far, by its config."""
+    points = Run(Path(cfg.OUTPUT_DIR), "", [], cfg.SOLVER.MAX_ITER, score_prefix(cfg)).curve()
     return [point.iteration for point in points], [point.metrics["AP"] for point in points]
 
 
@@ -100,7 +101,7 @@ def _is_loss(name: str) -> bool:
     return "loss" in name and name != "total_loss" and "/" not in name
 
 
-def read_teacher_ap(output_dir: str) -> Any:
-    """The teacher's AP (percent) where the run evaluated it, else None."""
-    lines = Run(Path(output_dir), "", [], 0).lines()
-    return next((line["teacher/bbox/AP"] for line in lines if "teacher/bbox/AP" in line), None)
+def read_teacher_ap(cfg: CfgNode) -> Any:
+    """The teacher's AP (percent) where the run of that config evaluated it, else None."""
+    name = f"teacher/{score_prefix(cfg)}bbox/AP"
+    return next((line[name] for line in Run(Path(cfg.OUTPUT_DIR), "", [], 0).lines() if name in line), None)

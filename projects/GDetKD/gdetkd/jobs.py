@@ -1,0 +1,79 @@
+"""Runs of train_net.py side by side, each a process of its own with its share of the cores."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Mapping, Sequence
+
+import torch
+from tqdm import tqdm
+
+from .errors import GDetKDError
+from .experiments import Run
+
+POLL_SECONDS = 1.0
+
+
+def seed_by_seed(runs: Mapping[Any, Sequence[Run]]) -> List[Run]:
+    """The runs of each method in an order in which what is stopped early has whole seeds."""
+    return [run for seed in zip(*runs.values()) for run in seed]
+
+
+def run_all(runs: Iterable[Run], train_net: Path, jobs: int = 2) -> None:
+    """Trains what is not complete yet, `jobs` at once, each on a GPU of its own as far as there are any, with a
+    progress bar.
+
+    When it ends early, so do the trainings: they save, and go on where they were when it is called again.
+
+    Raises:
+        GDetKDError: a folder holds a run of another config, or a run failed; then the message names its log and gives
+            the log's last line.
+    """
+    runs = list({run.folder: run for run in runs}.values())
+    for run in runs:
+        run.claim_folder()
+    waiting = [run for run in runs if not run.is_complete()]
+    running: Dict[int, Run] = {}  # by the place, of `jobs`, that it takes
+    total = sum(run.max_iter for run in waiting)
+    try:
+        with tqdm(total=total, unit="it", mininterval=5, desc=_names(waiting), disable=not waiting) as bar:
+            done = 0
+            while waiting or running:
+                for place in [place for place in range(jobs) if place not in running][: len(waiting)]:
+                    running[place] = _start(waiting.pop(0), train_net, jobs, place)
+                time.sleep(POLL_SECONDS)
+                for place, run in [(place, run) for place, run in running.items() if run.process.poll() is not None]:
+                    del running[place]
+                    _check(run)
+                    done += run.max_iter
+                bar.update(done + sum(run.iterations_done() for run in running.values()) - bar.n)
+    finally:
+        # A second training in the folder of one that nobody waits for would spoil both.
+        for run in running.values():
+            run.process.terminate()
+        for run in running.values():
+            run.process.wait()
+
+
+def _names(runs: Sequence[Run]) -> str:
+    return ", ".join(run.folder.name for run in runs[:3]) + (", ..." if len(runs) > 3 else "")
+
+
+def _start(run: Run, train_net: Path, jobs: int, place: int) -> Run:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    count = torch.cuda.device_count()
+    if count > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else list(map(str, range(count)))
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[place % count]
+    with open(run.folder / "stdout.txt", "a") as log:
+        run.process = subprocess.Popen(run.command(train_net), stdout=log, stderr=subprocess.STDOUT, env=environment)
+    return run
+
+
+def _check(run: Run) -> None:
+    if run.process.returncode != 0 or not run.is_complete():
+        log = run.folder / "stdout.txt"
+        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+        raise GDetKDError(f"The run in {run.folder} failed; its log is {log}, which ends with: {last}")
