@@ -27,6 +27,7 @@ from gdetkd.data import register_datasets
 from gdetkd.engine import build_plain_student, evaluate_teacher
 from gdetkd.engine.check import Check
 from gdetkd.engine.checkpoint import written_whole
+from gdetkd.engine.folder import only_training_in
 from gdetkd.engine.launch import run_everywhere
 from gdetkd.engine.preflight import check_student_classes, check_test_sets
 from gdetkd.engine.student_weights import StudentCheckpointer
@@ -94,9 +95,10 @@ def main(args: Namespace) -> Any:
         return evaluate_teacher(cfg)
     if args.eval_only:
         return evaluate(cfg, args.resume)
-    trainer = DistillTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    with only_training_in(cfg.OUTPUT_DIR):
+        trainer = DistillTrainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
 
 
 def evaluate(cfg: CfgNode, resume: bool) -> Any:

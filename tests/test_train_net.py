@@ -1,5 +1,6 @@
 """The command line, run as a user runs it."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 
 from conftest import make_cfg
+from gdetkd.engine.folder import LOCK
 from gdetkd.errors import GDetKDError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +63,18 @@ def test_weights_that_are_not_all_of_the_student_are_not_evaluated(config_file, 
     result = run("train_net.py", "--config-file", config_file, "--eval-only", *keys)
     assert result.returncode == 1 and "has 3 classes and the student 4" in result.stderr.splitlines()[-1]
     assert config.read_text() == "of the training"  # which an evaluation leaves alone
+
+
+def test_one_training_at_a_time_in_a_folder(config_file, tmp_path):
+    command = ["train_net.py", "--config-file", config_file]
+    with open(tmp_path / "run" / LOCK, "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        result = run(*command)
+        assert result.returncode == 1 and "Another training is writing to" in result.stderr.splitlines()[-1]
+        assert "choose another OUTPUT_DIR" in result.stderr and "Traceback" not in result.stderr
+        assert not list((tmp_path / "run").glob("*.pth"))
+    result = run(*command)
+    assert result.returncode == 0 and (tmp_path / "run" / "model_final.pth").exists(), result.stderr[-2000:]
 
 
 def test_more_gpus_than_there_are(config_file):
