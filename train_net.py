@@ -46,7 +46,7 @@ def parser() -> ArgumentParser:
     return parser
 
 
-def setup(args: Namespace) -> CfgNode:
+def read_config(args: Namespace) -> CfgNode:
     """The config of FILE and of KEY VALUE, with the CPU in place of a GPU that is not there."""
     cfg = get_cfg()
     add_gdetkd_config(cfg)
@@ -59,21 +59,7 @@ def setup(args: Namespace) -> CfgNode:
         raise GDetKDError("SOLVER.AMP.ENABLED needs a CUDA device. Set it to False, or train on a GPU.")
     _check_device(cfg.MODEL.DEVICE)
     cfg.freeze()
-    with _config_of_run(cfg.OUTPUT_DIR, args.check or args.eval_only or args.eval_teacher):
-        default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gdetkd")  # Detectron2 thinks of its own alone
     return cfg
-
-
-@contextmanager
-def _config_of_run(output_dir: str, is_kept: bool) -> Iterator[None]:
-    """Keeps config.yaml, which Detectron2 writes at every start, as the training has left it."""
-    path = Path(output_dir, "config.yaml")
-    before = path.read_bytes() if is_kept and comm.is_main_process() and path.exists() else None
-    yield
-    if before is not None:
-        with written_whole(str(path), "wb") as file:
-            file.write(before)
 
 
 def _check_device(device: str) -> None:
@@ -86,19 +72,51 @@ def _check_device(device: str) -> None:
         torch.cuda.set_device(device)  # or random states would be kept of another GPU than draws
 
 
-def main(args: Namespace) -> Any:
-    cfg = setup(args)
+@contextmanager
+def kept_config(output_dir: str, in_any_case: bool) -> Iterator[None]:
+    """Keeps the config.yaml of an earlier training in the folder, which Detectron2 overwrites at every start.
+
+    Args:
+        in_any_case: also where no error ends what is inside.
+    """
+    path = Path(output_dir, "config.yaml")
+    before = path.read_bytes() if comm.is_main_process() and path.exists() else None
+    try:
+        yield
+    except BaseException:
+        in_any_case = True
+        raise
+    finally:
+        if before is not None and in_any_case:
+            with written_whole(str(path), "wb") as file:
+                file.write(before)
+
+
+def start(cfg: CfgNode, args: Namespace) -> None:
+    """Folder, loggers, seeds and data sets."""
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gdetkd")  # Detectron2 thinks of its own alone
     register_datasets(cfg)
+
+
+def main(args: Namespace) -> Any:
+    cfg = read_config(args)
+    if not (args.check or args.eval_teacher or args.eval_only):
+        with only_training_in(cfg.OUTPUT_DIR):
+            return train(cfg, args)
+    with kept_config(cfg.OUTPUT_DIR, True):
+        start(cfg, args)
     if args.check:
         return check(cfg, args)
-    if args.eval_teacher:
-        return evaluate_teacher(cfg)
-    if args.eval_only:
-        return evaluate(cfg, args.resume)
-    with only_training_in(cfg.OUTPUT_DIR):
+    return evaluate_teacher(cfg) if args.eval_teacher else evaluate(cfg, args.resume)
+
+
+def train(cfg: CfgNode, args: Namespace) -> Any:
+    with kept_config(cfg.OUTPUT_DIR, False):  # a run that is refused has not been here
+        start(cfg, args)
         trainer = DistillTrainer(cfg)
         trainer.resume_or_load(resume=args.resume)
-        return trainer.train()
+    return trainer.train()
 
 
 def evaluate(cfg: CfgNode, resume: bool) -> Any:
@@ -108,7 +126,7 @@ def evaluate(cfg: CfgNode, resume: bool) -> Any:
     student = build_plain_student(cfg)
     checkpointer = StudentCheckpointer(student, cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    checkpointer.check_whole(cfg.MODEL.WEIGHTS)
+    checkpointer.check_whole()
     return DistillTrainer.test(cfg, student)
 
 

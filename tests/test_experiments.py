@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,23 @@ def test_trainings_end_with_what_started_them(tmp_path):
     with pytest.raises(GDetKDError, match="The run in .*one failed"):
         run_all([Run(tmp_path / name, CONFIG, [], 5) for name in ("one", "two")], program)
     assert (tmp_path / "two" / "stopped").exists() and not (tmp_path / "one" / "stopped").exists()
+
+
+def test_trainings_end_with_a_signal_to_what_started_them(tmp_path):
+    program = tmp_path / "train_net.py"
+    program.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "def stop(*_):\n"
+        "    pathlib.Path(sys.argv[-1], 'stopped').touch()\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(60)\n"
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        run_all([Run(tmp_path / "one", CONFIG, [], 5)], program)
+    assert (tmp_path / "one" / "stopped").exists() and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_run_that_is_named_twice_is_trained_once(tmp_path):

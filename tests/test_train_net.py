@@ -58,7 +58,8 @@ def test_weights_that_are_not_all_of_the_student_are_not_evaluated(config_file, 
     for weights in ("", str(tmp_path / "few.pth")):
         result = run("train_net.py", "--config-file", config_file, "--eval-only", "MODEL.WEIGHTS", weights)
         assert result.returncode == 1 and "Traceback" not in result.stderr
-        assert f"MODEL.WEIGHTS {weights!r} leaves" in result.stderr.splitlines()[-1]
+        said = f"The weights {weights!r} leave" if weights else "MODEL.WEIGHTS is empty, which leaves"
+        assert said in result.stderr.splitlines()[-1]
     keys = ["MODEL.ROI_HEADS.NUM_CLASSES", "4", "MODEL.WEIGHTS", str(tmp_path / "few.pth")]
     result = run("train_net.py", "--config-file", config_file, "--eval-only", *keys)
     assert result.returncode == 1 and "has 3 classes and the student 4" in result.stderr.splitlines()[-1]
@@ -67,13 +68,18 @@ def test_weights_that_are_not_all_of_the_student_are_not_evaluated(config_file, 
 
 def test_one_training_at_a_time_in_a_folder(config_file, tmp_path):
     command = ["train_net.py", "--config-file", config_file]
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text("of the training")
     with open(tmp_path / "run" / LOCK, "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
         result = run(*command)
         assert result.returncode == 1 and "Another training is writing to" in result.stderr.splitlines()[-1]
         assert "choose another OUTPUT_DIR" in result.stderr and "Traceback" not in result.stderr
         assert not list((tmp_path / "run").glob("*.pth"))
+    result = run(*command, "DATASETS.TRAIN", "()")
+    assert result.returncode == 1 and config.read_text() == "of the training"
     result = run(*command)
+    assert config.read_text().startswith("CUDNN_BENCHMARK")
     assert result.returncode == 0 and (tmp_path / "run" / "model_final.pth").exists(), result.stderr[-2000:]
 
 

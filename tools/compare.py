@@ -11,6 +11,7 @@ docs/compare.md.
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -69,8 +70,10 @@ def make_comparison(args: argparse.Namespace) -> Comparison:
 def score_teacher(cfg: CfgNode, path: Path) -> Optional[float]:
     """The teacher's AP in percent, kept in a file; None, and the reason on the screen, where it cannot be evaluated."""
     teacher = FrozenTeacher(cfg)
+    content = hashlib.sha256(teacher.file.content().encode()).hexdigest()
+    of = {"sha256": teacher.sha256, "file": content, "data": cfg.DATASETS.TEST[0]}
     kept = json.loads(path.read_text()) if path.exists() else {}
-    if kept.get("sha256") == teacher.sha256 and kept.get("data") == cfg.DATASETS.TEST[0]:
+    if all(kept.get(key) == value for key, value in of.items()):
         return kept["AP"]
     try:
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
@@ -78,7 +81,7 @@ def score_teacher(cfg: CfgNode, path: Path) -> Optional[float]:
     except GDetKDError as e:
         print(f"The teacher was not evaluated, and the report has no share of its lead. {e}", file=sys.stderr)
         return None
-    path.write_text(json.dumps({"sha256": teacher.sha256, "data": cfg.DATASETS.TEST[0], "AP": ap}) + "\n")
+    path.write_text(json.dumps({**of, "AP": ap}) + "\n")
     return ap
 
 

@@ -120,7 +120,7 @@ def main() -> None:
     student = build_plain_student(cfg)
     checkpointer = StudentCheckpointer(student)
     checkpointer.load(args.weights)
-    checkpointer.check_whole(args.weights)
+    checkpointer.check_whole()
     export(student, args.output, *args.image_size)
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
 

@@ -98,7 +98,8 @@ def test_number_of_classes_is_compared(tiny_dataset):
 
 @pytest.mark.parametrize("architecture, node", [("GeneralizedRCNN", "ROI_HEADS"), ("RetinaNet", "RETINANET")])
 @pytest.mark.parametrize("distilled", [False, True])
-def test_number_of_classes_is_compared_before_anything_is_built(architecture, node, distilled):
+def test_number_of_classes_is_compared_before_anything_is_built(architecture, node, distilled, monkeypatch):
+    monkeypatch.setattr(DistillTrainer, "build_model", None)
     keys = {"MODEL.META_ARCHITECTURE": architecture, f"MODEL.{node}.NUM_CLASSES": 80}
     if distilled:
         keys.update({"MODEL.META_ARCHITECTURE": "GDetKD", "DISTILL.STUDENT_META_ARCHITECTURE": architecture})

@@ -247,8 +247,15 @@ def test_a_teacher_that_cannot_be_evaluated_is_said_at_the_end(shapes_cfg, tmp_p
     check = Check(cfg, images=2)
     screen = check.run()
     assert check.problems == [] and "No problem found." not in screen
-    assert screen.endswith("No problem found in what could be looked at. What could not is named above.")
-    assert "a wrong one would not be noticed." in screen and "in DISTILL.TEACHER.CLASSES" in screen
+    last = screen.splitlines()[-2:]
+    assert last[0] == "No problem found in what could be looked at." and last[1].startswith("Not looked at: how good")
+    assert "a wrong one would not be noticed." in last[1] and "in DISTILL.TEACHER.CLASSES" in last[1]
+
+
+def test_a_class_map_that_cannot_be_followed(shapes_cfg):
+    classes = [["circle", "square"], ["square", "square"]]
+    cfg = shapes_cfg(DISTILL__LOSSES=("SGFI",), DISTILL__HEAD_TRANSFER=False, DISTILL__CLASS_MAP=classes)
+    assert any("'square' of the teacher is both" in problem for problem in problems_of(cfg))
 
 
 def test_without_teacher_or_for_a_plain_detector(distill_cfg, tmp_path):

@@ -131,5 +131,5 @@ def test_a_teacher_that_moved_is_known_by_its_hash(distill_cfg, tmp_path, caplog
     (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
     cfg.DISTILL.TEACHER.OPTS = ["MODEL.PIXEL_STD", [2.0, 2.0, 2.0]]
     train(DistillTrainer, cfg, resume=True)
-    assert "std [1.0, 1.0, 1.0] when the checkpoint was written" in caplog.text
-    assert "std [2.0, 2.0, 2.0] now: it teaches something else" in caplog.text
+    assert "pixel_std [1.0, 1.0, 1.0] when the checkpoint was written" in caplog.text
+    assert "pixel_std [2.0, 2.0, 2.0] now: it teaches something else" in caplog.text

@@ -1,7 +1,9 @@
 """Runs of train_net.py side by side, each a process of its own with its share of the cores."""
 
 import os
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Sequence
@@ -36,6 +38,9 @@ def run_all(runs: Iterable[Run], train_net: Path, jobs: int = 2) -> None:
     waiting = [run for run in runs if not run.is_complete()]
     running: Dict[int, Run] = {}  # by the place, of `jobs`, that it takes
     total = sum(run.max_iter for run in waiting)
+    # Under nohup a hangup is ignored, and stays so.
+    numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, _end) for number in numbers}
     try:
         with tqdm(total=total, unit="it", mininterval=5, desc=_names(waiting), disable=not waiting) as bar:
             done = 0
@@ -54,6 +59,12 @@ def run_all(runs: Iterable[Run], train_net: Path, jobs: int = 2) -> None:
             run.process.terminate()
         for run in running.values():
             run.process.wait()
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _end(number: int, frame: Any) -> None:
+    sys.exit(128 + number)
 
 
 def _names(runs: Sequence[Run]) -> str:
@@ -68,7 +79,10 @@ def _start(run: Run, train_net: Path, jobs: int, place: int) -> Run:
         gpus = visible.split(",") if visible else list(map(str, range(count)))
         environment["CUDA_VISIBLE_DEVICES"] = gpus[place % count]
     with open(run.folder / "stdout.txt", "a") as log:
-        run.process = subprocess.Popen(run.command(train_net), stdout=log, stderr=subprocess.STDOUT, env=environment)
+        # In a session of its own, which the terminal's Ctrl-C does not reach: it is ended by SIGTERM, and saves.
+        run.process = subprocess.Popen(
+            run.command(train_net), stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
     return run
 
 

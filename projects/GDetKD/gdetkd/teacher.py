@@ -151,8 +151,10 @@ class FrozenTeacher:
 
     def describe(self) -> Dict[str, str]:
         """What a checkpoint keeps of the teacher: where its weights were, what they were, and how it sees images."""
-        mean, std = (part.flatten().tolist() for part in (self.model.pixel_mean, self.model.pixel_std))
-        images = f"{self.file.input_format}, mean {mean}, std {std}"
+        images = self.file.input_format
+        for name in ("pixel_mean", "pixel_std"):  # which a family of one's own need not have
+            if (part := getattr(self.model, name, None)) is not None:
+                images += f", {name} {part.flatten().tolist()}"
         return {"weights": self.file.weights, "sha256": self.sha256, "images": images}
 
 

@@ -16,11 +16,21 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .classes import class_names
-from .config import add_gdetkd_config, plain_config
+from .config import add_gdetkd_config, flat_config, plain_config
 from .errors import GDetKDError
 from .safe_load import merge_config_file
 
 logger = logging.getLogger(__name__)
+
+# What a yaml says of the detector, its images and its classes.
+CONTENT = (
+    "MODEL.",
+    "INPUT.FORMAT",
+    "INPUT.MIN_SIZE_TEST",
+    "INPUT.MAX_SIZE_TEST",
+    "DATASETS.TRAIN",
+    "DATASETS.REGISTER",
+)
 
 
 class TeacherFile(ABC):
@@ -42,7 +52,7 @@ class TeacherFile(ABC):
 
     @abstractmethod
     def content(self) -> str:
-        """What the file says, with what it takes from others as far as that is known."""
+        """What the file says of the detector, its images and its classes."""
 
     @abstractmethod
     def class_names(self) -> Optional[Tuple[str, ...]]:
@@ -81,10 +91,8 @@ class YamlTeacher(TeacherFile):
         return build_model(self.cfg)
 
     def content(self) -> str:
-        anywhere = self.cfg.clone()
-        anywhere.defrost()
-        anywhere.MODEL.DEVICE = ""
-        return anywhere.dump()
+        said = flat_config(self.cfg.dump()).items()
+        return str(sorted((key, value) for key, value in said if key.startswith(CONTENT) and key != "MODEL.DEVICE"))
 
     def class_names(self) -> Optional[Tuple[str, ...]]:
         return class_names(self.cfg)

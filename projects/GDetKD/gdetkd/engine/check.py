@@ -9,7 +9,7 @@ from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 from torch import nn
 
-from ..classes import match_classes, some
+from ..classes import match_classes, other_names, some
 from ..data.train_loader import images_per_process
 from ..errors import GDetKDError
 from ..structures import DetectorSpec
@@ -104,6 +104,11 @@ class Check:
         if student is None or student.class_names is None or teacher.class_names is None:
             return "Classes: the names of both sides' are not known; they are taken to be the same in the same order."
         try:
+            other_names(self._cfg, student.class_names, teacher.class_names)
+        except GDetKDError as e:
+            self.problems.append(str(e))
+            return "Classes: DISTILL.CLASS_MAP cannot be followed."
+        try:
             classes = match_classes("the check", self._cfg, student, teacher)
         except GDetKDError:
             return "Classes: student and teacher have none in common; SGFI and CKD do not need any."
@@ -123,8 +128,8 @@ class Check:
         try:
             score = score_on_sample(cfg, teacher, dataset, count)
         except GDetKDError as e:
-            self.unknown.append(f"The teacher was not evaluated, so that a wrong one would not be noticed. {e}")
-            return self.unknown[-1]
+            self.unknown.append(f"how good the teacher is, so that a wrong one would not be noticed. {e}")
+            return "The teacher was not evaluated."
         # All of them only where there is something to find: each costs as much as the first.
         weak = score.ap < cfg.DISTILL.TEACHER.MIN_AP
         candidates = [usual for usual in USUAL if usual != own] if weak else [with_channels_swapped(own)]
@@ -191,12 +196,11 @@ class Check:
         return "\n".join(lines)
 
     def _verdict(self) -> str:
-        if not self.problems and not self.unknown:
-            return "No problem found."
+        unknown = "".join(f"\nNot looked at: {each}" for each in self.unknown)
         if not self.problems:
-            return "No problem found in what could be looked at. What could not is named above."
+            return f"No problem found in what could be looked at.{unknown}" if unknown else "No problem found."
         numbered = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, start=1))
-        return f"PROBLEMS: {len(self.problems)}\n{numbered}"
+        return f"PROBLEMS: {len(self.problems)}\n{numbered}{unknown}"
 
 
 def _of_one_process(cfg: CfgNode, processes: int) -> CfgNode:

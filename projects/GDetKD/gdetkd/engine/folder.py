@@ -34,6 +34,7 @@ def only_training_in(folder: str) -> Iterator[None]:
 
 def _lock(folder: str) -> Tuple[IO[str], str]:
     """An open file that is locked, and what is wrong."""
+    os.makedirs(folder, exist_ok=True)
     lock = open(os.path.join(folder, LOCK), "w")
     try:
         # Not flock: the workers that load data would inherit it, and outlive a process that is killed.

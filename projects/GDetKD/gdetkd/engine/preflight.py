@@ -186,14 +186,16 @@ def check_class_order(names: Sequence[str]) -> None:
     sets = [(name, list(classes)) for name, classes in known.items() if classes is not None]
     for name, classes in sets[1:]:
         first, expected = sets[0]
-        ours, its = ([each.strip().lower() for each in side] for side in (expected, classes))
-        if ours == its or len(ours) != len(its):  # `check_classes` looks at numbers
+        if classes == expected or len(classes) != len(expected):  # `check_classes` looks at numbers
             continue
-        if sorted(ours) == sorted(its):
+        ours, its = ([str(each).strip().lower() for each in side] for side in (expected, classes))
+        if sorted(map(str, expected)) == sorted(map(str, classes)) or (ours != its and sorted(ours) == sorted(its)):
             raise GDetKDError(
                 f"The data sets {first!r} and {name!r} have the same classes in another order: {some(expected)}; and "
                 f"{some(classes)}. Give them one order (in COCO JSON, by category id)."
             )
+        if ours == its:
+            continue
         others = [f"{one!r} is {other!r}" for one, other in zip(expected, classes) if one != other]
         logger.warning(
             "The data sets %r and %r have classes of other names, which are taken to be the same, one by one: %s in "

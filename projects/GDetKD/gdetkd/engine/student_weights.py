@@ -26,6 +26,7 @@ class StudentCheckpointer(DurableCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self.unloaded: List[str] = list(model.state_dict())
         self._resuming = False
+        self._path = ""  # of what was loaded last
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
         self._resuming = resume and self.has_checkpoint()
@@ -39,23 +40,28 @@ class StudentCheckpointer(DurableCheckpointer):
         # How many batches a BatchNorm has seen plays no part, and old files lack it.
         self.unloaded = sorted(key for key in left if not key.endswith("num_batches_tracked"))
         other = self.unloaded + incompatible.unexpected_keys
-        if self._resuming and other:
+        if self._resuming and other and "trainer" in self.checkpointables:  # an evaluation may leave some out
             raise GDetKDError(
                 f"This run was started with another student: {len(other)} tensors are not the same ({some(other, 5)}). "
                 "Resume it with the config it was started with, or start in a new OUTPUT_DIR."
             )
         return incompatible
 
-    def check_whole(self, path: str) -> None:
+    def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
+        self._path = path
+        return super().load(path, *args, **kwargs)
+
+    def check_whole(self) -> None:
         """
         Raises:
             GDetKDError: some of the student is as it was initialised.
         """
         if self.unloaded:
+            what = f"The weights {self._path!r} leave" if self._path else "MODEL.WEIGHTS is empty, which leaves"
             raise GDetKDError(
-                f"MODEL.WEIGHTS {path!r} leaves {len(self.unloaded)} of the student's {len(self.model.state_dict())} "
-                f"tensors as they were initialised ({some(self.unloaded, 5)}). Give a checkpoint of this student, and "
-                "the config that it was trained with."
+                f"{what} {len(self.unloaded)} of the student's {len(self.model.state_dict())} tensors as they were "
+                f"initialised ({some(self.unloaded, 5)}). Give a checkpoint of this student, and the config that it "
+                "was trained with."
             )
 
     def unloaded_backbone(self) -> List[str]:
