@@ -12,8 +12,11 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from conftest import make_batch, make_cfg, plain_keys_of
+from gdetkd import DistillTrainer
 from gdetkd.detectors import DETECTOR_ADAPTER_REGISTRY
+from gdetkd.engine.teacher_score import preprocessing_of
 from gdetkd.errors import GDetKDError
+from gdetkd.safe_load import read_weights
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "detector-families.md"
 
@@ -68,6 +71,12 @@ def test_the_documented_example_learns_and_teaches(distill_cfg, own_family, tmp_
     files = {"CONFIG_FILE": str(tmp_path / "own.yaml"), "WEIGHTS": str(tmp_path / "own.pth")}
     cfg = distill_cfg({"DISTILL.LOSSES": ("SGFI", "CKD"), **{f"DISTILL.TEACHER.{k}": v for k, v in files.items()}})
     check(build_model(cfg).train())
+    cfg.SOLVER.MAX_ITER = 1
+    trainer = DistillTrainer(cfg)
+    trainer.train()
+    described = trainer.distiller.teacher.describe()
+    assert read_weights(str(tmp_path / "run" / "model_final.pth"))["distill"]["teacher"] == described
+    assert described["images"] == "BGR" and preprocessing_of(trainer.distiller.teacher.model, "BGR") is None
 
 
 def check(model):

@@ -132,14 +132,17 @@ class Check:
             return "The teacher was not evaluated."
         # All of them only where there is something to find: each costs as much as the first.
         weak = score.ap < cfg.DISTILL.TEACHER.MIN_AP
+        text = f"Teacher on {score.images} images of {dataset}, {score.classes} classes: AP {score.ap:.1f}"
+        if own is None:
+            self._judge(score, None, score)
+            return f"{text}."
         candidates = [usual for usual in USUAL if usual != own] if weak else [with_channels_swapped(own)]
         others = {other: score_on_sample(cfg, teacher, dataset, count, other) for other in candidates}
         best = max(others, key=lambda other: others[other].ap)
         self._judge(score, best, others[best])
-        text = f"Teacher on {score.images} images of {dataset}, {score.classes} classes: AP {score.ap:.1f}"
         return f"{text}; it would be {others[best].ap:.1f} with {best}."
 
-    def _judge(self, score: SampleScore, best: Preprocessing, best_score: SampleScore) -> None:
+    def _judge(self, score: SampleScore, best: Optional[Preprocessing], best_score: SampleScore) -> None:
         weak = score.ap < self._cfg.DISTILL.TEACHER.MIN_AP
         found = f"The teacher has AP {score.ap:.1f} on {score.images} images"
         if weak:
@@ -150,9 +153,10 @@ class Check:
                 "MODEL.PIXEL_STD as it was trained, in its file or by DISTILL.TEACHER.OPTS."
             )
         elif weak:
+            tried = ", and no usual preprocessing makes it better" if best else ""
             self.problems.append(
-                f"{found}, and no usual preprocessing makes it better. Are its weights trained ones, with classes in "
-                "the order of the set that it was trained on? One that is meant to be so weak needs a lower MIN_AP."
+                f"{found}{tried}. Are its weights trained ones, with classes in the order of the set that it was trained "
+                "on? One that is meant to be so weak needs a lower MIN_AP."
             )
 
     def _batches(self) -> List[Any]:
@@ -218,7 +222,7 @@ def _describe(model: nn.Module, spec: Optional[DetectorSpec], input_format: str)
     column = {
         "detector": type(model).__name__,
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M",
-        "images": str(preprocessing_of(model, input_format)),
+        "images": str(preprocessing_of(model, input_format) or input_format),
     }
     if spec is not None:
         levels = ", ".join(f"{name} 1/{stride}" for name, stride in spec.strides.items())

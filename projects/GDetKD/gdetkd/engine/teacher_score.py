@@ -58,8 +58,10 @@ def with_channels_swapped(own: Preprocessing) -> Preprocessing:
     return Preprocessing("RGB" if own.input_format == "BGR" else "BGR", own.mean, own.std)
 
 
-def preprocessing_of(model: Any, input_format: str) -> Preprocessing:
-    """Of a built detector."""
+def preprocessing_of(model: Any, input_format: str) -> Optional[Preprocessing]:
+    """Of a built detector; None where it makes its images in another way than by a mean and a std."""
+    if not (hasattr(model, "pixel_mean") and hasattr(model, "pixel_std")):
+        return None
     mean, std = (tuple(round(v, 3) for v in part.flatten().tolist()) for part in (model.pixel_mean, model.pixel_std))
     return Preprocessing(input_format, mean, std)
 
