@@ -155,8 +155,8 @@ class Check:
         elif weak:
             tried = ", and no usual preprocessing makes it better" if best else ""
             self.problems.append(
-                f"{found}{tried}. Are its weights trained ones, with classes in the order of the set that it was trained "
-                "on? One that is meant to be so weak needs a lower MIN_AP."
+                f"{found}{tried}. Are its weights trained ones, with classes in the order of the set that it was "
+                "trained on? One that is meant to be so weak needs a lower MIN_AP."
             )
 
     def _batches(self) -> List[Any]:
