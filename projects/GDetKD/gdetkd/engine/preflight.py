@@ -165,8 +165,8 @@ def check_classes(names: Sequence[str], num_classes: int, role: str = "student")
         classes = MetadataCatalog.get(name).get("thing_classes")
         if classes is not None and len(classes) != num_classes:
             remedy = (
-                "Name its classes in DISTILL.TEACHER.CLASSES, so that they are found by name, or evaluate it on a set "
-                "of its own classes."
+                "Name its classes in DISTILL.TEACHER.CLASSES, so that they are found by name, evaluate it on a set of "
+                "its own classes, or leave DISTILL.EVAL_TEACHER off."
                 if role == "teacher"
                 else "Set the student's number of classes (MODEL.ROI_HEADS.NUM_CLASSES, MODEL.RETINANET.NUM_CLASSES, "
                 f"MODEL.FCOS.NUM_CLASSES) to {len(classes)}."
