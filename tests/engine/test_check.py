@@ -77,6 +77,16 @@ def problems_of(cfg):
     return check.problems
 
 
+def save_untrained_teacher(folder, opts=()):
+    """The quickstart's teacher with changes, as it was initialised; returns the path of its weights."""
+    teacher = get_cfg()
+    add_gdetkd_config(teacher)
+    teacher.merge_from_file("configs/quickstart/teacher-FasterRCNN.yaml")
+    teacher.merge_from_list(["MODEL.DEVICE", "cpu", *opts])
+    torch.save({"model": build_model(teacher).state_dict()}, folder / "untrained.pth")
+    return str(folder / "untrained.pth")
+
+
 def test_a_sound_run(shapes_cfg):
     check = Check(shapes_cfg(), images=IMAGES)
     teacher = {name: tensor.clone() for name, tensor in check._teacher.model.state_dict().items()}
@@ -113,12 +123,7 @@ def test_teacher_with_another_channel_order_that_is_not_weak(shapes_cfg):
 
 
 def test_teacher_that_is_not_trained(shapes_cfg, tmp_path):
-    teacher = get_cfg()
-    add_gdetkd_config(teacher)
-    teacher.merge_from_file("configs/quickstart/teacher-FasterRCNN.yaml")
-    teacher.MODEL.DEVICE = "cpu"
-    torch.save({"model": build_model(teacher).state_dict()}, tmp_path / "untrained.pth")
-    [problem] = problems_of(shapes_cfg(DISTILL__TEACHER__WEIGHTS=str(tmp_path / "untrained.pth")))
+    [problem] = problems_of(shapes_cfg(DISTILL__TEACHER__WEIGHTS=save_untrained_teacher(tmp_path)))
     assert "no usual preprocessing makes it better" in problem and "MIN_AP 20" in problem
 
 
@@ -238,12 +243,7 @@ def test_one_process_of_several(distill_cfg):
 def test_a_teacher_that_cannot_be_evaluated_is_said_at_the_end(shapes_cfg, tmp_path):
     cfg = shapes_cfg(DISTILL__TEACHER__CLASSES=(), DISTILL__LOSSES=("SGFI",), DISTILL__HEAD_TRANSFER=False)
     opts = ["MODEL.ROI_HEADS.NUM_CLASSES", 7]
-    teacher = get_cfg()
-    add_gdetkd_config(teacher)
-    teacher.merge_from_file("configs/quickstart/teacher-FasterRCNN.yaml")
-    teacher.merge_from_list(["MODEL.DEVICE", "cpu", *opts])
-    torch.save({"model": build_model(teacher).state_dict()}, tmp_path / "seven.pth")
-    cfg.DISTILL.TEACHER.OPTS, cfg.DISTILL.TEACHER.WEIGHTS = opts, str(tmp_path / "seven.pth")
+    cfg.DISTILL.TEACHER.OPTS, cfg.DISTILL.TEACHER.WEIGHTS = opts, save_untrained_teacher(tmp_path, opts)
     check = Check(cfg, images=2)
     screen = check.run()
     assert check.problems == [] and "No problem found." not in screen
