@@ -3,6 +3,8 @@ import math
 import pytest
 import torch
 from detectron2.structures import Boxes
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from conftest import make_cfg
 from gdetkd.losses import CKD, contrastive_distillation
@@ -97,6 +99,40 @@ def test_gradcheck():
     queue = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     function = lambda s, t, q: contrastive_distillation(s, t, boxes, ids, q, gamma=0.5)  # noqa: E731
     assert torch.autograd.gradcheck(function, (student.requires_grad_(), teacher.requires_grad_(), queue))
+
+
+def test_gradients_can_be_asked_for_twice():
+    student, teacher, boxes, ids = random_inputs()
+    student.requires_grad_()
+    loss = contrastive_distillation(student, teacher, boxes, ids)
+    first, second = (torch.autograd.grad(3 * loss, student, retain_graph=True)[0] for _ in range(2))
+    assert first.abs().sum() > 0 and torch.equal(first, second)
+
+
+class LargeTensors(TorchDispatchMode):
+    """Collects the storages of at least so many numbers that anything inside writes to."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers, self.storages = numbers, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.numel() >= self.numbers:
+                storage = tensor.untyped_storage()
+                self.storages[storage.data_ptr()] = storage  # held, so that no later one gets its address
+        return result
+
+
+def test_what_grows_with_regions_times_negatives_is_made_once():
+    count, negatives, dim = 8, 100, 4
+    student, teacher, queue = (torch.randn(n, dim, requires_grad=True) for n in (count, count, negatives))
+    boxes = torch.arange(count)[:, None] * 10.0 + torch.tensor([0.0, 0, 5, 5])
+    with LargeTensors(count * (count + negatives)) as large:
+        loss = contrastive_distillation(student, teacher, boxes, torch.zeros(count, dtype=torch.long), queue)
+        loss.backward()
+    assert len(large.storages) == 1 and queue.grad.abs().sum() > 0
 
 
 def test_no_regions():

@@ -10,6 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from torch import nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torchvision.ops import box_iou
 
 from ..structures import full_precision
@@ -48,13 +50,40 @@ def contrastive_distillation(
     if count == 0:
         return sum_of_zeros([student, teacher] + ([] if queue is None else [queue]))
     candidates = teacher if queue is None else torch.cat([teacher, queue])
-    # gamma divides the smaller side; the product is masked in place: (N, N + K) is the largest tensor here.
-    similarity = (F.normalize(student, dim=1) / gamma) @ F.normalize(candidates, dim=1).t()  # (N, N + K)
     left_out = (image_ids[:, None] == image_ids) & (box_iou(boxes, boxes) > iou_threshold)
     left_out.fill_diagonal_(False)  # a region is its own positive, though it overlaps itself
-    similarity[:, :count].masked_fill_(left_out, float("-inf"))
-    target = torch.arange(count, device=student.device)
-    return F.cross_entropy(similarity, target)
+    # gamma divides the smaller side.
+    return _InfoNCE.apply(F.normalize(student, dim=1) / gamma, F.normalize(candidates, dim=1), left_out)
+
+
+class _InfoNCE(Function):
+    """Cross-entropy of each anchor's similarities with all candidates, the candidate of its own row being the target.
+
+    (N, N + K) is the largest tensor of a step: 268 MB for 1,024 regions and 65,536 negatives. Autograd would hold it
+    several times; here it is made once, becomes the probabilities in place, and the backward pass makes no other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchors: torch.Tensor, candidates: torch.Tensor, left_out: torch.Tensor) -> torch.Tensor:
+        """(N, D), (N + K, D) and (N, N), of the first N candidates those that are no negatives -> scalar"""
+        similarity = anchors @ candidates.t()  # (N, N + K)
+        similarity[:, : len(anchors)].masked_fill_(left_out, float("-inf"))
+        largest = similarity.amax(dim=1, keepdim=True)
+        positive = similarity.diagonal() - largest[:, 0]
+        probability = similarity.sub_(largest).exp_()
+        total = probability.sum(dim=1, keepdim=True)
+        ctx.save_for_backward(anchors, candidates, probability.div_(total))
+        return (total.log()[:, 0] - positive).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+        anchors, candidates, probability = ctx.saved_tensors
+        count = len(anchors)
+        of_anchors = probability @ candidates - candidates[:count]
+        of_candidates = probability.t() @ anchors
+        of_candidates[:count] -= anchors
+        return of_anchors * (gradient / count), of_candidates.mul_(gradient / count), None
 
 
 def gather_embeddings(embeddings: torch.Tensor) -> Tuple[int, List[torch.Tensor]]:
