@@ -3,8 +3,8 @@ import torch
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
-from gdetkd.regions import pool_all_levels, pool_in_full_precision, roi_align_torchvision
-from gdetkd.separable import roi_align_separable
+from gdetkd.regions import _pool_with_torchvision, pool_all_levels, pool_in_full_precision, roi_align_torchvision
+from gdetkd.roi_align_cpu import roi_align_cpu
 from gdetkd.structures import Regions
 
 BOXES = [
@@ -14,12 +14,12 @@ BOXES = [
 ]
 
 
-def test_separable_equals_torchvision_in_value_and_gradient():
+def test_roi_align_cpu_equals_torchvision_in_value_and_gradient():
     """Boxes inside, across the border, outside, without area; an image without a box."""
     regions = Regions(BOXES)
     for stride, sampling in ((4, 2), (8, 1), (16, 3)):
         features = torch.randn(3, 5, 48 // stride, 64 // stride, dtype=torch.float64, requires_grad=True)
-        ours = roi_align_separable([features], [stride], regions, (7, 6), sampling)[:, 0]
+        ours = roi_align_cpu([features], [stride], regions, (7, 6), sampling)[:, 0]
         theirs = roi_align_torchvision(features, stride, regions, (7, 6), sampling)
         torch.testing.assert_close(ours, theirs)
         weights = torch.randn_like(ours)
@@ -37,23 +37,29 @@ def test_pools_every_region_on_every_level():
         torch.testing.assert_close(pooled[:, level], expected)
 
 
-def test_large_maps_take_the_other_way_to_the_same_values(monkeypatch):
+def test_another_device_takes_torchvisions_way_to_the_same_values():
     maps = [torch.randn(3, 2, 12, 16), torch.randn(3, 2, 6, 8), torch.randn(3, 2, 3, 4)]
-    separable = pool_all_levels(maps, [4, 8, 16], Regions(BOXES), (7, 7), 2)
-    for most_cells in (6 * 8, 0):  # the finest, and all of them
-        monkeypatch.setattr("gdetkd.regions.SEPARABLE_MAX_CELLS", most_cells)
-        torch.testing.assert_close(separable, pool_all_levels(maps, [4, 8, 16], Regions(BOXES), (7, 7), 2))
+    ours = pool_all_levels(maps, [4, 8, 16], Regions(BOXES), (7, 7), 2)
+    theirs = _pool_with_torchvision(maps, [4, 8, 16], Regions(BOXES), (7, 7), 2)
+    torch.testing.assert_close(ours, theirs)
+    assert ours.stride() == theirs.stride()
 
 
-def test_separable_gradcheck():
+def test_a_box_that_is_not_a_number_pools_to_what_is_none_and_spoils_no_other():
+    boxes = torch.tensor([[3.0, 5, 30, 41], [float("nan"), 0, 9, 9]])
+    pooled = roi_align_cpu([torch.randn(1, 2, 6, 8)], [8], Regions([Boxes(boxes)]), (7, 7), 2)
+    assert pooled[0].isfinite().all() and pooled[1].isnan().all()
+
+
+def test_roi_align_cpu_gradcheck():
     maps = [torch.randn(3, 2, size, size + 1, dtype=torch.float64, requires_grad=True) for size in (4, 3)]
     regions = Regions([Boxes(boxes.tensor[:2].double()) for boxes in BOXES])
-    assert torch.autograd.gradcheck(lambda *m: roi_align_separable(m, [12, 16], regions, (3, 2), 2), maps)
+    assert torch.autograd.gradcheck(lambda *m: roi_align_cpu(m, [12, 16], regions, (3, 2), 2), maps)
 
 
-def test_separable_without_a_region():
+def test_roi_align_cpu_without_a_region():
     features = torch.randn(3, 2, 4, 4, requires_grad=True)
-    pooled = roi_align_separable([features], [16], Regions([Boxes(torch.zeros(0, 4))] * 3), (7, 7), 2)
+    pooled = roi_align_cpu([features], [16], Regions([Boxes(torch.zeros(0, 4))] * 3), (7, 7), 2)
     pooled.sum().backward()
     assert pooled.shape == (0, 1, 2, 7, 7) and features.grad.abs().sum() == 0
 

@@ -11,12 +11,8 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.sampling import subsample_labels
 from torchvision.ops import box_iou, nms, roi_align
 
-from .separable import roi_align_separable
+from .roi_align_cpu import roi_align_cpu
 from .structures import Regions, full_precision
-
-# Cells of a feature map up to which, on a CPU, two matrix products are faster than torchvision's RoIAlign,
-# whose backward scatters one sample at a time (benchmarks/roi_align.py; figures in docs/performance.md).
-SEPARABLE_MAX_CELLS = 3_000
 
 
 def pool_all_levels(
@@ -39,26 +35,21 @@ def pool_all_levels(
         (N, L, C, h, w), channels last in memory, in which SGFI convolves them faster (docs/performance.md).
     """
     maps = [full_precision(each) for each in maps]  # as in `pool_in_full_precision`
-    # Levels are finest first, so the large ones come before the small ones.
-    large = sum(not _is_small(feature_map) for feature_map in maps)
-    parts = [roi_align_torchvision(*level, regions, size, sampling_ratio) for level in zip(maps[:large], strides)]
-    parts = [each.permute(0, 2, 3, 1)[:, None] for each in parts]
-    if large < len(maps):
-        small = roi_align_separable(maps[large:], strides[large:], regions, size, sampling_ratio)
-        if not large:
-            return small
-        parts.append(small.permute(0, 1, 3, 4, 2))
-    return torch.cat(parts, dim=1).permute(0, 1, 4, 2, 3)
+    pool = roi_align_cpu if maps[0].device.type == "cpu" else _pool_with_torchvision
+    return pool(maps, strides, regions, size, sampling_ratio)
+
+
+def _pool_with_torchvision(
+    maps: Sequence[torch.Tensor], strides: Sequence[int], regions: Regions, size: Tuple[int, int], sampling_ratio: int
+) -> torch.Tensor:
+    parts = [roi_align_torchvision(*level, regions, size, sampling_ratio) for level in zip(maps, strides)]
+    return torch.stack([each.permute(0, 2, 3, 1) for each in parts], dim=1).permute(0, 1, 4, 2, 3)
 
 
 def pool_in_full_precision(pooler: ROIPooler, maps: Sequence[torch.Tensor], regions: Regions) -> torch.Tensor:
     """(N, C, h, w): a detector's own RoIAlign, of float32 boxes: Detectron2 gives boxes the precision of the maps, and
     bfloat16 knows a place beyond pixel 256 to 2 pixels, beyond 1,024 to 8."""
     return pooler([full_precision(each) for each in maps], regions.boxes)
-
-
-def _is_small(feature_map: torch.Tensor) -> bool:
-    return not feature_map.is_cuda and feature_map.shape[-2] * feature_map.shape[-1] <= SEPARABLE_MAX_CELLS
 
 
 def roi_align_torchvision(
