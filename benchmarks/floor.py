@@ -2,7 +2,7 @@
 """Counts what a distillation step has to compute at least: the student's step and the teacher's forward pass, and what
 the losses add. Nothing is timed.
 
-python benchmarks/floor.py [--config-file FILE] [--image-size 800 1333] [--regions 512]
+python benchmarks/floor.py [--config-file FILE] [--image-size 800 1333] [--images 1] [--regions 512]
 
 FLOPs are torch's count, two for a multiply-add, of matrix products and convolutions. MB kept is what the forward pass
 leaves for the backward pass, in float32: written once and read once at least.
@@ -35,7 +35,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", default=PAIR, help="of a two-stage pair")
     parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), default=(800, 1333))
-    parser.add_argument("--regions", type=int, default=512)
+    parser.add_argument("--images", type=int, default=1)
+    parser.add_argument("--regions", type=int, default=512, help="of an image")
     return parser.parse_args()
 
 
@@ -68,9 +69,9 @@ def main() -> None:
     opts = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", args.regions]
     cfg = load_config(args.config_file, opts)
     student, teacher = build_model(plain_config(cfg)).train(), read_teacher_file(cfg).build().eval()
-    batch = make_batch(1, *args.image_size)
+    batch = make_batch(args.images, *args.image_size)
     specs = tuple(build_adapter(model, "student", cfg).spec for model in (student, teacher))
-    regions = Regions([Boxes(torch.rand(args.regions, 4))])
+    regions = Regions([Boxes(torch.rand(args.regions, 4)) for _ in range(args.images)])
     pair = outputs_of(specs[0], regions, len(specs[0].strides)), outputs_of(specs[1], regions, 0)
     cfg.DISTILL.LOSSES = ("SGFI", "CKD")
     losses = build_losses(cfg, *specs)
@@ -94,7 +95,7 @@ def main() -> None:
         [name, f"{flop:.1f}", f"{100 * flop / floor:.1f} %", f"{kept:.0f}", f"{mb:.0f}"]
         for name, flop, kept, mb in rows
     ]
-    print(f"One image of {args.image_size[0]}x{args.image_size[1]}, {args.regions} regions\n")
+    print(f"{args.images} of {args.image_size[0]}x{args.image_size[1]}, {args.regions} regions each\n")
     headers = ["", "GFLOP", "of the floor", "MB kept", "MB of weights"]
     print(tabulate(table, headers, tablefmt="github", disable_numparse=True))
 

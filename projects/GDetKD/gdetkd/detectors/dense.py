@@ -138,47 +138,41 @@ class DenseAdapter(DetectorAdapter):
     def _find_regions(
         self, maps: List[torch.Tensor], predictions: Sequence[List[torch.Tensor]], batched_inputs: List[Dict[str, Any]]
     ) -> Regions:
-        # Detached copies of what is needed: Detectron2's own decoding changes the head's outputs in place.
+        decoded = self._decode_best(maps, predictions)
+        boxes, sources = zip(*(self._choose(*mine, inputs) for *mine, inputs in zip(*decoded, batched_inputs)))
+        return Regions([Boxes(each) for each in boxes], torch.cat(sources))
+
+    def _decode_best(
+        self, maps: List[torch.Tensor], predictions: Sequence[List[torch.Tensor]]
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The K = PRE_NMS_TOPK best predictions of each image: boxes, anchors and sources (B, K, 4), scores (B, K)."""
         scores = self.scores(predictions)
-        deltas = [by_anchor(each, 4) for each in predictions[1]]
-        anchors = [boxes.tensor for boxes in self.model.anchor_generator(maps)]
-        boxes, sources = [], []
-        for image, inputs in enumerate(batched_inputs):
-            found, source = self._decode(
-                [each[image] for each in scores], [each[image] for each in deltas], anchors, inputs["image"].shape[-2:]
-            )
-            gt_boxes = inputs["instances"].gt_boxes.tensor.to(found.device)
-            sampled = match_and_sample(found, gt_boxes, self.cfg.DISTILL.REGIONS)
-            boxes.append(Boxes(found[sampled]))
-            sources.append(source[sampled])
-        return Regions(boxes, torch.cat(sources))
+        all_places = torch.cat([places(level, each[0]) for level, each in enumerate(scores)])
+        flat = torch.cat([each.permute(0, 2, 3, 1).flatten(1) for each in scores], dim=1).float()
+        best = flat.nan_to_num(nan=-1.0).topk(min(self.cfg.DISTILL.REGIONS.PRE_NMS_TOPK, flat.shape[1])).indices
+        sources = all_places[best]
+        anchors = torch.cat([boxes.tensor for boxes in self.model.anchor_generator(maps)])[best]
+        image_ids = torch.arange(len(best), device=best.device).repeat_interleave(best.shape[1])
+        # Detached copies of what is needed: Detectron2's own decoding changes the head's outputs in place.
+        deltas = gather([by_anchor(each, 4) for each in predictions[1]], image_ids, sources.flatten(0, 1))
+        boxes = self.model.box2box_transform.apply_deltas(deltas.float(), anchors.flatten(0, 1))
+        return boxes.view_as(anchors), anchors, sources, flat.gather(1, best)
 
-    def _decode(
-        self, scores: List[torch.Tensor], deltas: List[torch.Tensor], anchors: List[torch.Tensor], size: Tuple[int, int]
+    def _choose(
+        self, boxes: torch.Tensor, anchors: torch.Tensor, sources: torch.Tensor, scores: torch.Tensor, inputs: Any
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The best boxes (K, 4) of one image after suppression, and their sources (K, 4).
-
-        Args:
-            scores: by level, (A, H, W).
-            deltas: by level, (A, 4, H, W).
-            anchors: by level, (H W A, 4) xyxy in pixels.
-            size: (height, width) of the unpadded image.
-        """
+        """Of one image's K predictions, as `_decode_best` gives them, those that become regions, and their sources."""
         config = self.cfg.DISTILL.REGIONS
-        flat = torch.cat([each.permute(1, 2, 0).flatten() for each in scores]).float()
-        all_places = torch.cat([places(level, each) for level, each in enumerate(scores)])
-        best = flat.nan_to_num(nan=-1.0).topk(min(config.PRE_NMS_TOPK, len(flat))).indices
-        sources, all_anchors = all_places[best], torch.cat(anchors)[best]
-        chosen = gather([each[None] for each in deltas], torch.zeros_like(best), sources)
-        found = Boxes(self.model.box2box_transform.apply_deltas(chosen.float(), all_anchors))
-        inside = (all_anchors[:, :2] + all_anchors[:, 2:]) / 2 < all_anchors.new_tensor([size[1], size[0]])
-        valid = torch.isfinite(found.tensor).all(dim=1) & torch.isfinite(flat[best]) & inside.all(dim=1)
-        found.tensor = found.tensor.nan_to_num()  # clipping refuses what is not finite; these are left out below
-        found.clip(size)
-        valid = torch.nonzero(valid & found.nonempty(threshold=config.MIN_SIZE))[:, 0]
-        found, sources = found.tensor[valid], sources[valid]
-        keep = suppress(found, flat[best[valid]], config)
-        return found[keep], sources[keep]
+        height, width = inputs["image"].shape[-2:]  # not padded
+        inside = (anchors[:, :2] + anchors[:, 2:]) / 2 < anchors.new_tensor([width, height])
+        valid = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores) & inside.all(dim=1)
+        clipped = Boxes(boxes.nan_to_num())  # clipping refuses what is not finite; these are left out below
+        clipped.clip((height, width))
+        valid = torch.nonzero(valid & clipped.nonempty(threshold=config.MIN_SIZE))[:, 0]
+        kept = valid[suppress(clipped.tensor[valid], scores[valid], config)]
+        gt_boxes = inputs["instances"].gt_boxes.tensor.to(boxes.device)
+        kept = kept[match_and_sample(clipped.tensor[kept], gt_boxes, config)]
+        return clipped.tensor[kept], sources[kept]
 
     def _assign_levels(self, regions: Regions) -> torch.Tensor:
         return assign_boxes_to_levels(regions.boxes, **self._level_range, **self._level_rule)
@@ -213,7 +207,7 @@ class RetinaNetAdapter(DenseAdapter):
         return float(smallest), int(math.log2(next(iter(self.spec.strides.values()))))
 
     def scores(self, predictions: Sequence[List[torch.Tensor]]) -> List[torch.Tensor]:
-        return [by_anchor(each, self.model.num_classes).sigmoid().amax(dim=2) for each in predictions[0]]
+        return [by_anchor(each, self.model.num_classes).amax(dim=2).sigmoid() for each in predictions[0]]
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()
@@ -233,6 +227,6 @@ class FCOSAdapter(DenseAdapter):
     def scores(self, predictions: Sequence[List[torch.Tensor]]) -> List[torch.Tensor]:
         logits, _, centerness = predictions
         return [
-            (by_anchor(cls, self.model.num_classes).sigmoid().amax(dim=2) * ctr.sigmoid()).sqrt()
+            (by_anchor(cls, self.model.num_classes).amax(dim=2).sigmoid() * ctr.sigmoid()).sqrt()
             for cls, ctr in zip(logits, centerness)
         ]
