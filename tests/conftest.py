@@ -17,6 +17,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU, on a machine with GPUs too
 NUM_CLASSES = 3
@@ -248,3 +250,19 @@ def pair_cfg(distill_cfg):
         )
 
     return make
+
+
+class LargeTensors(TorchDispatchMode):
+    """Collects the storages of at least so many numbers that anything inside writes to."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers, self.storages = numbers, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.numel() >= self.numbers:
+                storage = tensor.untyped_storage()
+                self.storages[storage.data_ptr()] = storage  # held, so that no later one gets its address
+        return result

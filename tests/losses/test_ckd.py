@@ -3,10 +3,8 @@ import math
 import pytest
 import torch
 from detectron2.structures import Boxes
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from conftest import make_cfg
+from conftest import LargeTensors, make_cfg
 from gdetkd.losses import CKD, contrastive_distillation
 from gdetkd.losses.ckd import EmbeddingQueue
 from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
@@ -107,22 +105,6 @@ def test_gradients_can_be_asked_for_twice():
     loss = contrastive_distillation(student, teacher, boxes, ids)
     first, second = (torch.autograd.grad(3 * loss, student, retain_graph=True)[0] for _ in range(2))
     assert first.abs().sum() > 0 and torch.equal(first, second)
-
-
-class LargeTensors(TorchDispatchMode):
-    """Collects the storages of at least so many numbers that anything inside writes to."""
-
-    def __init__(self, numbers):
-        super().__init__()
-        self.numbers, self.storages = numbers, {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.numel() >= self.numbers:
-                storage = tensor.untyped_storage()
-                self.storages[storage.data_ptr()] = storage  # held, so that no later one gets its address
-        return result
 
 
 def test_what_grows_with_regions_times_negatives_is_made_once():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.structures import Boxes
 
-from conftest import make_cfg
+from conftest import LargeTensors, make_cfg
 from gdetkd.errors import GDetKDError
 from gdetkd.losses import SGFI, level_attention, semantic_guided_imitation
 from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
@@ -123,6 +123,16 @@ def test_folded_adapter_equals_the_equations_in_value_and_gradient():
     torch.testing.assert_close(loss, plain)
     for a, b in zip(fast, [student.level_pooled.grad] + [p.grad for p in module.parameters()]):
         torch.testing.assert_close(a, b)
+
+
+def test_regions_on_all_levels_get_a_gradient_of_each_use_and_none_of_their_sum():
+    module, student, teacher = make_module(), outputs(5, 3, levels=8), outputs(5, 4)
+    cells = torch.randn(5, 8, 7, 7, 3, dtype=torch.float64, requires_grad=True)  # in memory as RoIAlign gives them
+    student.level_pooled = cells.permute(0, 1, 4, 2, 3)
+    with LargeTensors(cells.numel()) as large:
+        module(student, teacher).backward()
+    assert len(large.storages) == 3  # with the regions themselves
+    assert cells.grad.abs().sum() > 0
 
 
 def test_embedding_is_two_strided_convolutions_with_relu():

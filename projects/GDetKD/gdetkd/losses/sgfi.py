@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from torch import nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from ..errors import GDetKDError
 from ..structures import full_precision
 from .build import DISTILL_LOSS_REGISTRY, DistillLoss, mean_squared_error
 
+STRIDE = 2
 # Two 3x3 convolutions of stride 2 without padding need at least this many cells.
 MIN_POOLED_SIZE = 7
 
@@ -58,6 +61,31 @@ def semantic_guided_imitation(
     return mean_squared_error(aggregated, teacher_rois), alpha
 
 
+class _ConvolveAndPass(Function):
+    """A convolution of stride 2 without padding, and its input once more, to be used further.
+
+    Regions on all levels are the largest tensor of a step. Autograd would make a gradient of it for each of the two
+    uses, and a third for their sum; here the one is added to the other in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rois: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(rois, weight)
+        return F.conv2d(rois, weight, bias, stride=STRIDE), rois.view_as(rois)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_hidden: torch.Tensor, of_rois: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        rois, weight = ctx.saved_tensors
+        stride, padding, dilation = [STRIDE] * 2, [0, 0], [1, 1]
+        gradients = torch.ops.aten.convolution_backward(
+            *(of_hidden, rois, weight, [len(weight)], stride, padding, dilation, False, [0, 0], 1, [True] * 3)
+        )
+        return gradients[0].add_(of_rois), *gradients[1:]
+
+
 class RegionEmbedding(nn.Module):
     """f_embed: two 3x3 convolutions of stride 2, each followed by ReLU; one for both sides.
 
@@ -73,18 +101,19 @@ class RegionEmbedding(nn.Module):
     def __init__(self, in_channels: int, channels: Tuple[int, int], negative_slope: float = 0.0) -> None:
         super().__init__()
         self.negative_slope = negative_slope
-        self.conv1 = nn.Conv2d(in_channels, channels[0], kernel_size=3, stride=2)
-        self.conv2 = nn.Conv2d(channels[0], channels[1], kernel_size=3, stride=2)
+        self.conv1 = nn.Conv2d(in_channels, channels[0], kernel_size=3, stride=STRIDE)
+        self.conv2 = nn.Conv2d(channels[0], channels[1], kernel_size=3, stride=STRIDE)
 
     def forward(self, rois: torch.Tensor) -> torch.Tensor:
         """(N, C_T, H, W) -> (N, D)"""
         return self._finish(self.conv1(rois))
 
-    def forward_adapted(self, rois: torch.Tensor, adapter: nn.Conv2d) -> torch.Tensor:
-        """The same of `adapter(rois)`: (N, C_S, H, W) -> (N, D)"""
+    def forward_adapted(self, rois: torch.Tensor, adapter: nn.Conv2d) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The same of `adapter(rois)`: (N, C_S, H, W) -> (N, D), and the regions again, for their further use."""
         weight = torch.einsum("ethw,ts->eshw", self.conv1.weight, adapter.weight[:, :, 0, 0])
         bias = self.conv1.bias + torch.einsum("ethw,t->e", self.conv1.weight, adapter.bias)
-        return self._finish(F.conv2d(rois, weight, bias, stride=2))
+        hidden, rois = _ConvolveAndPass.apply(rois, weight, bias)
+        return self._finish(hidden), rois
 
     def _finish(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._relu(self.conv2(self._relu(hidden))).flatten(start_dim=1)
@@ -132,13 +161,17 @@ class SGFI(DistillLoss):
             rois: (N, L, C_S, H, W) of the student.
             target: (N, C_T, H, W) of the teacher.
         """
-        keys = self.embed.forward_adapted(rois.flatten(0, 1), self.adapter)
-        return level_attention(keys.view(*rois.shape[:2], keys.shape[1]), self.embed(target), self.tau)
+        return self._attend(rois, target)[0]
+
+    def _attend(self, rois: torch.Tensor, target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The alphas, and the regions again, for their further use."""
+        keys, again = self.embed.forward_adapted(rois.flatten(0, 1), self.adapter)
+        keys = keys.view(*rois.shape[:2], keys.shape[1])
+        return level_attention(keys, self.embed(target), self.tau), again.view(rois.shape)
 
     def compute(self, student: Any, teacher: Any) -> torch.Tensor:
-        rois = full_precision(student.level_pooled)  # (N, L, C_S, H, W)
         target = full_precision(teacher.pooled)  # (N, C_T, H, W)
-        alpha = self.attention(rois, target)
+        alpha, rois = self._attend(full_precision(student.level_pooled), target)  # (N, L) and (N, L, C_S, H, W)
         self.last_attention = alpha.detach()
         # The alphas sum to 1, so adapting the aggregate equals aggregating the adapted. Cells are rows, (N H W, C),
         # in which the sum over levels is one product and the adapter another.
