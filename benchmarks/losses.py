@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Times SGFI and CKD, forward and backward, against the equations written down plainly, as the sizes grow.
+"""Times SGFI, CKD, CLS and REG, forward and backward, against the equations written down plainly, as the sizes grow.
 
 python benchmarks/losses.py [--device cuda] [--regions 64,256,1024,4096] [--levels 3,4,6] [--queues 0,8192,65536]
-    [--rounds 5] [--json FILE]
+    [--classes 20,80,365,1203] [--rounds 5] [--json FILE]
 
 Widths are those of the R50 -> R18 pair: 256 channels, 7x7 cells, embeddings of 1,024. Memory is, on a GPU, the peak of
 a step; on a CPU what a step keeps for its backward pass.
@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, List
 
 from gdetkd import add_gdetkd_config
 from gdetkd.engine.step_costs import peak_memory
-from gdetkd.losses import CKD, SGFI, semantic_guided_imitation
+from gdetkd.losses import CKD, CLS, REG, SGFI, semantic_guided_imitation
 from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
 
 import torch  # isort: skip
@@ -36,17 +36,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--regions", type=numbers, default=[64, 256, 1024, 4096])
     parser.add_argument("--levels", type=numbers, default=[3, 4, 5, 6])
     parser.add_argument("--queues", type=numbers, default=[0, 8192, 65536])
+    parser.add_argument("--classes", type=numbers, default=[20, 80, 365, 1203])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
-def build(device: str, queue: int = 0) -> Dict[str, nn.Module]:
+def build(device: str, queue: int = 0, classes: int = 80) -> Dict[str, nn.Module]:
     cfg = get_cfg()
     add_gdetkd_config(cfg)
     cfg.DISTILL.CKD.QUEUE_SIZE = queue
-    spec = DetectorSpec(CHANNELS, {"p2": 4}, (SIZE, SIZE), EMBEDDING, 80, None)
-    return {"SGFI": SGFI(cfg, spec, spec).to(device), "CKD": CKD(cfg, spec, spec).to(device)}
+    spec = DetectorSpec(CHANNELS, {"p2": 4}, (SIZE, SIZE), EMBEDDING, classes, (10.0, 10.0, 5.0, 5.0))
+    return {loss.__name__: loss(cfg, spec, spec).to(device) for loss in (SGFI, CKD, CLS, REG)}
 
 
 def plain_sgfi(loss: SGFI, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
@@ -74,7 +75,18 @@ def plain_ckd(loss: CKD, student: DetectorOutputs, teacher: DetectorOutputs) -> 
     return -torch.log(g.diagonal() / (g * counts).sum(dim=1)).mean()
 
 
-def make_outputs(count: int, levels: int, device: str) -> List[DetectorOutputs]:
+def plain_cls(loss: CLS, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
+    ours, its = (torch.softmax(outputs.logits, dim=1) for outputs in (student, teacher))
+    return -(its * ours.log()).sum(dim=1).mean()
+
+
+def plain_reg(loss: REG, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
+    probability = torch.softmax(teacher.logits, dim=1)[:, :-1, None]  # (N, n, 1)
+    ours, its = (outputs.deltas.view(len(outputs.deltas), -1, 4) for outputs in (student, teacher))
+    return (probability * (its - ours)).sum(dim=1).abs().sum(dim=1).mean()
+
+
+def make_outputs(count: int, levels: int, device: str, classes: int = 0) -> List[DetectorOutputs]:
     """Of a student, whose tensors want gradients, and of a teacher."""
     corners = torch.rand(count, 2, device=device) * 600
     boxes = torch.cat([corners, corners + 20 + torch.rand(count, 2, device=device) * 200], dim=1)
@@ -87,6 +99,8 @@ def make_outputs(count: int, levels: int, device: str) -> List[DetectorOutputs]:
             cells = torch.randn(count, levels, SIZE, SIZE, CHANNELS, device=device, requires_grad=True)
             outputs.level_pooled = cells.permute(0, 1, 4, 2, 3)
         outputs.pooled = torch.randn(count, CHANNELS, SIZE, SIZE, device=device)
+        outputs.logits = torch.randn(count, classes + 1, device=device, requires_grad=is_student)
+        outputs.deltas = torch.randn(count, 4 * classes, device=device, requires_grad=is_student)
         both.append(outputs)
     return both
 
@@ -113,6 +127,7 @@ def run(args: argparse.Namespace) -> List[Dict[str, Any]]:
             pair = make_outputs(count, levels, args.device)
             compared = compare(lambda: sgfi.compute(*pair), lambda: plain_sgfi(sgfi, *pair), args.rounds)
             results.append({"loss": "SGFI", "regions": count, "levels": levels, **compared})
+    results += [result for classes in args.classes for result in run_predictions(classes, args)]
     for size in args.queues:
         ckd = build(args.device, size)["CKD"]
         ckd.queue.push(torch.randn(size, EMBEDDING, device=args.device))
@@ -125,6 +140,20 @@ def run(args: argparse.Namespace) -> List[Dict[str, Any]]:
     return results
 
 
+def run_predictions(classes: int, args: argparse.Namespace) -> List[Dict[str, Any]]:
+    losses, results = build(args.device, classes=classes), []
+    for name, plain in (("CLS", plain_cls), ("REG", plain_reg)):
+        for count in args.regions:
+            pair, loss = make_outputs(count, 1, args.device, classes), losses[name]
+            compared = compare(
+                lambda loss=loss, pair=pair: loss.compute(*pair),
+                lambda plain=plain, loss=loss, pair=pair: plain(loss, *pair),
+                args.rounds,
+            )
+            results.append({"loss": name, "regions": count, "classes": classes, **compared})
+    return results
+
+
 def without_push(loss: CKD, *pair: DetectorOutputs) -> torch.Tensor:
     value = loss.compute(*pair)
     loss.queue._pending = None  # both sides are to see the same queue in every round
@@ -134,11 +163,11 @@ def without_push(loss: CKD, *pair: DetectorOutputs) -> torch.Tensor:
 def as_text(results: List[Dict[str, Any]], device: str) -> str:
     rows = []
     for result in results:
-        grown = result["levels"] if result["loss"] == "SGFI" else result["queue"]
+        grown = next(result[key] for key in ("levels", "queue", "classes") if key in result)
         times = [f"{result[f'{name}, s'][1]:.4f}" for name in ("ours", "plain")]
         memory = [f"{result[f'{name}, MB']:.0f}" for name in ("ours", "plain")]
         rows.append([result["loss"], result["regions"], grown, *times, f"{result['ratio']:.2f}", *memory])
-    headers = ["loss", "regions", "levels / queue", "ours, s", "plain, s", "ratio", "ours, MB", "plain, MB"]
+    headers = ["loss", "regions", "levels, queue or classes", "ours, s", "plain, s", "ratio", "ours, MB", "plain, MB"]
     return f"{machine(device)}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}"
 
 
