@@ -75,12 +75,12 @@ def plain_ckd(loss: CKD, student: DetectorOutputs, teacher: DetectorOutputs) -> 
     return -torch.log(g.diagonal() / (g * counts).sum(dim=1)).mean()
 
 
-def plain_cls(loss: CLS, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
+def plain_cls(student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
     ours, its = (torch.softmax(outputs.logits, dim=1) for outputs in (student, teacher))
     return -(its * ours.log()).sum(dim=1).mean()
 
 
-def plain_reg(loss: REG, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
+def plain_reg(student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
     probability = torch.softmax(teacher.logits, dim=1)[:, :-1, None]  # (N, n, 1)
     ours, its = (outputs.deltas.view(len(outputs.deltas), -1, 4) for outputs in (student, teacher))
     return (probability * (its - ours)).sum(dim=1).abs().sum(dim=1).mean()
@@ -144,12 +144,8 @@ def run_predictions(classes: int, args: argparse.Namespace) -> List[Dict[str, An
     losses, results = build(args.device, classes=classes), []
     for name, plain in (("CLS", plain_cls), ("REG", plain_reg)):
         for count in args.regions:
-            pair, loss = make_outputs(count, 1, args.device, classes), losses[name]
-            compared = compare(
-                lambda loss=loss, pair=pair: loss.compute(*pair),
-                lambda plain=plain, loss=loss, pair=pair: plain(loss, *pair),
-                args.rounds,
-            )
+            pair = make_outputs(count, 1, args.device, classes)
+            compared = compare(lambda: losses[name].compute(*pair), lambda: plain(*pair), args.rounds)
             results.append({"loss": name, "regions": count, "classes": classes, **compared})
     return results
 
