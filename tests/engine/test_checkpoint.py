@@ -12,8 +12,8 @@ from test_trainer import train
 from conftest import ALL_LOSSES
 from gdetkd import DistillTrainer
 from gdetkd.engine import checkpoint as module
+from gdetkd.engine.catch_up import CatchUp
 from gdetkd.engine.checkpoint import DurableCheckpointer, written_whole
-from gdetkd.engine.hooks import MissedEvaluation
 from gdetkd.errors import GDetKDError
 from gdetkd.safe_load import read_weights
 
@@ -281,7 +281,7 @@ def test_an_evaluation_that_was_made_is_not_made_again(distill_cfg, monkeypatch)
     count = len(made)
     (Path(cfg.OUTPUT_DIR) / "last_checkpoint").write_text("model_0000001.pth")
     trainer, _ = train(DistillTrainer, cfg, resume=True)
-    assert len(made) == count + 2 and any(isinstance(hook, MissedEvaluation) for hook in trainer._hooks)
+    assert len(made) == count + 2 and any(isinstance(hook, CatchUp) for hook in trainer._hooks)
 
 
 def test_a_run_that_starts_anew_does_not_believe_an_earlier_runs_note(distill_cfg, tmp_path, monkeypatch):

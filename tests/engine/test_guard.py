@@ -13,7 +13,8 @@ from test_trainer import train
 
 from conftest import make_batch
 from gdetkd import DistillTrainer
-from gdetkd.engine.guard import EXIT_STOPPED, NonFiniteError
+from gdetkd.engine.guard import NonFiniteError
+from gdetkd.engine.stopping import EXIT_STOPPED
 from gdetkd.errors import GDetKDError
 from gdetkd.losses import CKD
 from gdetkd.losses.ckd import EmbeddingQueue
@@ -166,7 +167,7 @@ def test_proposals_that_are_not_finite_are_named(distill_cfg, tmp_path, monkeypa
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(type(generator), "forward", spoiled)
-    with pytest.raises(NonFiniteError, match="At iteration 2 the student's proposals is Predicted boxes"):
+    with pytest.raises(NonFiniteError, match="At iteration 2 the forward pass is not finite .Predicted boxes"):
         trainer.train()
     assert same(trainer.student.state_dict(), states.before[1]) and (tmp_path / "run/nonfinite_0000002.json").exists()
 

@@ -22,8 +22,8 @@ from detectron2.utils import comm
 
 from gdetkd import DistillTrainer
 from gdetkd.engine import checkpoint, launch
-from gdetkd.engine.guard import EXIT_STOPPED
 from gdetkd.engine.launch import TORCHRUN, run_everywhere, which_ended
+from gdetkd.engine.stopping import EXIT_STOPPED
 from gdetkd.errors import GDetKDError
 from gdetkd.safe_load import read_weights
 from test_processes import TIMEOUT_SECONDS, run_in_processes, spawn

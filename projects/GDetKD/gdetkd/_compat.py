@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import sys
 import types
+from typing import Any
 
 HOW_TO_GET_DETECTRON2 = (
     "GDetKD is an add-on to Detectron2, which is not installed here. Install it beside your torch:\n"
@@ -62,3 +63,10 @@ def stand_in_for_compiled_ops() -> None:
 def has_compiled_ops() -> bool:
     """Whether Detectron2's C++ extension was built."""
     return importlib.util.find_spec("detectron2._C") is not None
+
+
+def default_store() -> Any:
+    """Return the key-value store that the default process group was made with. torch has no public name for it."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()

@@ -51,6 +51,7 @@ class GDetKD(nn.Module):
         self._needs = frozenset().union(*(loss.needs for loss in self.losses.values()))
         if self.losses:
             self.adapter.needs = self._needs
+        self._to_compute: List[str] = []
         self._sampling_ratio = cfg.DISTILL.SGFI.SAMPLING_RATIO
 
     @property
@@ -59,8 +60,10 @@ class GDetKD(nn.Module):
 
     def forward(self, batched_inputs: List[Dict[str, Any]]) -> Any:
         """Detectron2's interface: a dict of losses in training, a list of predictions in evaluation."""
-        if not self.training or not self.losses:
+        # Forward passes of training without gradients are PreciseBN's, which is about the student alone.
+        if not self.training or not self.losses or not torch.is_grad_enabled():
             return self.student(batched_inputs)
+        self._to_compute = list(self.losses)
         with Recorder(self.adapter.points()) as calls:
             losses = self.student(batched_inputs)
         student = self.adapter.observe(calls, batched_inputs)
@@ -71,8 +74,15 @@ class GDetKD(nn.Module):
             student.level_pooled = self.pool_all_levels(student)
         _check_filled(self._needs, student, teacher)
         for name, loss in self.losses.items():
+            self._to_compute.remove(name)
             losses[term_name(name)] = loss(student, teacher)
         return losses
+
+    def join_exchanges(self) -> None:
+        """Take part in the exchanges of the losses that a forward pass did not come to because it broke off."""
+        for name in self._to_compute:
+            self.losses[name].join_exchange()
+        self._to_compute = []
 
     def pool_all_levels(self, student: DetectorOutputs) -> torch.Tensor:
         """Its regions on each of its levels: (N, L, C, h, w), of the size that the teacher pools to."""

@@ -13,6 +13,7 @@ from ..classes import match_classes, other_names, some
 from ..data.train_loader import images_per_process
 from ..errors import GDetKDError
 from ..structures import DetectorSpec
+from .forward_guard import BROKEN
 from .preflight import load_dataset
 from .step_costs import StepCost, TermCost, measure_step, measure_terms
 from .student_weights import backbone_message
@@ -63,10 +64,14 @@ class Check:
         parts = [self._data(), self._detectors(), self._weights()]
         if self._teacher is not None:
             parts += [self._classes(), self._teacher_score()]
-        try:
-            parts += [self._terms(), self._costs()]
-        except FloatingPointError as e:  # Detectron2's, of a proposal generator
-            self.problems.append(f"A training step fails ({e}). Are the student's first weights and the data finite?")
+        terms = measure_terms(self._trainer.model.train(), self._student, self._batches(), self._cfg.SOLVER.AMP.ENABLED)
+        if BROKEN in terms:
+            reason = self._trainer.guarded_model.failure or "values that are not finite"
+            self.problems.append(
+                f"A training step fails ({reason}). Are the student's first weights and the data finite?"
+            )
+        else:
+            parts += [self._terms(terms), self._costs()]
         return "\n\n".join([*parts, self._verdict()])
 
     def _data(self) -> str:
@@ -162,10 +167,8 @@ class Check:
     def _batches(self) -> List[Any]:
         return list(islice(iter(self._trainer.data_loader), BATCHES))
 
-    def _terms(self) -> str:
+    def _terms(self, terms: Dict[str, TermCost]) -> str:
         schedule = self._trainer.schedule
-        autocast = self._cfg.SOLVER.AMP.ENABLED
-        terms = measure_terms(self._trainer.model.train(), self._student, self._batches(), autocast)
         for name, term in terms.items():
             self._judge_term(name, term, name in schedule.terms)
         rows = []

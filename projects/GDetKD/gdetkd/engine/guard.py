@@ -1,33 +1,25 @@
-"""Looks at every step before the optimizer's: are the losses finite, and is the run asked to stop, on any process."""
+"""Looks at the losses of every step before the optimizer takes it."""
 
 import json
 import logging
 import math
 import os
-import signal
-import threading
 from typing import Any, Dict, List, Tuple
 
 import torch
-import torch.distributed as dist
 from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
 from detectron2.utils import comm
 from torch import nn
 
-from ..errors import GDetKDError
-from ..losses.ckd import EmbeddingQueue
 from .checkpoint import written_whole
+from .exchange import on_any_process
+from .forward_guard import ForwardGuard, NonFiniteError
+from .forward_state import ForwardState
 from .hooks import RandomState, get_random_state
 from .schedule import LossSchedule
+from .stopping import StopRequest
 
 logger = logging.getLogger(__name__)
-
-# Exit code of a run that SIGTERM ended after it saved: sysexits.h's "try again", here with --resume.
-EXIT_STOPPED = 75
-
-
-class NonFiniteError(GDetKDError):
-    """A loss is infinite or not a number."""
 
 
 class StepSkipped(Exception):
@@ -35,90 +27,56 @@ class StepSkipped(Exception):
 
 
 class StepGuard(HookBase):
-    """Stops a run whose losses are not finite before that reaches a parameter, and notes that one gets SIGTERM, for
-    `AgreedStop`. Every process comes to the same decision.
+    """Stops a run, or leaves a step out, before a loss that is not finite reaches a parameter.
 
-    It must be the last hook: until the run has ended, the evaluation after the last step included, SIGTERM is noted.
+    Every process comes to the same decision. The hook must stand last, so that it sees the state before each step.
 
     Args:
-        tolerated: steps that may be skipped, over the whole run, for a loss that is not finite.
+        tolerated: steps that may be left out over the whole run.
         random_state: the hook that keeps the random states for the checkpoint.
+        request: the exchange before each optimizer step also tells every process whether to stop.
     """
 
-    def __init__(self, tolerated: int, random_state: RandomState) -> None:
+    def __init__(self, tolerated: int, random_state: RandomState, request: StopRequest) -> None:
         self._tolerated = tolerated
         self._random_state = random_state
+        self._request = request
         self._skipped = 0
-        self._is_asked = False  # this process, to stop
-        self.stop_is_agreed = False  # of all processes, for SIGTERM to one of them
         self._files: List[str] = []
-        self._statistics: List[Tuple[torch.Tensor, torch.Tensor]] = []
-        self._queues: List[EmbeddingQueue] = []
         self._random_before: Dict[str, Any] = {}
-        self._handler: Any = None
+        self._model: ForwardGuard
+        self._state: ForwardState
 
-    def attach(self, model: nn.Module) -> Any:
-        """Notes the file names of each batch that `model` gets in training. Returns the handle that undoes this."""
+    def attach(self, model: ForwardGuard) -> Any:
+        """Watch the forward passes of `model` in training. Return the handle that undoes this."""
+        self._model, self._state = model, ForwardState(model)
         return model.register_forward_pre_hook(self._note_batch)
 
     def _note_batch(self, model: nn.Module, inputs: Tuple[Any, ...]) -> None:
         if model.training:
             self._files = [str(sample.get("file_name", "no file name")) for sample in inputs[0]]
 
-    def before_train(self) -> None:
-        # The forward pass writes to these before the losses are known.
-        self._queues = [module for module in self.trainer.model.modules() if isinstance(module, EmbeddingQueue)]
-        buffers = [b for m in self.trainer.model.modules() if _has_statistics(m) for b in m.buffers(recurse=False)]
-        self._statistics = [(buffer, torch.empty_like(buffer)) for buffer in buffers]
-        if threading.current_thread() is threading.main_thread():  # Python allows no other to handle signals
-            self._handler = signal.signal(signal.SIGTERM, self._ask)
-
-    def after_train(self) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGTERM, self._handler)
-            self._handler = None
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self._is_asked = True
-
     def before_step(self) -> None:
-        for buffer, before in self._statistics:
-            before.copy_(buffer)
-        for queue in self._queues:
-            queue.settle()
+        self._state.save()
         self._random_before = get_random_state()
 
     def check(self, losses: Dict[str, torch.Tensor]) -> None:
-        """Called between the backward pass and the optimizer's step, when Detectron2 fetches the losses anyway.
+        """Look at the losses between the backward pass and the optimizer's step, where Detectron2 fetches them anyway.
 
         Raises:
             StepSkipped: a loss of some process is not finite, and that is tolerated.
-            NonFiniteError: it is not.
+            NonFiniteError: a loss of some process is not finite, and that is not tolerated.
         """
         values = dict(zip(losses, torch.stack([loss.detach().float().sum() for loss in losses.values()]).tolist()))
         terms = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
-        some_not_finite, self.stop_is_agreed = _on_any_process(bool(terms), self._is_asked)
+        if self._model.failure:
+            terms = {"the forward pass": f"not finite ({self._model.failure})"}
+        some_not_finite, self._request.is_agreed = on_any_process(bool(terms), self._request.is_asked)
         if some_not_finite:
             self._skip_or_stop(comm.all_gather({"terms": terms, "files": self._files}))
 
-    def no_losses(self, error: FloatingPointError) -> None:
-        """Called where the student's forward pass itself finds values that are not finite.
-
-        The other processes do not know of it and wait in the backward pass, so that with several it ends the run.
-
-        Raises:
-            NonFiniteError, StepSkipped: as `check`.
-        """
-        found = {"terms": {"the student's proposals": str(error)}, "files": self._files}
-        if comm.get_world_size() > 1:
-            raise NonFiniteError(self._message([found]) + " It cannot be skipped with several processes.") from error
-        self._skip_or_stop([found])
-
     def _skip_or_stop(self, found: List[Dict[str, Any]]) -> None:
-        for buffer, before in self._statistics:
-            buffer.copy_(before)
-        for queue in self._queues:
-            queue.drop_pending()
+        self._state.restore()
         message = self._message(found)
         if self._skipped < self._tolerated:
             self._skipped += 1
@@ -172,63 +130,6 @@ class StepGuard(HookBase):
         self._skipped = state["skipped"]
 
 
-class AgreedStop(HookBase):
-    """Saves and ends a run that is to stop, when its step is done.
-
-    It must stand after the hooks whose work is part of a step (the schedule's, the periodic checkpoint) and before the
-    one that evaluates: a cluster that sends SIGTERM may wait for less than an evaluation takes. `MissedEvaluation`
-    makes up for it on resume.
-    """
-
-    def __init__(self, guard: StepGuard, random_state: RandomState) -> None:
-        self._guard = guard
-        self._random_state = random_state
-
-    def after_step(self) -> None:
-        """
-        Raises:
-            SystemExit: with EXIT_STOPPED, the run is saved and can go on.
-            GDetKDError: the run ends and could not be saved.
-        """
-        iteration = self.trainer.iter
-        if not self._guard.stop_is_agreed or iteration + 1 >= self.trainer.max_iter:
-            return
-        self._random_state.keep()
-        # Exchanged also because one that ends would make the launcher end the one that writes.
-        is_saved, last = comm.all_gather(self._save(iteration) if comm.is_main_process() else None)[0]
-        if not is_saved:
-            raise GDetKDError(
-                f"SIGTERM: the run stops after iteration {iteration} and could NOT be saved. Make room in "
-                f"{self.trainer.cfg.OUTPUT_DIR}; --resume goes on from {last or 'nothing'}, and takes the iterations "
-                "since then again."
-            )
-        logger.warning(
-            "SIGTERM: the run stops after iteration %d, with exit code %d. --resume goes on with it.",
-            *(iteration, EXIT_STOPPED),
-        )
-        raise SystemExit(EXIT_STOPPED)
-
-    def _save(self, iteration: int) -> Tuple[bool, str]:
-        """Whether the run is saved, and the name of the file that it would be resumed from."""
-        checkpointer, name = self.trainer.checkpointer, f"model_{iteration:07d}"
-        before = len(checkpointer.failed)
-        checkpointer.save(name, iteration=iteration)
-        return len(checkpointer.failed) == before, os.path.basename(checkpointer.get_checkpoint_file())
-
-
-def _has_statistics(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats
-
-
-def _on_any_process(*flags: bool) -> List[bool]:
-    """Each flag, raised where any process raises it."""
-    if comm.get_world_size() == 1:
-        return list(flags)
-    together = torch.tensor(flags, dtype=torch.int32)
-    dist.all_reduce(together, op=dist.ReduceOp.MAX, group=comm._get_global_gloo_group())
-    return together.bool().tolist()
-
-
 class _Guarded:
     """Detectron2's step, looked at by a `StepGuard` before the optimizer's part; and the terms' values are logged."""
 
@@ -237,10 +138,7 @@ class _Guarded:
 
     def run_step(self) -> None:
         try:
-            try:
-                super().run_step()
-            except FloatingPointError as e:  # Detectron2's, of a proposal generator
-                self.guard.no_losses(e)
+            super().run_step()
         except StepSkipped:
             self.optimizer.zero_grad()
 

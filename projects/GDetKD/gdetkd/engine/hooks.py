@@ -9,12 +9,13 @@ from typing import Any, Callable, Dict, List, Optional
 import numpy as np
 import torch
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import BestCheckpointer, EvalHook
+from detectron2.engine.hooks import BestCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
 from ..safe_load import DamagedFileError, read_weights
-from .checkpoint import DurableCheckpointer, written_whole
+from .checkpoint import DurableCheckpointer
+from .forward_state import normalizers, set_normalizers
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def get_random_state() -> Dict[str, Any]:
         "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # asking for its state would initialise it, also for a run on the CPU
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -40,34 +41,39 @@ def set_random_state(state: Dict[str, Any]) -> None:
     keys, *rest = state["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
 
 
 class RandomState(HookBase):
-    """Keeps every process's random state for the checkpoint that the main process is about to write.
+    """Keeps what is a process's own for the checkpoint that the main process is about to write.
 
-    It must stand before the hook that writes. On resume the state is set when training begins.
+    This is the random state, and the moving average that a dense detector divides its losses by. The hook must stand
+    before the hook that writes. On resume the states are set when training begins.
     """
 
     def __init__(self, period: int) -> None:
         self._period = period
         self._states: Optional[List[Dict[str, Any]]] = None
-        self._loaded: Optional[List[Dict[str, Any]]] = None
+        self._loaded: Optional[Dict[str, Any]] = None
 
     def before_train(self) -> None:
-        if self._loaded is not None:
-            set_random_state(self._loaded[comm.get_rank()])
-            self._loaded = None
+        if self._loaded is None:
+            return
+        if "python" in self._loaded:
+            set_random_state(self._loaded)
+        set_normalizers(self.trainer.student, self._loaded.get("normalizers", {}))  # older checkpoints have none
+        self._loaded = None
 
     def after_step(self) -> None:
         last = self.trainer.iter + 1 >= self.trainer.max_iter
         if last or (self._period > 0 and (self.trainer.iter + 1) % self._period == 0):
             self.keep()
 
-    def keep(self, state: Optional[Dict[str, Any]] = None) -> None:
-        """Keeps the present state of each process, or another that each gives; all have to call it at once."""
-        self._states = comm.gather(get_random_state() if state is None else state)
+    def keep(self, random_state: Optional[Dict[str, Any]] = None) -> None:
+        """Keep the present state of every process, or the given random state. Every process has to call it at once."""
+        state = get_random_state() if random_state is None else random_state
+        self._states = comm.gather({**state, "normalizers": normalizers(self.trainer.student)})
 
     def state_dict(self) -> Dict[str, Any]:
         return {"states": self._states} if self._states else {}
@@ -75,13 +81,13 @@ class RandomState(HookBase):
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         processes = len(state["states"])
         if processes == comm.get_world_size():
-            self._loaded = state["states"]
-        else:
-            logger.warning(
-                "The run was started with %d processes and goes on with %d: its draws and batches will be others.",
-                processes,
-                comm.get_world_size(),
-            )
+            self._loaded = state["states"][comm.get_rank()]
+            return
+        self._loaded = {"normalizers": state["states"][0].get("normalizers", {})}
+        logger.warning(
+            "The run was started with %d processes and goes on with %d: its draws and batches will be others.",
+            *(processes, comm.get_world_size()),
+        )
 
 
 class Stopwatch(HookBase):
@@ -158,63 +164,6 @@ class _Record:
 
     def state_dict(self) -> Dict[str, Any]:
         return {"metric": self.metric}
-
-
-class MissedEvaluation(HookBase):
-    """Makes up on resume for an evaluation that a kill came before: the checkpoint is written first.
-
-    It must stand after the hooks that evaluate and that keep the best.
-
-    Args:
-        period: of the evaluations, in iterations.
-        output_dir: where it notes the last one that was made.
-        evaluation: Detectron2's hook.
-        best: keeps the best checkpoint; None where none is kept, or by another process.
-    """
-
-    def __init__(self, period: int, output_dir: str, evaluation: EvalHook, best: Optional[KeepBest]) -> None:
-        self._period = period
-        self._note = os.path.join(output_dir, "last_evaluation")
-        self._evaluation = evaluation
-        self._best = best
-
-    def _is_due(self, iterations: int) -> bool:
-        return self._period > 0 and iterations % self._period == 0 and 0 < iterations < self.trainer.max_iter
-
-    def before_train(self) -> None:
-        done = self.trainer.start_iter
-        if done == 0 and comm.is_main_process() and os.path.exists(self._note):
-            os.remove(self._note)  # of another run in this folder
-        # The main process's note counts, for all have to evaluate together.
-        if not self._is_due(done) or comm.all_gather(self._noted())[0] >= done:
-            return
-        storage = self.trainer.storage
-        storage.iter = done - 1
-        self._evaluation._do_eval()
-        if self._best is not None:
-            self._best._best_checking()
-        self._write(done)
-        storage.iter = done
-
-    def _noted(self) -> int:
-        """Iterations that were done at the last evaluation."""
-        if not os.path.exists(self._note):
-            return 0
-        with open(self._note) as file:
-            return int(file.read())
-
-    def after_step(self) -> None:
-        if self._is_due(self.trainer.iter + 1):
-            self._write(self.trainer.iter + 1)
-
-    def _write(self, iterations: int) -> None:
-        if not comm.is_main_process():
-            return
-        try:
-            with written_whole(self._note) as file:
-                file.write(str(iterations))
-        except OSError as e:
-            logger.error("%s could not be written (%s): a resume may evaluate once more.", self._note, e.strerror)
 
 
 class TolerantWriter(EventWriter):

@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..errors import GDetKDError
-from .guard import EXIT_STOPPED
+from .stopping import EXIT_STOPPED
 
 # What torchrun tells each process that it starts.
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}

@@ -1,5 +1,7 @@
 """Detectron2's optimizer, or AdamW with the same parameter groups and gradient clipping."""
 
+from typing import Sequence
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer as build_sgd
@@ -27,3 +29,20 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     )
     optimizer_class = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
     return optimizer_class(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+
+
+def exempt_from_decay(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Move the parameters into groups of their own that have no weight decay, in place.
+
+    All else of their groups stays as it is. It is done to the built optimizer, so that it also holds for a trainer that
+    builds another one.
+    """
+    exempt = set(parameters)
+    for group in list(optimizer.param_groups):
+        chosen = [parameter for parameter in group["params"] if parameter in exempt]
+        if not chosen or not group.get("weight_decay"):
+            continue
+        settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        group["params"] = [parameter for parameter in group["params"] if parameter not in exempt]
+        optimizer.add_param_group({**settings, "params": chosen, "weight_decay": 0.0})
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]

@@ -49,13 +49,15 @@ class LossSchedule:
         return model.register_forward_hook(self._hook)
 
     def _hook(self, model: nn.Module, inputs: Any, output: Any) -> Optional[Dict[str, torch.Tensor]]:
-        if not model.training or not self._nodes:
+        # Without gradients (PreciseBN's forward passes) there is no distillation.
+        if not model.training or not self._nodes or not torch.is_grad_enabled():
             return None
         storage = get_event_storage()
         weighted = self(output, storage.iter)
-        self._waiting = {f"raw/{name}": output[name].detach() for name in self._nodes}
-        total = torch.stack([loss.detach() for loss in weighted.values()]).sum()
-        self._waiting.update({f"share/{name}": weighted[name].detach() / total for name in self._nodes})
+        # Summed: a student's own loss may have the shape (1,).
+        total = torch.stack([loss.detach().sum() for loss in weighted.values()]).sum()
+        self._waiting = {f"raw/{name}": output[name].detach().sum() for name in self._nodes}
+        self._waiting.update({f"share/{name}": weighted[name].detach().sum() / total for name in self._nodes})
         return weighted
 
     def log(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
+from detectron2.engine.hooks import PeriodicWriter
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..classes import class_names
-from ..config import plain_config, score_prefix
+from ..config import plain_config
 from ..data import ResumableLoader, build_train_loader, register_datasets
 from ..data.train_loader import images_per_process, random_state
 from ..distiller import GDetKD
@@ -27,12 +27,15 @@ from ..structures import DetectorSpec
 from ..teacher import transfer_heads
 from .attention import AttentionWatch
 from .evaluators import DiskTolerant, build_evaluator
-from .guard import AgreedStop, GuardedAMPTrainer, GuardedTrainer, StepGuard
-from .hooks import KeepBest, MissedEvaluation, RandomState, Stopwatch, TolerantWriter
-from .optimizer import build_optimizer
+from .forward_guard import ForwardGuard
+from .guard import GuardedAMPTrainer, GuardedTrainer, StepGuard
+from .hook_order import order_hooks
+from .hooks import RandomState, TolerantWriter
+from .optimizer import build_optimizer, exempt_from_decay
 from .preflight import check_architecture, check_datasets, check_student, check_student_classes
 from .resume import DistillState, RunRecord, warn_of_other_data
 from .schedule import LossSchedule
+from .stopping import Interruptible, LeftEarly, StopRequest
 from .student_weights import StudentCheckpointer
 from .teacher_score import evaluate_teacher
 
@@ -66,9 +69,12 @@ class DistillTrainer(DefaultTrainer):
         teacher = None if self.distiller is None else self.distiller.teacher
         self.student_spec: Optional[DetectorSpec] = check_student(cfg, self.student, teacher)
         optimizer = self.build_optimizer(cfg, model)
+        if self.distiller is not None:
+            exempt_from_decay(optimizer, [p for loss in self.distiller.losses.values() for p in loss.undecayed()])
         data_loader = self.build_train_loader(cfg)
-        model = _distributed(model)
         self.schedule = LossSchedule(cfg)
+        self.guarded_model = ForwardGuard(model, self.student, self.schedule.terms)
+        model = _distributed(self.guarded_model)
         self.schedule.attach(model)
         trainer_class = GuardedAMPTrainer if cfg.SOLVER.AMP.ENABLED else GuardedTrainer
         self._trainer = trainer_class(model, data_loader, optimizer)
@@ -81,9 +87,10 @@ class DistillTrainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        self._request = StopRequest()
         self.register_hooks(self.build_hooks())
         self._trainer.guard, self._trainer.schedule = self._guard, self.schedule
-        self._guard.attach(model)
+        self._guard.attach(self.guarded_model)
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
@@ -130,37 +137,31 @@ class DistillTrainer(DefaultTrainer):
             return super().test(cfg, model, evaluators)
 
     def _evaluate(self) -> Dict:
-        names = self.cfg.DATASETS.TEST
-        evaluators = [DiskTolerant(partial(self.build_evaluator, self.cfg, name), name) for name in names]
-        self._last_eval_results = self.test(self.cfg, self.model, evaluators)
+        request = self._request
+        evaluators = [
+            Interruptible(DiskTolerant(partial(self.build_evaluator, self.cfg, name), name), request)
+            for name in self.cfg.DATASETS.TEST
+        ]
+        training = self.model.training
+        try:
+            self._last_eval_results = self.test(self.cfg, self.model, evaluators)
+        except LeftEarly:
+            request.agree()  # as those processes do that came to the end of their images
+            request.has_left = True
+            self.model.train(training)
+            return {}
         return self._last_eval_results
 
     def build_writers(self) -> List[EventWriter]:
         """Detectron2's, which a full disk does not end the training through."""
         return [TolerantWriter(writer) for writer in super().build_writers()]
 
-    def build_hooks(self) -> List[Optional[HookBase]]:
-        """Detectron2's, the random states before the checkpoint, the stop before the evaluation, the best checkpoint
-        after it, the guard last.
-        """
-        hooks = super().build_hooks()
-        writes = [i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicCheckpointer)]
-        # Only the main process has that hook; the others take part in gathering the states just the same.
+    def build_hooks(self) -> List[HookBase]:
+        """Return Detectron2's hooks with ours among them. The guard stands last."""
         random_state = RandomState(self.cfg.SOLVER.CHECKPOINT_PERIOD)
-        hooks.insert(writes[0] if writes else len(hooks), random_state)
-        evaluates = max(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-        period, folder = self.cfg.TEST.EVAL_PERIOD, self.cfg.OUTPUT_DIR
-        hooks[evaluates] = EvalHook(period, self._evaluate)
-        best = None
-        if self.cfg.TEST.KEEP_BEST and self.cfg.DATASETS.TEST and comm.is_main_process():
-            best = KeepBest(period, self.student, folder, f"{score_prefix(self.cfg)}bbox/AP")
-        if self.cfg.DATASETS.TEST:
-            hooks.insert(evaluates + 1, MissedEvaluation(period, folder, hooks[evaluates], best))
-        if best is not None:
-            hooks.insert(evaluates + 1, best)
-        self._guard = StepGuard(self.cfg.DISTILL.SKIP_NONFINITE, random_state)
-        hooks.insert(evaluates, AgreedStop(self._guard, random_state))
-        return [Stopwatch(), *self._with_watch(self._with_insight(hooks)), self._guard]
+        self._guard = StepGuard(self.cfg.DISTILL.SKIP_NONFINITE, random_state, self._request)
+        hooks = order_hooks(super().build_hooks(), self, self._request, random_state, self._evaluate)
+        return [*self._with_watch(self._with_insight(hooks)), self._guard]
 
     def _with_watch(self, hooks: List[Optional[HookBase]]) -> List[Optional[HookBase]]:
         if self.distiller is None or "SGFI" not in self.distiller.losses:
@@ -193,7 +194,8 @@ class DistillTrainer(DefaultTrainer):
     def train(self) -> Any:
         if self.cfg.DISTILL.EVAL_TEACHER and self.distiller is not None and self.start_iter == 0:
             self.register_hooks([_TeacherScore(evaluate_teacher(self.cfg, self.distiller.teacher))])
-        results = super().train()
+        with self._request.listening():
+            results = super().train()
         if "model_final" in self.checkpointer.failed:
             raise GDetKDError(
                 f"The training is done, but model_final.pth could not be written. Make room in {self.cfg.OUTPUT_DIR} "
@@ -217,8 +219,8 @@ class DistillTrainer(DefaultTrainer):
         except ValueError as e:  # the optimizer's
             raise GDetKDError(
                 f"This run was started with other groups of parameters ({e}). SOLVER.WEIGHT_DECAY, WEIGHT_DECAY_NORM, "
-                "WEIGHT_DECAY_BIAS and BIAS_LR_FACTOR make them: resume it with those it was started with, or start in "
-                "a new OUTPUT_DIR."
+                "WEIGHT_DECAY_BIAS and BIAS_LR_FACTOR make them, and so does the version of GDetKD. Resume it with "
+                "the config and the version that it was started with, or start in a new OUTPUT_DIR."
             ) from e
         if "data_seed" in state_dict and isinstance(self.data_loader, ResumableLoader):
             self.data_loader.seed = state_dict["data_seed"]

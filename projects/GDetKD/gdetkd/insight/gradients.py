@@ -40,8 +40,10 @@ def term_gradients(
 
 
 def _gradient(loss: torch.Tensor, parameters: Sequence[nn.Parameter], scale: float) -> List[Optional[torch.Tensor]]:
-    """Of each parameter, times the scale; None of one that the loss does not reach."""
-    return list(torch.autograd.grad(loss * scale, parameters, retain_graph=True, allow_unused=True))
+    """Return the gradient in each parameter, times the scale, or None where the loss does not reach it."""
+    # The trainer's autocast is still on here, and would round the backward pass as it does not in a step.
+    with torch.autocast(loss.device.type, enabled=False):
+        return list(torch.autograd.grad(loss * scale, parameters, retain_graph=True, allow_unused=True))
 
 
 def _product(a: Sequence[Optional[torch.Tensor]], b: Sequence[Optional[torch.Tensor]], scale: float) -> float:

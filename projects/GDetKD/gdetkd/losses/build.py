@@ -1,6 +1,6 @@
 """The registry of distillation losses and what a loss is."""
 
-from typing import Any, ClassVar, FrozenSet, Iterable
+from typing import Any, ClassVar, FrozenSet, Iterable, List
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ class DistillLoss(nn.Module):
     """
 
     needs: ClassVar[FrozenSet[str]] = frozenset()
+    # Names of this module's own parameters that weight decay must leave alone, such as the logarithm of a temperature.
+    without_decay: ClassVar[FrozenSet[str]] = frozenset()
 
     def forward(self, student: Any, teacher: Any) -> torch.Tensor:
         """
@@ -42,6 +44,17 @@ class DistillLoss(nn.Module):
             loss = self.compute(student, teacher)
             # With no region a convolution's bias, say, would be left without a gradient, which hangs DDP.
             return loss + sum_of_zeros(self.parameters())
+
+    def join_exchange(self) -> None:
+        """Take part in what `compute` exchanges with other processes, on a process that has nothing to compare.
+
+        It is called in place of `forward` where the student's forward pass broke off: the other processes wait. A loss
+        whose `compute` exchanges something has to override it, and to exchange before anything that can fail.
+        """
+
+    def undecayed(self) -> List[nn.Parameter]:
+        """Return the parameters that `without_decay` names."""
+        return [self.get_parameter(name) for name in sorted(self.without_decay)]
 
     def compute(self, student: Any, teacher: Any) -> torch.Tensor:
         """The term itself; autocast is off here, half-precision inputs are the loss's to convert."""

@@ -174,6 +174,9 @@ class CKD(DistillLoss):
         self.projection = nn.Linear(teacher_spec.embedding_dim, config.PROJECTION_DIM)
         self.queue = EmbeddingQueue(config.QUEUE_SIZE, teacher_spec.embedding_dim)
 
+    def join_exchange(self) -> None:
+        gather_embeddings(self.adapter.weight.new_zeros(0, self.projection.in_features))
+
     def compute(self, student: Any, teacher: Any) -> torch.Tensor:
         raw = full_precision(teacher.embeddings)  # (N, D_T)
         rank, everyone = gather_embeddings(raw)

@@ -131,6 +131,7 @@ class SGFI(DistillLoss):
     """
 
     needs = frozenset({"pooled", "level_pooled"})
+    without_decay = frozenset({"log_tau"})  # decay would pull the temperature towards 1
 
     def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
         super().__init__()

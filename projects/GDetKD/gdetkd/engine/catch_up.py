@@ -1,0 +1,106 @@
+"""Does on resume what a kill or a request to stop came before."""
+
+import logging
+import os
+from typing import Optional
+
+from detectron2.engine import HookBase
+from detectron2.engine.hooks import EvalHook
+from detectron2.utils import comm
+
+from .checkpoint import written_whole
+from .hooks import KeepBest
+from .precise_bn import PreciseStatistics
+from .stopping import EXIT_STOPPED, StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+class CatchUp(HookBase):
+    """Makes up on resume for an evaluation, and for the estimate of BatchNorm's statistics before it.
+
+    A checkpoint is written before the evaluation of the same iteration, so a kill can come between the two. The hook
+    must stand after the hooks that evaluate and that keep the best.
+
+    Args:
+        period: iterations between two evaluations.
+        output_dir: the folder in which the hook notes the last evaluation that was made.
+        evaluation: Detectron2's hook.
+        best: keeps the best checkpoint; None where none is kept, or by another process.
+        precise: estimates BatchNorm's statistics; None where that is off.
+        request: the evaluation that is made up for is left if the run is asked to stop.
+    """
+
+    def __init__(
+        self,
+        period: int,
+        output_dir: str,
+        evaluation: EvalHook,
+        best: Optional[KeepBest],
+        precise: Optional[PreciseStatistics],
+        request: StopRequest,
+    ) -> None:
+        self._period = period
+        self._note = os.path.join(output_dir, "last_evaluation")
+        self._evaluation = evaluation
+        self._best = best
+        self._precise = precise
+        self._request = request
+
+    def _is_due(self, iterations: int) -> bool:
+        return self._period > 0 and iterations % self._period == 0 and 0 < iterations < self.trainer.max_iter
+
+    def before_train(self) -> None:
+        done = self.trainer.start_iter
+        if done == 0:
+            if comm.is_main_process() and os.path.exists(self._note):
+                os.remove(self._note)  # of another run in this folder
+            return
+        self._estimate(done)
+        # The main process's note counts, because all have to evaluate together.
+        if self._is_due(done) and comm.all_gather(self._noted())[0] < done:
+            self._evaluate(done)
+
+    def _estimate(self, done: int) -> None:
+        if self._precise is None or not self._precise.is_missing(done):
+            return
+        self._precise.estimate(done)
+        self._exit_if_left()
+        if done >= self.trainer.max_iter:
+            self.trainer.checkpointer.save("model_final", iteration=done - 1)
+
+    def _evaluate(self, done: int) -> None:
+        storage = self.trainer.storage
+        storage.iter = done - 1
+        self._evaluation._do_eval()
+        self._exit_if_left()
+        if self._best is not None:
+            self._best._best_checking()
+        self._write(done)
+        storage.iter = done
+
+    def _exit_if_left(self) -> None:
+        """The checkpoint that the run was resumed from still stands."""
+        if self._request.has_left:
+            logger.warning("SIGTERM: the run stops before iteration %d. Continue it with --resume.", self.trainer.iter)
+            raise SystemExit(EXIT_STOPPED)
+
+    def _noted(self) -> int:
+        """Return how many iterations were done at the last evaluation."""
+        if not os.path.exists(self._note):
+            return 0
+        with open(self._note) as file:
+            return int(file.read())
+
+    def after_step(self) -> None:
+        if self._is_due(self.trainer.iter + 1):
+            self._write(self.trainer.iter + 1)
+
+    def _write(self, iterations: int) -> None:
+        if not comm.is_main_process():
+            return
+        try:
+            with written_whole(self._note) as file:
+                file.write(str(iterations))
+        except OSError as e:
+            logger.error("%s could not be written (%s): a resume may evaluate once more.", self._note, e.strerror)

@@ -1,0 +1,36 @@
+"""Small exchanges between the processes of a run, all on the CPU."""
+
+from typing import List
+
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+
+from .._compat import default_store
+
+
+def on_any_process(*flags: bool) -> List[bool]:
+    """Return each flag, raised where any process raises it. Every process has to call this at once."""
+    if comm.get_world_size() == 1:
+        return list(flags)
+    together = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(together, op=dist.ReduceOp.MAX, group=comm._get_global_gloo_group())
+    return together.bool().tolist()
+
+
+class Notice:
+    """A note that one process leaves and the others can look for. Nobody waits for anybody.
+
+    Args:
+        name: must be the same on every process, and another for each notice.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._key = f"gdetkd/{name}"
+
+    def leave(self) -> None:
+        if comm.get_world_size() > 1:
+            default_store().set(self._key, "1")
+
+    def is_there(self) -> bool:
+        return comm.get_world_size() > 1 and default_store().check([self._key])

@@ -1,0 +1,119 @@
+"""Turns a forward pass that meets values which are not finite into a step that every process can leave out."""
+
+from typing import Any, Dict, Iterator, List, Sequence
+
+import torch
+from detectron2.structures import Boxes
+from detectron2.utils import comm
+from torch import nn
+
+from ..errors import GDetKDError
+from ..losses.build import sum_of_zeros
+
+# The key among the losses under which a forward pass says that it broke off.
+BROKEN = "loss_forward"
+
+
+class NonFiniteError(GDetKDError):
+    """A loss is infinite or not a number."""
+
+
+class ForwardGuard(nn.Module):
+    """The model that the trainer drives: a detector, or a `GDetKD` model, whose forward pass may break off.
+
+    Detectron2 and fvcore end a forward pass by an exception when boxes or scores are not finite. Another process does
+    not see that and would wait in the backward pass. So this module returns losses that are not a number instead, with
+    a gradient for every parameter, and the process takes part in every exchange of the step. `StepGuard` then finds
+    these losses and decides for all processes.
+
+    Args:
+        model: what is trained.
+        student: the plain detector in it, or `model` itself.
+        terms: names of the distillation terms among the losses.
+
+    Attributes:
+        failure: why the last forward pass broke off; empty if it did not.
+    """
+
+    def __init__(self, model: nn.Module, student: nn.Module, terms: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.model = model
+        self.failure = ""
+        self._terms = list(terms)
+        self._features: List[torch.Tensor] = []
+        self._can_take_part = comm.get_world_size() == 1 or not _exchanges_beside_backbone(model, student)
+        if isinstance(getattr(student, "backbone", None), nn.Module):
+            student.backbone.register_forward_hook(self._keep_features)
+
+    def _keep_features(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            self._features = list(_tensors(output))
+
+    def forward(self, batched_inputs: List[Dict[str, Any]]) -> Any:
+        """
+        Returns:
+            what the model returns, or losses that are not a number where the forward pass breaks off in training.
+
+        Raises:
+            NonFiniteError: it breaks off, and this process cannot take part in the exchanges that the others wait for.
+        """
+        self.failure = ""
+        if not (self.training and torch.is_grad_enabled()):
+            return self.model(batched_inputs)
+        try:
+            return self.model(batched_inputs)
+        except (FloatingPointError, AssertionError) as error:
+            if not is_about_nonfinite(error):
+                raise
+            self.failure = str(error) or type(error).__name__
+            if not self._can_take_part:
+                raise NonFiniteError(
+                    f"The forward pass is not finite ({self.failure}). The step cannot be left out: SyncBN outside of "
+                    "the backbone keeps the other processes waiting. Use another norm there, or lower SOLVER.BASE_LR."
+                ) from error
+            return self._broken_losses()
+        finally:
+            self._features = []
+
+    def _broken_losses(self) -> Dict[str, torch.Tensor]:
+        if hasattr(self.model, "join_exchanges"):
+            self.model.join_exchanges()
+        # The features too: the backward pass of SyncBN in the backbone waits for every process.
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        loss = sum_of_zeros([*parameters, *self._features]) + float("nan")
+        return {name: loss for name in [BROKEN, *self._terms]}
+
+
+def is_about_nonfinite(error: Exception) -> bool:
+    """Return whether an exception is about values that are infinite or not a number.
+
+    Detectron2 raises `FloatingPointError` for some. fvcore and `Boxes.clip` assert instead: then the function that
+    raised holds such a value.
+    """
+    if isinstance(error, FloatingPointError):
+        return True
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    values = [] if frame is None else list(frame.tb_frame.f_locals.values())
+    return any(not torch.isfinite(tensor).all() for tensor in _tensors(values) if tensor.is_floating_point())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in containers and boxes, at any depth."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Boxes):
+        yield value.tensor
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _exchanges_beside_backbone(model: nn.Module, student: nn.Module) -> bool:
+    """Return whether a layer outside of the student's backbone exchanges statistics in its forward pass."""
+    inside = set(student.backbone.modules()) if isinstance(getattr(student, "backbone", None), nn.Module) else set()
+    return any("Sync" in type(module).__name__ for module in model.modules() if module not in inside)

@@ -1,0 +1,60 @@
+"""The order of a trainer's hooks, which is the same on every process."""
+
+from typing import Any, Callable, Dict, List, Optional
+
+from detectron2.engine import HookBase
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PreciseBN
+from detectron2.utils import comm
+
+from ..config import score_prefix
+from .catch_up import CatchUp
+from .hooks import KeepBest, RandomState, Stopwatch
+from .precise_bn import PreciseStatistics
+from .stopping import AgreedStop, LeaveAtTheEnd, StopRequest
+
+
+def order_hooks(
+    detectron2_hooks: List[Optional[HookBase]],
+    trainer: Any,
+    request: StopRequest,
+    random_state: RandomState,
+    evaluate: Callable[[], Dict[str, Any]],
+) -> List[HookBase]:
+    """Return Detectron2's hooks with ours at their places.
+
+    The main process has hooks that the others lack: those that write files. No place may depend on them. A hook that
+    exchanges something would else come at another time on the main process, and the processes would wait for ever.
+
+    Args:
+        detectron2_hooks: what `DefaultTrainer.build_hooks` returns.
+        trainer: a `DistillTrainer`.
+        request: tells whether the run is asked to stop.
+        random_state: keeps what is a process's own for a checkpoint.
+        evaluate: returns the metrics of DATASETS.TEST.
+    """
+    cfg = trainer.cfg
+    period = cfg.TEST.EVAL_PERIOD
+    hooks = [hook for hook in detectron2_hooks if hook is not None]
+    place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+    before, after = hooks[:place], hooks[place + 1 :]
+    writes = [hook for hook in before if isinstance(hook, PeriodicCheckpointer)]
+    precise = [PreciseStatistics(hook, period, request) for hook in before if isinstance(hook, PreciseBN)]
+    before = [hook for hook in before if not isinstance(hook, (PeriodicCheckpointer, PreciseBN))]
+    evaluation, best = EvalHook(period, evaluate), None
+    if cfg.TEST.KEEP_BEST and cfg.DATASETS.TEST and comm.is_main_process():
+        best = KeepBest(period, trainer.student, cfg.OUTPUT_DIR, f"{score_prefix(cfg)}bbox/AP")
+    catch_up = CatchUp(period, cfg.OUTPUT_DIR, evaluation, best, precise[0] if precise else None, request)
+    return [
+        Stopwatch(),
+        *before,
+        *precise,
+        AgreedStop(request, random_state),
+        random_state,
+        *writes,
+        evaluation,
+        AgreedStop(request, random_state),
+        *([] if best is None else [best]),
+        catch_up,
+        *after,
+        LeaveAtTheEnd(request),
+    ]

@@ -1,0 +1,180 @@
+"""SIGTERM: every process hears of it, the run is saved, and --resume goes on with it."""
+
+import itertools
+import logging
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from typing import Any, ClassVar, Dict, Iterator, List, Optional, Tuple
+
+from detectron2.engine import HookBase
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+
+from ..errors import GDetKDError
+from .exchange import Notice, on_any_process
+from .hooks import RandomState
+
+logger = logging.getLogger(__name__)
+
+# Exit code of a run that SIGTERM ended after it saved: sysexits.h's "try again", here with --resume.
+EXIT_STOPPED = 75
+# Seconds between two looks for a request that reached another process alone.
+LOOK_EVERY = 1.0
+
+
+class LeftEarly(Exception):
+    """Ends work that a resumed run does again, because the run is asked to stop."""
+
+
+class StopRequest:
+    """Knows whether the run is asked to stop, by SIGTERM to this process or to another one.
+
+    Attributes:
+        is_asked: this process got SIGTERM.
+        is_agreed: every process knows of the request, so all of them stop at the same place.
+        has_left: work was left for it that a resumed run does again.
+    """
+
+    _count: ClassVar[Iterator[int]] = itertools.count()
+
+    def __init__(self) -> None:
+        self.is_asked = False
+        self.is_agreed = False
+        self.has_left = False
+        # Every process makes its trainers in the same order, so the number names the same run everywhere.
+        self._notice = Notice(f"stop{next(self._count)}")
+        self._next_look = 0.0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note SIGTERM inside instead of ending at once. Python lets only the main thread handle signals."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.is_asked = True
+
+    def agree(self) -> bool:
+        """Return whether any process is asked to stop. Every process has to call this at once."""
+        if not self.is_agreed:
+            (self.is_agreed,) = on_any_process(self.is_asked)
+        return self.is_agreed
+
+    def leave_if_asked(self) -> None:
+        """Raise `LeftEarly` if this process or another one is asked to stop. Call it as often as you like.
+
+        The processes need not call this equally often. `agree` has to follow, also on those that were not interrupted.
+        """
+        if self.is_asked:
+            self._notice.leave()
+        if self.is_asked or self.is_agreed or self._is_noticed():
+            raise LeftEarly
+
+    def _is_noticed(self) -> bool:
+        if time.monotonic() < self._next_look:
+            return False
+        self._next_look = time.monotonic() + LOOK_EVERY
+        return self._notice.is_there()
+
+
+class Interruptible(DatasetEvaluator):
+    """An evaluator that leaves the evaluation between two images when the run is asked to stop.
+
+    All processes leave it, before the evaluator exchanges anything.
+
+    Raises:
+        LeftEarly: by `process`, or by `evaluate` on every process.
+    """
+
+    def __init__(self, evaluator: DatasetEvaluator, request: StopRequest) -> None:
+        self._evaluator = evaluator
+        self._request = request
+
+    def reset(self) -> None:
+        self._evaluator.reset()
+
+    def process(self, inputs: List[Dict[str, Any]], outputs: List[Dict[str, Any]]) -> None:
+        self._request.leave_if_asked()
+        self._evaluator.process(inputs, outputs)
+
+    def evaluate(self) -> Optional[Dict[str, Any]]:
+        if self._request.agree():
+            raise LeftEarly
+        return self._evaluator.evaluate()
+
+
+class AgreedStop(HookBase):
+    """Saves and ends a run that all processes agreed to stop.
+
+    The hook stands at two places: after the work that belongs to a step, and after the evaluation, which may have been
+    left for the request. `CatchUp` does on resume what was left.
+
+    Args:
+        request: tells whether to stop.
+        random_state: keeps the random states for the checkpoint.
+    """
+
+    def __init__(self, request: StopRequest, random_state: RandomState) -> None:
+        self._request = request
+        self._random_state = random_state
+
+    def _must_stop(self) -> bool:
+        # The last iteration goes on to write model_final.pth. Nothing but an evaluation is left to do then.
+        is_last = self.trainer.iter + 1 >= self.trainer.max_iter
+        return self._request.has_left or (self._request.is_agreed and not is_last)
+
+    def after_step(self) -> None:
+        """
+        Raises:
+            SystemExit: with EXIT_STOPPED; the run is saved and can go on.
+            GDetKDError: the run ends and could not be saved.
+        """
+        if not self._must_stop():
+            return
+        iteration = self.trainer.iter
+        self._random_state.keep()
+        # The exchange also makes all wait for the save: a launcher ends the others as soon as one process ends.
+        is_saved, last = comm.all_gather(self._save(iteration) if comm.is_main_process() else None)[0]
+        if not is_saved:
+            raise GDetKDError(
+                f"SIGTERM: the run stops after iteration {iteration} and could NOT be saved. Make room in "
+                f"{self.trainer.cfg.OUTPUT_DIR}. --resume goes on from {last or 'nothing'} and repeats the iterations "
+                "since then."
+            )
+        logger.warning(
+            "SIGTERM: the run stops after iteration %d, with exit code %d. Continue it with --resume.",
+            *(iteration, EXIT_STOPPED),
+        )
+        raise SystemExit(EXIT_STOPPED)
+
+    def _save(self, iteration: int) -> Tuple[bool, str]:
+        """Return whether the run is saved, and the name of the file that it would be resumed from."""
+        checkpointer, name = self.trainer.checkpointer, f"model_{iteration:07d}"
+        before = len(checkpointer.failed)
+        checkpointer.save(name, iteration=iteration)
+        return len(checkpointer.failed) == before, os.path.basename(checkpointer.get_checkpoint_file())
+
+
+class LeaveAtTheEnd(HookBase):
+    """Ends a run with EXIT_STOPPED when its last evaluation was left. It must stand last.
+
+    model_final.pth is written by then, and --resume evaluates it.
+    """
+
+    def __init__(self, request: StopRequest) -> None:
+        self._request = request
+
+    def after_train(self) -> None:
+        # A run that failed before its end has an error of its own to show.
+        if self._request.has_left and self.trainer.iter >= self.trainer.max_iter:
+            logger.warning("SIGTERM: the last evaluation was left. --resume evaluates model_final.pth.")
+            raise SystemExit(EXIT_STOPPED)
