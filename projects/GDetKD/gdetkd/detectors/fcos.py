@@ -1,6 +1,6 @@
 """Detectron2's FCOS, buildable from a yaml config, which Detectron2 itself does not offer."""
 
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec, get_norm
@@ -8,6 +8,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_bac
 from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
 from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import Boxes, Instances
+
+from ..structures import full_precision
 
 
 @META_ARCH_REGISTRY.register()
@@ -45,6 +47,13 @@ class FCOS(fcos.FCOS):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
+
+    def forward_training(
+        self, images: Any, features: List[Any], predictions: Sequence[List[Any]], gt_instances: List[Instances]
+    ) -> Dict[str, Any]:
+        """Compute Detectron2's losses in float32: under autocast its box loss meets half-precision boxes and fails."""
+        predictions = [[full_precision(level) for level in of_kind] for of_kind in predictions]
+        return super().forward_training(images, features, predictions, gt_instances)
 
     def label_anchors(self, anchors: List[Boxes], gt_instances: List[Instances]) -> Tuple[Any, Any]:
         """v0.6 fails on an image without objects: it gets one outside of the image, which no location is in."""
