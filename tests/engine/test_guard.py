@@ -1,9 +1,6 @@
-"""A loss that is not finite reaches no parameter; SIGTERM saves and ends the run with a code of its own."""
+"""A loss that is not finite reaches no parameter."""
 
-import errno
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,6 @@ from test_trainer import train
 from conftest import make_batch
 from gdetkd import DistillTrainer
 from gdetkd.engine.guard import NonFiniteError
-from gdetkd.engine.stopping import EXIT_STOPPED
-from gdetkd.errors import GDetKDError
 from gdetkd.losses import CKD
 from gdetkd.losses.ckd import EmbeddingQueue
 from gdetkd.safe_load import read_weights
@@ -170,80 +165,6 @@ def test_proposals_that_are_not_finite_are_named(distill_cfg, tmp_path, monkeypa
     with pytest.raises(NonFiniteError, match="At iteration 2 the forward pass is not finite .Predicted boxes"):
         trainer.train()
     assert same(trainer.student.state_dict(), states.before[1]) and (tmp_path / "run/nonfinite_0000002.json").exists()
-
-
-class Terminated(DistillTrainer):
-    """Gets SIGTERM in the middle of an iteration."""
-
-    at = 2
-
-    def run_step(self):
-        if self.iter == self.at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        super().run_step()
-
-
-def test_sigterm_saves_and_the_run_goes_on_bit_by_bit(distill_cfg, tmp_path):
-    cfg = distill_cfg({"SOLVER.MAX_ITER": 6, "INPUT.MIN_SIZE_TRAIN": (48, 64), "DATALOADER.NUM_WORKERS": 1})
-    _, uninterrupted = train(DistillTrainer, cfg)
-    run = tmp_path / "stopped"
-    run.mkdir()
-    cfg.OUTPUT_DIR = str(run)
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as stop:
-        train(Terminated, cfg)
-    assert stop.value.code == EXIT_STOPPED == 75 and signal.getsignal(signal.SIGTERM) is before
-    assert (run / "last_checkpoint").read_text() == "model_0000002.pth"
-    trainer, steps = train(DistillTrainer, cfg, resume=True)
-    assert steps == {iteration: uninterrupted[iteration] for iteration in (3, 4, 5)}
-    assert trainer.scheduler.last_epoch == 6
-
-
-def test_sigterm_comes_before_an_evaluation_that_is_made_up_for(distill_cfg, tmp_path, monkeypatch):
-    """A cluster may not wait for as long as an evaluation takes."""
-    made = []
-
-    def evaluate(cls, cfg, *args):
-        made.append(cfg.OUTPUT_DIR)
-        return {"bbox": {"AP": float(torch.rand(1))}}  # it has the random state that it would have had
-
-    monkeypatch.setattr(DistillTrainer, "test", classmethod(evaluate))
-    keys = {"SOLVER.MAX_ITER": 6, "INPUT.MIN_SIZE_TRAIN": (48, 64), "SOLVER.CHECKPOINT_PERIOD": 100}
-    cfg = distill_cfg({**keys, "DATASETS.TEST": ("tiny",), "TEST.EVAL_PERIOD": 3})
-    _, uninterrupted = train(DistillTrainer, cfg)
-    best = read_weights(str(tmp_path / "run" / "model_best.pth"))
-    run = tmp_path / "stopped"
-    run.mkdir()
-    cfg.OUTPUT_DIR = str(run)
-    with pytest.raises(SystemExit) as stop:
-        train(Terminated, cfg)
-    assert stop.value.code == EXIT_STOPPED and str(run) not in made and not (run / "model_best.pth").exists()
-    _, steps = train(DistillTrainer, cfg, resume=True)
-    assert steps == {iteration: uninterrupted[iteration] for iteration in (3, 4, 5)} and made.count(str(run)) == 2
-    resumed = read_weights(str(run / "model_best.pth"))
-    assert resumed["record"] == best["record"] and resumed["iteration"] == best["iteration"]
-
-
-def test_a_stop_that_cannot_be_saved_does_not_pretend_to_be(distill_cfg, tmp_path, monkeypatch):
-    from gdetkd.engine import checkpoint
-
-    def full(path, *args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    class Full(Terminated):
-        def run_step(self):
-            if self.iter == self.at:
-                monkeypatch.setattr(checkpoint, "written_whole", full)
-            super().run_step()
-
-    with pytest.raises(GDetKDError, match="iteration 2 and could NOT be saved.*goes on from model_0000001.pth"):
-        train(Full, distill_cfg({"SOLVER.MAX_ITER": 6, "SOLVER.CHECKPOINT_PERIOD": 2}))
-
-
-def test_sigterm_in_the_last_iteration_lets_the_run_end(distill_cfg, tmp_path):
-    cfg = distill_cfg({"SOLVER.MAX_ITER": 3})
-    train(Terminated, cfg)
-    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_final.pth"
 
 
 def test_a_batch_without_file_names_can_be_trained_on(distill_cfg, monkeypatch):

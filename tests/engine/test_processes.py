@@ -19,6 +19,7 @@ from gdetkd import DistillTrainer, GDetKD
 from gdetkd.engine.checkpoint import DurableCheckpointer
 from gdetkd.engine.guard import NonFiniteError
 from gdetkd.errors import GDetKDError
+from gdetkd.losses import DistillLoss
 
 TIMEOUT_SECONDS = 240
 
@@ -172,6 +173,42 @@ def _train_spoiled(rank, cfg):
     return str(error.value), os.path.exists(os.path.join(cfg.OUTPUT_DIR, "nonfinite_0000001.pth"))
 
 
+class _BrokenOff(DistillTrainer):
+    """The last rank's forward pass breaks off in the second step: in the student, or in a loss after the first."""
+
+    place = "student.proposal_generator.rpn_head.anchor_deltas"
+
+    def run_step(self):
+        if self.iter != 1 or comm.get_rank() != comm.get_world_size() - 1:
+            return super().run_step()
+        module = self.distiller.get_submodule(self.place)
+        if isinstance(module, DistillLoss):
+            module.compute = _breaks_off
+            super().run_step()
+            del module.compute
+        else:
+            handle = module.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+            super().run_step()
+            handle.remove()
+
+
+class _BrokenOffInALoss(_BrokenOff):
+    place = "losses.SGFI"
+
+
+def _breaks_off(student, teacher):
+    raise FloatingPointError("found in a loss")
+
+
+def _train_broken_off(rank, cfg, in_a_loss):
+    trainer_class = _BrokenOffInALoss if in_a_loss else _BrokenOff
+    if cfg.DISTILL.SKIP_NONFINITE:
+        return _train(rank, cfg, trainer_class)
+    with pytest.raises(NonFiniteError) as error:
+        _train(rank, cfg, trainer_class)
+    return str(error.value)
+
+
 def _evaluate_on_a_full_disk(rank, cfg):
     """The main process can first not convert the set's annotations, and then not write what was found."""
     from gdetkd.engine import evaluators  # here, for each process has a module of its own
@@ -270,6 +307,24 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_or_is_left_out_on_all(s
         assert "loss_distill_ckd is nan (process 1; images " in message
         assert is_saved  # before any process ends, which would make the launcher end the one that writes
     assert _equal(results) and all(torch.isfinite(p).all() for p in results[0]["parameters"])
+
+
+def test_a_forward_pass_that_breaks_off_on_one_rank_stops_all_or_is_left_out_on_all(shared_cfg, tmp_path):
+    """The others have exchanged CKD's embeddings and SyncBN's statistics by then, and wait in the backward pass."""
+    keys = {"SOLVER.MAX_ITER": 4, "DISTILL.LOSSES": ("SGFI", "CKD"), "DISTILL.SKIP_NONFINITE": 1}
+    synchronized = {"MODEL.RESNETS.NORM": "naiveSyncBN"}
+    calls = [
+        (_train_broken_off, (shared_cfg(2, {**keys, "DISTILL.SKIP_NONFINITE": 0}), False)),
+        (_train_broken_off, (shared_cfg(2, keys), False)),
+        (_train_broken_off, (shared_cfg(2, keys), True)),
+        (_train_broken_off, (shared_cfg(2, {**keys, **synchronized}), False)),
+    ]
+    stopped, *goes_on = zip(*run_in_processes(_one_after_the_other, tmp_path, 2, calls))
+    for message in stopped:
+        assert "the forward pass is not finite (Predicted boxes" in message and "(process 1; images" in message
+    for results in goes_on:
+        assert _equal(results) and all(result["changed"] for result in results)
+        assert all(torch.isfinite(p).all() for p in results[0]["parameters"])
 
 
 def test_an_evaluation_on_a_full_disk_keeps_the_ranks_together(shared_cfg, tmp_path):

@@ -11,7 +11,7 @@ from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
-from conftest import WIDER, make_batch, make_cfg, plain_keys_of
+from conftest import ALL_LOSSES, WIDER, make_batch, make_cfg, plain_keys_of
 from gdetkd import DistillTrainer
 from gdetkd.config import plain_config
 from gdetkd.data.train_loader import images_per_process
@@ -109,6 +109,62 @@ def test_a_resumed_run_is_bit_identical_to_the_uninterrupted_one(distill_cfg, tm
     ours, theirs = resumed.distiller.losses.state_dict(), whole.distiller.losses.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert ours["CKD.queue.filled"] > 0 and ours["SGFI.log_tau"] != 0
+
+
+@pytest.mark.parametrize("student", ["retinanet", "fcos"])
+def test_a_resumed_run_of_a_dense_student_is_bit_identical_too(pair_cfg, tmp_path, student):
+    """Detectron2 divides its losses by a moving average that is in no state dict."""
+    cfg = pair_cfg(f"faster_rcnn-{student}", {"SOLVER.MAX_ITER": 4, "SOLVER.CHECKPOINT_PERIOD": 2})
+    _, uninterrupted = train(DistillTrainer, cfg)
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
+    _, second = train(DistillTrainer, cfg, resume=True)
+    assert second == {2: uninterrupted[2], 3: uninterrupted[3]}
+
+
+def test_a_run_on_the_cpu_leaves_a_gpu_alone(distill_cfg, monkeypatch):
+    """Asking for the state of a GPU's generator would create a context on it, of hundreds of MB, every process."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("CUDA is initialised"))
+    cfg = distill_cfg({"SOLVER.MAX_ITER": 2, "SOLVER.CHECKPOINT_PERIOD": 1, "DISTILL.SKIP_NONFINITE": 1})
+    train(DistillTrainer, cfg)
+    train(DistillTrainer, cfg, resume=True)
+
+
+def test_a_students_own_loss_may_have_the_shape_1(distill_cfg, monkeypatch):
+    trainer = DistillTrainer(distill_cfg({"SOLVER.MAX_ITER": 2, "DISTILL.LOSSES": ("CKD",)}))
+    forward = trainer.student.forward
+    monkeypatch.setattr(trainer.student, "forward", lambda batch: {k: v.reshape(1) for k, v in forward(batch).items()})
+    trainer.train()
+    latest = {name: value for name, (value, _) in trainer.storage.latest().items()}
+    share = latest["loss_distill_ckd"] / latest["total_loss"]
+    assert latest["share/loss_distill_ckd"] == pytest.approx(share, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_weight_decay_leaves_the_temperature_alone(distill_cfg, optimizer):
+    """It would pull log(tau) to 0, which is tau to 1. All other parameters keep Detectron2's decay and rate."""
+    cfg = distill_cfg({"SOLVER.OPTIMIZER": optimizer, "SOLVER.WEIGHT_DECAY": 0.1, "DISTILL.SGFI.TAU": 5.0})
+    trainer = DistillTrainer(cfg)
+    decay = {p: group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    plain = DistillTrainer.build_optimizer(cfg, trainer.distiller)
+    expected = {p: group["weight_decay"] for group in plain.param_groups for p in group["params"]}
+    log_tau = trainer.distiller.losses["SGFI"].log_tau
+    assert expected[log_tau] == 0.1 and decay == {**expected, log_tau: 0.0}
+    rates = {p: group["initial_lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert rates == {p: group["lr"] for group in plain.param_groups for p in group["params"]}
+    for parameter in decay:
+        parameter.grad = torch.zeros_like(parameter)
+    before = log_tau.item()
+    trainer.optimizer.step()
+    assert log_tau.item() == before
+
+
+def test_scalars_that_a_loss_learns_say_whether_they_decay(distill_cfg):
+    """A scalar is a temperature, a scale or an offset, which decay pulls to a value that nobody chose."""
+    for losses in (ALL_LOSSES, ("FITNET", "GTMASK", "FGFI", "ROIFI", "CWD", "FGD", "MGD")):
+        for loss in DistillTrainer(distill_cfg({"DISTILL.LOSSES": losses})).distiller.losses.values():
+            scalars = {name for name, parameter in loss.named_parameters() if parameter.dim() == 0}
+            assert scalars == set(loss.without_decay)
 
 
 def test_resuming_without_the_loaders_position_would_be_noticed(distill_cfg):

@@ -46,15 +46,14 @@ class PreciseStatistics(HookBase):
         """Estimate the statistics after so many iterations, or leave it if the run is asked to stop."""
         model: nn.Module = self.trainer.model
         state, random_before = ForwardState(model), get_random_state()
-        momenta = {module: module.momentum for module in model.modules() if hasattr(module, "momentum")}
+        layers = _LayersAsTheyAre(model)
         state.save()
         self._hook._data_iter = self._batches(iterations)
         try:
             self._hook.update_stats()
             self._done = iterations
         except LeftEarly:
-            for module, momentum in momenta.items():
-                module.momentum = momentum  # PreciseBN sets it to 1 meanwhile
+            layers.restore()
             state.restore()
             set_random_state(random_before)
             self._request.has_left = True
@@ -79,3 +78,17 @@ class PreciseStatistics(HookBase):
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         self._done = state["done"]
+
+
+class _LayersAsTheyAre:
+    """What fvcore's estimate changes in BatchNorm's layers and changes back only when it comes to its end."""
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        self._before = [(norm, norm.momentum, list(norm._forward_pre_hooks)) for norm in norms]
+
+    def restore(self) -> None:
+        for norm, momentum, hooks in self._before:
+            norm.momentum = momentum
+            for added in set(norm._forward_pre_hooks) - set(hooks):
+                del norm._forward_pre_hooks[added]

@@ -138,6 +138,8 @@ class DistillTrainer(DefaultTrainer):
 
     def _evaluate(self) -> Dict:
         request = self._request
+        if request.has_left:
+            return {}  # Detectron2 also evaluates when the last iteration is left
         evaluators = [
             Interruptible(DiskTolerant(partial(self.build_evaluator, self.cfg, name), name), request)
             for name in self.cfg.DATASETS.TEST
