@@ -9,7 +9,7 @@ from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
 
 from .checkpoint import written_whole
-from .hooks import KeepBest
+from .hooks import KeepBest, RandomState
 from .precise_bn import PreciseStatistics
 from .stopping import EXIT_STOPPED, StopRequest
 
@@ -29,6 +29,7 @@ class CatchUp(HookBase):
         best: keeps the best checkpoint; None where none is kept, or by another process.
         precise: estimates BatchNorm's statistics; None where that is off.
         request: the evaluation that is made up for is left if the run is asked to stop.
+        random_state: keeps what is a process's own for a checkpoint.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class CatchUp(HookBase):
         best: Optional[KeepBest],
         precise: Optional[PreciseStatistics],
         request: StopRequest,
+        random_state: RandomState,
     ) -> None:
         self._period = period
         self._note = os.path.join(output_dir, "last_evaluation")
@@ -46,6 +48,7 @@ class CatchUp(HookBase):
         self._best = best
         self._precise = precise
         self._request = request
+        self._random_state = random_state
 
     def _is_due(self, iterations: int) -> bool:
         return self._period > 0 and iterations % self._period == 0 and 0 < iterations < self.trainer.max_iter
@@ -67,6 +70,7 @@ class CatchUp(HookBase):
         self._precise.estimate(done)
         self._exit_if_left()
         if done >= self.trainer.max_iter:
+            self._random_state.keep()
             self.trainer.checkpointer.save("model_final", iteration=done - 1)
 
     def _evaluate(self, done: int) -> None:
