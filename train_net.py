@@ -23,6 +23,7 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from gdetkd.config_file import merge_config_file, merge_words
 from gdetkd.data import register_datasets
 from gdetkd.engine import build_plain_student, evaluate_teacher
 from gdetkd.engine.check import Check
@@ -32,7 +33,6 @@ from gdetkd.engine.launch import run_everywhere
 from gdetkd.engine.preflight import check_student_classes, check_test_sets
 from gdetkd.engine.student_weights import StudentCheckpointer
 from gdetkd.errors import GDetKDError
-from gdetkd.safe_load import merge_config_file
 
 logger = logging.getLogger("gdetkd")
 
@@ -51,7 +51,7 @@ def read_config(args: Namespace) -> CfgNode:
     cfg = get_cfg()
     add_gdetkd_config(cfg)
     merge_config_file(cfg, args.config_file)
-    cfg.merge_from_list(args.opts)
+    merge_words(cfg, args.opts)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
         logging.warning("There is no CUDA device: running on the CPU, which is much slower.")

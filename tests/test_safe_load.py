@@ -15,13 +15,13 @@ from detectron2.modeling import build_model
 from conftest import make_batch, make_cfg, plain_keys_of
 from gdetkd import DistillTrainer
 from gdetkd.config import plain_config
+from gdetkd.config_file import merge_config_file
 from gdetkd.engine import build_plain_student
 from gdetkd.errors import GDetKDError
 from gdetkd.safe_load import (
     DamagedFileError,
     SafeCheckpointer,
     UntrustedFileError,
-    merge_config_file,
     read_weights,
 )
 from gdetkd.teacher import FrozenTeacher

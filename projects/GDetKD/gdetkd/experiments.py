@@ -16,9 +16,10 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from .config import add_gdetkd_config, changed_keys, flat_config
+from .config_file import merge_config_file, merge_words
 from .errors import GDetKDError
 from .losses import DISTILL_LOSS_REGISTRY
-from .safe_load import merge_config_file, sha256_of_file
+from .safe_load import sha256_of_file
 from .teacher_file import read_teacher_file
 
 # What makes a config of distillation that of the student alone.
@@ -46,7 +47,7 @@ def load_config(config_file: str, opts: Sequence[Any]) -> CfgNode:
     cfg = get_cfg()
     add_gdetkd_config(cfg)
     merge_config_file(cfg, config_file)
-    cfg.merge_from_list(list(opts))
+    merge_words(cfg, list(opts))
     return cfg
 
 

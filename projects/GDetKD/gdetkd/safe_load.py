@@ -1,4 +1,4 @@
-"""Weights and configs as what they are, input from strangers: read without running anything that they hold."""
+"""Weights as what they are, input from strangers: read without running anything that they hold."""
 
 import errno
 import hashlib
@@ -12,9 +12,7 @@ from typing import Any, BinaryIO, Dict, Tuple
 
 import numpy as np
 import torch
-import yaml
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from fvcore.common.checkpoint import Checkpointer
 
@@ -235,37 +233,6 @@ class SafeCheckpointer(DetectionCheckpointer, _SafeTorchFormat):
 def _of_other_names(weights: Dict[str, Any], author: str) -> Dict[str, Any]:
     """Detectron2 finds out by heuristics which of the weights is which of its own."""
     return {"model": weights, "__author__": author, "matching_heuristics": True}
-
-
-def merge_config_file(cfg: CfgNode, path: str) -> None:
-    """Merges a yaml file, and those that it names as its _BASE_, by safe loading alone; in place.
-
-    Raises:
-        GDetKDError: the file or one of its bases is not there, is empty or no yaml, or has a tag that makes Python
-            objects.
-    """
-    try:
-        cfg.merge_from_file(path, allow_unsafe=False)
-    except yaml.constructor.ConstructorError as e:
-        mark = e.problem_mark
-        raise GDetKDError(
-            f"The config {mark.name!r}, line {mark.line + 1}, has a tag that would make a Python object ({e.problem}). "
-            "Write plain values: numbers, strings, lists and mappings."
-        ) from e
-    except yaml.YAMLError as e:
-        raise GDetKDError(f"The config {path!r} or a _BASE_ of it is no yaml: {e}") from e
-    except RecursionError as e:
-        raise GDetKDError(
-            f"The config {path!r} has a _BASE_ that leads back to itself, or is nested too deeply."
-        ) from e
-    except (TypeError, AttributeError) as e:  # what an empty file, a list or a mere word comes to
-        raise GDetKDError(
-            f"The config {path!r} or a _BASE_ of it is empty, or no mapping of keys to values ({e}). Write KEY: VALUE."
-        ) from e
-    except (FileNotFoundError, AssertionError) as e:
-        if "not exist" not in str(e) and not isinstance(e, FileNotFoundError):
-            raise
-        raise GDetKDError(f"The config {path!r} or a _BASE_ of it is not there ({e}).") from e
 
 
 def sha256_of_file(path: str) -> str:

@@ -17,8 +17,8 @@ from torch import nn
 
 from .classes import class_names
 from .config import add_gdetkd_config, flat_config, plain_config
+from .config_file import merge_config_file, merge_words
 from .errors import GDetKDError
-from .safe_load import merge_config_file
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class YamlTeacher(TeacherFile):
         own = get_cfg()
         add_gdetkd_config(own)
         merge_config_file(own, self.path)
-        own.merge_from_list(list(cfg.DISTILL.TEACHER.OPTS))
+        merge_words(own, list(cfg.DISTILL.TEACHER.OPTS), "DISTILL.TEACHER.OPTS")
         own.MODEL.DEVICE = cfg.MODEL.DEVICE
         if cfg.DISTILL.TEACHER.WEIGHTS:
             own.MODEL.WEIGHTS = cfg.DISTILL.TEACHER.WEIGHTS

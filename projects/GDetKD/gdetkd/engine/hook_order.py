@@ -43,9 +43,7 @@ def order_hooks(
     evaluation, best = EvalHook(period, evaluate), None
     if cfg.TEST.KEEP_BEST and cfg.DATASETS.TEST and comm.is_main_process():
         best = KeepBest(period, trainer.student, cfg.OUTPUT_DIR, f"{score_prefix(cfg)}bbox/AP")
-    catch_up = CatchUp(
-        period, cfg.OUTPUT_DIR, evaluation, best, precise[0] if precise else None, request, random_state
-    )
+    catch_up = CatchUp(period, cfg.OUTPUT_DIR, evaluation, best, precise[0] if precise else None, request, random_state)
     return [
         Stopwatch(),
         *before,

@@ -1,0 +1,202 @@
+"""Config files and KEY VALUE words, read safely, with errors that name file, line and the key that was meant."""
+
+import difflib
+import os
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.config.compat import guess_version
+from detectron2.utils.file_io import PathManager
+
+from .config import flat_config
+from .errors import GDetKDError
+
+BASE = "_BASE_"
+# Lists of names, for which a single name is taken as well.
+LISTS_OF_NAMES = ("DATASETS.TRAIN", "DATASETS.TEST", "DISTILL.LOSSES")
+
+
+class Place(NamedTuple):
+    """Where a key stands: the file and the line, counted from 1."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file!r}, line {self.line}"
+
+
+def merge_config_file(cfg: CfgNode, path: str) -> None:
+    """Merge a yaml file, and the files that it names as its _BASE_, into a config in place. Nothing of it is run.
+
+    Raises:
+        GDetKDError: the file or a base is not there, is empty or no yaml, has a tag that makes Python objects, or has
+            a key or a kind of value that the config does not have.
+    """
+    if not path:
+        raise GDetKDError("No config is given: name one with --config-file FILE. configs/ holds examples.")
+    try:
+        loaded = cfg.load_yaml_with_base(path, allow_unsafe=False)
+        places = _places(path)
+        _merge(cfg, loaded, path, places)
+    except yaml.constructor.ConstructorError as e:
+        mark = e.problem_mark
+        raise GDetKDError(
+            f"The config {mark.name!r}, line {mark.line + 1}, has a tag that would make a Python object ({e.problem}). "
+            "Write plain values: numbers, strings, lists and mappings."
+        ) from e
+    except yaml.YAMLError as e:
+        raise GDetKDError(f"The config {path!r} or a _BASE_ of it is no yaml: {e}") from e
+    except RecursionError as e:
+        raise GDetKDError(
+            f"The config {path!r} has a _BASE_ that leads back to itself, or is nested too deeply."
+        ) from e
+    except (TypeError, AttributeError) as e:  # what an empty file, a list or a mere word comes to
+        raise GDetKDError(
+            f"The config {path!r} or a _BASE_ of it is empty, or no mapping of keys to values ({e}). Write KEY: VALUE."
+        ) from e
+    except FileNotFoundError as e:
+        raise GDetKDError(f"The config {path!r} or a _BASE_ of it is not there ({e}), seen from {os.getcwd()}.") from e
+    except OSError as e:
+        raise GDetKDError(f"The config {path!r} or a _BASE_ of it cannot be read ({e}).") from e
+    except AssertionError as e:  # Detectron2's and fvcore's
+        raise GDetKDError(f"The config {path!r} or a _BASE_ of it cannot be read ({e}).") from e
+
+
+def merge_words(cfg: CfgNode, words: Sequence[Any], source: str = "the command line") -> None:
+    """Merge KEY VALUE words into a config in place.
+
+    Args:
+        words: keys and values in turn, for example ["SOLVER.BASE_LR", "0.01"].
+        source: what the words come from, for messages.
+
+    Raises:
+        GDetKDError: their number is odd, or a key or a kind of value is not one of the config's.
+    """
+    if len(words) % 2:
+        raise GDetKDError(
+            f"{len(words)} words of {source} are no pairs of KEY VALUE: {' '.join(map(str, words))}. Put a value with "
+            'spaces or brackets in quotes, for example SOLVER.STEPS "(60, 80)".'
+        )
+    for key, value in zip(words[::2], words[1::2]):
+        _check_key(cfg, str(key), source)
+        try:
+            if key in LISTS_OF_NAMES:
+                value = _as_names(cfg, value)
+            cfg.merge_from_list([key, value])
+        except ValueError as e:
+            raise GDetKDError(_wrong_kind(cfg, key, value, source)) from e
+
+
+def _merge(cfg: CfgNode, loaded: Dict[str, Any], path: str, places: Mapping[str, Place]) -> None:
+    for key in LISTS_OF_NAMES:
+        section, name = key.split(".")
+        if isinstance(loaded.get(section), dict) and isinstance(loaded[section].get(name), str):
+            loaded[section][name] = _as_names(cfg, loaded[section][name])
+    node = type(cfg)(loaded)
+    if (node.get("VERSION") or guess_version(node, path)) != cfg.VERSION:
+        cfg.merge_from_file(path, allow_unsafe=False)  # which upgrades a file of an older Detectron2
+        return
+    for key, value in _flat(loaded):
+        _check_key(cfg, key, _where(places, key, path), value)
+    before = cfg.clone()
+    try:
+        cfg.merge_from_other_cfg(node)
+    except ValueError as e:
+        key, value = next(pair for pair in _flat(loaded) if not _fits(before, *pair))
+        raise GDetKDError(_wrong_kind(before, key, value, _where(places, key, path))) from e
+
+
+def _as_names(cfg: CfgNode, value: Any) -> Any:
+    decoded = cfg._decode_cfg_value(value)
+    return (decoded,) if isinstance(decoded, str) and decoded else decoded
+
+
+def _fits(cfg: CfgNode, key: str, value: Any) -> bool:
+    probe = cfg.clone()
+    try:
+        probe.merge_from_list([key, value])
+    except ValueError:
+        return False
+    return True
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _get(cfg: CfgNode, key: str) -> Any:
+    """Return what stands under a dotted key. Raise KeyError if nothing does."""
+    node: Any = cfg
+    for part in key.split("."):
+        if not isinstance(node, CfgNode) or part not in node:
+            raise KeyError(key)
+        node = node[part]
+    return node
+
+
+def _check_key(cfg: CfgNode, key: str, source: str, value: Any = None) -> None:
+    """
+    Raises:
+        GDetKDError: the config has no such key.
+    """
+    try:
+        _get(cfg, key)
+        return
+    except KeyError:
+        pass
+    if cfg.key_is_deprecated(key):
+        return
+    if ")" in key or "]" in key or "(" in key:
+        raise GDetKDError(
+            f"{source}: {key!r} is no config key. In {{...}} yaml ends a value at each comma: put a value such as "
+            '(160,) in quotes, "(160,)", or write [160].'
+        )
+    similar = difflib.get_close_matches(key, list(flat_config(cfg.dump())), n=1, cutoff=0.0)
+    raise GDetKDError(f"{source}: {key!r} is no config key. Did you mean {similar[0]!r}?")
+
+
+def _wrong_kind(cfg: CfgNode, key: str, value: Any, source: str) -> str:
+    default = _get(cfg, key)
+    wanted = "a group of keys" if isinstance(default, CfgNode) else f"a {type(default).__name__} such as {default!r}"
+    return f"{source}: {key} is {value!r}, a {type(value).__name__}, but has to be {wanted}."
+
+
+def _where(places: Mapping[str, Place], key: str, path: str) -> str:
+    return f"The config {places[key]}" if key in places else f"The config {path!r}"
+
+
+def _places(path: str) -> Dict[str, Place]:
+    """Return where each key of a file and of its bases stands; a file counts before its bases."""
+    with PathManager.open(path, "r") as file:
+        root = yaml.compose(file, Loader=yaml.SafeLoader)
+    places: Dict[str, Place] = {}
+    bases: List[str] = []
+    for key, node in _children(root):
+        if key.value == BASE:
+            bases = [item.value for item in node.value] if isinstance(node, yaml.SequenceNode) else [node.value]
+            continue
+        places.update(_places_below(key, node, path, ""))
+    for base in bases:
+        base = os.path.expanduser(base)
+        if not base.startswith(("/", "http://", "https://")):
+            base = os.path.join(os.path.dirname(path), base)
+        places = {**_places(base), **places}
+    return places
+
+
+def _children(node: Optional[yaml.Node]) -> List[Tuple[yaml.Node, yaml.Node]]:
+    return node.value if isinstance(node, yaml.MappingNode) else []
+
+
+def _places_below(key: yaml.Node, node: yaml.Node, path: str, prefix: str) -> Dict[str, Place]:
+    name = f"{prefix}{key.value}"
+    places = {name: Place(path, key.start_mark.line + 1)}
+    for child, value in _children(node):
+        places.update(_places_below(child, value, path, f"{name}."))
+    return places

@@ -1,0 +1,77 @@
+"""A mistake in a config file or in KEY VALUE words names the file, the line and the key that was meant."""
+
+import pytest
+
+from conftest import make_cfg
+from gdetkd.config_file import merge_config_file, merge_words
+from gdetkd.errors import GDetKDError
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("SOLVER:\n  BASE_RL: 0.1\n", "line 2: 'SOLVER.BASE_RL' is no config key. Did you mean 'SOLVER.BASE_LR'?"),
+        ("SOLVR: {BASE_LR: 0.1}\n", "line 1: 'SOLVR.BASE_LR' is no config key. Did you mean 'SOLVER.BASE_LR'?"),
+        (
+            "# one\n\nINPUT: {MIN_SIZE_TRAIN: (160,), MIN_SIZE_TEST: 160}\n",
+            "line 3: 'INPUT.\\)' is no config key.*\"\\(160,\\)\"",
+        ),
+        ("SOLVER:\n  STEPS: 1\n", "line 2: SOLVER.STEPS is 1, a int, but has to be a tuple such as \\(30000,\\)"),
+        ("SOLVER: 5\n", "line 1: SOLVER is 5, a int, but has to be a group of keys"),
+        ("MODEL:\n  MASK_ON: 'yes'\n", "line 2: MODEL.MASK_ON is 'yes', a str, but has to be a bool such as False"),
+        ("MODEL:\n  FORK: {HEADS: 3}\n", "line 2: 'MODEL.FORK.HEADS' is no config key"),
+    ],
+)
+def test_a_mistake_in_a_file(tmp_path, text, message):
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    with pytest.raises(GDetKDError, match=f"The config '.*own.yaml', {message}"):
+        merge_config_file(make_cfg({}), str(path))
+
+
+def test_a_mistake_in_a_base_names_the_base(tmp_path):
+    (tmp_path / "base.yaml").write_text("SOLVER:\n  GAMA: 0.1\n")
+    (tmp_path / "own.yaml").write_text("_BASE_: base.yaml\nSOLVER: {BASE_LR: 0.5}\n")
+    with pytest.raises(GDetKDError, match="base.yaml', line 2: 'SOLVER.GAMA' is no config key. .*'SOLVER.GAMMA'"):
+        merge_config_file(make_cfg({}), str(tmp_path / "own.yaml"))
+
+
+@pytest.mark.parametrize("path, message", [("", "name one with --config-file"), ("no.yaml", "'no.yaml'.*seen from")])
+def test_no_file(path, message):
+    with pytest.raises(GDetKDError, match=message):
+        merge_config_file(make_cfg({}), path)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["SOLVER.BASE_LR"], "1 words of the command line are no pairs of KEY VALUE: SOLVER.BASE_LR"),
+        (["SOLVER.BASE_RL", "0.1"], "the command line: 'SOLVER.BASE_RL' is no config key. .*'SOLVER.BASE_LR'"),
+        (["SOLVER.STEPS", "1"], "the command line: SOLVER.STEPS is '1', a str, but has to be a tuple"),
+        (["SOLVER.IMS_PER_BATCH", "four"], "SOLVER.IMS_PER_BATCH is 'four', a str, but has to be a int such as"),
+    ],
+)
+def test_a_mistake_on_the_command_line(words, message):
+    with pytest.raises(GDetKDError, match=message):
+        merge_words(make_cfg({}), words)
+
+
+@pytest.mark.parametrize("key", ["DISTILL.LOSSES", "DATASETS.TRAIN", "DATASETS.TEST"])
+def test_a_single_name_stands_for_a_list_of_one(tmp_path, key):
+    section, name = key.split(".")
+    from_words, from_file = make_cfg({}), make_cfg({})
+    merge_words(from_words, [key, "one"])
+    (tmp_path / "own.yaml").write_text(f"{section}:\n  {name}: one\n")
+    merge_config_file(from_file, str(tmp_path / "own.yaml"))
+    assert from_words[section][name] == from_file[section][name] == ("one",)
+    merge_words(from_words, [key, "('one', 'two')"])
+    assert from_words[section][name] == ("one", "two")
+
+
+def test_what_a_file_says_is_merged_as_detectron2_merges_it(tmp_path):
+    (tmp_path / "base.yaml").write_text("SOLVER: {BASE_LR: 0.5, STEPS: [1, 2]}\n")
+    (tmp_path / "own.yaml").write_text("_BASE_: base.yaml\nSOLVER:\n  STEPS: (3,)\nVERSION: 2\n")
+    ours, detectron2s = make_cfg({}), make_cfg({})
+    merge_config_file(ours, str(tmp_path / "own.yaml"))
+    detectron2s.merge_from_file(str(tmp_path / "own.yaml"))
+    assert ours == detectron2s and ours.SOLVER.STEPS == (3,) and ours.SOLVER.BASE_LR == 0.5
