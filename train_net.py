@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Distils, trains or evaluates a detector:
 
-python train_net.py --config-file FILE [--num-gpus N] [--resume|--check|--eval-only|--eval-teacher] [KEY VALUE ...]
+python train_net.py --config-file FILE [--num-gpus N] [--resume | --overwrite] [KEY VALUE ...]
+python train_net.py --config-file FILE --check | --eval-only | --eval-teacher [KEY VALUE ...]
 torchrun --nproc-per-node N train_net.py --config-file FILE ...
 
 SIGTERM saves and ends a training with exit code 75; --resume goes on with it.
@@ -28,7 +29,7 @@ from gdetkd.data import register_datasets
 from gdetkd.engine import build_plain_student, evaluate_teacher
 from gdetkd.engine.check import Check
 from gdetkd.engine.checkpoint import written_whole
-from gdetkd.engine.folder import only_training_in
+from gdetkd.engine.folder import check_earlier_run, only_training_in, warn_of_a_fresh_start
 from gdetkd.engine.launch import run_everywhere
 from gdetkd.engine.preflight import check_student_classes, check_test_sets
 from gdetkd.engine.student_weights import StudentCheckpointer
@@ -40,6 +41,7 @@ logger = logging.getLogger("gdetkd")
 def parser() -> ArgumentParser:
     parser = default_argument_parser(__doc__)
     parser.add_argument("--eval-teacher", action="store_true", help="evaluate the teacher alone on DATASETS.TEST")
+    parser.add_argument("--overwrite", action="store_true", help="train where OUTPUT_DIR holds another training")
     parser.add_argument("--check", action="store_true", help="look at what a training would be, and do not train")
     parser.add_argument("--check-images", type=int, default=50, help="on which --check evaluates the teacher")
     parser.add_argument("--timeout", type=float, default=30, help="minutes that a process waits for the others")
@@ -103,6 +105,7 @@ def main(args: Namespace) -> Any:
     cfg = read_config(args)
     if not (args.check or args.eval_teacher or args.eval_only):
         with only_training_in(cfg.OUTPUT_DIR):
+            check_earlier_run(cfg.OUTPUT_DIR, args.resume, args.overwrite)
             return train(cfg, args)
     with kept_config(cfg.OUTPUT_DIR, True):
         start(cfg, args)
@@ -114,6 +117,8 @@ def main(args: Namespace) -> Any:
 def train(cfg: CfgNode, args: Namespace) -> Any:
     with kept_config(cfg.OUTPUT_DIR, False):  # a run that is refused has not been here
         start(cfg, args)
+        if args.resume:
+            warn_of_a_fresh_start(cfg.OUTPUT_DIR)
         trainer = DistillTrainer(cfg)
         trainer.resume_or_load(resume=args.resume)
     return trainer.train()

@@ -208,3 +208,24 @@ def test_each_job_has_a_gpu_of_its_own(tmp_path, monkeypatch, visible, expected)
     run_all([Run(tmp_path / name, CONFIG, [], 5) for name in ("one", "two", "third")], program, jobs=2)
     gpus = {name: (tmp_path / name / "gpu.txt").read_text() for name in ("one", "two", "third")}
     assert {gpus["one"], gpus["two"]} == expected and gpus["third"] in expected
+
+
+@pytest.mark.parametrize("given, cores, expected", [(None, 4, "2"), (None, 1, "1"), ("3", 4, "3")])
+def test_jobs_share_the_cores_that_this_process_may_use(tmp_path, monkeypatch, given, cores, expected):
+    """A container or SLURM gives a process fewer cores than the machine has. What the user set counts."""
+    program = tmp_path / "train_net.py"
+    program.write_text(
+        "import json, os, pathlib, sys\n"
+        "folder = pathlib.Path(sys.argv[-1])\n"
+        "(folder / 'threads.txt').write_text(os.environ['OMP_NUM_THREADS'])\n"
+        "line = json.dumps({'iteration': 5, 'bbox/AP': 1, 'bbox/AP50': 1, 'bbox/AP75': 1})\n"
+        "(folder / 'metrics.json').write_text(line)\n"
+        "(folder / 'model_final.pth').touch()\n"
+    )
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    run_all([Run(tmp_path / "one", CONFIG, [], 5)], program, jobs=2)
+    assert (tmp_path / "one" / "threads.txt").read_text() == expected

@@ -83,6 +83,20 @@ def test_one_training_at_a_time_in_a_folder(config_file, tmp_path):
     assert result.returncode == 0 and (tmp_path / "run" / "model_final.pth").exists(), result.stderr[-2000:]
 
 
+def test_a_finished_training_is_not_overwritten(config_file, tmp_path):
+    command = ["train_net.py", "--config-file", config_file]
+    result = run(*command, "--resume")
+    assert result.returncode == 0 and "THE TRAINING STARTS FROM THE BEGINNING" in result.stdout, result.stderr[-2000:]
+    files = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    result = run(*command)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    said = result.stderr.splitlines()[-1]
+    assert "holds a training (model_best.pth, model_final.pth)" in said and "--resume" in said and "--overwrite" in said
+    assert all(path.read_bytes() == content for path, content in files.items())
+    result = run(*command, "--overwrite")
+    assert result.returncode == 0 and "Starting training from iteration 0" in result.stdout, result.stderr[-2000:]
+
+
 def test_more_gpus_than_there_are(config_file):
     result = run("train_net.py", "--config-file", config_file, "--num-gpus", "64")
     assert result.returncode == 1 and "Traceback" not in result.stderr

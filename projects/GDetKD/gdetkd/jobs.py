@@ -63,6 +63,11 @@ def run_all(runs: Iterable[Run], train_net: Path, jobs: int = 2) -> None:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use: in a container or under SLURM fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _end(number: int, frame: Any) -> None:
     sys.exit(128 + number)
 
@@ -72,7 +77,8 @@ def _names(runs: Sequence[Run]) -> str:
 
 
 def _start(run: Run, train_net: Path, jobs: int, place: int) -> Run:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    # What the user set counts. Otherwise the trainings share the cores that this process may use.
+    environment = {"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs)), **os.environ}
     count = torch.cuda.device_count()
     if count > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

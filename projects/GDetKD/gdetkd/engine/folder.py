@@ -4,7 +4,7 @@ import fcntl
 import logging
 import os
 from contextlib import contextmanager
-from typing import IO, Iterator, Tuple
+from typing import IO, Iterator, List, Tuple
 
 from detectron2.utils import comm
 
@@ -30,6 +30,36 @@ def only_training_in(folder: str) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.close()
+
+
+def check_earlier_run(folder: str, resume: bool, overwrite: bool) -> None:
+    """Refuse to start anew where a training has left checkpoints. Every process has to call this at once.
+
+    Args:
+        folder: OUTPUT_DIR.
+        resume: the run goes on with what is there.
+        overwrite: the run may replace what is there.
+
+    Raises:
+        GDetKDError: on every process, the folder holds checkpoints that the run would overwrite.
+    """
+    found = comm.all_gather(_checkpoints(folder) if comm.is_main_process() else [])[0]
+    if found and not resume and not overwrite:
+        raise GDetKDError(
+            f"{folder!r} holds a training ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''}), which this run "
+            "would overwrite. Go on with it by --resume, choose another OUTPUT_DIR, or replace it by --overwrite."
+        )
+
+
+def warn_of_a_fresh_start(folder: str) -> None:
+    """Warn of a run that is to be resumed where there is nothing to resume."""
+    if comm.is_main_process() and not _checkpoints(folder):
+        logger.warning("--resume: %r holds no checkpoint. THE TRAINING STARTS FROM THE BEGINNING.", folder)
+
+
+def _checkpoints(folder: str) -> List[str]:
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(name for name in names if name.startswith("model_") and name.endswith(".pth"))
 
 
 def _lock(folder: str) -> Tuple[IO[str], str]:
