@@ -1,14 +1,19 @@
+import gc
 import multiprocessing
 import random
 import subprocess
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from conftest import make_cfg
-from gdetkd.data import build_train_loader
+from gdetkd.data import build_train_loader, headers
+from gdetkd.data.samplers import SAMPLERS
 from gdetkd.data.train_loader import BatchStream, random_state
+from gdetkd.engine import DistillTrainer
 from gdetkd.errors import GDetKDError
 
 
@@ -104,12 +109,6 @@ def test_random_state_leaves_a_gpu_as_it_was(monkeypatch):
     assert not gpu.reseeded_all
 
 
-def test_samplers_that_cannot_be_resumed_are_refused():
-    with pytest.raises(GDetKDError, match="RandomSubsetTrainingSampler"):
-        build_train_loader(make_cfg({"DATALOADER.SAMPLER_TRAIN": "RandomSubsetTrainingSampler"}))
-    build_train_loader(make_cfg({"DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler"}))
-
-
 def test_workers_outlive_a_clusters_warning_and_end_with_the_training():
     """SIGTERM to every process may not end a worker before the step is done and saved; the loader's own must."""
     loader = build_train_loader(make_cfg({"DATALOADER.NUM_WORKERS": 1}))
@@ -129,3 +128,63 @@ def test_processes_that_read_different_images_are_told(monkeypatch):
     monkeypatch.setattr("gdetkd.data.train_loader.comm.all_gather", lambda mine: [mine, other])
     with pytest.raises(GDetKDError, match="12 for process 0, 11 for process 1"):
         build_train_loader(make_cfg({}))
+
+
+class Tracked(dict):
+    """A dict that can be referred to weakly."""
+
+
+@pytest.fixture
+def alive(forget_datasets):
+    """Registers "tracked", and returns a function that counts which of its images and annotations are in memory."""
+    DatasetCatalog.get("tiny")  # names its classes
+    references = []
+
+    def load():
+        dicts = []
+        for image in DatasetCatalog.get("tiny"):
+            image["annotations"] = [Tracked(annotation) for annotation in image["annotations"]]
+            dicts.append(Tracked(image))
+        references.extend(weakref.ref(each) for image in dicts for each in (image, *image["annotations"]))
+        return dicts
+
+    def count():
+        gc.collect()
+        assert references
+        return sum(reference() is not None for reference in references)
+
+    DatasetCatalog.register("tracked", load)
+    MetadataCatalog.get("tracked").set(thing_classes=list(MetadataCatalog.get("tiny").thing_classes))
+    return count
+
+
+@pytest.mark.parametrize(
+    "change, sampler",
+    [*(("none", name) for name in SAMPLERS), ("no sizes", "TrainingSampler"), ("bad images", "TrainingSampler")],
+)
+def test_a_loader_holds_the_images_serialised_alone(alive, sampler, change, monkeypatch):
+    if change == "no sizes":  # images are copied to get them
+        monkeypatch.setattr(headers, "has_size", lambda sample: False)
+    elif change == "bad images":
+        read = headers._read_header
+        bad = headers.Header("broken")
+        monkeypatch.setattr(
+            headers, "_read_header", lambda image, whole: bad if "tiny3" in image["file_name"] else read(image, whole)
+        )
+    keys = {"DATASETS.TRAIN": ("tracked",), "DATALOADER.SAMPLER_TRAIN": sampler, "INPUT.MAX_BAD_FRACTION": 0.5}
+    loader = build_train_loader(make_cfg(keys))
+    assert alive() == 0
+    stream = iter(loader)
+    next(stream)
+    assert alive() == 0 and loader.description["images"] == (11 if change == "bad images" else 12)
+
+
+def test_a_training_holds_no_dict_of_its_datasets(alive, distill_cfg):
+    """Not the checks before it, nor the second loader, which Detectron2 builds for TEST.PRECISE_BN."""
+    keys = {"DATASETS.TRAIN": ("tracked",), "DATASETS.TEST": ("tracked",), "TEST.EVAL_PERIOD": 2}
+    keys.update({"TEST.PRECISE_BN.ENABLED": True, "TEST.PRECISE_BN.NUM_ITER": 1})
+    watched = DistillTrainer(distill_cfg({**keys, "DISTILL.VIS_PERIOD": 2}))
+    assert alive() == 0 and watched.start_iter == 0
+    trainer = DistillTrainer(distill_cfg(keys))
+    trainer.train()
+    assert alive() == 0

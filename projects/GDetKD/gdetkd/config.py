@@ -21,6 +21,8 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # lead out of its `images`, and names in a VOC list that lead out of its `root`, are refused unless this is set.
     cfg.DATASETS.ALLOW_OUTSIDE = False
 
+    _add_sampler_keys(cfg)
+
     # "SGD" is Detectron2's own, untouched. "AdamW" trains small detectors from scratch much faster;
     # SOLVER.WEIGHT_DECAY, BIAS_LR_FACTOR and the like act on it in the same way.
     cfg.SOLVER.OPTIMIZER = "SGD"
@@ -29,7 +31,8 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # sets in DATASETS.TEST the first counts.
     cfg.TEST.KEEP_BEST = True
     # What computes COCO's metrics: "pycocotools"; "faster-coco-eval", a package with the same figures, several times
-    # faster on large sets (pip install 'gdetkd[eval]'); empty: Detectron2's own where compiled, else pycocotools.
+    # faster on large sets (pip install 'gdetkd[eval]'), but for keypoints; empty: Detectron2's own where compiled, else
+    # pycocotools.
     cfg.TEST.COCO_EVAL = ""
 
     # Training leaves images out that are not there, do not open or have another size than their annotations say, and
@@ -72,6 +75,23 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     _add_regions_node(cfg)
     _add_loss_nodes(cfg)
     add_rival_nodes(cfg)
+
+
+def _add_sampler_keys(cfg: CfgNode) -> None:
+    """Adds keys that Detectron2's samplers read, where the installed Detectron2 does not define them.
+
+    v0.6 defines none of them, and main only REPEAT_SQRT.
+    """
+    # DATALOADER.SAMPLER_TRAIN "WeightedTrainingSampler" and "WeightedCategoryTrainingSampler" repeat the images of each
+    # dataset by these factors: pairs [dataset in DATASETS.TRAIN, positive factor]. Other datasets have the factor 1.
+    if "TRAIN_REPEAT_FACTOR" not in cfg.DATASETS:
+        cfg.DATASETS.TRAIN_REPEAT_FACTOR = []
+    # Take the square root of the repeat factors that DATALOADER.REPEAT_THRESHOLD gives to images of rare categories.
+    if "REPEAT_SQRT" not in cfg.DATALOADER:
+        cfg.DATALOADER.REPEAT_SQRT = True
+    # Share of the images that "RandomSubsetTrainingSampler" trains on. SEED chooses them.
+    if "RANDOM_SUBSET_RATIO" not in cfg.DATALOADER:
+        cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
 
 
 def plain_config(cfg: CfgNode) -> CfgNode:

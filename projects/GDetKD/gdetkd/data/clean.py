@@ -3,44 +3,21 @@
 import logging
 import math
 import os
-import re
-import struct
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
+import numpy as np
 from detectron2.structures import BoxMode
-from PIL import Image, UnidentifiedImageError
 
 from ..errors import GDetKDError
+from .headers import Header, read_headers, with_sizes
 
 logger = logging.getLogger(__name__)
 
 Sample = Dict[str, Any]
-EXIF_ORIENTATION, TURNED = 274, (5, 6, 7, 8)
-HEADERS_AT_ONCE = 16
-REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 NAMED = 5  # bad images in a message
 # Pixels from the origin beyond which a coordinate is taken for none; integers overflow at the 200-fold.
 FARTHEST = 1e7
-# What Pillow raises for a broken image, by its many formats.
-IMAGE_ERRORS = (
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    LookupError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-)
-# What photographs come as, by Pillow's names. It reads many others, of them some by other programs: EPS by Ghostscript.
-FORMATS = "AVIF BMP DIB GIF HEIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP".split()
-# Modes of more than 8 bits, of which conversion keeps what is below 256.
-DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 @dataclass(frozen=True)
@@ -117,40 +94,11 @@ def find_bad_images(dicts: List[Sample], whole: bool = False) -> Dict[str, str]:
     Args:
         whole: decode the images. Else headers alone are read, and a truncated file that has its header is not found.
     """
-    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
-        reasons = pool.map(lambda sample: _fault(sample, whole), dicts)
-        return {image["file_name"]: reason for image, reason in zip(dicts, reasons) if reason is not None}
+    return _faults(dicts, read_headers(dicts, whole))
 
 
-def _fault(sample: Sample, whole: bool = False) -> Optional[str]:
-    path = sample["file_name"]
-    if REMOTE.match(path):
-        return None  # Detectron2 fetches it when it is needed
-    if not os.path.exists(path):
-        return "not there"
-    try:
-        with Image.open(path) as image:  # its header alone
-            if image.format not in FORMATS:
-                return f"is {image.format}, not one of {', '.join(FORMATS)}: convert it"
-            size, mode = image.size, image.mode
-            turned = _is_turned(image)
-            if whole:
-                image.draft(None, (1, 1))  # a JPEG is read to its end all the same, in a fraction of the time
-                image.load()
-    except IMAGE_ERRORS as e:
-        return f"does not open ({type(e).__name__})"
-    if mode in DEEP:
-        return "has more than 8 bits a channel, of which the upper would be lost: convert it"
-    size = size[::-1] if turned else size  # Detectron2 turns it on reading
-    expected: Tuple[Optional[int], Optional[int]] = (sample.get("width", size[0]), sample.get("height", size[1]))
-    return None if size == expected else f"is {size[0]}x{size[1]}, annotated as {expected[0]}x{expected[1]}"
-
-
-def _is_turned(image: Image.Image) -> bool:
-    try:
-        return image.getexif().get(EXIF_ORIENTATION) in TURNED
-    except IMAGE_ERRORS:
-        return False  # Detectron2 does not turn an image whose EXIF it cannot read
+def _faults(dicts: List[Sample], headers: List[Header]) -> Dict[str, str]:
+    return {image["file_name"]: header.fault for image, header in zip(dicts, headers) if header.fault is not None}
 
 
 class BadImages:
@@ -192,19 +140,25 @@ class BadImages:
         logger.warning("%s Others are taken in their place.", message)
 
 
-def without_bad_images(dicts: List[Sample], most: float, what: str) -> List[Sample]:
-    """The samples whose images can be used; the others are counted and named in the log.
+def without_bad_images(dicts: List[Sample], most: float, what: str) -> Tuple[List[Sample], np.ndarray]:
+    """Leave out the images that cannot be used. They are counted and named in the log.
 
     Args:
         most: share of bad images above which the set itself is taken to be wrong.
         what: the data sets' names, for messages.
 
+    Returns:
+        the samples that are kept, with their sizes where these are known; and (len(dicts),) booleans, which of `dicts`
+        are kept.
+
     Raises:
         GDetKDError: more than `most` are bad.
     """
-    bad = find_bad_images(dicts)
+    headers = read_headers(dicts)
+    bad, dicts = _faults(dicts, headers), with_sizes(dicts, headers)
+    kept = np.array([image["file_name"] not in bad for image in dicts], bool)
     if not bad:
-        return dicts
+        return dicts, kept
     message = f"{what}: {len(bad)} of {len(dicts)} images cannot be used ({_named(bad)})."
     if len(bad) > most * len(dicts):
         raise GDetKDError(
@@ -212,7 +166,7 @@ def without_bad_images(dicts: List[Sample], most: float, what: str) -> List[Samp
             "raise it to leave these images out."
         )
     logger.warning("%s They are left out.", message)
-    return [image for image in dicts if image["file_name"] not in bad]
+    return [image for image, is_kept in zip(dicts, kept) if is_kept], kept
 
 
 def check_images(dicts: List[Sample], what: str) -> None:

@@ -3,28 +3,28 @@
 Detectron2's sampler starts over on resume, and its augmentations draw from the state of whichever worker runs them.
 """
 
-import hashlib
 import os
 import random
 import signal
 import threading
 from contextlib import contextmanager
-from functools import cached_property
 from itertools import islice
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, DatasetMapper
 from detectron2.data.detection_utils import check_image_size, read_image
-from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import GDetKDError
-from .clean import IMAGE_ERRORS, BadImages, without_bad_images
+from .clean import BadImages, without_bad_images
+from .headers import IMAGE_ERRORS
 from .instaboost import InstaBoostMapper
+from .samplers import build_sampler, check_sampler
+from .train_images import are_wide, describe, load_images
 
 Sample = Dict[str, Any]
 # Under this key a sample says which images it was taken in place of, and why.
@@ -57,10 +57,14 @@ def random_state(seed: Sequence[int]) -> Iterator[None]:
 
 
 class PositionedDataset(Dataset):
-    """Maps (index, position) to a sample whose augmentations depend on seed and position alone."""
+    """Maps (index, position) to a sample whose augmentations depend on seed and position alone.
 
-    def __init__(self, dicts: List[Sample], mapper: Callable[[Sample], Sample], seed: int) -> None:
-        self._dicts = DatasetFromList(dicts, copy=False)
+    Args:
+        dicts: of the images, in Detectron2's format; a list, or serialised as Detectron2's `DatasetFromList`.
+    """
+
+    def __init__(self, dicts: Sequence[Sample], mapper: Callable[[Sample], Sample], seed: int) -> None:
+        self._dicts = dicts
         self._mapper = mapper
         self._seed = seed
 
@@ -111,7 +115,9 @@ class BatchStream:
             ASPECT_RATIO_GROUPING makes them. None: no grouping.
     """
 
-    def __init__(self, indices: Callable[[], Iterator[int]], batch_size: int, wide: Any = None) -> None:
+    def __init__(
+        self, indices: Callable[[], Iterator[int]], batch_size: int, wide: Optional[Sequence[bool]] = None
+    ) -> None:
         self._indices = indices
         self._batch_size = batch_size
         self._wide = wide
@@ -133,30 +139,31 @@ class ResumableLoader:
     Attributes:
         seed: determines the order of images and every augmentation.
         start_iter: iterations that an earlier run took already.
+        description: as `describe` makes it. Every checkpoint holds it.
+
+    Args:
+        dicts: serialised. The loader lives as long as the training, and the dicts as Python objects are several times
+            as large.
     """
 
     def __init__(
         self,
-        dicts: List[Sample],
+        dicts: DatasetFromList,
         mapper: Callable[[Sample], Sample],
         batches: Callable[[int], BatchStream],
         seed: int,
         num_workers: int,
         bad_images: BadImages,
+        description: Dict[str, Any],
     ) -> None:
         self.seed = seed
         self.start_iter = 0
+        self.description = description
         self._dicts = dicts
         self._mapper = mapper
         self._batches = batches
         self._num_workers = num_workers
         self._bad_images = bad_images
-
-    @cached_property  # every checkpoint holds it
-    def description(self) -> Dict[str, Any]:
-        """How many images there are, and a hash of their file names in order, wherever the folder is."""
-        names = "\n".join(os.path.basename(sample["file_name"]) for sample in self._dicts)
-        return {"images": len(self._dicts), "sha256": hashlib.sha256(names.encode("utf-8", "replace")).hexdigest()}
 
     def __iter__(self) -> Iterator[List[Sample]]:
         # A generator: Detectron2 v0.6 asks for it in the trainer's constructor, before it is known where to start.
@@ -223,21 +230,23 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
 
     Raises:
         GDetKDError: the number of images a step does not divide by the number of processes, which do not have the same
-            images, or the sampler cannot be resumed.
+            images, or a value that the sampler reads is wrong.
     """
     count = images_per_process(cfg, comm.get_world_size())
+    check_sampler(cfg)
     names, most = ", ".join(cfg.DATASETS.TRAIN), cfg.INPUT.MAX_BAD_FRACTION
-    all_dicts = _load_dicts(cfg, names)
-    dicts = without_bad_images(all_dicts, most, names)
-    wide = [image["width"] > image["height"] for image in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
-    sampler = _sampler(cfg, dicts)
+    all_dicts, datasets = load_images(cfg)
+    dicts, kept = without_bad_images(all_dicts, most, names)
+    wide = are_wide(dicts, names) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
+    sampler = build_sampler(cfg, dicts, datasets[kept])
     loader = ResumableLoader(
-        dicts,
+        DatasetFromList(dicts, copy=False),
         InstaBoostMapper(cfg) if cfg.INPUT.INSTABOOST.ENABLED else DatasetMapper(cfg, is_train=True),
         lambda seed: BatchStream(lambda: iter(sampler(seed)), count, wide),
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         bad_images=BadImages(len(all_dicts), len(all_dicts) - len(dicts), most, names),
+        description=describe(dicts),
     )
     _check_same_everywhere(loader, names)
     return loader
@@ -256,32 +265,3 @@ def _check_same_everywhere(loader: ResumableLoader, names: str) -> None:
             f"{names}: the processes do not have the same images to train on ({counts}). Can all of them read the same "
             "folder? The log of each names what it left out."
         )
-
-
-def _load_dicts(cfg: CfgNode, names: str) -> List[Sample]:
-    try:
-        return get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
-    except AssertionError as e:  # Detectron2's
-        raise GDetKDError(
-            f"{names}: no image has an object to learn from ({e}). Correct the annotations, or keep images without "
-            "(DATALOADER.FILTER_EMPTY_ANNOTATIONS False)."
-        ) from e
-
-
-def _sampler(cfg: CfgNode, dicts: List[Sample]) -> Callable[[int], Any]:
-    """Makes one of Detectron2's samplers from a seed."""
-    name = cfg.DATALOADER.SAMPLER_TRAIN
-    if name == "TrainingSampler":
-        return lambda seed: TrainingSampler(len(dicts), seed=seed)
-    if name == "RepeatFactorTrainingSampler":
-        threshold = cfg.DATALOADER.REPEAT_THRESHOLD
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(dicts, threshold)
-        return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
-    raise GDetKDError(
-        f"DATALOADER.SAMPLER_TRAIN {name!r} cannot be resumed; take TrainingSampler or RepeatFactorTrainingSampler."
-    )

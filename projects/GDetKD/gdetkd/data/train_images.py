@@ -1,0 +1,74 @@
+"""The images of DATASETS.TRAIN, and what the training loader must know of all of them before it serialises them."""
+
+import hashlib
+import logging
+import os
+from typing import Any, Dict, List, Optional, Tuple
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.detection_utils import check_metadata_consistency
+
+from ..errors import GDetKDError
+from .headers import has_size
+from .samplers import WEIGHTED
+
+logger = logging.getLogger(__name__)
+
+Sample = Dict[str, Any]
+
+
+def load_images(cfg: CfgNode) -> Tuple[List[Sample], np.ndarray]:
+    """Load the images of DATASETS.TRAIN, and the index there of the dataset that each image is from.
+
+    The index is 0 for all images if the sampler does not read it: Detectron2 then filters all datasets at once.
+    """
+    train = list(cfg.DATASETS.TRAIN)
+    proposals = list(cfg.DATASETS.PROPOSAL_FILES_TRAIN) if cfg.MODEL.LOAD_PROPOSALS else None
+    if cfg.DATALOADER.SAMPLER_TRAIN not in WEIGHTED:
+        dicts = _load_filtered(cfg, train, proposals)
+        return dicts, np.zeros(len(dicts), np.int64)
+    parts = [
+        _load_filtered(cfg, [name], proposals and proposals[index : index + 1]) for index, name in enumerate(train)
+    ]
+    if MetadataCatalog.get(train[0]).get("thing_classes") is not None:
+        check_metadata_consistency("thing_classes", train)
+    return [image for part in parts for image in part], np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+
+
+def _load_filtered(cfg: CfgNode, names: List[str], proposals: Optional[List[str]]) -> List[Sample]:
+    try:
+        return get_detection_dataset_dicts(
+            names,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=proposals,
+        )
+    except AssertionError as e:  # Detectron2's
+        raise GDetKDError(
+            f"{', '.join(names)}: no image has an object to learn from ({e}). Correct the annotations, or keep images "
+            "without (DATALOADER.FILTER_EMPTY_ANNOTATIONS False)."
+        ) from e
+
+
+def describe(dicts: List[Sample]) -> Dict[str, Any]:
+    """Return how many images there are, and a hash of their file names in order, wherever the folder is."""
+    names = "\n".join(os.path.basename(sample["file_name"]) for sample in dicts)
+    return {"images": len(dicts), "sha256": hashlib.sha256(names.encode("utf-8", "replace")).hexdigest()}
+
+
+def are_wide(dicts: List[Sample], names: str) -> np.ndarray:
+    """Return (len(dicts),) booleans, which images are wider than high.
+
+    The size of a remote image may be unknown before it is fetched. Such an image shares its batches with the images
+    that are not wide, which costs padding and nothing else.
+    """
+    unknown = sum(not has_size(image) for image in dicts)
+    if unknown:
+        logger.info(
+            "%s: %d images are remote and have no width and height in their dicts. Batches are made as if they were "
+            "not wider than high.",
+            *(names, unknown),
+        )
+    return np.array([has_size(image) and image["width"] > image["height"] for image in dicts], bool)
