@@ -59,8 +59,8 @@ def check_test_sets(cfg: CfgNode) -> None:
     """
     Raises:
         GDetKDError: DATASETS.TEST names a set that is not registered, has no image or, though annotated, no object to
-            be found, or has an image that cannot be read to its end or a JSON that cannot be evaluated against; or a
-            file of proposals is not to be trusted.
+            be found, lacks what Detectron2's evaluation reads, or has an image that cannot be read to its end or a JSON
+            that cannot be evaluated against; or a file of proposals is not to be trusted.
     """
     check_proposals(cfg)
     for name in cfg.DATASETS.TEST:
@@ -71,8 +71,34 @@ def check_test_sets(cfg: CfgNode) -> None:
                 f"The data set {name!r} cannot be evaluated against {MetadataCatalog.get(name).json_file!r}: {fault}. "
                 "COCO's metrics need it of every annotation: add it to that file. Training does without."
             )
+        _check_keys(dicts, name)
         _check_objects(dicts, name)
         check_images(dicts, name)
+
+
+def _check_keys(dicts: List[dict], name: str) -> None:
+    """Training does without these keys, so that a set may lack them that a user registers in Python.
+
+    Raises:
+        GDetKDError: an image lacks a key that Detectron2's evaluation reads, or the set does not name its classes.
+    """
+    metadata, needed = MetadataCatalog.get(name), {"image_id"}
+    # Detectron2 then writes the set as a COCO file first.
+    is_written = metadata.get("json_file") is None and metadata.get("evaluator_type") != "images"
+    if is_written:
+        needed |= {"width", "height"}
+    for image in dicts:
+        if lacking := sorted(needed - image.keys()):
+            raise GDetKDError(
+                f"The data set {name!r} cannot be evaluated on: the dict of {image['file_name']!r} has no "
+                f"{' and no '.join(lacking)}. Let the function that is registered for the set add that to every dict. "
+                "Training does without."
+            )
+    if is_written and not metadata.get("thing_classes"):
+        raise GDetKDError(
+            f"The data set {name!r} cannot be evaluated on: it does not name its classes. Give them with "
+            f"MetadataCatalog.get({name!r}).set(thing_classes=[...]). Training does without."
+        )
 
 
 def _check_objects(dicts: List[dict], name: str) -> None:

@@ -18,6 +18,7 @@ from detectron2.utils import comm
 
 from ..classes import other_names, some
 from ..data import register_datasets
+from ..data.headers import for_evaluation
 from ..data.train_loader import random_state
 from ..errors import GDetKDError
 from ..teacher import FrozenTeacher
@@ -116,8 +117,14 @@ def score_on_sample(
         count: of images, evenly spread over the set.
 
     Raises:
-        GDetKDError: they have no object, or the set no class that is the teacher's.
+        GDetKDError: they have no object, or the set no class that is the teacher's or no names of its classes.
     """
+    load_dataset(dataset)
+    if not MetadataCatalog.get(dataset).get("thing_classes"):
+        raise GDetKDError(
+            f"The data set {dataset!r} does not name its classes, and Detectron2 evaluates by name: give them with "
+            f"MetadataCatalog.get({dataset!r}).set(thing_classes=[...])."
+        )
     flip = preprocessing is not None and preprocessing.input_format != teacher.file.input_format
     with _sample(dataset, count) as sample, _preprocessing(teacher, preprocessing):
         images = load_dataset(sample)
@@ -144,7 +151,7 @@ def evenly_spread(items: Sequence[Any], count: int) -> List[Any]:
 @contextmanager
 def _sample(name: str, count: int) -> Iterator[str]:
     """Images evenly spread over a registered data set, registered inside under another name."""
-    chosen = evenly_spread(load_dataset(name), count)
+    chosen = for_evaluation(evenly_spread(load_dataset(name), count))
     sample = f"{name}_{len(chosen)}_images"
     DatasetCatalog.register(sample, lambda: copy.deepcopy(chosen))
     # Not the JSON file, against the whole of which Detectron2 would evaluate.

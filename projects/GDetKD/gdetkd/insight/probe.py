@@ -66,7 +66,7 @@ def load_probe(cfg: CfgNode, teacher: FrozenTeacher) -> Probe:
     """DISTILL.VIS_IMAGES images that hold an object, evenly spread over the first set of DATASETS.TEST.
 
     Raises:
-        GDetKDError: there is no such set, or it has no labelled image.
+        GDetKDError: there is no such set, it has no labelled image, or its classes have no names.
     """
     if not cfg.DATASETS.TEST:
         raise GDetKDError(
@@ -76,10 +76,15 @@ def load_probe(cfg: CfgNode, teacher: FrozenTeacher) -> Probe:
     labelled = [each for each in load_dataset(name) if _objects_of(each)]
     if not labelled:
         raise GDetKDError(f"DISTILL.VIS_PERIOD looks at labelled images, and {name!r} has none: set it to 0.")
+    names = MetadataCatalog.get(name).get("thing_classes")
+    if not names:
+        raise GDetKDError(
+            f"DISTILL.VIS_PERIOD shows objects by class, and {name!r} does not name its classes: give them with "
+            f"MetadataCatalog.get({name!r}).set(thing_classes=[...]), or set it to 0."
+        )
     inputs = [_read(each, cfg) for each in evenly_spread(labelled, max(1, cfg.DISTILL.VIS_IMAGES))]
     scales = [each["image"].shape[1] / each["height"] for each in inputs for _ in range(len(each["instances"]))]
-    names = tuple(MetadataCatalog.get(name).thing_classes)
-    return Probe(name, inputs, torch.tensor(scales), names, _teachers_classes(cfg, teacher, name))
+    return Probe(name, inputs, torch.tensor(scales), tuple(names), _teachers_classes(cfg, teacher, name))
 
 
 def _teachers_classes(cfg: CfgNode, teacher: FrozenTeacher, dataset: str) -> Optional[List[Optional[int]]]:

@@ -43,7 +43,7 @@ def draw_comparison(
             detections are drawn as there are objects.
         dataset: a registered set, of which the first images with at least three objects are shown.
     """
-    images = [image for image in DatasetCatalog.get(dataset) if len(image["annotations"]) >= 3][:5]
+    images = [image for image in DatasetCatalog.get(dataset) if len(image.get("annotations", ())) >= 3][:5]
     figure = plt.figure(figsize=(15, 5.5), dpi=110)
     left, right = figure.subfigures(1, 2, width_ratios=(0.78, 1))
     _draw_curves(left.subplots(), curves, teacher_ap)
