@@ -66,7 +66,9 @@ class CocoMetrics(COCOEvaluator):
 
 
 class FasterCOCOEvaluator(CocoMetrics):
-    """COCO's metrics as the package faster-coco-eval computes them.
+    """COCO's metrics as the package faster-coco-eval computes them, those of keypoints as pycocotools does.
+
+    The package reads keypoints from its own class of ground truth alone, and Detectron2 reads it by pycocotools.
 
     Raises:
         GDetKDError: it is not installed.
@@ -80,12 +82,14 @@ class FasterCOCOEvaluator(CocoMetrics):
                 "TEST.COCO_EVAL faster-coco-eval needs that package: pip install 'gdetkd[eval]', or set it to ''."
             ) from e
         super().__init__(*args, use_fast_impl=False, **kwargs)
-        self._implementation = COCOeval_faster
+        self._faster = COCOeval_faster
 
     def _eval_predictions(self, *args: Any, **kwargs: Any) -> None:
         # Detectron2 names pycocotools' class in its module, and has no place to give it another.
         official = coco_evaluation.COCOeval
-        coco_evaluation.COCOeval = self._implementation
+        coco_evaluation.COCOeval = lambda truth, found, task: (official if task == "keypoints" else self._faster)(
+            truth, found, task
+        )
         try:
             super()._eval_predictions(*args, **kwargs)
         finally:
@@ -194,21 +198,20 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, tasks: Optional[Tuple[str, 
     if MetadataCatalog.get(dataset_name).get("evaluator_type") == "images":
         return DetectionWriter(os.path.join(folder, f"{dataset_name}_detections.json"))
     _forget_converted(folder, dataset_name)
-    coco = _coco_evaluator(cfg.TEST.COCO_EVAL, dataset_name, tasks, folder)
+    coco = _coco_evaluator(cfg, dataset_name, tasks, folder)
     if MetadataCatalog.get(dataset_name).get("evaluator_type") == "pascal_voc":
         return DatasetEvaluators([coco, VOCMetric(dataset_name)])
     return coco
 
 
-def _coco_evaluator(
-    implementation: str, dataset_name: str, tasks: Optional[Tuple[str, ...]], folder: str
-) -> CocoMetrics:
+def _coco_evaluator(cfg: CfgNode, dataset_name: str, tasks: Optional[Tuple[str, ...]], folder: str) -> CocoMetrics:
+    implementation, options = cfg.TEST.COCO_EVAL, {"kpt_oks_sigmas": cfg.TEST.KEYPOINT_OKS_SIGMAS}
     if implementation not in COCO_EVAL:
         raise GDetKDError(f"TEST.COCO_EVAL is {implementation!r}; there are {', '.join(map(repr, COCO_EVAL))}.")
     if implementation == "faster-coco-eval":
-        return FasterCOCOEvaluator(dataset_name, tasks, output_dir=folder)
+        return FasterCOCOEvaluator(dataset_name, tasks, output_dir=folder, **options)
     fast = implementation == "" and has_compiled_ops()
-    return CocoMetrics(dataset_name, tasks, output_dir=folder, use_fast_impl=fast)
+    return CocoMetrics(dataset_name, tasks, output_dir=folder, use_fast_impl=fast, **options)
 
 
 def _forget_converted(folder: str, dataset_name: str) -> None:
