@@ -13,14 +13,17 @@ import numpy as np  # isort: skip
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from isolation import isolated  # noqa: F401  an autouse fixture
+
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU, on a machine with GPUs too
+os.environ["DETECTRON2_DATASETS"] = "/there/are/no/datasets"  # not those that `make quickstart` drew in this checkout
 NUM_CLASSES = 3
 TINY = {
     "MODEL.DEVICE": "cpu",
@@ -127,10 +130,9 @@ def make_batch(sizes=((64, 64), (64, 48)), boxes_each: int = 3, seed: int = 0) -
     return batch
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-    np.random.seed(0)
+def pytest_configure(config):
+    """Let pytest-randomly choose the order of the tests alone: `isolated` seeds the random numbers."""
+    config.option.randomly_reset_seed = False
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -169,16 +171,6 @@ def write_coco(folder: Path, count: int, name: str = "tiny", seed: int = 0) -> N
     categories = [{"id": c + 1, "name": f"class{c}"} for c in range(NUM_CLASSES)]
     content = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
     (folder / f"{name}.json").write_text(json.dumps(content))
-
-
-@pytest.fixture
-def forget_datasets():
-    """Takes data sets that a test registers out of the catalog again."""
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 @pytest.fixture

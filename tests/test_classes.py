@@ -84,7 +84,7 @@ def test_selected_deltas():
     assert select_deltas(agnostic, 6, (2, 0)) is agnostic
 
 
-def test_names_come_from_metadata_or_from_the_configs_own_entry(tmp_path, forget_datasets):
+def test_names_come_from_metadata_or_from_the_configs_own_entry(tmp_path):
     assert class_names(make_cfg({})) == ("class0", "class1", "class2")
     assert class_names(make_cfg({"DATASETS.TRAIN": ("coco_2017_train",)}))[0] == "person"
     entry = {"name": "elsewhere", "kind": "voc", "root": "nowhere", "split": "train", "classes": ["x", "y"]}

@@ -17,7 +17,6 @@ from gdetkd.engine.evaluators import build_evaluator
 from gdetkd.engine.preflight import check_datasets
 from gdetkd.errors import GDetKDError
 
-pytestmark = pytest.mark.usefixtures("forget_datasets")
 BOX = {"area": 100, "iscrowd": 0, "category_id": 1, "image_id": 1}
 
 

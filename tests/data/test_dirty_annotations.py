@@ -19,8 +19,6 @@ from gdetkd.engine.evaluators import build_evaluator
 from gdetkd.engine.preflight import check_datasets
 from gdetkd.errors import GDetKDError
 
-pytestmark = pytest.mark.usefixtures("forget_datasets")
-
 
 def test_coordinates_from_far_away_are_left_out(tmp_path, caplog):
     far = [[1e30, 5, 9, 9], [5, 5, 10**30, 9], [5, 5, 10**400, 9], [-1e8, 5, 2e8, 9], [5, 5, 1e308, 1e308]]

@@ -17,8 +17,6 @@ from gdetkd.data.clean import BadImages, find_bad_images
 from gdetkd.engine.preflight import check_datasets
 from gdetkd.errors import GDetKDError
 
-pytestmark = pytest.mark.usefixtures("forget_datasets")
-
 
 def photograph(width=64, height=48):
     """Bright at the left, dark at the right, red above and blue below: any turn or swap of channels shows."""

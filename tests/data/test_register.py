@@ -11,7 +11,6 @@ from gdetkd.engine import DistillTrainer
 from gdetkd.engine.preflight import check_classes, check_datasets, check_test_sets
 from gdetkd.errors import GDetKDError
 
-pytestmark = pytest.mark.usefixtures("forget_datasets")
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
 

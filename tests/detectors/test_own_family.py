@@ -13,7 +13,6 @@ from torch import nn
 
 from conftest import make_batch, make_cfg, plain_keys_of
 from gdetkd import DistillTrainer
-from gdetkd.detectors import DETECTOR_ADAPTER_REGISTRY
 from gdetkd.engine.teacher_score import preprocessing_of
 from gdetkd.errors import GDetKDError
 from gdetkd.safe_load import read_weights
@@ -50,10 +49,6 @@ class MyDetector(nn.Module):
 @pytest.fixture
 def own_family():
     META_ARCH_REGISTRY.register(MyDetector)
-    yield
-    for registry in (META_ARCH_REGISTRY, DETECTOR_ADAPTER_REGISTRY):
-        for name in ("MyDetector", "MyAdapter"):
-            registry._obj_map.pop(name, None)
 
 
 def test_a_detector_without_an_adapter_is_refused_with_what_to_do(distill_cfg, own_family):

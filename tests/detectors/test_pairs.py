@@ -159,14 +159,13 @@ def regnet():
 
     BACKBONE_REGISTRY.register(build_tiny_regnet_fpn_backbone)
     levels = ["p2", "p3"]
-    yield {
+    return {
         "MODEL.BACKBONE.NAME": "build_tiny_regnet_fpn_backbone",
         "MODEL.ROI_HEADS.IN_FEATURES": levels,
         "MODEL.RPN.IN_FEATURES": levels,
         "MODEL.RETINANET.IN_FEATURES": levels,
         "MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16]],
     }
-    BACKBONE_REGISTRY._obj_map.pop("build_tiny_regnet_fpn_backbone")
 
 
 @pytest.mark.parametrize("pair", ["faster_rcnn-faster_rcnn", "retinanet-faster_rcnn", "faster_rcnn-retinanet"])

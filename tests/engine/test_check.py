@@ -48,7 +48,7 @@ def write(path, images, annotations, classes):
 
 
 @pytest.fixture
-def shapes_cfg(shapes, tmp_path, monkeypatch, forget_datasets):
+def shapes_cfg(shapes, tmp_path, monkeypatch):
     """The quickstart's pair on the shapes, with changes."""
     monkeypatch.chdir(ROOT)
 

@@ -22,7 +22,7 @@ XML = """<annotation><filename>{name}.jpg</filename><size><width>64</width><heig
 
 
 @pytest.fixture
-def voc(tmp_path, forget_datasets):
+def voc(tmp_path):
     """Two images of VOC's layout with a cat each, the second's difficult."""
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (tmp_path / folder).mkdir(parents=True)

@@ -14,8 +14,6 @@ from gdetkd.data import register_datasets
 from gdetkd.engine.resume import RunRecord
 from gdetkd.errors import GDetKDError
 
-pytestmark = pytest.mark.usefixtures("forget_datasets")
-
 
 def test_changes_of_the_config_are_named(distill_cfg, caplog):
     cfg = distill_cfg({"SOLVER.MAX_ITER": 2})

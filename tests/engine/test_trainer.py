@@ -306,7 +306,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(distill_cfg)
     assert images_per_process(make_cfg({"SOLVER.IMS_PER_BATCH": 16}), 4) == 4
 
 
-def test_of_several_test_sets_the_first_counts(distill_cfg, tmp_path, forget_datasets):
+def test_of_several_test_sets_the_first_counts(distill_cfg, tmp_path):
     entry = dict(MetadataCatalog.get("tiny").gdetkd_entry)
     keys = {"DATASETS.REGISTER": [{**entry, "name": "second", "limit": 4}], "DATASETS.TEST": ("tiny", "second")}
     cfg = distill_cfg({**keys, "DISTILL.EVAL_TEACHER": True, "TEST.EVAL_PERIOD": 2, "SOLVER.MAX_ITER": 2})

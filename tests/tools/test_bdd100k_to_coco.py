@@ -64,7 +64,7 @@ def test_labels_of_2018_under_their_new_names(tmp_path):
     assert "1 without a box" in result.stdout
 
 
-def test_detectron2_reads_the_result(tmp_path, forget_datasets):
+def test_detectron2_reads_the_result(tmp_path):
     run(FRAMES_2020, tmp_path)
     entry = {"name": "bdd", "kind": "coco", "json": str(tmp_path / "out/coco.json"), "images": str(tmp_path)}
     register_datasets(make_cfg({"DATASETS.REGISTER": [entry]}))
