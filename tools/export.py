@@ -67,8 +67,10 @@ def _to_torchscript(model: nn.Module, example: torch.Tensor, output: Path) -> No
     try:
         traced.save(str(output))
     except RuntimeError as e:
+        output.unlink(missing_ok=True)  # torch has written the part before the operation
         raise GDetKDError(
-            "It holds an operation that TorchScript cannot save, as Detectron2's cascades do. Export it to ONNX."
+            "The student holds an operation that TorchScript cannot save, as the cascades of Detectron2 v0.6 do. "
+            "Export it to ONNX."
         ) from e
 
 

@@ -1,5 +1,6 @@
 """A distilled student leaves this package: plain Detectron2, TorchScript and ONNX give the boxes that it gives here."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from detectron2.modeling import build_model
 
 from gdetkd import DistillTrainer
 from gdetkd.config import plain_config
+from gdetkd.errors import GDetKDError
 
 TOOLS = Path(__file__).parents[2] / "tools"
 SIZES = [(64, 80), (96, 64)]
@@ -102,7 +104,7 @@ def test_plain_detectron2_without_this_package(trained, tmp_path):
     assert theirs["scores"] == ours["instances"].scores.tolist()
 
 
-@pytest.mark.parametrize("student", ["faster_rcnn", "retinanet", "fcos"])
+@pytest.mark.parametrize("student", ["faster_rcnn", "cascade_rcnn", "retinanet", "fcos"])
 @pytest.mark.parametrize("ending", ["ts", "onnx"])
 def test_exported(trained, student, ending, tmp_path):
     runtime = pytest.importorskip("onnxruntime") if ending == "onnx" else None
@@ -111,6 +113,9 @@ def test_exported(trained, student, ending, tmp_path):
     (tmp_path / "distill.yaml").write_text(cfg.dump())
     output = tmp_path / f"student.{ending}"
     result = run_tool(tmp_path / "distill.yaml", weights, output)
+    if student == "cascade_rcnn" and ending == "ts" and result.returncode == 1:  # Detectron2 v0.6
+        assert "Export it to ONNX" in result.stderr.splitlines()[-1] and not output.exists()
+        return
     assert result.returncode == 0, result.stderr[-2000:]
     detector = student_of(cfg, weights)
     session = runtime.InferenceSession(str(output), providers=["CPUExecutionProvider"]) if runtime else None
@@ -131,11 +136,31 @@ def run_tool(config_file, weights, output):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+class Doubled(torch.autograd.Function):
+    """An operation written in Python, as the one in the cascades of Detectron2 v0.6."""
+
+    @staticmethod
+    def forward(ctx, image):
+        return image * 2
+
+
+class UsesDoubled(torch.nn.Module):
+    def forward(self, image):
+        return Doubled.apply(image)
+
+
+def test_what_torchscript_cannot_save_is_said(tmp_path):
+    spec = importlib.util.spec_from_file_location("export", TOOLS / "export.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    with pytest.raises(GDetKDError, match="Export it to ONNX"):
+        tool._to_torchscript(UsesDoubled(), torch.zeros(3, 4, 4), tmp_path / "student.ts")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_exported_is_said(trained, tmp_path):
-    cfg, weights = trained("cascade_rcnn")
+    cfg, weights = trained("faster_rcnn")
     (tmp_path / "distill.yaml").write_text(cfg.dump())
-    result = run_tool(tmp_path / "distill.yaml", weights, tmp_path / "student.ts")
-    assert result.returncode == 1 and "Export it to ONNX" in result.stderr.splitlines()[-1]
     torch.save({"model": {"backbone.fpn_output2.bias": torch.zeros(8)}}, tmp_path / "few.pth")
     result = run_tool(tmp_path / "distill.yaml", tmp_path / "few.pth", tmp_path / "student.onnx")
     assert result.returncode == 1 and "few.pth' leave" in result.stderr.splitlines()[-1]
