@@ -1,4 +1,11 @@
-"""Every config key that GDetKD adds to Detectron2's: meaning, unit and source beside each default."""
+"""Every config key that GDetKD adds to Detectron2's: meaning, unit and source beside each default.
+
+The authors of G-DetKD published no code, so the method's values have three sources. The comments name them like this:
+
+- "a write-up": a public description of the paper gives the value.
+- "a re-implementation": a public re-implementation's configuration gives the value. The authors' may differ.
+- "ours": no source gives the value, and we chose it.
+"""
 
 from typing import Any, Dict, Mapping
 
@@ -45,7 +52,7 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     cfg.DISTILL = CfgNode()
     # The student's own meta-architecture: what MODEL.META_ARCHITECTURE would say without distillation.
     cfg.DISTILL.STUDENT_META_ARCHITECTURE = "GeneralizedRCNN"
-    # Which terms are added to the student's own losses: the paper's "SGFI", "CKD", "CLS", "REG", and those of others
+    # Which terms are added to the student's own losses: G-DetKD's "SGFI", "CKD", "CLS", "REG", and those of others
     # (config_rivals.py): "FITNET", "GTMASK", "FGFI", "ROIFI", "CWD", "PKD", "FGD", "MGD", "CROSSKD". None: plain
     # training.
     cfg.DISTILL.LOSSES = ()
@@ -167,30 +174,32 @@ def _add_teacher_node(cfg: CfgNode) -> None:
 
 
 def _add_loss_nodes(cfg: CfgNode) -> None:
-    _add_loss_node(cfg, "SGFI", weight=1.0)  # weight: the only public configuration
+    _add_loss_node(cfg, "SGFI", weight=1.0)  # weight: a re-implementation
     # RoIAlign samples per bin and axis on the student's pyramid. The teacher's comes from its own box head.
     cfg.DISTILL.SGFI.SAMPLING_RATIO = 2
-    # Output channels of the two 3x3 convolutions of f_embed: the only public configuration.
+    # Output channels of the two 3x3 convolutions of f_embed. Source: a re-implementation.
     cfg.DISTILL.SGFI.EMBED_CHANNELS = (128, 64)
     # Initial temperature of the softmax over levels; it is learned and stays positive.
     cfg.DISTILL.SGFI.TAU = 1.0
-    # Slope of the embedding's ReLUs below 0; 0 is the paper's. Large steps (SOLVER.BASE_LR) can make the embedding 0 of
-    # every region, of which the log warns, and a small slope leads out of that.
+    # Slope of the embedding's ReLUs below 0. The method has plain ReLUs, slope 0. Large steps (SOLVER.BASE_LR) can make
+    # the embedding 0 for every region. The log warns of that, and a small slope leads out of it.
     cfg.DISTILL.SGFI.NEGATIVE_SLOPE = 0.0
 
-    _add_loss_node(cfg, "CKD", weight=0.5)  # weight: the only public configuration
-    # Temperature of the contrastive similarities (cosines): the only public configuration.
+    _add_loss_node(cfg, "CKD", weight=0.5)  # weight: a re-implementation
+    # Temperature of the contrastive similarities (cosines). Source: a re-implementation.
     cfg.DISTILL.CKD.GAMMA = 0.07
-    # Regions of one image that overlap by more than this IoU are not negatives of each other (paper, section 3.2).
+    # Regions of one image that overlap by more than this IoU are not negatives of each other. Source of the value:
+    # re-implementations. A write-up says that IoU filters the negatives, but not at which value.
     cfg.DISTILL.CKD.IOU_THRESHOLD = 0.5
-    # Width of the shared projection f. Unpublished.
+    # Width of the shared projection f, a linear layer with a bias. Source: ours. A re-implementation has a width of
+    # 1024 and no bias.
     cfg.DISTILL.CKD.PROJECTION_DIM = 128
     # Teacher embeddings of past steps that are kept as negatives, in regions; 0: none. Unpublished; the public
     # configuration keeps ten iterations, which is about this many at 512 regions an image and 2 images a GPU.
     cfg.DISTILL.CKD.QUEUE_SIZE = 8192
 
-    _add_loss_node(cfg, "CLS", weight=1.0)  # unpublished
-    _add_loss_node(cfg, "REG", weight=1.0)  # unpublished
+    _add_loss_node(cfg, "CLS", weight=1.0)  # weight: ours
+    _add_loss_node(cfg, "REG", weight=1.0)  # weight: ours
 
 
 def _add_loss_node(cfg: CfgNode, name: str, weight: float) -> None:
@@ -202,26 +211,33 @@ def _add_loss_node(cfg: CfgNode, name: str, weight: float) -> None:
 
 
 def _add_regions_node(cfg: CfgNode) -> None:
-    """Which of a dense student's predictions become regions (method section 4; the values are the paper's)."""
+    """Add the keys that choose which of a dense student's predictions become regions.
+
+    A write-up of the paper gives the IoU of positives and their ratio to negatives. The other values are a
+    re-implementation's, which are also mmdetection's usual ones, or ours.
+    """
     node = cfg.DISTILL.REGIONS = CfgNode()
     # Predictions of an image that are decoded, by class-maximum score (FCOS: and centerness), over all levels.
+    # Source: a re-implementation.
     node.PRE_NMS_TOPK = 2000
-    # IoU of class-agnostic suppression, and how many boxes of an image it leaves at most.
+    # IoU of class-agnostic suppression. Source: a re-implementation.
     node.NMS_THRESH = 0.7
+    # How many boxes of an image the suppression leaves at most. Source: a re-implementation.
     node.POST_NMS_TOPK = 1000
-    # Shortest side, in pixels after clipping to the image, below which a box is no region. Ours.
+    # Shortest side, in pixels after clipping to the image, below which a box is no region. Source: ours.
     node.MIN_SIZE = 1.0
-    # IoU with an object from which on a box is positive.
+    # IoU with an object from which on a box is positive. Source: a write-up.
     node.IOU_THRESHOLD = 0.5
-    # Regions of an image, and the most of them that are positive.
+    # Regions of an image. Source: a re-implementation.
     node.BATCH_SIZE_PER_IMAGE = 512
+    # The largest share of the regions that is positive: one positive to three negatives. Source: a write-up.
     node.POSITIVE_FRACTION = 0.25
 
 
 def _add_instaboost_node(cfg: CfgNode) -> None:
-    """The augmentation of the paper's strongest teacher; needs `pip install gdetkd[instaboost]`, and masks.
+    """Add the keys of InstaBoost, the augmentation of the paper's X-101 teacher.
 
-    The values are the authors', under their names.
+    It needs `pip install gdetkd[instaboost]` and masks. The names and values are those of InstaBoost's authors.
     """
     node = cfg.INPUT.INSTABOOST = CfgNode()
     node.ENABLED = False
@@ -250,7 +266,7 @@ def _add_fcos_node(cfg: CfgNode) -> None:
     node.NUM_CLASSES = 80
     # Levels of the pyramid that the head reads.
     node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
-    # Convolutions in each of the two towers, and their normalisation; "GN" is the paper's, "" none.
+    # Convolutions in each of the two towers, and their normalisation; "GN" is the FCOS paper's, "" none.
     node.NUM_CONVS = 4
     node.NORM = "GN"
     # Probability of an object that the classification starts from.

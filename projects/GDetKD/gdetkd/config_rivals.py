@@ -13,9 +13,10 @@ def add_rival_nodes(cfg: CfgNode) -> None:
     """Adds DISTILL.<loss> of each, in place."""
     # Whole-map imitation. FitNets are classifiers: the weight is ours.
     _add_node(cfg, "FITNET", 1.0)
-    # Imitation within ground-truth boxes. Unpublished.
+    # Imitation within ground-truth boxes. The weight is ours: no source gives one.
     _add_node(cfg, "GTMASK", 1.0)
-    # RoI imitation on the same level, with RoIAlign samples per bin and axis on the student's pyramid. Unpublished.
+    # RoI imitation on the same level, with RoIAlign samples per bin and axis on the student's pyramid. The weight is
+    # ours: no source gives one.
     _add_node(cfg, "ROIFI", 1.0, SAMPLING_RATIO=2)
     # Imitation near objects; psi, the share of an object's largest IoU with an anchor from which on an anchor is near.
     # PER_LEVEL: the largest on the anchor's own level, not on all; the authors have one level. The term is a sum over

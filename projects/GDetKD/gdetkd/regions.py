@@ -61,7 +61,7 @@ def roi_align_torchvision(
 
 
 def suppress(boxes: torch.Tensor, scores: torch.Tensor, config: CfgNode) -> torch.Tensor:
-    """Indices of the boxes that stand for the others, best first (method section 4).
+    """Indices of the boxes that stand for the others, best first.
 
     Args:
         boxes: (K, 4) xyxy in pixels, finite, with area.

@@ -195,7 +195,7 @@ def _needs_reordering(student_format: str, teacher_format: str) -> bool:
 
 
 def transfer_heads(teacher: nn.Module, student: nn.Module) -> List[str]:
-    """Copies the teacher's heads into the student wherever name and shape agree (method section 3).
+    """Copies the teacher's heads into the student wherever name and shape agree.
 
     Returns:
         the names of the tensors that were copied.

@@ -1,4 +1,4 @@
-"""InstaBoost (Fang et al., ICCV 2019), the augmentation of the paper's strongest teacher, by its authors' own package.
+"""InstaBoost (Fang et al., ICCV 2019), by the package of its authors: the augmentation of G-DetKD's X-101 teacher.
 
 Objects are cut out along their masks, the hole is painted over, and they are put back, moved and turned a little.
 """
@@ -29,7 +29,7 @@ class InstaBoostMapper:
     Crowds, which training passes over, stay where they are in the image. One without objects stays as it is.
 
     Args:
-        cfg: INPUT.INSTABOOST holds the authors' parameters, under their names.
+        cfg: INPUT.INSTABOOST holds the parameters of InstaBoost's authors, under their names.
 
     Raises:
         GDetKDError: the package is not installed; in use: an object has no mask.

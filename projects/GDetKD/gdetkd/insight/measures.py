@@ -19,7 +19,7 @@ SIZES = {
 def level_matching(
     alpha: torch.Tensor, levels: torch.Tensor, areas: torch.Tensor, teacher_levels: int
 ) -> Dict[str, Dict[str, List[Any]]]:
-    """How SGFI spreads the objects of each teacher level over the student's (the paper's visualisation of alpha).
+    """How SGFI spreads the objects of each teacher level over the student's.
 
     Args:
         alpha: (N, L), each row summing to 1.

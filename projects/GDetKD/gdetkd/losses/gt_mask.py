@@ -1,5 +1,7 @@
-"""Ground-truth-mask imitation: feature maps compared within objects alone, the first row of the paper's ablation of
-feature imitation (Yao et al., "G-DetKD", ICCV 2021, section 4)."""
+"""Ground-truth-mask imitation: compare feature maps within objects alone.
+
+Yao et al. ("G-DetKD", ICCV 2021) compare SGFI with it: 35.5 against 36.7 AP for Faster R-CNN with a ResNet-18 on COCO.
+"""
 
 from typing import Any, Sequence
 

@@ -1,5 +1,6 @@
-"""RoI imitation on the same level, the alternative to SGFI in the paper's ablation of feature imitation (Yao et al.,
-"G-DetKD", ICCV 2021, section 4).
+"""RoI imitation on the same level: compare each region's pooled features on the level that the box-size rule assigns.
+
+Yao et al. ("G-DetKD", ICCV 2021) compare SGFI with it: 36.4 against 36.7 AP for Faster R-CNN with a ResNet-18 on COCO.
 
 Shapes: N regions, L student levels, (h, w) the pooled size.
 """

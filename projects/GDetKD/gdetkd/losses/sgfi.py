@@ -1,4 +1,4 @@
-"""Semantic-guided feature imitation (paper section 3.1; method section 1).
+"""Semantic-guided feature imitation, SGFI (Yao et al., "G-DetKD", ICCV 2021, https://arxiv.org/abs/2108.07482).
 
 Shapes: N regions, L student levels, C_S and C_T channels, (H, W) the pooled size, D the key width.
 """
@@ -92,7 +92,7 @@ class RegionEmbedding(nn.Module):
     Args:
         in_channels: C_T.
         channels: of the two convolutions' outputs; the second is D.
-        negative_slope: of the ReLUs; 0 is the paper's. With more, one that is dead for all regions can come back.
+        negative_slope: of the ReLUs. The method has 0. With more, a ReLU that is dead for all regions can come back.
 
     For the student, f_adap (1x1) is folded into the first of them. Both are linear and there is no padding, so
     this is exact, and nothing of size (N, L, C_T, H, W) has to be made.

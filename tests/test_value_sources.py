@@ -1,0 +1,31 @@
+"""The values of the method in config.py name where they come from, because its authors published no code."""
+
+import inspect
+import re
+
+import pytest
+
+from conftest import make_cfg
+from gdetkd import config
+
+SOURCES = ("a write-up", "a re-implementation", "ours")
+# The comment above a default, and the default's key.
+DEFAULT = re.compile(r"((?: *#.*\n)*) *node\.([A-Z_]+) = ")
+WRITE_UP = {"IOU_THRESHOLD", "POSITIVE_FRACTION"}
+
+
+def sources_of_regions():
+    """Return the source that the comment above each default of DISTILL.REGIONS names, by key."""
+    body = inspect.getsource(config._add_regions_node)
+    return {key: re.findall(r"Source: ([^.]+)\.", comment) for comment, key in DEFAULT.findall(body)}
+
+
+@pytest.mark.parametrize("key", sorted(make_cfg({}).DISTILL.REGIONS))
+def test_each_default_of_the_regions_names_its_source(key):
+    [source] = sources_of_regions()[key]
+    assert source in SOURCES
+    assert (source == "a write-up") == (key in WRITE_UP)
+
+
+def test_the_module_explains_the_sources():
+    assert all(f'"{source}"' in config.__doc__ for source in SOURCES)
