@@ -33,7 +33,17 @@ def class_names(cfg: CfgNode) -> Optional[Tuple[str, ...]]:
     if not cfg.DATASETS.TRAIN:
         return None
     name = cfg.DATASETS.TRAIN[0]
-    entries = [entry for entry in cfg.DATASETS.REGISTER if entry["name"] == name]
+    return names_of_dataset(name, [entry for entry in cfg.DATASETS.REGISTER if entry["name"] == name])
+
+
+def names_of_dataset(name: str, entries: Sequence[Dict] = ()) -> Optional[Tuple[str, ...]]:
+    """Return the class names of a dataset in order, or None if they are not known.
+
+    Args:
+        name: the dataset's name in Detectron2's catalog.
+        entries: what a config's DATASETS.REGISTER says of it, for a dataset that is not in the catalog.
+    """
+    entries = list(entries)
     if name in MetadataCatalog.list():
         metadata = MetadataCatalog.get(name)
         if metadata.get("thing_classes"):

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Optional, Tuple
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
-from detectron2.data import MetadataCatalog, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .classes import class_names
+from .classes import class_names, names_of_dataset
 from .config import add_gdetkd_config, flat_config, plain_config
 from .config_file import merge_config_file, merge_words
 from .errors import GDetKDError
@@ -152,10 +152,7 @@ class LazyTeacher(TeacherFile):
     def class_names(self) -> Optional[Tuple[str, ...]]:
         names = self._get("dataloader.train.dataset.names")
         name = names if isinstance(names, str) or not names else names[0]
-        if not name or name not in MetadataCatalog.list():
-            return None
-        classes = MetadataCatalog.get(name).get("thing_classes")
-        return tuple(classes) if classes else None
+        return names_of_dataset(name) if name else None
 
     def test_loader(self, dataset_name: str) -> Any:
         mapper = self._get("dataloader.test.mapper")
