@@ -65,6 +65,8 @@ def read_config(args: Namespace) -> CfgNode:
 
 
 def _check_device(device: str) -> None:
+    if not (device == "cpu" or device.startswith("cuda")):
+        raise GDetKDError(f"MODEL.DEVICE is {device!r}. Detectron2's detectors run on cpu, cuda, or cuda:N.")
     if device == "cpu" and comm.get_world_size() > 1 and dist.get_backend() == "nccl":
         raise GDetKDError(
             "MODEL.DEVICE is cpu, but the processes exchange by NCCL, which knows GPUs alone: hide the GPUs by "

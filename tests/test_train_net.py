@@ -118,6 +118,8 @@ def test_the_device_and_the_exchange_have_to_fit(monkeypatch):
         monkeypatch.setattr(torch.distributed, "get_backend", lambda backend=backend: backend)
         _check_device(device)
     assert chosen == ["cuda:1"]  # a process of several has its own
+    with pytest.raises(GDetKDError, match="MODEL.DEVICE is 'mps'.*cpu, cuda"):
+        _check_device("mps")
     with pytest.raises(GDetKDError, match="MODEL.DEVICE is cpu.*NCCL.*CUDA_VISIBLE_DEVICES="):
         _check_device("cpu")
 

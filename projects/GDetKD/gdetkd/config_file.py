@@ -130,7 +130,7 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def _get(cfg: CfgNode, key: str) -> Any:
+def get_key(cfg: CfgNode, key: str) -> Any:
     """Return what stands under a dotted key. Raise KeyError if nothing does."""
     node: Any = cfg
     for part in key.split("."):
@@ -146,7 +146,7 @@ def _check_key(cfg: CfgNode, key: str, source: str, value: Any = None) -> None:
         GDetKDError: the config has no such key.
     """
     try:
-        _get(cfg, key)
+        get_key(cfg, key)
         return
     except KeyError:
         pass
@@ -162,7 +162,7 @@ def _check_key(cfg: CfgNode, key: str, source: str, value: Any = None) -> None:
 
 
 def _wrong_kind(cfg: CfgNode, key: str, value: Any, source: str) -> str:
-    default = _get(cfg, key)
+    default = get_key(cfg, key)
     wanted = "a group of keys" if isinstance(default, CfgNode) else f"a {type(default).__name__} such as {default!r}"
     return f"{source}: {key} is {value!r}, a {type(value).__name__}, but has to be {wanted}."
 

@@ -26,6 +26,7 @@ from ..errors import GDetKDError
 from ..structures import DetectorSpec
 from ..teacher import transfer_heads
 from .attention import AttentionWatch
+from .config_rules import check_values
 from .evaluators import DiskTolerant, build_evaluator
 from .forward_guard import ForwardGuard
 from .guard import GuardedAMPTrainer, GuardedTrainer, StepGuard
@@ -56,6 +57,7 @@ class DistillTrainer(DefaultTrainer):
         # Not DefaultTrainer's: that saves the whole model, puts a CPU model on a GPU under DDP, and in v0.6 leaves the
         # optimizer out of the checkpoint.
         super(DefaultTrainer, self).__init__()
+        check_values(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         images_per_process(cfg, comm.get_world_size())
         check_architecture(cfg)

@@ -1,0 +1,161 @@
+"""What the numbers and names of a config must be, checked before anything is built."""
+
+import difflib
+import math
+from typing import Any, Callable, List, NamedTuple, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
+from detectron2.modeling.proposal_generator.build import PROPOSAL_GENERATOR_REGISTRY
+
+from .._compat import has_compiled_ops
+from ..config_file import get_key
+from ..errors import GDetKDError
+
+# Levels of the pyramids that Detectron2's and our backbones build from res2 to res5, by MODEL.BACKBONE.NAME.
+TOP_LEVELS = {
+    "build_resnet_fpn_backbone": ("p6",),
+    "build_retinanet_resnet_fpn_backbone": ("p6", "p7"),
+    "build_fcos_resnet_fpn_backbone": ("p6", "p7"),
+}
+# Where a meta-architecture names the levels that it reads. The first has anchors on them.
+LEVEL_KEYS = {
+    "GeneralizedRCNN": ("MODEL.RPN.IN_FEATURES", "MODEL.ROI_HEADS.IN_FEATURES"),
+    "RetinaNet": ("MODEL.RETINANET.IN_FEATURES",),
+    "FCOS": ("MODEL.FCOS.IN_FEATURES",),
+}
+
+
+class Rule(NamedTuple):
+    """A key, what its value must satisfy, and how that is said."""
+
+    key: str
+    holds: Callable[[Any], bool]
+    wanted: str
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _at_least(least: int) -> Callable[[Any], bool]:
+    return lambda value: _is_finite(value) and value >= least
+
+
+def _each_at_least(least: int) -> Callable[[Any], bool]:
+    return lambda values: all(_is_finite(value) and value >= least for value in _as_tuple(values))
+
+
+def _as_tuple(values: Any) -> Sequence[Any]:
+    return values if isinstance(values, (tuple, list)) else (values,)
+
+
+def _is_rising(values: Sequence[Any]) -> bool:
+    return all(map(_is_finite, values)) and list(values) == sorted(set(values)) and all(value > 0 for value in values)
+
+
+RULES = (
+    Rule("SOLVER.IMS_PER_BATCH", _at_least(1), "1 or more images a step"),
+    Rule("SOLVER.MAX_ITER", _at_least(1), "1 or more iterations"),
+    Rule("SOLVER.CHECKPOINT_PERIOD", _at_least(1), "1 or more iterations between two checkpoints"),
+    Rule("SOLVER.BASE_LR", lambda value: _is_finite(value) and value > 0, "a positive learning rate"),
+    Rule("SOLVER.GAMMA", lambda value: _is_finite(value) and value > 0, "a positive factor"),
+    Rule("SOLVER.STEPS", _is_rising, "rising numbers of iterations, each once"),
+    Rule("SOLVER.WARMUP_ITERS", _at_least(0), "0 or more iterations"),
+    Rule("SOLVER.WEIGHT_DECAY", _at_least(0), "0 or more"),
+    Rule("TEST.EVAL_PERIOD", _at_least(0), "0 (at the end alone) or more iterations between two evaluations"),
+    Rule("TEST.DETECTIONS_PER_IMAGE", _at_least(1), "1 or more detections"),
+    Rule("DATALOADER.NUM_WORKERS", _at_least(0), "0 or more processes"),
+    Rule("INPUT.MIN_SIZE_TRAIN", _each_at_least(0), "pixels, 0 for no resizing"),
+    Rule("INPUT.MAX_SIZE_TRAIN", _at_least(1), "1 or more pixels"),
+    Rule("INPUT.MIN_SIZE_TEST", _at_least(0), "pixels, 0 for no resizing"),
+    Rule("INPUT.MAX_SIZE_TEST", _at_least(1), "1 or more pixels"),
+    Rule("INPUT.MAX_BAD_FRACTION", lambda value: _is_finite(value) and 0 <= value <= 1, "a share from 0 to 1"),
+    Rule("DISTILL.WARMUP_ITERS", _at_least(0), "0 or more iterations"),
+    Rule("DISTILL.SKIP_NONFINITE", _at_least(0), "0 or more steps"),
+)
+
+
+def check_values(cfg: CfgNode) -> None:
+    """
+    Raises:
+        GDetKDError: a value cannot be meant. The message names all of them.
+    """
+    wrong = [
+        f"{rule.key} is {get_key(cfg, rule.key)!r} and has to be {rule.wanted}"
+        for rule in RULES
+        if not rule.holds(get_key(cfg, rule.key))
+    ]
+    wrong += _wrong_weights(cfg) + _unknown_names(cfg) + _unsupported(cfg) + _wrong_levels(cfg)
+    if wrong:
+        raise GDetKDError(
+            f"The config cannot be meant: {'; '.join(wrong)}. Correct it in the file or on the command line."
+        )
+
+
+def _wrong_weights(cfg: CfgNode) -> List[str]:
+    weights = {name: cfg.DISTILL[name].WEIGHT for name in cfg.DISTILL.LOSSES if name in cfg.DISTILL}
+    return [
+        f"DISTILL.{name}.WEIGHT is {weight!r} and has to be 0 or more"
+        for name, weight in weights.items()
+        if not _at_least(0)(weight)
+    ]
+
+
+def _unknown_names(cfg: CfgNode) -> List[str]:
+    """Compare the names of parts with Detectron2's registries. Their own error does not name the config's key."""
+    key = "DISTILL.STUDENT_META_ARCHITECTURE" if cfg.MODEL.META_ARCHITECTURE == "GDetKD" else "MODEL.META_ARCHITECTURE"
+    parts = [(key, META_ARCH_REGISTRY), ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY)]
+    if get_key(cfg, key) == "GeneralizedRCNN":
+        parts += [
+            ("MODEL.ROI_HEADS.NAME", ROI_HEADS_REGISTRY),
+            ("MODEL.PROPOSAL_GENERATOR.NAME", PROPOSAL_GENERATOR_REGISTRY),
+        ]
+    wrong = []
+    for key, registry in parts:
+        known = [name for name, _ in registry]
+        if get_key(cfg, key) not in known:
+            similar = difflib.get_close_matches(str(get_key(cfg, key)), known, n=3, cutoff=0.0)
+            known_names = " or ".join(similar)
+            wrong.append(f"{key} is {get_key(cfg, key)!r}, which is not registered, and could be {known_names}")
+    return wrong
+
+
+def _unsupported(cfg: CfgNode) -> List[str]:
+    wrong = []
+    if cfg.TEST.AUG.ENABLED:
+        wrong.append("TEST.AUG.ENABLED is True, and GDetKD evaluates without test-time augmentation: set it to False")
+    if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) and not has_compiled_ops():
+        wrong.append(
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE asks for deformable convolutions, which need Detectron2's compiled "
+            "extension: build Detectron2 from source, or set it to [False, False, False, False]"
+        )
+    return wrong
+
+
+def _wrong_levels(cfg: CfgNode) -> List[str]:
+    """Compare the levels that the heads read with those of the pyramid, and anchors with levels. Own families and
+    backbones are left alone."""
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if architecture == "GDetKD":
+        architecture = cfg.DISTILL.STUDENT_META_ARCHITECTURE
+    keys = LEVEL_KEYS.get(architecture, ())
+    wrong = []
+    if cfg.MODEL.BACKBONE.NAME in TOP_LEVELS:
+        made = [name.replace("res", "p") for name in cfg.MODEL.FPN.IN_FEATURES] + list(
+            TOP_LEVELS[cfg.MODEL.BACKBONE.NAME]
+        )
+        for key in keys:
+            lacking = [name for name in get_key(cfg, key) if name not in made]
+            if lacking:
+                wrong.append(f"{key} names {', '.join(lacking)}, and the pyramid has {', '.join(made)}")
+    if keys and architecture != "FCOS":
+        levels = len(get_key(cfg, keys[0]))
+        for name in ("SIZES", "ASPECT_RATIOS"):
+            given = len(cfg.MODEL.ANCHOR_GENERATOR[name])
+            if given not in (1, levels):
+                wrong.append(
+                    f"MODEL.ANCHOR_GENERATOR.{name} has {given} lists and has to have 1 or one for each of the "
+                    f"{levels} levels in {keys[0]}"
+                )
+    return wrong

@@ -1,0 +1,97 @@
+"""Values that cannot be meant are named before anything is built."""
+
+import pytest
+
+from conftest import DENSE
+from gdetkd import DistillTrainer
+from gdetkd.engine.config_rules import RULES, check_values
+from gdetkd.errors import GDetKDError
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("SOLVER.IMS_PER_BATCH", 0),
+        ("SOLVER.MAX_ITER", 0),
+        ("SOLVER.CHECKPOINT_PERIOD", 0),
+        ("SOLVER.BASE_LR", 0.0),
+        ("SOLVER.GAMMA", -0.1),
+        ("SOLVER.STEPS", (3, 2)),
+        ("SOLVER.WARMUP_ITERS", -1),
+        ("SOLVER.WEIGHT_DECAY", -0.1),
+        ("TEST.EVAL_PERIOD", -1),
+        ("TEST.DETECTIONS_PER_IMAGE", 0),
+        ("DATALOADER.NUM_WORKERS", -1),
+        ("INPUT.MIN_SIZE_TRAIN", (64, -1)),
+        ("INPUT.MAX_SIZE_TRAIN", 0),
+        ("INPUT.MIN_SIZE_TEST", -1),
+        ("INPUT.MAX_SIZE_TEST", 0),
+        ("INPUT.MAX_BAD_FRACTION", 2.0),
+        ("DISTILL.WARMUP_ITERS", -1),
+        ("DISTILL.SKIP_NONFINITE", -1),
+        ("DISTILL.CKD.WEIGHT", -0.5),
+        ("DISTILL.CKD.WEIGHT", float("nan")),
+    ],
+)
+def test_a_value_that_cannot_be_meant(distill_cfg, key, value):
+    with pytest.raises(GDetKDError, match=f"cannot be meant: {key} is .* and has to be"):
+        DistillTrainer(distill_cfg({key: value}))
+
+
+def test_each_rule_is_broken_in_the_test_above():
+    names = {mark.args[1][i][0] for mark in test_a_value_that_cannot_be_meant.pytestmark for i in range(20)}
+    assert names >= {rule.key for rule in RULES}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p7"]},
+            "MODEL.ROI_HEADS.IN_FEATURES names p7, and the pyramid has p2, p3",
+        ),
+        ({"MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16]]}, "SIZES has 2 lists and .* each of the 4 levels in MODEL.RPN"),
+        ({"MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[1.0]] * 3}, "ASPECT_RATIOS has 3 lists"),
+        (
+            {**DENSE, "DISTILL.STUDENT_META_ARCHITECTURE": "RetinaNet", "MODEL.RETINANET.IN_FEATURES": ["p2", "p3"]},
+            "MODEL.RETINANET.IN_FEATURES names p2",
+        ),
+        (
+            {**DENSE, "DISTILL.STUDENT_META_ARCHITECTURE": "FCOS", "MODEL.FCOS.IN_FEATURES": ["p8"]},
+            "MODEL.FCOS.IN_FEATURES names p8",
+        ),
+    ],
+)
+def test_levels_and_anchors_that_do_not_fit(distill_cfg, changes, message):
+    with pytest.raises(GDetKDError, match=message):
+        DistillTrainer(distill_cfg(changes))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"MODEL.BACKBONE.NAME": "build_resnet_fpn"},
+            "BACKBONE.NAME is 'build_resnet_fpn', .* build_resnet_fpn_backbone",
+        ),
+        ({"DISTILL.STUDENT_META_ARCHITECTURE": "RetinaNte"}, "STUDENT_META_ARCHITECTURE is 'RetinaNte', .* RetinaNet"),
+        ({"MODEL.META_ARCHITECTURE": "GDetKd"}, "MODEL.META_ARCHITECTURE is 'GDetKd', .* could be GDetKD"),
+        ({"MODEL.ROI_HEADS.NAME": "StandardRoiHeads"}, "MODEL.ROI_HEADS.NAME .* could be StandardROIHeads"),
+        ({"MODEL.PROPOSAL_GENERATOR.NAME": "rpn"}, "PROPOSAL_GENERATOR.NAME is 'rpn', .* RPN"),
+        ({"TEST.AUG.ENABLED": True}, "TEST.AUG.ENABLED is True.*set it to False"),
+        ({"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, True, True, True]}, "DEFORM_ON_PER_STAGE .*compiled"),
+    ],
+)
+def test_parts_that_are_not_there(distill_cfg, monkeypatch, changes, message):
+    monkeypatch.setattr("gdetkd.engine.config_rules.has_compiled_ops", lambda: False)
+    with pytest.raises(GDetKDError, match=message):
+        DistillTrainer(distill_cfg(changes))
+
+
+def test_all_that_is_wrong_is_named_at_once(distill_cfg):
+    with pytest.raises(GDetKDError, match="IMS_PER_BATCH is 0.*MAX_ITER is 0"):
+        check_values(distill_cfg({"SOLVER.IMS_PER_BATCH": 0, "SOLVER.MAX_ITER": 0}))
+
+
+def test_one_list_of_anchors_serves_all_levels(distill_cfg):
+    check_values(distill_cfg({"MODEL.ANCHOR_GENERATOR.SIZES": [[8, 16]]}))
