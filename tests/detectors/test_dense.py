@@ -1,5 +1,8 @@
 """What a dense detector shows of itself, against plain computations."""
 
+import math
+from itertools import product
+
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -85,6 +88,139 @@ def test_predictions_that_are_no_boxes_are_left_out():
     assert len(adapter.observe(calls, batch).regions) == 0
 
 
+def test_fcos_boxes_with_a_side_at_infinity_are_left_out():
+    """Clipped to the image they would have area."""
+    model, adapter, _ = build("fcos")
+    batch = make_batch()
+    with Recorder(adapter.points()) as calls, EventStorage():
+        model(batch)
+    logits, deltas, _ = calls["head"][0].output
+    with torch.no_grad():
+        logits[0].fill_(9.0)  # the first level has the best scores
+        deltas[0][:, 0] = float("inf")
+    sources = adapter.observe(calls, batch).regions.sources
+    assert len(sources) > 0 and (sources[:, 0] > 0).all()
+
+
+def iou(a, b):
+    width, height = (max(0.0, min(a[k + 2], b[k + 2]) - max(a[k], b[k])) for k in (0, 1))
+    area = lambda box: (box[2] - box[0]) * (box[3] - box[1])  # noqa: E731
+    return width * height / (area(a) + area(b) - width * height)
+
+
+def plain_regions(model, calls, image, size, config):
+    """Return (level, row, column, anchor) of the boxes of an image that are left after suppression, and those boxes."""
+    maps, (logits, deltas, *centerness) = calls["head"][0].inputs[0], calls["head"][0].output
+    anchors = [boxes.tensor for boxes in model.anchor_generator(maps)]
+    number, classes = model.anchor_generator.num_cell_anchors[0], model.num_classes
+    found = []
+    for level, scores in enumerate(logits):
+        height, width = scores.shape[-2:]
+        for row, column, anchor in product(range(height), range(width), range(number)):
+            mine = scores[image, anchor * classes : (anchor + 1) * classes, row, column]
+            score = max(1 / (1 + math.exp(-float(each))) for each in mine)
+            if centerness:
+                score = math.sqrt(score / (1 + math.exp(-float(centerness[0][level][image, 0, row, column]))))
+            index = (row * width + column) * number + anchor
+            delta = deltas[level][image, anchor * 4 : anchor * 4 + 4, row, column].detach().float()
+            box = model.box2box_transform.apply_deltas(delta[None].clone(), anchors[level][None, index])[0].tolist()
+            centre = (anchors[level][index, :2] + anchors[level][index, 2:]) / 2
+            found.append((-1.0 if math.isnan(score) else score, (level, row, column, anchor), box, centre.tolist()))
+    found.sort(key=lambda each: -each[0])
+    kept = []
+    for score, source, box, centre in found[: config.PRE_NMS_TOPK]:
+        box = [min(max(side, 0.0), float(size[k % 2])) for k, side in enumerate(box)]
+        is_sized = all(box[k + 2] - box[k] > config.MIN_SIZE for k in (0, 1))
+        if score < 0 or not is_sized or centre[0] >= size[0] or centre[1] >= size[1]:
+            continue
+        if all(iou(box, other) <= config.NMS_THRESH for _, other in kept):
+            kept.append((source, box))
+    return kept[: config.POST_NMS_TOPK]
+
+
+@pytest.mark.parametrize("best, left", [(50, 10), (12, 100)])
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+def test_regions_are_those_of_plain_loops(family, best, left):
+    """All boxes are sampled here, so nothing is left to chance; the scores of one level are not numbers."""
+    keys = {"PRE_NMS_TOPK": best, "POST_NMS_TOPK": left, "NMS_THRESH": 0.3, "MIN_SIZE": 5.0}
+    model, adapter, cfg = build(family, {f"DISTILL.REGIONS.{key}": value for key, value in keys.items()})
+    batch = make_batch()
+    with Recorder(adapter.points()) as calls, EventStorage():
+        model(batch)
+    with torch.no_grad():
+        for predictions in calls["head"][0].output:
+            for each in predictions:
+                each.add_(0.7 * torch.randn_like(each))
+        calls["head"][0].output[0][1].fill_(float("nan"))
+    regions = adapter.observe(calls, batch).regions
+    start = 0
+    for image, inputs in enumerate(batch):
+        height, width = inputs["image"].shape[-2:]
+        expected = dict(plain_regions(model, calls, image, (width, height), cfg.DISTILL.REGIONS))
+        boxes = regions.boxes[image].tensor
+        sources = [tuple(each) for each in regions.sources[start : start + len(boxes)].tolist()]
+        assert 0 < len(expected) <= min(best, left) and set(sources) == set(expected)
+        torch.testing.assert_close(boxes, torch.tensor([expected[source] for source in sources]), rtol=1e-5, atol=1e-3)
+        start += len(boxes)
+
+
+def test_half_precision_predictions_are_decoded_in_full_precision():
+    """bfloat16 knows a place beyond pixel 256 to 2 pixels."""
+    model, adapter, _ = build("fcos", {"MODEL.ANCHOR_GENERATOR.SIZES": SIZES})
+    batch = make_batch(((64, 448),))
+    with Recorder(adapter.points()) as calls, EventStorage():
+        model(batch)
+    with torch.no_grad():
+        for predictions in calls["head"][0].output:
+            predictions[:] = [each.add_(torch.randn_like(each)).to(torch.bfloat16) for each in predictions]
+    maps, predictions = calls["head"][0].inputs[0], calls["head"][0].output
+    boxes, anchors, sources, _ = adapter._decode_best(maps, predictions)
+    deltas = torch.stack(
+        [predictions[1][level][0, :, row, column].float() for level, row, column, _ in sources[0].tolist()]
+    )
+    expected = model.box2box_transform.apply_deltas(deltas, anchors[0])
+    assert (expected[:, 2] > 400).any()
+    torch.testing.assert_close(boxes[0], expected, rtol=0, atol=1e-3)
+
+
+def centres_of(model, sources):
+    """Return (N, 2), x and y in pixels: the centres of the anchors that sources (N, 4) name."""
+    offset, strides = model.anchor_generator.offset, model.anchor_generator.strides
+    stride = torch.tensor([float(strides[level]) for level in sources[:, 0]])
+    return torch.stack([(sources[:, 2] + offset) * stride, (sources[:, 1] + offset) * stride], dim=1)
+
+
+@pytest.mark.parametrize("family, offset", [("retinanet", 0.0), ("retinanet", 0.5), ("fcos", 0.5)])
+def test_a_prediction_in_the_padding_becomes_no_region(family, offset):
+    """The best-scored predictions lie beyond the right or the lower edge; their clipped boxes would have area."""
+    model, adapter, _ = build(family, {"MODEL.ANCHOR_GENERATOR.OFFSET": offset})
+    batch = make_batch(((64, 64), (64, 40), (40, 64)))
+    with Recorder(adapter.points()) as calls, EventStorage():
+        model(batch)
+    maps, (logits, deltas) = calls["head"][0].inputs[0], calls["head"][0].output[:2]
+    sizes = torch.tensor([[inputs["image"].shape[2], inputs["image"].shape[1]] for inputs in batch])
+    with torch.no_grad():
+        for level, scores in enumerate(logits):
+            scores.fill_(-4.0)
+            deltas[level].fill_(8.0 if family == "fcos" else 0.0)  # sides 8 strides away; the anchors themselves
+            for row in range(scores.shape[2]):
+                for column in range(scores.shape[3]):
+                    centre = centres_of(model, torch.tensor([[level, row, column, 0]]))
+                    scores[:, :, row, column] += 8.0 * (centre >= sizes).any(dim=1)[:, None]
+    decoded = adapter._decode_best(maps, calls["head"][0].output)
+    outputs = adapter.observe(calls, batch)
+    centres = centres_of(model, outputs.regions.sources)
+    assert (centres < sizes[outputs.regions.image_ids()]).all()
+    assert all(len(boxes) for boxes in outputs.regions.boxes)
+    for image in (1, 2):  # what would have become regions
+        boxes, _, sources, scores = (each[image] for each in decoded)
+        outside = (centres_of(model, sources) >= sizes[image]).any(dim=1)
+        clipped = Boxes(boxes.clone())
+        clipped.clip((sizes[image, 1], sizes[image, 0]))
+        assert clipped[outside].nonempty(threshold=1.0).sum() > 10
+        assert scores[outside].min() > scores[~outside].max()
+
+
 def test_samples_positives_and_negatives_one_to_three():
     _, _, cfg = build("retinanet")
     config = cfg.DISTILL.REGIONS
@@ -96,6 +232,14 @@ def test_samples_positives_and_negatives_one_to_three():
     assert (sampled < 30).sum() == 4 and len(sampled) == 16 and len(sampled.unique()) == 16
     assert len(match_and_sample(boxes, objects[:0], config)) == 16  # no object: negatives alone
     assert len(match_and_sample(boxes[:0], objects, config)) == 0
+
+
+def test_a_box_is_positive_from_the_threshold_on_with_any_object():
+    _, _, cfg = build("retinanet")
+    objects = torch.tensor([[0.0, 0, 20, 20], [300, 0, 320, 20]])
+    half = torch.tensor([[300.0, 0, 320, 10]])  # IoU 0.5 with the second object, 0 with the first
+    far = torch.tensor([[100.0, 100, 120, 120]]).repeat(50, 1)
+    assert match_and_sample(torch.cat([far, half]), objects, cfg.DISTILL.REGIONS)[0] == 50  # positives come first
 
 
 SIZES = [[x, x * 2 ** (1 / 3), x * 2 ** (2 / 3)] for x in (32, 64, 128, 256, 512)]  # of RetinaNet
