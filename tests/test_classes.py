@@ -7,7 +7,16 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from conftest import ALL_LOSSES, WIDER, make_batch, make_cfg
-from gdetkd.classes import ClassMap, class_names, match_classes, merge_logits, select_deltas, with_class_names
+from gdetkd.classes import (
+    ClassMap,
+    class_names,
+    class_probabilities,
+    match_classes,
+    merge_logits,
+    select_deltas,
+    select_logits,
+    with_class_names,
+)
 from gdetkd.errors import GDetKDError
 from gdetkd.structures import DetectorSpec
 
@@ -75,6 +84,15 @@ def test_merged_probabilities_are_sums():
     torch.testing.assert_close(merged[:, 1], probabilities[:, 1])
     torch.testing.assert_close(merged[:, 2], probabilities[:, [0, 2, 3, 5, 6]].sum(dim=1))
     assert merge_logits(logits, None) is logits
+
+
+def test_independent_classes_are_selected_and_softmax_ones_merged():
+    logits = torch.randn(5, 7)
+    assert torch.equal(select_logits(logits, (4, 1)), logits[:, [4, 1]]) and select_logits(logits, None) is logits
+    torch.testing.assert_close(class_probabilities(logits, (4, 1), True), logits[:, [4, 1]].sigmoid())
+    torch.testing.assert_close(class_probabilities(logits, None, True), logits.sigmoid())
+    torch.testing.assert_close(class_probabilities(logits, (4, 1), False), logits.softmax(dim=1)[:, [4, 1]])
+    torch.testing.assert_close(class_probabilities(logits, None, False), logits.softmax(dim=1)[:, :6])
 
 
 def test_selected_deltas():

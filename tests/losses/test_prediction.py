@@ -5,7 +5,13 @@ import torch
 
 from conftest import make_cfg
 from gdetkd.errors import GDetKDError
-from gdetkd.losses import CLS, REG, class_aware_localization, soft_classification
+from gdetkd.losses import (
+    CLS,
+    REG,
+    class_aware_localization,
+    probability_weighted_localization,
+    soft_classification,
+)
 from gdetkd.structures import DetectorSpec
 
 
@@ -70,6 +76,27 @@ def test_localization_class_agnostic_is_foreground_times_difference():
     assert mixed.item() == pytest.approx(6.0)
 
 
+def test_localization_by_given_probabilities_matches_plain_loops():
+    """Sigmoid probabilities, which need not sum to 1."""
+    student, teacher = torch.randn(2, 4, 12, dtype=torch.float64)
+    probabilities = torch.rand(4, 3, dtype=torch.float64)
+    expected = 0.0
+    for i in range(4):
+        for d in range(4):
+            gaps = [float(teacher[i, 4 * c + d] - student[i, 4 * c + d]) for c in range(3)]
+            expected += abs(sum(float(p) * gap for p, gap in zip(probabilities[i], gaps))) / 4
+    found = probability_weighted_localization(student, teacher, probabilities)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_localization_by_given_probabilities_closed_form_and_zero():
+    # Two classes at 1 and 1/2, class-agnostic difference 2: |2 + 1| * 4 = 12.
+    probabilities, zeros = torch.tensor([[1.0, 0.5]]), torch.zeros(1, 4)
+    assert probability_weighted_localization(zeros, torch.full((1, 4), 2.0), probabilities).item() == 12.0
+    assert probability_weighted_localization(zeros, zeros, probabilities).item() == 0.0
+    assert probability_weighted_localization(zeros, zeros + 1, torch.zeros(1, 2)).item() == 0.0
+
+
 def test_localization_zero_where_equal():
     deltas = torch.randn(3, 8)
     assert class_aware_localization(deltas, deltas, torch.randn(3, 3)).item() == 0.0
@@ -79,6 +106,8 @@ def test_gradchecks():
     logits = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
     student, teacher = (torch.randn(3, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(class_aware_localization, (student, teacher, logits))
+    probabilities = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(probability_weighted_localization, (student, teacher, probabilities))
     other = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(soft_classification, (other, logits))
 
@@ -88,6 +117,9 @@ def test_no_regions():
     loss = class_aware_localization(student, torch.zeros(0, 8), logits) + soft_classification(logits, torch.zeros(0, 3))
     loss.backward()
     assert loss.item() == 0 and student.grad is not None and logits.grad is not None
+    probabilities = torch.zeros(0, 2, requires_grad=True)
+    probability_weighted_localization(student, torch.zeros(0, 8), probabilities).backward()
+    assert probabilities.grad is not None
 
 
 def test_other_classes_are_refused():

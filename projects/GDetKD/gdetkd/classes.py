@@ -145,6 +145,12 @@ def check_transfer(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -
     """
     if student.num_classes != teacher.num_classes:
         return
+    if student.family == teacher.family and student.independent_classes != teacher.independent_classes:
+        logger.warning(
+            "Head transfer starts a classification layer that is trained with a %s from one that was trained with a "
+            "%s: its first scores are off. Give both the same MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE to avoid that.",
+            *(("sigmoid", "softmax") if student.independent_classes else ("softmax", "sigmoid")),
+        )
     if student.class_names is None or teacher.class_names is None:
         _warn_of_unknown("Head transfer", "student" if student.class_names is None else "teacher")
         return
@@ -213,6 +219,24 @@ def merge_logits(logits: torch.Tensor, classes: Optional[Tuple[int, ...]]) -> to
         return logits
     others = [index for index in range(logits.shape[1]) if index not in classes]
     return torch.cat([logits[:, list(classes)], logits[:, others].logsumexp(dim=1, keepdim=True)], dim=1)
+
+
+def select_logits(logits: torch.Tensor, classes: Optional[Tuple[int, ...]]) -> torch.Tensor:
+    """(N, n) -> (N, m): the given classes' sigmoid logits. Each class is scored by itself, so nothing is merged."""
+    return logits if classes is None else logits[:, list(classes)]
+
+
+def class_probabilities(logits: torch.Tensor, classes: Optional[Tuple[int, ...]], independent: bool) -> torch.Tensor:
+    """(N, m): a detector's probabilities of the given foreground classes.
+
+    Args:
+        logits: (N, n) where classes are scored independently (sigmoid), else (N, n + 1) with background last (softmax).
+        classes: indices of the m classes; None: all, and m = n.
+        independent: `DetectorSpec.independent_classes` of the detector.
+    """
+    if independent:
+        return select_logits(logits, classes).sigmoid()
+    return merge_logits(logits, classes).softmax(dim=1)[:, :-1]
 
 
 def select_deltas(deltas: torch.Tensor, num_classes: int, classes: Optional[Tuple[int, ...]]) -> torch.Tensor:

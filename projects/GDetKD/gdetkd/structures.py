@@ -45,7 +45,7 @@ class Predictions:
 
     Attributes:
         regions: N_k boxes.
-        logits: (N_k, n + 1) class scores, background last.
+        logits: (N_k, n + 1) class scores, background last; (N_k, n) where classes are scored independently (sigmoid).
         deltas: (N_k, 4 n) box regression, or (N_k, 4) where it is class-agnostic.
     """
 
@@ -108,13 +108,16 @@ class DetectorSpec:
         num_classes: foreground classes.
         regression_weights: `BBOX_REG_WEIGHTS`, the units of its deltas; None where it has no such head.
         later_regression_weights: the same of a cascade's stages after the first.
-        anchors: of a dense detector, stride and cell anchors (xyxy in pixels) of each level; else None. Its classes are
-            scored independently (sigmoid), and two of them can be compared where they predict from the same anchors.
+        anchors: of a dense detector, stride and cell anchors (xyxy in pixels) of each level; else None. Two dense
+            detectors can be compared where they predict from the same anchors.
         class_names: in the order of its scores; None where they are not known.
         location_anchors: anchors that boxes are regressed from at each location of each map, xyxy in pixels about the
             location; None of an anchor-free detector, or where they are not known.
         anchor_offset: where the location that anchors lie about is in a cell, in strides from its left upper corner.
         tower_channels: of a dense detector, the width of each convolution of its two towers.
+        independent_classes: whether classes are scored independently (sigmoid, without background): true for a dense
+            detector, and for a two-stage one with MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE. Else a softmax scores them.
+        regions_per_image: the most regions that a student has in one image; None where it is not known.
     """
 
     channels: int
@@ -129,6 +132,8 @@ class DetectorSpec:
     location_anchors: Optional[Dict[str, Tuple[Tuple[float, ...], ...]]] = None
     anchor_offset: float = 0.0
     tower_channels: Tuple[int, ...] = ()
+    independent_classes: bool = False
+    regions_per_image: Optional[int] = None
 
     @property
     def family(self) -> str:

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # Parts of a detector that are not its heads.
 NOT_HEADS = ("backbone.", "pixel_")
+# How often each class occurs in the detector's own dataset (MODEL.ROI_BOX_HEAD.USE_FED_LOSS); it is not learned.
+CLASS_FREQUENCIES = "fed_loss_cls_weights"
 
 
 class CompleteCheckpointer(SafeCheckpointer):
@@ -206,7 +208,7 @@ def transfer_heads(teacher: nn.Module, student: nn.Module) -> List[str]:
     source = teacher.state_dict()
     copied, skipped = [], []
     for name, tensor in student.state_dict().items():
-        if name.startswith(NOT_HEADS):
+        if name.startswith(NOT_HEADS) or name.endswith(CLASS_FREQUENCIES):
             continue
         if name in source and source[name].shape == tensor.shape:
             tensor.copy_(source[name])

@@ -82,6 +82,8 @@ class DenseAdapter(DetectorAdapter):
             location_anchors=dict(zip(strides, cells)) if self.anchor_based else None,
             anchor_offset=model.anchor_generator.offset,
             tower_channels=DenseHead(model).channels,
+            independent_classes=True,
+            regions_per_image=self.cfg.DISTILL.REGIONS.BATCH_SIZE_PER_IMAGE,
         )
 
     def points(self) -> Dict[str, nn.Module]:

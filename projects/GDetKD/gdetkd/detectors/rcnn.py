@@ -35,6 +35,7 @@ class _TwoStageAdapter(DetectorAdapter):
         self._features = list(features)
         self._heads = list(heads.box_head) if _is_cascade(model) else [heads.box_head]
         self._predictors = list(heads.box_predictor) if _is_cascade(model) else [heads.box_predictor]
+        self._independent = _score_independently(self._predictors, role)
 
     @cached_property  # reading anchors waits for the GPU
     def spec(self) -> DetectorSpec:
@@ -52,6 +53,8 @@ class _TwoStageAdapter(DetectorAdapter):
             later_regression_weights=tuple(weights[1:]),
             location_anchors=self._location_anchors(),
             anchor_offset=getattr(self._anchor_generator(), "offset", 0.0),
+            independent_classes=self._independent,
+            regions_per_image=heads.batch_size_per_image,
         )
 
     def _anchor_generator(self) -> Optional[nn.Module]:
@@ -73,7 +76,7 @@ class _TwoStageAdapter(DetectorAdapter):
         # The pooler's own inputs, because TRAIN_ON_PRED_BOXES replaces the boxes in the proposals afterwards.
         maps, _ = calls["pooler"][0].inputs
         regions = [Regions(list(call.inputs[1])) for call in calls["pooler"]]
-        predictions = [calls[f"predictor{k}"][0].output for k in range(len(self._predictors))]
+        predictions = [self._read(calls[f"predictor{k}"][0].output) for k in range(len(self._predictors))]
         return DetectorOutputs(
             pyramid=dict(zip(self._features, maps)),
             strides=self.spec.strides,
@@ -106,11 +109,30 @@ class _TwoStageAdapter(DetectorAdapter):
         head = self._heads[0](outputs.pooled)
         outputs.embeddings = head.flatten(start_dim=1)
         if {"logits", "deltas"} & set(needs):
-            outputs.logits, outputs.deltas = self._predictors[0](head)
+            outputs.logits, outputs.deltas = self._read(self._predictors[0](head))
             for boxes, head, predictor in zip(later_regions, self._heads[1:], self._predictors[1:]):
                 pooled = pool_in_full_precision(pooler, maps, boxes)
-                outputs.later_stages.append(Predictions(boxes, *predictor(head(pooled))))
+                outputs.later_stages.append(Predictions(boxes, *self._read(predictor(head(pooled)))))
         return outputs
+
+    def _read(self, predictions: Tuple[torch.Tensor, torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits and deltas of a predictor.
+
+        A sigmoid predictor has a column for background, too, but no loss trains that column and inference ignores it.
+        """
+        logits, deltas = predictions
+        return (logits[:, :-1] if self._independent else logits), deltas
+
+
+def _score_independently(predictors: Sequence[nn.Module], role: str) -> bool:
+    """Return whether the predictors are trained with a sigmoid; Detectron2 v0.6 has none that are."""
+    independent = {bool(getattr(predictor, "use_sigmoid_ce", False)) for predictor in predictors}
+    if len(independent) > 1:
+        raise GDetKDError(
+            f"Some stages of the {role}'s cascade score classes with a sigmoid and others with a softmax "
+            "(`use_sigmoid_ce` of its box predictors), and CLS and REG read all stages alike. Give all stages the same."
+        )
+    return independent.pop()
 
 
 def _is_cascade(model: nn.Module) -> bool:

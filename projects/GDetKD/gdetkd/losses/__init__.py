@@ -1,6 +1,11 @@
 from .build import DISTILL_LOSS_REGISTRY, DistillLoss, build_losses
 from .ckd import CKD, contrastive_distillation
-from .class_aware_localization import REG, class_aware_localization, confidence_weighted_localization
+from .class_aware_localization import (
+    REG,
+    class_aware_localization,
+    confidence_weighted_localization,
+    probability_weighted_localization,
+)
 from .crosskd import CROSSKD, cross_classification, cross_localization
 from .cwd import CWD, channel_wise_distillation
 from .fgd import FGD, attention_imitation, focal_imitation
@@ -43,6 +48,7 @@ __all__ = [
     "level_attention",
     "masked_generation",
     "pearson_imitation",
+    "probability_weighted_localization",
     "roi_imitation",
     "semantic_guided_imitation",
     "soft_binary_classification",

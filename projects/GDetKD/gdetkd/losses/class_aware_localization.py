@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 
-from ..classes import match_classes, merge_logits, select_deltas
+from ..classes import class_probabilities, match_classes, select_deltas, select_logits
 from ..errors import GDetKDError
 from ..structures import full_precision
 from .build import DISTILL_LOSS_REGISTRY, DistillLoss, sum_of_zeros
@@ -27,12 +27,26 @@ def class_aware_localization(
     Returns:
         mean over N; 0 for N = 0.
     """
+    return probability_weighted_localization(student_deltas, teacher_deltas, teacher_logits.softmax(dim=1)[:, :-1])
+
+
+def probability_weighted_localization(
+    student_deltas: torch.Tensor, teacher_deltas: torch.Tensor, probabilities: torch.Tensor
+) -> torch.Tensor:
+    """The same of given probabilities, whichever way the teacher scores its classes.
+
+    Args:
+        student_deltas, teacher_deltas: as in `class_aware_localization`.
+        probabilities: (N, n) the teacher's, of the foreground classes. Sigmoid probabilities may sum to more than 1.
+
+    Returns:
+        mean over N; 0 for N = 0.
+    """
     count = len(student_deltas)
     if count == 0:
-        return sum_of_zeros([student_deltas, teacher_deltas, teacher_logits])
-    foreground = torch.softmax(teacher_logits, dim=1)[:, :-1]  # (N, n)
+        return sum_of_zeros([student_deltas, teacher_deltas, probabilities])
     difference = teacher_deltas.view(count, -1, 4) - student_deltas.view(count, -1, 4)  # (N, n or 1, 4)
-    return (foreground[..., None] * difference).sum(dim=1).abs().sum(dim=1).mean()
+    return (probabilities[..., None] * difference).sum(dim=1).abs().sum(dim=1).mean()
 
 
 def confidence_weighted_localization(
@@ -54,8 +68,10 @@ def confidence_weighted_localization(
 
 @DISTILL_LOSS_REGISTRY.register()
 class REG(DistillLoss):
-    """`class_aware_localization` of the two box heads, summed over the stages that both have; of two dense detectors
-    `confidence_weighted_localization`. It is on the classes that both have.
+    """Compare the box deltas of the two detectors on the classes that both have.
+
+    Box heads are compared by `class_aware_localization`, with the teacher's own probabilities (softmax or sigmoid), and
+    stages that both detectors have are summed. Dense detectors are compared by `confidence_weighted_localization`.
 
     Raises:
         GDetKDError: the detectors cannot be compared, have no class in common, or have deltas in different units.
@@ -68,7 +84,8 @@ class REG(DistillLoss):
         check_comparable("REG", student_spec, teacher_spec)
         self.classes = match_classes("REG", cfg, student_spec, teacher_spec)
         self.num_classes = student_spec.num_classes, teacher_spec.num_classes
-        self.independent = student_spec.anchors is not None
+        self.is_dense = student_spec.anchors is not None
+        self.independent = teacher_spec.independent_classes
         ours = [student_spec.regression_weights, *student_spec.later_regression_weights]
         its = [teacher_spec.regression_weights, *teacher_spec.later_regression_weights]
         for stage, (of_student, of_teacher) in enumerate(zip(ours, its)):
@@ -86,11 +103,11 @@ class REG(DistillLoss):
     def _compare(self, student: Any, teacher: Any) -> torch.Tensor:
         ours, its = full_precision(student.deltas), full_precision(teacher.deltas)
         logits = full_precision(teacher.logits)
-        if self.independent:
-            common = slice(None) if self.classes.teacher is None else list(self.classes.teacher)
-            return confidence_weighted_localization(ours, its, logits[:, common].sigmoid().amax(dim=1))
-        return class_aware_localization(
+        if self.is_dense:
+            confidence = select_logits(logits, self.classes.teacher).sigmoid().amax(dim=1)
+            return confidence_weighted_localization(ours, its, confidence)
+        return probability_weighted_localization(
             select_deltas(ours, self.num_classes[0], self.classes.student),
             select_deltas(its, self.num_classes[1], self.classes.teacher),
-            merge_logits(logits, self.classes.teacher),
+            class_probabilities(logits, self.classes.teacher, self.independent),
         )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 
-from ..classes import match_classes, merge_logits
+from ..classes import match_classes, merge_logits, select_logits
 from ..errors import GDetKDError
 from ..structures import full_precision
 from .build import DISTILL_LOSS_REGISTRY, DistillLoss, sum_of_zeros
@@ -31,7 +31,7 @@ def soft_binary_classification(student_logits: torch.Tensor, teacher_logits: tor
     """The same for classes that are scored independently: binary cross-entropies, summed over classes.
 
     Args:
-        student_logits, teacher_logits: (N, n), sigmoid classes. Ours: the paper has none for dense detectors.
+        student_logits, teacher_logits: (N, n), sigmoid classes. Ours: the paper has none for such detectors.
 
     Returns:
         mean over N; 0 for N = 0.
@@ -60,17 +60,30 @@ def check_comparable(name: str, student_spec: Any, teacher_spec: Any) -> None:
         )
 
 
+def _check_same_scoring(student_spec: Any, teacher_spec: Any) -> None:
+    if student_spec.independent_classes != teacher_spec.independent_classes:
+        scores = {True: "a sigmoid for each class", False: "a softmax over classes and background"}
+        raise GDetKDError(
+            "CLS compares class scores of one kind, but the student has "
+            f"{scores[student_spec.independent_classes]} and the teacher {scores[teacher_spec.independent_classes]}. "
+            "Give the student the teacher's MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE, or take CLS out of DISTILL.LOSSES (REG "
+            "works with either)."
+        )
+
+
 def _anchors(spec: Any) -> str:
     return ", ".join(f"{len(cells)} at stride {stride}" for stride, cells in spec.anchors)
 
 
 @DISTILL_LOSS_REGISTRY.register()
 class CLS(DistillLoss):
-    """`soft_classification` of the two box heads, summed over the stages that both have; of two dense detectors
-    `soft_binary_classification`. It is on the classes that both have.
+    """Compare the class scores of the two detectors on the classes that both have.
+
+    Softmax box heads are compared by `soft_classification`. Dense detectors and sigmoid box heads, which score classes
+    independently, are compared by `soft_binary_classification`. Stages that both detectors have are summed.
 
     Raises:
-        GDetKDError: the detectors cannot be compared, or have no class in common.
+        GDetKDError: the detectors cannot be compared, have no class in common, or only one has sigmoid classes.
     """
 
     needs = frozenset({"logits"})
@@ -78,8 +91,9 @@ class CLS(DistillLoss):
     def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
         super().__init__()
         check_comparable("CLS", student_spec, teacher_spec)
+        _check_same_scoring(student_spec, teacher_spec)
         self.classes = match_classes("CLS", cfg, student_spec, teacher_spec)
-        self.independent = student_spec.anchors is not None
+        self.independent = student_spec.independent_classes
 
     def compute(self, student: Any, teacher: Any) -> torch.Tensor:
         stages = [(student, teacher), *zip(student.later_stages, teacher.later_stages)]
@@ -88,6 +102,5 @@ class CLS(DistillLoss):
     def _compare(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
         ours, its = self.classes.student, self.classes.teacher
         if self.independent:
-            common = slice(None) if ours is None else list(ours), slice(None) if its is None else list(its)
-            return soft_binary_classification(student_logits[:, common[0]], teacher_logits[:, common[1]])
+            return soft_binary_classification(select_logits(student_logits, ours), select_logits(teacher_logits, its))
         return soft_classification(merge_logits(student_logits, ours), merge_logits(teacher_logits, its))
