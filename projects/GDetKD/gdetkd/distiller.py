@@ -51,6 +51,7 @@ class GDetKD(nn.Module):
         self._needs = frozenset().union(*(loss.needs for loss in self.losses.values()))
         if self.losses:
             self.adapter.needs = self._needs
+            self.adapter.stages_compared = min(spec.num_stages, self.teacher.spec.num_stages)
         self._to_compute: List[str] = []
         self._sampling_ratio = cfg.DISTILL.SGFI.SAMPLING_RATIO
 

@@ -136,6 +136,11 @@ class DetectorSpec:
     regions_per_image: Optional[int] = None
 
     @property
+    def num_stages(self) -> int:
+        """Return the number of stages that predict classes and boxes: more than 1 for a cascade alone."""
+        return 1 + len(self.later_regression_weights)
+
+    @property
     def family(self) -> str:
         """What authors of losses tell apart: "TWO_STAGE", "ANCHOR_BASED" or "ANCHOR_FREE"."""
         if self.anchors is None:

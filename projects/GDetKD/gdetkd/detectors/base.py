@@ -33,6 +33,7 @@ class DetectorAdapter(ABC):
     Attributes:
         backbone: what `look` runs on images: the model's, or a faster copy of it; None where it has none of that name.
         needs: names of the `DetectorOutputs` that losses read. What is not among them `observe` need not fill.
+        stages_compared: how many stages of a student's cascade CLS and REG compare; 1 for every other student.
 
     Raises:
         GDetKDError: the detector lacks something that distillation needs.
@@ -44,6 +45,7 @@ class DetectorAdapter(ABC):
         self.cfg = cfg
         self.backbone: Optional[nn.Module] = getattr(model, "backbone", None)
         self.needs: Collection[str] = REGION_FIELDS
+        self.stages_compared = 1
 
     @classmethod
     @abstractmethod

@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.poolers import assign_boxes_to_levels
 from torch import nn
+from torch.func import functional_call
 
 from ..errors import GDetKDError
 from ..recorder import Call
@@ -150,8 +151,31 @@ class RCNNAdapter(_TwoStageAdapter):
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class CascadeAdapter(_TwoStageAdapter):
-    """Cascade R-CNN: regions, features and embeddings of its first stage, predictions of each."""
+    """Cascade R-CNN: regions, features and embeddings of its first stage, predictions of each.
+
+    Detectron2 divides the gradient that each stage sends into the pooled features by the number of stages, because the
+    losses of all stages are summed. A term that reads the first stage alone would send the features only a part of
+    its gradient. For such a term the first stage runs once more, on the pooled features before that division.
+    """
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
         return isinstance(model, GeneralizedRCNN) and _is_cascade(model)
+
+    def observe(self, calls: Dict[str, List[Call]], batched_inputs: List[Dict[str, Any]]) -> DetectorOutputs:
+        outputs = super().observe(calls, batched_inputs)
+        reads_embeddings = "embeddings" in self.needs
+        # Terms that sum over all stages get the whole gradient from the recorded stages together.
+        reads_predictions = self.stages_compared == 1 and bool({"logits", "deltas"} & set(self.needs))
+        if reads_embeddings or reads_predictions:
+            head = _run_again(self._heads[0], outputs.pooled)
+            if reads_embeddings:
+                outputs.embeddings = head.flatten(start_dim=1)
+            if reads_predictions:
+                outputs.logits, outputs.deltas = self._read(_run_again(self._predictors[0], head))
+        return outputs
+
+
+def _run_again(module: nn.Module, inputs: torch.Tensor) -> Any:
+    """Call a module a second time in a step, on copies of its buffers: a BatchNorm counts the batch only once."""
+    return functional_call(module, {name: buffer.clone() for name, buffer in module.named_buffers()}, (inputs,))
