@@ -2,7 +2,7 @@
 """Counts what a distillation step has to compute at least: the student's step and the teacher's forward pass, and what
 the losses add. Nothing is timed.
 
-python benchmarks/floor.py [--config-file FILE] [--image-size 800 1333] [--images 1] [--regions 512]
+python benchmarks/floor.py [--config-file FILE] [--image-size 800 1333] [--images 1] [--regions 512] [--queue N]
 
 FLOPs are torch's count, two for a multiply-add, of matrix products and convolutions. MB kept is what the forward pass
 leaves for the backward pass, in float32: written once and read once at least.
@@ -37,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), default=(800, 1333))
     parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--regions", type=int, default=512, help="of an image")
+    parser.add_argument("--queue", type=int, help="embeddings in CKD's queue; default: of the config")
     return parser.parse_args()
 
 
@@ -67,6 +68,7 @@ def main() -> None:
     args = parse_arguments()
     torch.manual_seed(0)
     opts = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", args.regions]
+    opts += [] if args.queue is None else ["DISTILL.CKD.QUEUE_SIZE", args.queue]
     cfg = load_config(args.config_file, opts)
     student, teacher = build_model(plain_config(cfg)).train(), read_teacher_file(cfg).build().eval()
     batch = make_batch(args.images, *args.image_size)
@@ -75,7 +77,8 @@ def main() -> None:
     pair = outputs_of(specs[0], regions, len(specs[0].strides)), outputs_of(specs[1], regions, 0)
     cfg.DISTILL.LOSSES = ("SGFI", "CKD")
     losses = build_losses(cfg, *specs)
-    losses["CKD"].queue.push(torch.randn(cfg.DISTILL.CKD.QUEUE_SIZE, specs[1].embedding_dim))
+    queue = losses["CKD"].queue
+    queue.push(torch.randn_like(queue.embeddings))
 
     def step() -> None:
         with EventStorage(LATE):

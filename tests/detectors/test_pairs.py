@@ -14,6 +14,7 @@ from gdetkd import DistillTrainer
 from gdetkd.detectors import FCOS
 from gdetkd.engine import evaluate_teacher
 from gdetkd.errors import GDetKDError
+from gdetkd.structures import Regions
 from gdetkd.teacher import transfer_heads
 
 
@@ -104,6 +105,30 @@ def test_cascade_compares_each_stage_that_both_have(pair_cfg):
     one_stage, three_stages = teach("faster_rcnn-cascade_rcnn"), teach("cascade_rcnn-cascade_rcnn")
     # An untrained detector is undecided: each stage is worth about log(4).
     assert 1.0 < one_stage["loss_distill_cls"] < 2.0 and 3.5 < three_stages["loss_distill_cls"] < 5.5
+
+
+@pytest.mark.parametrize("family", ["faster_rcnn", "cascade_rcnn"])
+def test_a_two_stage_teacher_computes_what_is_asked_for_alone(pair_cfg, family):
+    teacher = build(pair_cfg(f"{family}-faster_rcnn")).teacher
+    regions = Regions([inputs["instances"].gt_boxes for inputs in make_batch()])
+    fields = ("levels", "embeddings", "logits")
+    for asked in fields:
+        outputs = teacher.look(make_batch(), regions, {asked}, [regions])
+        assert {field for field in fields if getattr(outputs, field) is not None} <= {asked, "embeddings"}
+        assert getattr(outputs, asked) is not None
+        assert bool(outputs.later_stages) == (asked == "logits" and family == "cascade_rcnn")
+
+
+@pytest.mark.parametrize("student, regions", [("faster_rcnn", 8), ("cascade_rcnn", 8), ("retinanet", 6), ("fcos", 6)])
+def test_ckds_queue_holds_the_regions_of_so_many_steps(pair_cfg, student, regions):
+    keys = {"DISTILL.CKD.QUEUE_SIZE": -1, "DISTILL.CKD.QUEUE_STEPS": 3, "DISTILL.REGIONS.BATCH_SIZE_PER_IMAGE": 6}
+    model = build(pair_cfg(f"faster_rcnn-{student}", keys))
+    assert model.adapter.spec.regions_per_image == regions
+    queue = model.losses["CKD"].queue
+    assert len(queue.embeddings) == 3 * 2 * regions  # 2 images a step
+    with EventStorage():
+        model(make_batch())
+    assert 0 < len(queue.contents()) <= 2 * regions
 
 
 def test_later_stages_in_other_units_are_refused(pair_cfg):

@@ -236,8 +236,11 @@ def test_other_preprocessing_is_undone(shapes_cfg):
 
 
 def test_one_process_of_several(distill_cfg):
-    check = Check(distill_cfg({"SOLVER.IMS_PER_BATCH": 8, "SOLVER.REFERENCE_WORLD_SIZE": 4}), processes=2)
+    keys = {"SOLVER.IMS_PER_BATCH": 8, "SOLVER.REFERENCE_WORLD_SIZE": 4, "DISTILL.CKD.QUEUE_SIZE": -1}
+    check = Check(distill_cfg(keys), processes=2)
     assert check._cfg.SOLVER.IMS_PER_BATCH == 2 and check._cfg.SOLVER.MAX_ITER == 8
+    # What both processes gather in ten steps: 4 images of 8 regions each.
+    assert len(check._distiller.losses["CKD"].queue.embeddings) == 10 * 4 * 8
 
 
 def test_a_teacher_that_cannot_be_evaluated_is_said_at_the_end(shapes_cfg, tmp_path):

@@ -1,12 +1,16 @@
+import dataclasses
 import math
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.structures import Boxes
 
 from conftest import LargeTensors, make_cfg
+from gdetkd import add_gdetkd_config
+from gdetkd.errors import GDetKDError
 from gdetkd.losses import CKD, contrastive_distillation
-from gdetkd.losses.ckd import EmbeddingQueue
+from gdetkd.losses.ckd import EmbeddingQueue, queue_length
 from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
 
 SPEC = DetectorSpec(4, {"p2": 4, "p3": 8}, (7, 7), 6, 3, (10.0, 10.0, 5.0, 5.0))
@@ -84,6 +88,12 @@ def test_overlapping_regions_of_one_image_are_no_negatives_but_those_of_two_imag
     assert contrastive_distillation(vectors, vectors, same, torch.tensor([0, 1]), gamma=1.0).item() > 0.3
 
 
+def test_regions_at_the_iou_threshold_are_negatives_still():
+    vectors, half = torch.eye(2), torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 2]])  # IoU 0.5
+    loss = contrastive_distillation(vectors, vectors, half, torch.tensor([0, 0]), gamma=1.0)
+    assert loss.item() == pytest.approx(math.log((math.e + 1) / math.e), rel=1e-6)
+
+
 def test_zero_with_one_region_and_never_negative():
     student, teacher, boxes, ids = random_inputs(1)
     assert contrastive_distillation(student, teacher, boxes, ids).item() == pytest.approx(0.0, abs=1e-12)
@@ -154,6 +164,22 @@ def test_module_uses_the_queue_of_past_steps_and_stays_differentiable():
     torch.testing.assert_close(module.queue.contents(), torch.cat([first[1].embeddings, second[1].embeddings]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_module_takes_gamma_and_threshold_from_the_config_and_computes_in_float32(dtype):
+    changes = {"DISTILL.CKD.GAMMA": 0.5, "DISTILL.CKD.IOU_THRESHOLD": 0.1, "DISTILL.CKD.QUEUE_SIZE": 0}
+    module = CKD(make_cfg(changes), SPEC, SPEC)
+    student, teacher = outputs(4)
+    # IoU 1/3 with the first box: no negatives of each other below that threshold.
+    student.regions.boxes[0].tensor[:] = torch.tensor([[0.0, 0, 4, 4], [2, 0, 6, 4], [50, 0, 54, 4], [70, 0, 74, 4]])
+    student.embeddings, teacher.embeddings = student.embeddings.to(dtype), teacher.embeddings.to(dtype)
+    ours = module.projection(module.adapter(student.embeddings.float())).tolist()
+    its = module.projection(teacher.embeddings.float()).tolist()
+    expected = plain_loops(
+        *(torch.tensor(ours), torch.tensor(its), student.regions.tensor(), torch.zeros(4), None, 0.5, 0.1)
+    )
+    assert module(student, teacher).item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_module_without_regions_gives_every_parameter_a_gradient():
     module = make_module()
     module(*outputs(3)).backward()
@@ -197,3 +223,68 @@ def test_what_is_not_finite_never_enters_the_queue():
     queue.push(torch.ones(4, 2))
     queue.drop_pending()
     assert queue.contents().tolist() == [[1.0, 1.0], [6.0, 6.0], [3.0, 3.0], [4.0, 4.0]]
+
+
+def length(changes, regions_per_image=64):
+    spec = dataclasses.replace(SPEC, regions_per_image=regions_per_image)
+    return len(CKD(make_cfg(changes), spec, SPEC).queue.embeddings)
+
+
+FROM_STEPS = {"DISTILL.CKD.QUEUE_SIZE": -1, "SOLVER.IMS_PER_BATCH": 4}
+
+
+def test_the_queue_holds_what_so_many_steps_of_all_processes_gather():
+    assert length(FROM_STEPS) == 10 * 4 * 64  # the default of QUEUE_STEPS
+    assert length({**FROM_STEPS, "DISTILL.CKD.QUEUE_STEPS": 3}) == 3 * 4 * 64
+    assert length({**FROM_STEPS, "DISTILL.CKD.QUEUE_STEPS": 0}) == 0
+    assert length({**FROM_STEPS, "DISTILL.CKD.QUEUE_SIZE": 100}) == 100
+    assert length({**FROM_STEPS, "DISTILL.CKD.QUEUE_SIZE": 0}) == 0
+
+
+def test_by_default_the_queue_follows_from_the_steps():
+    cfg = get_cfg()
+    add_gdetkd_config(cfg)
+    cfg.SOLVER.IMS_PER_BATCH = 16  # the public configuration: 8 GPUs of 2 images, 512 regions each
+    spec = dataclasses.replace(SPEC, regions_per_image=512)
+    assert queue_length(cfg, spec) == 81920
+
+
+@pytest.mark.parametrize("key, value", [("QUEUE_SIZE", -2), ("QUEUE_STEPS", -1)])
+def test_a_negative_length_is_refused_by_name(key, value):
+    with pytest.raises(GDetKDError, match=f"DISTILL.CKD.{key} is {value}.*0 for no queue"):
+        length({**FROM_STEPS, f"DISTILL.CKD.{key}": value})
+
+
+def test_a_length_that_nothing_tells_is_refused():
+    with pytest.raises(GDetKDError, match="regions_per_image.*DISTILL.CKD.QUEUE_SIZE"):
+        length(FROM_STEPS, regions_per_image=None)
+    assert length({"DISTILL.CKD.QUEUE_SIZE": 5}, regions_per_image=None) == 5
+
+
+@pytest.mark.parametrize("pushed", [0, 3, 5, 7])
+@pytest.mark.parametrize("size", [0, 2, 5, 8])
+def test_a_queue_of_another_length_takes_over_the_newest(pushed, size):
+    queue, other = EmbeddingQueue(5, 1), EmbeddingQueue(size, 1)
+    for value in range(pushed):
+        queue.push(torch.tensor([[float(value)]]))
+        queue.settle()
+    other.load_state_dict(queue.state_dict())
+    kept = min(pushed, 5, size)
+    assert sorted(other.contents()[:, 0].tolist()) == list(range(pushed - kept, pushed))
+    for value in range(pushed, pushed + size):  # the oldest is overwritten first
+        other.push(torch.tensor([[float(value)]]))
+        assert sorted(other.contents()[:, 0].tolist()) == list(range(max(pushed - kept, value + 1 - size), value + 1))
+
+
+def test_a_step_makes_no_copy_of_the_queue():
+    module = make_module(queue_size=1000)
+    module.queue.push(torch.randn(1000, 6))
+    module.queue.settle()
+    student, teacher = outputs(4)
+    with LargeTensors(1000 * 6) as large:
+        module(student, teacher).backward()
+    queue = module.queue.embeddings.untyped_storage().data_ptr()
+    # (N, N + K) has 4 x 1,004 numbers, the projected queue 1,000 x 8.
+    assert [storage for storage in large.storages if storage == queue]
+    of_queue = [each for each in large.storages.values() if each.nbytes() == 1000 * 6 * 4]
+    assert [each.data_ptr() for each in of_queue] == [queue]

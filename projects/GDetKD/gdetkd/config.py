@@ -194,9 +194,14 @@ def _add_loss_nodes(cfg: CfgNode) -> None:
     # Width of the shared projection f, a linear layer with a bias. Source: ours. A re-implementation has a width of
     # 1024 and no bias.
     cfg.DISTILL.CKD.PROJECTION_DIM = 128
-    # Teacher embeddings of past steps that are kept as negatives, in regions; 0: none. Unpublished; the public
-    # configuration keeps ten iterations, which is about this many at 512 regions an image and 2 images a GPU.
-    cfg.DISTILL.CKD.QUEUE_SIZE = 8192
+    # Past steps whose teacher embeddings are kept as negatives, those of all processes; 0: none. The queue then holds
+    # QUEUE_STEPS x SOLVER.IMS_PER_BATCH x the regions of an image (MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE of a two-stage
+    # student, DISTILL.REGIONS.BATCH_SIZE_PER_IMAGE of a dense one): 81,920 embeddings for 16 images of 512 regions, or
+    # 336 MB where a teacher's embedding has 1,024 numbers. The length is unpublished. The only public configuration
+    # keeps ten steps, the current one among them. Ours does not count the current step.
+    cfg.DISTILL.CKD.QUEUE_STEPS = 10
+    # The length of the queue in embeddings, whatever QUEUE_STEPS says; 0: no queue; -1: from QUEUE_STEPS.
+    cfg.DISTILL.CKD.QUEUE_SIZE = -1
 
     _add_loss_node(cfg, "CLS", weight=1.0)  # weight: ours
     _add_loss_node(cfg, "REG", weight=1.0)  # weight: ours

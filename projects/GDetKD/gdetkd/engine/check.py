@@ -211,11 +211,17 @@ class Check:
 
 
 def _of_one_process(cfg: CfgNode, processes: int) -> CfgNode:
-    """What one of several processes trains: its share of the images, and the learning rate of all."""
+    """What one of several processes trains: its share of the images, and the learning rate of all.
+
+    A queue that holds what all processes gather in a number of steps keeps its length, and so its memory.
+    """
     cfg = DistillTrainer.auto_scale_workers(cfg, processes).clone()
     cfg.defrost()
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
     cfg.SOLVER.IMS_PER_BATCH = images_per_process(cfg, processes)
+    for node in cfg.DISTILL.values():
+        if isinstance(node, CfgNode) and "QUEUE_STEPS" in node:
+            node.QUEUE_STEPS *= processes
     cfg.freeze()
     return cfg
 

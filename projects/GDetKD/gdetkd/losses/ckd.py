@@ -3,6 +3,7 @@
 Shapes: N regions of this process, M of other processes, K in the queue, D the width of what is compared.
 """
 
+import logging
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -14,8 +15,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torchvision.ops import box_iou
 
+from ..errors import GDetKDError
 from ..structures import full_precision
 from .build import DISTILL_LOSS_REGISTRY, DistillLoss, sum_of_zeros
+
+logger = logging.getLogger(__name__)
 
 
 def contrastive_distillation(
@@ -154,14 +158,63 @@ class EmbeddingQueue(nn.Module):
         self._write_pending()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
         self._pending = None
-        super()._load_from_state_dict(*args, **kwargs)
+        saved = state_dict.get(f"{prefix}embeddings")
+        if saved is not None and len(saved) != len(self.embeddings):
+            state_dict = {**state_dict, **self._fitted(state_dict, prefix)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _fitted(self, state_dict: Dict[str, Any], prefix: str) -> Dict[str, torch.Tensor]:
+        """Return the newest embeddings of a queue of another length: on other GPUs a resumed run may gather other
+        numbers, and has another length from DISTILL.CKD.QUEUE_STEPS."""
+        saved, filled, start = (state_dict[prefix + name] for name in ("embeddings", "filled", "next"))
+        # Oldest first. Until the queue is full, `next` is the number of embeddings.
+        in_order = saved[: int(filled)].roll(-int(start), dims=0)
+        size = len(self.embeddings)
+        newest = in_order[max(0, len(in_order) - size) :]
+        logger.info("CKD's queue held %d embeddings of %d and holds %d of %d.", filled, len(saved), len(newest), size)
+        embeddings = saved.new_zeros(size, saved.shape[1])
+        embeddings[: len(newest)] = newest
+        count = torch.tensor(len(newest))
+        fitted = {"embeddings": embeddings, "filled": count, "next": count}
+        return {prefix + name: value for name, value in fitted.items()}
+
+
+def queue_length(cfg: CfgNode, student_spec: Any) -> int:
+    """Return how many embeddings the queue holds: DISTILL.CKD.QUEUE_SIZE, or what QUEUE_STEPS steps gather.
+
+    Raises:
+        GDetKDError: a key is negative, or nothing says how many regions the student has.
+    """
+    config = cfg.DISTILL.CKD
+    if config.QUEUE_SIZE < -1:
+        raise GDetKDError(
+            f"DISTILL.CKD.QUEUE_SIZE is {config.QUEUE_SIZE}. Give the number of embeddings that the queue holds, 0 for "
+            "no queue, or -1 to derive it from DISTILL.CKD.QUEUE_STEPS."
+        )
+    if config.QUEUE_STEPS < 0:
+        raise GDetKDError(
+            f"DISTILL.CKD.QUEUE_STEPS is {config.QUEUE_STEPS}. Give the number of steps that the queue holds, 0 for no "
+            "queue."
+        )
+    if config.QUEUE_SIZE >= 0:
+        return config.QUEUE_SIZE
+    if student_spec.regions_per_image is None:
+        raise GDetKDError(
+            "DISTILL.CKD.QUEUE_STEPS cannot tell how long the queue is: the student's adapter does not say how many "
+            "regions an image has. Set `regions_per_image` in its DetectorSpec, or DISTILL.CKD.QUEUE_SIZE."
+        )
+    return config.QUEUE_STEPS * cfg.SOLVER.IMS_PER_BATCH * student_spec.regions_per_image
 
 
 @DISTILL_LOSS_REGISTRY.register()
 class CKD(DistillLoss):
-    """Owns the linear adapter to the teacher's width, the projection f that both sides share, and the queue."""
+    """Own the linear adapter to the teacher's width, the projection f that both sides share, and the queue.
+
+    Raises:
+        GDetKDError: the length of the queue is wrong or not known.
+    """
 
     needs = frozenset({"embeddings"})
 
@@ -171,8 +224,9 @@ class CKD(DistillLoss):
         self.gamma = config.GAMMA
         self.iou_threshold = config.IOU_THRESHOLD
         self.adapter = nn.Linear(student_spec.embedding_dim, teacher_spec.embedding_dim)
+        # With a bias; the projection of the only public re-implementation has none.
         self.projection = nn.Linear(teacher_spec.embedding_dim, config.PROJECTION_DIM)
-        self.queue = EmbeddingQueue(config.QUEUE_SIZE, teacher_spec.embedding_dim)
+        self.queue = EmbeddingQueue(queue_length(cfg, student_spec), teacher_spec.embedding_dim)
 
     def join_exchange(self) -> None:
         gather_embeddings(self.adapter.weight.new_zeros(0, self.projection.in_features))
@@ -180,13 +234,14 @@ class CKD(DistillLoss):
     def compute(self, student: Any, teacher: Any) -> torch.Tensor:
         raw = full_precision(teacher.embeddings)  # (N, D_T)
         rank, everyone = gather_embeddings(raw)
-        negatives = torch.cat([*everyone[:rank], *everyone[rank + 1 :], self.queue.contents()])
+        # Projected part by part: a copy of the whole queue beside the other processes' embeddings is as large as it.
+        negatives = [*everyone[:rank], *everyone[rank + 1 :], self.queue.contents()]
         loss = contrastive_distillation(
             self.projection(self.adapter(full_precision(student.embeddings))),
             self.projection(raw),
             student.regions.tensor(),
             student.regions.image_ids(),
-            self.projection(negatives),
+            torch.cat([self.projection(part) for part in negatives]),
             self.gamma,
             self.iou_threshold,
         )
