@@ -46,7 +46,7 @@ def test_trains_and_evaluates_without_cuda_and_without_teacher(config_file, tmp_
     keys = ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(tmp_path / "eval")]
     result = run("train_net.py", "--config-file", config_file, "--eval-only", *keys)
     assert result.returncode == 0 and "Evaluation results for bbox" in result.stdout, result.stderr[-2000:]
-    result = run("train_net.py", "--config-file", config_file)
+    result = run("train_net.py", "--config-file", config_file, "--overwrite")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "are not there" in result.stderr.splitlines()[-1]
 

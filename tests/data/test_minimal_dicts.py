@@ -19,7 +19,6 @@ from gdetkd.engine.preflight import check_datasets
 from gdetkd.errors import GDetKDError
 from gdetkd.insight.probe import load_probe
 
-pytestmark = pytest.mark.usefixtures("forget_datasets")
 CLASSES = [f"class{number}" for number in range(NUM_CLASSES)]
 REMOTE = "minimal://"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from conftest import make_cfg, write_coco
+from conftest import DENSE, make_cfg, write_coco
 from gdetkd.data import register_datasets
 from gdetkd.engine import DistillTrainer
 from gdetkd.engine.preflight import check_classes, check_datasets, check_test_sets
@@ -99,7 +99,8 @@ def test_number_of_classes_is_compared(tiny_dataset):
 @pytest.mark.parametrize("distilled", [False, True])
 def test_number_of_classes_is_compared_before_anything_is_built(architecture, node, distilled, monkeypatch):
     monkeypatch.setattr(DistillTrainer, "build_model", None)
-    keys = {"MODEL.META_ARCHITECTURE": architecture, f"MODEL.{node}.NUM_CLASSES": 80}
+    keys = {**(DENSE if architecture == "RetinaNet" else {}), "MODEL.META_ARCHITECTURE": architecture}
+    keys[f"MODEL.{node}.NUM_CLASSES"] = 80
     if distilled:
         keys.update({"MODEL.META_ARCHITECTURE": "GDetKD", "DISTILL.STUDENT_META_ARCHITECTURE": architecture})
     cfg = make_cfg({**keys, "DISTILL.LOSSES": ("CLS",) if distilled else ()})

@@ -16,7 +16,6 @@ from gdetkd.data.samplers import SAMPLERS, build_sampler
 from gdetkd.data.train_images import load_images
 from gdetkd.errors import GDetKDError
 
-pytestmark = pytest.mark.usefixtures("forget_datasets")
 # Keys with which each sampler draws otherwise than by its defaults.
 KEYS = {
     "TrainingSampler": {},

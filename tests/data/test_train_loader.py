@@ -135,7 +135,7 @@ class Tracked(dict):
 
 
 @pytest.fixture
-def alive(forget_datasets):
+def alive():
     """Registers "tracked", and returns a function that counts which of its images and annotations are in memory."""
     DatasetCatalog.get("tiny")  # names its classes
     references = []

@@ -16,7 +16,7 @@ OFFSET = 3.0  # pixels that every detected keypoint is from its place
 
 
 @pytest.fixture
-def keypoints_cfg(tmp_path, forget_datasets):
+def keypoints_cfg(tmp_path):
     """The config of a set whose objects have two keypoints each."""
     write_coco(tmp_path, 4, name="mine")
     content = json.loads((tmp_path / "mine.json").read_text())
