@@ -43,9 +43,12 @@ def names_of_dataset(name: str, entries: Sequence[Dict] = ()) -> Optional[Tuple[
         name: the dataset's name in Detectron2's catalog.
         entries: what a config's DATASETS.REGISTER says of it, for a dataset that is not in the catalog.
     """
-    entries = list(entries)
+    entries = [dict(entry) for entry in entries]
     if name in MetadataCatalog.list():
         metadata = MetadataCatalog.get(name)
+        if entries and metadata.get("gdetkd_entry") != entries[0]:
+            # The catalog has another dataset of that name: a teacher's file and the student's may both name one so.
+            return _names_of_entry(entries[0])
         if metadata.get("thing_classes"):
             return tuple(metadata.thing_classes)
         if metadata.get("gdetkd_entry"):  # registered, but not read yet
@@ -64,8 +67,8 @@ def _names_of_entry(entry: Dict) -> Optional[Tuple[str, ...]]:
     try:
         with open(path, "rb") as file:
             categories = json.load(file)["categories"]
-        return tuple(category["name"] for category in sorted(categories, key=lambda category: category["id"]))
-    except (ValueError, LookupError, TypeError, RecursionError) as e:
+        return tuple(category["name"].strip() for category in sorted(categories, key=lambda each: each["id"]))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise GDetKDError(f"The categories cannot be read from {path!r} ({type(e).__name__}: {e}).") from e
 
 
@@ -147,8 +150,9 @@ def check_transfer(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -
         return
     if student.family == teacher.family and student.independent_classes != teacher.independent_classes:
         logger.warning(
-            "Head transfer starts a classification layer that is trained with a %s from one that was trained with a "
-            "%s: its first scores are off. Give both the same MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE to avoid that.",
+            "The student trains its classification layer with a %s, and head transfer starts it from one trained "
+            "with a "
+            "%s, so its first scores are wrong. Give both the same MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE.",
             *(("sigmoid", "softmax") if student.independent_classes else ("softmax", "sigmoid")),
         )
     if student.class_names is None or teacher.class_names is None:
@@ -193,16 +197,26 @@ def other_names(cfg: CfgNode, student: Tuple[str, ...], teacher: Tuple[str, ...]
 
 
 def _check_one_to_one(pairs: Dict[str, str], student: Tuple[str, ...], teacher: Tuple[str, ...]) -> None:
-    """A class of the teacher that were two of the student's would teach them to look the same."""
+    """Raise an error if two student classes map to the same teacher class: they would learn to look alike."""
     taught: Dict[str, str] = {}
     for name in student:
         other = pairs.get(name, name)
-        if other in teacher and taught.setdefault(other, name) != name:
+        if other not in teacher:
+            continue
+        if teacher.count(other) > 1:
             raise GDetKDError(
-                f"With DISTILL.CLASS_MAP {other!r} of the teacher is both {taught[other]!r} and {name!r} of the "
-                "student. It can teach one of them: leave out a pair, or give the student's other class a name that "
-                "the teacher does not have."
+                f"The teacher has {teacher.count(other)} classes of the name {other!r}, so none of them can be told "
+                "from "
+                "the others. Give them different names in DISTILL.TEACHER.CLASSES."
             )
+        if other in taught:
+            raise GDetKDError(
+                f"{other!r} of the teacher is both {taught[other]!r} and {name!r} of the student. It can teach one of "
+                "them: leave out a pair of DISTILL.CLASS_MAP, or give the student's other class a name that the "
+                "teacher "
+                "does not have."
+            )
+        taught[other] = name
 
 
 def some(names: Sequence[str], count: int = 10) -> str:

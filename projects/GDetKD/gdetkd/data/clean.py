@@ -38,6 +38,11 @@ class Findings:
     over_edge: int = 0
     crowds: int = 0
 
+    @property
+    def left_out(self) -> int:
+        """Return how many annotations were left out."""
+        return self.without_area + self.far + self.outside
+
     def __str__(self) -> str:
         parts = [
             (self.without_area, "annotations without area are left out"),

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Optional, Set, Tuple
 
 from ..errors import GDetKDError
 from .clean import FARTHEST
+from .coco_quirks import Counts, TooManyUnmatchedError, keep_matched, put_right
 
 MOST_PIXELS = 2**31  # of an image's width times height, for a mask of it
 
@@ -15,42 +16,50 @@ class InvalidItem(Exception):
     """Says what is wrong with an item of the file."""
 
 
-def check_coco(path: str, name: str, folder: str, allow_outside: bool = False) -> Optional[str]:
-    """Reads the file once for what would make its readers fail without naming it, or go wrong without a word.
+def read_coco(
+    path: str, name: str, folder: str, allow_outside: bool = False, most_unmatched: float = 0.01
+) -> Tuple[Dict[str, Any], Counts]:
+    """Read a COCO file, put its quirks right, and refuse what would make its readers fail or go wrong without a word.
 
     Args:
-        path: of the JSON.
-        name: of the data set, for messages.
-        folder: of the images, which their file names may not leave.
-        allow_outside: they may.
+        path: the JSON file.
+        name: the dataset, for messages.
+        folder: the folder of the images, which their file names may not leave.
+        allow_outside: file names may leave it.
+        most_unmatched: the share of annotations that may be of no image.
 
     Returns:
-        what keeps the file from being evaluated against, though it can be trained on; None where nothing does.
+        the content, and what was put right in it (`coco_quirks.put_right`).
 
     Raises:
         GDetKDError: the file is no JSON or no COCO file; an image id or a category id stands twice; an annotation has
-            a category that the file does not name, or no box; a file name is absolute or leaves the folder.
+            a category that the file does not name, or no box; a file name is absolute or leaves the folder; too many
+            annotations are of no image.
     """
     try:
         with open(path, "rb") as file:
-            content = json.load(file)
+            raw = file.read()
+        content = json.loads(raw)
+        _require(isinstance(content, dict), f"it holds a {type(content).__name__}, not a dictionary")
+        encoding = json.detect_encoding(raw)
+        counts = {f"file is written in {encoding}": 1} if encoding != "utf-8" else {}
         parts = _lists(content)
+        counts.update(put_right(*(parts[key] for key in ("images", "categories", "annotations")), folder))
         _check_images(parts["images"], folder, allow_outside)
         categories = _unique_ids("category", parts["categories"], int)
+        counts.update(keep_matched(parts["images"], parts["annotations"], most_unmatched))
         for category in parts["categories"]:
             _require(isinstance(category.get("name"), str), f"category {category['id']} has no name")
-        fault = None
         for annotation in parts["annotations"]:
             _check_annotation(annotation, categories)
-            fault = fault or _fault_in_evaluation(annotation)
-    except InvalidItem as e:
+    except (InvalidItem, TooManyUnmatchedError) as e:
         reason = str(e)
     except RecursionError:
         reason = "it is nested too deeply"
     except ValueError as e:  # of JSON, or of text that is not UTF-8
         reason = f"{type(e).__name__}: {e}"
     else:
-        return fault
+        return content, counts
     raise GDetKDError(
         f"The data set {name!r} cannot be read from {path!r} ({reason}). Correct that file or the entry in "
         "DATASETS.REGISTER."
@@ -68,7 +77,6 @@ def _require(holds: bool, otherwise: str) -> None:
 
 
 def _lists(content: Any) -> Dict[str, List[Dict[str, Any]]]:
-    _require(isinstance(content, dict), f"it holds a {type(content).__name__}, not a dictionary")
     parts = {}
     for key in ("images", "categories", "annotations"):
         # Sets to be tested on can come without annotations.
@@ -121,27 +129,6 @@ def _check_annotation(annotation: Dict[str, Any], categories: Set[Any]) -> None:
     if annotation.get("segmentation"):
         reason = _fault_of_mask(annotation["segmentation"])
         _require(reason is None, f"{which} has a segmentation {reason}")
-
-
-def _fault_in_evaluation(annotation: Dict[str, Any]) -> Optional[str]:
-    """pycocotools reads the file itself, at the first evaluation, and what Detectron2 does without."""
-    if "iscrowd" not in annotation:
-        fault = "lacks 'iscrowd' (0: an object; 1: a crowd)"
-    elif not _is_finite(annotation.get("area")):
-        fault = f"has the area {annotation['area']!r}" if "area" in annotation else "lacks 'area'"
-        fault += " (pixels; of the box where there is no mask)"
-    elif not all(map(_is_finite, annotation["bbox"])):
-        fault = f"has the box {annotation['bbox']!r}"
-    else:
-        return None
-    return f"annotation {annotation['id']!r} {fault}"
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        return _is_number(value) and math.isfinite(value)
-    except OverflowError:  # of an integer that no float is as large as
-        return False
 
 
 def _is_number(value: Any) -> bool:

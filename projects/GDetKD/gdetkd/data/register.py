@@ -1,7 +1,9 @@
 """Data sets registered from the config: COCO JSON and VOC's layout, read by Detectron2's own loaders; mere images."""
 
+import json
 import logging
 import os
+import tempfile
 from typing import Any, Callable, Dict, List, Mapping
 
 from detectron2.config import CfgNode
@@ -9,8 +11,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
 
 from ..errors import GDetKDError
-from .clean import clean_annotations
-from .coco_json import check_coco, leaves
+from .clean import Findings, clean_annotations
+from .coco_json import leaves, read_coco
+from .coco_quirks import describe
+from .mistakes import find_mistakes
 from .voc import load_voc
 
 logger = logging.getLogger(__name__)
@@ -37,7 +41,8 @@ def register_datasets(cfg: CfgNode) -> None:
         allow_outside = cfg.DATASETS.ALLOW_OUTSIDE
         if not allow_outside:
             _check_paths(entry)
-        {"coco": _register_coco, "voc": _register_voc, "images": _register_images}[entry["kind"]](entry, allow_outside)
+        register = {"coco": _register_coco, "voc": _register_voc, "images": _register_images}[entry["kind"]]
+        register(entry, allow_outside, cfg.INPUT.MAX_BAD_FRACTION)
         MetadataCatalog.get(name).set(gdetkd_entry=dict(entry))
 
 
@@ -80,26 +85,41 @@ def _existing(entry: Mapping[str, Any], path: str) -> str:
     return full
 
 
-def _register_coco(entry: Mapping[str, Any], allow_outside: bool) -> None:
+def _register_coco(entry: Mapping[str, Any], allow_outside: bool, most_bad: float) -> None:
     name, json_file, images = entry["name"], _existing(entry, entry["json"]), _existing(entry, entry["images"])
-    checked = []
+    quirks: List[str] = []  # of the file, from the first time that it is read on
 
     def load() -> List[Dict[str, Any]]:
-        if not checked:  # it takes as long as reading it, and a set is read several times
-            fault = check_coco(json_file, name, images, allow_outside)
-            checked.append(True)
-            if fault is not None and "limit" not in entry:  # which is written anew, with all that an evaluation needs
-                MetadataCatalog.get(name).set(evaluation_fault=fault)
-        return load_coco_json(json_file, images, name)
+        if quirks == [""]:
+            return load_coco_json(json_file, images, name)
+        content, counts = read_coco(json_file, name, images, allow_outside, most_bad)
+        if not quirks and counts:
+            logger.warning("%s: %s.", name, describe(counts))
+        quirks[:] = [describe(counts)]
+        return _load_content(content, images, name) if counts else load_coco_json(json_file, images, name)
 
-    _register(entry, load, json_file)
-    metadata = MetadataCatalog.get(name).set(image_root=images, evaluator_type="coco")
-    # Detectron2 evaluates against the file itself where it is named; a shortened set has to be written anew.
-    if "limit" not in entry:
-        metadata.set(json_file=json_file)
+    def note(findings: Findings) -> None:
+        # Detectron2 evaluates against the file where it is named. It must not where training reads something else:
+        # then the evaluation writes a file of what training reads.
+        metadata = MetadataCatalog.get(name)
+        is_as_written = quirks == [""] and not findings.left_out and "limit" not in entry
+        if is_as_written and metadata.get("json_file") is None:
+            metadata.set(json_file=json_file)
+
+    _register(entry, load, json_file, note=note)
+    MetadataCatalog.get(name).set(image_root=images, evaluator_type="coco")
 
 
-def _register_voc(entry: Mapping[str, Any], allow_outside: bool) -> None:
+def _load_content(content: Dict[str, Any], images: str, name: str) -> List[Dict[str, Any]]:
+    """Load a COCO file's content that was put right. Detectron2's loader reads files alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "annotations.json")
+        with open(path, "w") as file:
+            json.dump(content, file)
+        return load_coco_json(path, images, name)
+
+
+def _register_voc(entry: Mapping[str, Any], allow_outside: bool, most_bad: float) -> None:
     name, root = entry["name"], _existing(entry, entry["root"])
     _existing(entry, os.path.join(entry["root"], "ImageSets", "Main", entry["split"] + ".txt"))
     # VOC's corners are pixels, both inside the box, and Detectron2 widens the box to their outer edges: one that has
@@ -108,7 +128,7 @@ def _register_voc(entry: Mapping[str, Any], allow_outside: bool) -> None:
     MetadataCatalog.get(name).set(thing_classes=list(entry["classes"]), evaluator_type="coco")
 
 
-def _register_images(entry: Mapping[str, Any], allow_outside: bool) -> None:
+def _register_images(entry: Mapping[str, Any], allow_outside: bool, most_bad: float) -> None:
     folder = _existing(entry, entry["images"])
     _register(entry, lambda: _load_images(folder), folder)
     metadata = MetadataCatalog.get(entry["name"]).set(evaluator_type="images")
@@ -122,14 +142,21 @@ def _load_images(folder: str) -> List[Dict[str, Any]]:
 
 
 def _register(
-    entry: Mapping[str, Any], load: Callable[[], List[Dict[str, Any]]], source: str, least: float = 0
+    entry: Mapping[str, Any],
+    load: Callable[[], List[Dict[str, Any]]],
+    source: str,
+    least: float = 0,
+    note: Callable[[Findings], None] = lambda findings: None,
 ) -> None:
     name, warned = entry["name"], []
 
     def load_clean() -> List[Dict[str, Any]]:
         try:
             dicts = load()[: entry.get("limit")]
+            metadata = MetadataCatalog.get(name)
+            mistakes = find_mistakes(dicts, metadata.get("thing_classes") or (), name)
             findings = clean_annotations(dicts, least)
+            note(findings)
         except (FileNotFoundError, GDetKDError):
             raise  # names the file itself
         except (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError, SyntaxError, OSError) as e:
@@ -137,8 +164,9 @@ def _register(
                 f"The data set {name!r} cannot be read from {source!r} ({type(e).__name__}: {e}). Correct that file "
                 "or the entry in DATASETS.REGISTER."
             ) from e
-        if str(findings) and not warned:  # the catalog loads a set anew for each of its readers
-            logger.warning("%s: %s.", name, findings)
+        said = [str(findings), *mistakes] if str(findings) else mistakes
+        if said and not warned:  # the catalog loads a set anew for each of its readers
+            logger.warning("%s: %s.", name, "; ".join(said))
             warned.append(name)
         return dicts
 

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # What TEST.COCO_EVAL may say.
 COCO_EVAL = ("", "pycocotools", "faster-coco-eval")
+# How many detections of an image COCO's metrics count.
+COCOS_DETECTIONS = 100
 
 
 class CocoMetrics(COCOEvaluator):
@@ -66,9 +68,10 @@ class CocoMetrics(COCOEvaluator):
 
 
 class FasterCOCOEvaluator(CocoMetrics):
-    """COCO's metrics as the package faster-coco-eval computes them, those of keypoints as pycocotools does.
+    """COCO's metrics as the package faster-coco-eval computes them, where it can, else as pycocotools does.
 
-    The package reads keypoints from its own class of ground truth alone, and Detectron2 reads it by pycocotools.
+    The package takes keypoints only from its own class of ground truth, which Detectron2 does not use. It does not take
+    image ids that are text, such as VOC's.
 
     Raises:
         GDetKDError: it is not installed.
@@ -87,13 +90,18 @@ class FasterCOCOEvaluator(CocoMetrics):
     def _eval_predictions(self, *args: Any, **kwargs: Any) -> None:
         # Detectron2 names pycocotools' class in its module, and has no place to give it another.
         official = coco_evaluation.COCOeval
-        coco_evaluation.COCOeval = lambda truth, found, task: (official if task == "keypoints" else self._faster)(
+        coco_evaluation.COCOeval = lambda truth, found, task: (self._faster if _is_fast(truth, task) else official)(
             truth, found, task
         )
         try:
             super()._eval_predictions(*args, **kwargs)
         finally:
             coco_evaluation.COCOeval = official
+
+
+def _is_fast(truth: Any, task: str) -> bool:
+    """Return whether faster-coco-eval can compute a task's metrics against pycocotools' ground truth."""
+    return task != "keypoints" and all(isinstance(image_id, int) for image_id in truth.imgs)
 
 
 class VOCMetric(PascalVOCDetectionEvaluator):
@@ -206,6 +214,13 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, tasks: Optional[Tuple[str, 
 
 def _coco_evaluator(cfg: CfgNode, dataset_name: str, tasks: Optional[Tuple[str, ...]], folder: str) -> CocoMetrics:
     implementation, options = cfg.TEST.COCO_EVAL, {"kpt_oks_sigmas": cfg.TEST.KEYPOINT_OKS_SIGMAS}
+    if cfg.TEST.DETECTIONS_PER_IMAGE > COCOS_DETECTIONS:
+        # COCO counts 100. Objects that a detector finds beyond that would count as missed.
+        options["max_dets_per_image"] = cfg.TEST.DETECTIONS_PER_IMAGE
+        logger.info(
+            "AP of %s counts up to %d detections an image (TEST.DETECTIONS_PER_IMAGE); COCO's own is of 100.",
+            *(dataset_name, cfg.TEST.DETECTIONS_PER_IMAGE),
+        )
     if implementation not in COCO_EVAL:
         raise GDetKDError(f"TEST.COCO_EVAL is {implementation!r}; there are {', '.join(map(repr, COCO_EVAL))}.")
     if implementation == "faster-coco-eval":

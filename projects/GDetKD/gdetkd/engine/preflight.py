@@ -59,18 +59,12 @@ def check_test_sets(cfg: CfgNode) -> None:
     """
     Raises:
         GDetKDError: DATASETS.TEST names a set that is not registered, has no image or, though annotated, no object to
-            be found, lacks what Detectron2's evaluation reads, or has an image that cannot be read to its end or a JSON
-            that cannot be evaluated against; or a file of proposals is not to be trusted.
+            be found, lacks what Detectron2's evaluation reads, or has an image that cannot be read to its end; or a
+            file of proposals is not to be trusted.
     """
     check_proposals(cfg)
     for name in cfg.DATASETS.TEST:
         dicts = load_dataset(name)
-        fault = MetadataCatalog.get(name).get("evaluation_fault")
-        if fault is not None:
-            raise GDetKDError(
-                f"The data set {name!r} cannot be evaluated against {MetadataCatalog.get(name).json_file!r}: {fault}. "
-                "COCO's metrics need it of every annotation: add it to that file. Training does without."
-            )
         _check_keys(dicts, name)
         _check_objects(dicts, name)
         check_images(dicts, name)
