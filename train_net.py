@@ -29,7 +29,8 @@ from gdetkd.data import register_datasets
 from gdetkd.engine import build_plain_student, evaluate_teacher
 from gdetkd.engine.check import Check
 from gdetkd.engine.checkpoint import written_whole
-from gdetkd.engine.folder import check_earlier_run, only_training_in, warn_of_a_fresh_start
+from gdetkd.engine.config_rules import check_parts
+from gdetkd.engine.folder import check_earlier_run, only_training_in, remove_earlier_run, warn_of_a_fresh_start
 from gdetkd.engine.launch import run_everywhere
 from gdetkd.engine.preflight import check_student_classes, check_test_sets
 from gdetkd.engine.student_weights import StudentCheckpointer
@@ -41,7 +42,7 @@ logger = logging.getLogger("gdetkd")
 def parser() -> ArgumentParser:
     parser = default_argument_parser(__doc__)
     parser.add_argument("--eval-teacher", action="store_true", help="evaluate the teacher alone on DATASETS.TEST")
-    parser.add_argument("--overwrite", action="store_true", help="train where OUTPUT_DIR holds another training")
+    parser.add_argument("--overwrite", action="store_true", help="start anew although OUTPUT_DIR holds checkpoints")
     parser.add_argument("--check", action="store_true", help="look at what a training would be, and do not train")
     parser.add_argument("--check-images", type=int, default=50, help="on which --check evaluates the teacher")
     parser.add_argument("--timeout", type=float, default=30, help="minutes that a process waits for the others")
@@ -66,7 +67,7 @@ def read_config(args: Namespace) -> CfgNode:
 
 def _check_device(device: str) -> None:
     if not (device == "cpu" or device.startswith("cuda")):
-        raise GDetKDError(f"MODEL.DEVICE is {device!r}. Detectron2's detectors run on cpu, cuda, or cuda:N.")
+        raise GDetKDError(f"MODEL.DEVICE is {device!r}, which is not supported. Set it to cpu, cuda, or cuda:N.")
     if device == "cpu" and comm.get_world_size() > 1 and dist.get_backend() == "nccl":
         raise GDetKDError(
             "MODEL.DEVICE is cpu, but the processes exchange by NCCL, which knows GPUs alone: hide the GPUs by "
@@ -119,15 +120,18 @@ def main(args: Namespace) -> Any:
 def train(cfg: CfgNode, args: Namespace) -> Any:
     with kept_config(cfg.OUTPUT_DIR, False):  # a run that is refused has not been here
         start(cfg, args)
-        if args.resume:
-            warn_of_a_fresh_start(cfg.OUTPUT_DIR)
         trainer = DistillTrainer(cfg)
+        if args.resume:
+            warn_of_a_fresh_start(cfg.OUTPUT_DIR, trainer.checkpointer.has_checkpoint())
+        if args.overwrite and not args.resume:
+            remove_earlier_run(cfg.OUTPUT_DIR)
         trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
 
 def evaluate(cfg: CfgNode, resume: bool) -> Any:
     """The student, whole; a file that leaves some of it as it was initialised would be evaluated as a bad one."""
+    check_parts(cfg)
     check_test_sets(cfg)
     check_student_classes(cfg, cfg.DATASETS.TEST)
     student = build_plain_student(cfg)

@@ -16,9 +16,12 @@ from gdetkd.errors import GDetKDError
             "# one\n\nINPUT: {MIN_SIZE_TRAIN: (160,), MIN_SIZE_TEST: 160}\n",
             "line 3: 'INPUT.\\)' is no config key.*\"\\(160,\\)\"",
         ),
-        ("SOLVER:\n  STEPS: 1\n", "line 2: SOLVER.STEPS is 1, a int, but has to be a tuple such as \\(30000,\\)"),
-        ("SOLVER: 5\n", "line 1: SOLVER is 5, a int, but has to be a group of keys"),
-        ("MODEL:\n  MASK_ON: 'yes'\n", "line 2: MODEL.MASK_ON is 'yes', a str, but has to be a bool such as False"),
+        (
+            "SOLVER:\n  STEPS: 1\n",
+            "line 2: SOLVER.STEPS is 1 \\(type int\\), but must be of type tuple, for example \\(30000,\\)",
+        ),
+        ("SOLVER: 5\n", "line 1: SOLVER is 5 \\(type int\\), but must be a group of keys"),
+        ("MODEL:\n  MASK_ON: 'yes'\n", "line 2: MODEL.MASK_ON is 'yes' \\(type str\\), but must be of type bool"),
         ("MODEL:\n  FORK: {HEADS: 3}\n", "line 2: 'MODEL.FORK.HEADS' is no config key"),
     ],
 )
@@ -36,6 +39,22 @@ def test_a_mistake_in_a_base_names_the_base(tmp_path):
         merge_config_file(make_cfg({}), str(tmp_path / "own.yaml"))
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("SOLVER.BASE_LR: 0.1\n", "the key 'SOLVER.BASE_LR'. In a file, keys are nested"),
+        (
+            "MODEL: {WEIGHT: a.pkl, RESNETS: {NORM: BN, FORK: 1}}\n",
+            "keys of Detectron2's first version .*Set VERSION: 2",
+        ),
+    ],
+)
+def test_other_mistakes_in_a_file(tmp_path, text, message):
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(GDetKDError, match=message):
+        merge_config_file(make_cfg({}), str(tmp_path / "own.yaml"))
+
+
 @pytest.mark.parametrize("path, message", [("", "name one with --config-file"), ("no.yaml", "'no.yaml'.*seen from")])
 def test_no_file(path, message):
     with pytest.raises(GDetKDError, match=message):
@@ -45,10 +64,10 @@ def test_no_file(path, message):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["SOLVER.BASE_LR"], "1 words of the command line are no pairs of KEY VALUE: SOLVER.BASE_LR"),
+        (["SOLVER.BASE_LR"], "the command line must give pairs of KEY VALUE, but has 1 words: SOLVER.BASE_LR"),
         (["SOLVER.BASE_RL", "0.1"], "the command line: 'SOLVER.BASE_RL' is no config key. .*'SOLVER.BASE_LR'"),
-        (["SOLVER.STEPS", "1"], "the command line: SOLVER.STEPS is '1', a str, but has to be a tuple"),
-        (["SOLVER.IMS_PER_BATCH", "four"], "SOLVER.IMS_PER_BATCH is 'four', a str, but has to be a int such as"),
+        (["SOLVER.STEPS", "1"], "the command line: SOLVER.STEPS is '1' \\(type str\\), but must be of type tuple"),
+        (["SOLVER.IMS_PER_BATCH", "four"], "SOLVER.IMS_PER_BATCH is 'four' \\(type str\\), but must be of type int"),
     ],
 )
 def test_a_mistake_on_the_command_line(words, message):

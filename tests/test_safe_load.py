@@ -215,11 +215,11 @@ def test_a_teachers_config_with_a_tag_is_refused(distill_cfg, tmp_path):
 @pytest.mark.parametrize(
     "text, match",
     [
-        ("_BASE_: own.yaml\n", "leads back to itself"),
-        ("SEED: [1\n", "no yaml"),
+        ("_BASE_: own.yaml\n", "includes itself"),
+        ("SEED: [1\n", "not valid YAML"),
         ("_BASE_: gone.yaml\n", "not there"),
         *[(text, "is empty, or no mapping") for text in ("", "# SEED: 1\n", "- SEED\n", "SEED\n", "7\n")],
-        ("_BASE_: empty.yaml\n", "_BASE_ of it is empty"),
+        ("_BASE_: empty.yaml\n", "one of its _BASE_ files is empty"),
     ],
 )
 def test_configs_that_cannot_be_read(tmp_path, text, match):

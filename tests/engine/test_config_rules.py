@@ -1,10 +1,10 @@
-"""Values that cannot be meant are named before anything is built."""
+"""Invalid values are named before anything is built."""
 
 import pytest
 
 from conftest import DENSE
 from gdetkd import DistillTrainer
-from gdetkd.engine.config_rules import RULES, check_values
+from gdetkd.engine.config_rules import RULES, check_parts, check_values
 from gdetkd.errors import GDetKDError
 
 
@@ -19,7 +19,7 @@ from gdetkd.errors import GDetKDError
         ("SOLVER.STEPS", (3, 2)),
         ("SOLVER.WARMUP_ITERS", -1),
         ("SOLVER.WEIGHT_DECAY", -0.1),
-        ("TEST.EVAL_PERIOD", -1),
+        ("TEST.EVAL_PERIOD", -2),
         ("TEST.DETECTIONS_PER_IMAGE", 0),
         ("DATALOADER.NUM_WORKERS", -1),
         ("INPUT.MIN_SIZE_TRAIN", (64, -1)),
@@ -33,13 +33,13 @@ from gdetkd.errors import GDetKDError
         ("DISTILL.CKD.WEIGHT", float("nan")),
     ],
 )
-def test_a_value_that_cannot_be_meant(distill_cfg, key, value):
-    with pytest.raises(GDetKDError, match=f"cannot be meant: {key} is .* and has to be"):
+def test_an_invalid_value(distill_cfg, key, value):
+    with pytest.raises(GDetKDError, match=f"invalid values: {key} is .* and must be"):
         DistillTrainer(distill_cfg({key: value}))
 
 
 def test_each_rule_is_broken_in_the_test_above():
-    names = {mark.args[1][i][0] for mark in test_a_value_that_cannot_be_meant.pytestmark for i in range(20)}
+    names = {mark.args[1][i][0] for mark in test_an_invalid_value.pytestmark for i in range(20)}
     assert names >= {rule.key for rule in RULES}
 
 
@@ -48,9 +48,12 @@ def test_each_rule_is_broken_in_the_test_above():
     [
         (
             {"MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p7"]},
-            "MODEL.ROI_HEADS.IN_FEATURES names p7, and the pyramid has p2, p3",
+            "MODEL.ROI_HEADS.IN_FEATURES names p7, but the pyramid has only p2, p3",
         ),
-        ({"MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16]]}, "SIZES has 2 lists and .* each of the 4 levels in MODEL.RPN"),
+        (
+            {"MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16]]},
+            "SIZES has 2 lists, but needs 1 list or 4 lists, one for each level in MODEL.RPN",
+        ),
         ({"MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[1.0]] * 3}, "ASPECT_RATIOS has 3 lists"),
         (
             {**DENSE, "DISTILL.STUDENT_META_ARCHITECTURE": "RetinaNet", "MODEL.RETINANET.IN_FEATURES": ["p2", "p3"]},
@@ -75,8 +78,8 @@ def test_levels_and_anchors_that_do_not_fit(distill_cfg, changes, message):
             "BACKBONE.NAME is 'build_resnet_fpn', .* build_resnet_fpn_backbone",
         ),
         ({"DISTILL.STUDENT_META_ARCHITECTURE": "RetinaNte"}, "STUDENT_META_ARCHITECTURE is 'RetinaNte', .* RetinaNet"),
-        ({"MODEL.META_ARCHITECTURE": "GDetKd"}, "MODEL.META_ARCHITECTURE is 'GDetKd', .* could be GDetKD"),
-        ({"MODEL.ROI_HEADS.NAME": "StandardRoiHeads"}, "MODEL.ROI_HEADS.NAME .* could be StandardROIHeads"),
+        ({"MODEL.META_ARCHITECTURE": "GDetKd"}, "MODEL.META_ARCHITECTURE is 'GDetKd', .* mean GDetKD"),
+        ({"MODEL.ROI_HEADS.NAME": "StandardRoiHeads"}, "MODEL.ROI_HEADS.NAME .* mean StandardROIHeads"),
         ({"MODEL.PROPOSAL_GENERATOR.NAME": "rpn"}, "PROPOSAL_GENERATOR.NAME is 'rpn', .* RPN"),
         ({"TEST.AUG.ENABLED": True}, "TEST.AUG.ENABLED is True.*set it to False"),
         ({"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, True, True, True]}, "DEFORM_ON_PER_STAGE .*compiled"),
@@ -95,3 +98,28 @@ def test_all_that_is_wrong_is_named_at_once(distill_cfg):
 
 def test_one_list_of_anchors_serves_all_levels(distill_cfg):
     check_values(distill_cfg({"MODEL.ANCHOR_GENERATOR.SIZES": [[8, 16]]}))
+    check_values(distill_cfg({"MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [0.5, 1.0, 2.0]}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"TEST.EVAL_PERIOD": -1, "TEST.DETECTIONS_PER_IMAGE": -1},
+        {"MODEL.PROPOSAL_GENERATOR.NAME": "PrecomputedProposals", "MODEL.RPN.IN_FEATURES": ["res4"]},
+        {"MODEL.ANCHOR_GENERATOR.NAME": "OwnGenerator", "MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16]]},
+        {
+            "MODEL.BACKBONE.NAME": "build_resnet_backbone",
+            "MODEL.RPN.IN_FEATURES": ["res4"],
+            "MODEL.ANCHOR_GENERATOR.SIZES": [[8, 16]],
+        },
+        {"INPUT.MIN_SIZE_TEST": 0, "SOLVER.STEPS": (30, 40), "SOLVER.MAX_ITER": 20},
+    ],
+)
+def test_what_detectron2_accepts_is_accepted(distill_cfg, changes):
+    check_values(distill_cfg(changes))
+
+
+def test_an_evaluation_is_of_what_the_config_asks_for(distill_cfg):
+    with pytest.raises(GDetKDError, match="TEST.AUG.ENABLED"):
+        check_parts(distill_cfg({"TEST.AUG.ENABLED": True}))
+    check_parts(distill_cfg({"SOLVER.MAX_ITER": 0}))

@@ -2,6 +2,7 @@
 
 import gdetkd  # noqa: F401, I001  first, in the spawned processes too
 import errno
+import multiprocessing
 import os
 import signal
 import time
@@ -102,7 +103,9 @@ class Asks:
         is_kind = not module.training if self.kind == "evaluation" else module.training and not torch.is_grad_enabled()
         self.seen += is_kind
         if is_kind and self.seen == self.number:
-            os.kill(os.getpid(), signal.SIGTERM)
+            # torchrun and SLURM send it to the processes that load data, too.
+            for process in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
+                os.kill(process, signal.SIGTERM)
 
 
 def train_asked(cfg, kind=None, number=0, resume=False):
@@ -160,6 +163,25 @@ def test_sigterm_in_work_that_a_resumed_run_does_again(precise_cfg, kind, number
     for name in ("model_final.pth", "model_best.pth"):
         first, second = (read_weights(os.path.join(run.cfg.OUTPUT_DIR, name)) for run in (whole, resumed))
         assert equal(first["model"], second["model"]) and first.get("record") == second.get("record")
+
+
+def test_sigterm_to_all_processes_of_an_evaluation(precise_cfg):
+    """Those that load data ignore it, or their end would be an error of the run."""
+    cfg = precise_cfg("stopped", **{"DATALOADER.NUM_WORKERS": 1, "TEST.PRECISE_BN.ENABLED": False})
+    _, asks, code = train_asked(cfg, "evaluation", 3)
+    assert code == EXIT_STOPPED and asks.seen == 3
+
+
+def test_a_finished_run_that_is_resumed_again_stays_as_it_is(precise_cfg):
+    """Its last estimate was interrupted, and a resumed run wrote model_final.pth."""
+    cfg = precise_cfg("stopped")
+    train_asked(cfg, "precise", 5)
+    path = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+    for _ in range(2):
+        _, asks, code = train_asked(cfg, "precise", 100, resume=True)
+        final = read_weights(path)
+        assert code == 0 and final["trainer"]["iteration"] == final["iteration"] == 3
+    assert asks.seen == 0  # the second time nothing is left to do
 
 
 def test_sigterm_while_an_evaluation_is_made_up_for(precise_cfg):

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from contextlib import suppress
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import yaml
@@ -47,21 +48,24 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
             "Write plain values: numbers, strings, lists and mappings."
         ) from e
     except yaml.YAMLError as e:
-        raise GDetKDError(f"The config {path!r} or a _BASE_ of it is no yaml: {e}") from e
+        raise GDetKDError(f"The config {path!r} or one of its _BASE_ files is not valid YAML: {e}") from e
     except RecursionError as e:
         raise GDetKDError(
-            f"The config {path!r} has a _BASE_ that leads back to itself, or is nested too deeply."
+            f"The config {path!r} includes itself through _BASE_, or is nested too deeply. Remove that _BASE_."
         ) from e
     except (TypeError, AttributeError) as e:  # what an empty file, a list or a mere word comes to
         raise GDetKDError(
-            f"The config {path!r} or a _BASE_ of it is empty, or no mapping of keys to values ({e}). Write KEY: VALUE."
+            f"The config {path!r} or one of its _BASE_ files is empty, or no mapping of keys to values ({e}). Write "
+            "KEY: VALUE."
         ) from e
     except FileNotFoundError as e:
-        raise GDetKDError(f"The config {path!r} or a _BASE_ of it is not there ({e}), seen from {os.getcwd()}.") from e
+        raise GDetKDError(
+            f"The config {path!r} or one of its _BASE_ files is not there ({e}), seen from {os.getcwd()}."
+        ) from e
     except OSError as e:
-        raise GDetKDError(f"The config {path!r} or a _BASE_ of it cannot be read ({e}).") from e
+        raise GDetKDError(f"The config {path!r} or one of its _BASE_ files cannot be read ({e}).") from e
     except AssertionError as e:  # Detectron2's and fvcore's
-        raise GDetKDError(f"The config {path!r} or a _BASE_ of it cannot be read ({e}).") from e
+        raise GDetKDError(f"The config {path!r} or one of its _BASE_ files cannot be read ({e}).") from e
 
 
 def merge_words(cfg: CfgNode, words: Sequence[Any], source: str = "the command line") -> None:
@@ -76,7 +80,8 @@ def merge_words(cfg: CfgNode, words: Sequence[Any], source: str = "the command l
     """
     if len(words) % 2:
         raise GDetKDError(
-            f"{len(words)} words of {source} are no pairs of KEY VALUE: {' '.join(map(str, words))}. Put a value with "
+            f"{source} must give pairs of KEY VALUE, but has {len(words)} words: {' '.join(map(str, words))}. Put a "
+            "value with "
             'spaces or brackets in quotes, for example SOLVER.STEPS "(60, 80)".'
         )
     for key, value in zip(words[::2], words[1::2]):
@@ -96,7 +101,7 @@ def _merge(cfg: CfgNode, loaded: Dict[str, Any], path: str, places: Mapping[str,
             loaded[section][name] = _as_names(cfg, loaded[section][name])
     node = type(cfg)(loaded)
     if (node.get("VERSION") or guess_version(node, path)) != cfg.VERSION:
-        cfg.merge_from_file(path, allow_unsafe=False)  # which upgrades a file of an older Detectron2
+        _merge_older(cfg, path)
         return
     for key, value in _flat(loaded):
         _check_key(cfg, key, _where(places, key, path), value)
@@ -106,6 +111,17 @@ def _merge(cfg: CfgNode, loaded: Dict[str, Any], path: str, places: Mapping[str,
     except ValueError as e:
         key, value = next(pair for pair in _flat(loaded) if not _fits(before, *pair))
         raise GDetKDError(_wrong_kind(before, key, value, _where(places, key, path))) from e
+
+
+def _merge_older(cfg: CfgNode, path: str) -> None:
+    """Let Detectron2 upgrade a file of an older version."""
+    try:
+        cfg.merge_from_file(path, allow_unsafe=False)
+    except (KeyError, ValueError) as e:
+        raise GDetKDError(
+            f"The config {path!r} has no VERSION and keys of Detectron2's first version (MODEL.WEIGHT or TEST.AUG_ON), "
+            f"and is no valid file of that version ({e}). Set VERSION: 2, or correct these keys."
+        ) from e
 
 
 def _as_names(cfg: CfgNode, value: Any) -> Any:
@@ -124,6 +140,8 @@ def _fits(cfg: CfgNode, key: str, value: Any) -> bool:
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]]:
     for key, value in node.items():
+        if "." in str(key):
+            raise GDetKDError(f"The config has the key {key!r}. In a file, keys are nested: SOLVER: {{BASE_LR: 0.1}}.")
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
@@ -145,17 +163,15 @@ def _check_key(cfg: CfgNode, key: str, source: str, value: Any = None) -> None:
     Raises:
         GDetKDError: the config has no such key.
     """
-    try:
+    with suppress(KeyError):
         get_key(cfg, key)
         return
-    except KeyError:
-        pass
     if cfg.key_is_deprecated(key):
         return
     if ")" in key or "]" in key or "(" in key:
         raise GDetKDError(
-            f"{source}: {key!r} is no config key. In {{...}} yaml ends a value at each comma: put a value such as "
-            '(160,) in quotes, "(160,)", or write [160].'
+            f"{source}: {key!r} is no config key. Inside {{...}}, YAML splits a value at each comma: "
+            'write (160,) as "(160,)" or [160].'
         )
     similar = difflib.get_close_matches(key, list(flat_config(cfg.dump())), n=1, cutoff=0.0)
     raise GDetKDError(f"{source}: {key!r} is no config key. Did you mean {similar[0]!r}?")
@@ -163,8 +179,12 @@ def _check_key(cfg: CfgNode, key: str, source: str, value: Any = None) -> None:
 
 def _wrong_kind(cfg: CfgNode, key: str, value: Any, source: str) -> str:
     default = get_key(cfg, key)
-    wanted = "a group of keys" if isinstance(default, CfgNode) else f"a {type(default).__name__} such as {default!r}"
-    return f"{source}: {key} is {value!r}, a {type(value).__name__}, but has to be {wanted}."
+    wanted = (
+        "a group of keys"
+        if isinstance(default, CfgNode)
+        else f"of type {type(default).__name__}, for example {default!r}"
+    )
+    return f"{source}: {key} is {value!r} (type {type(value).__name__}), but must be {wanted}."
 
 
 def _where(places: Mapping[str, Place], key: str, path: str) -> str:
@@ -182,7 +202,7 @@ def _places(path: str) -> Dict[str, Place]:
             bases = [item.value for item in node.value] if isinstance(node, yaml.SequenceNode) else [node.value]
             continue
         places.update(_places_below(key, node, path, ""))
-    for base in bases:
+    for base in reversed(bases):  # the last one counts
         base = os.path.expanduser(base)
         if not base.startswith(("/", "http://", "https://")):
             base = os.path.join(os.path.dirname(path), base)

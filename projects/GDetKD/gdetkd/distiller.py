@@ -80,7 +80,7 @@ class GDetKD(nn.Module):
         return losses
 
     def join_exchanges(self) -> None:
-        """Take part in the exchanges of the losses that a forward pass did not come to because it broke off."""
+        """Take part in the exchanges of the losses that a failed forward pass did not reach."""
         for name in self._to_compute:
             self.losses[name].join_exchange()
         self._to_compute = []

@@ -77,7 +77,7 @@ def _names(runs: Sequence[Run]) -> str:
 
 
 def _start(run: Run, train_net: Path, jobs: int, place: int) -> Run:
-    # What the user set counts. Otherwise the trainings share the cores that this process may use.
+    # Keep the user's value. Otherwise the trainings share the cores that this process may use.
     environment = {"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs)), **os.environ}
     count = torch.cuda.device_count()
     if count > 1:

@@ -1,4 +1,4 @@
-"""Weights as what they are, input from strangers: read without running anything that they hold."""
+"""Load weights from untrusted sources without running code that they contain."""
 
 import errno
 import hashlib

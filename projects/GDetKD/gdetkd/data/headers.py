@@ -1,4 +1,4 @@
-"""What the header of an image file tells before training: whether the image can be used, and its size."""
+"""Read image headers before training: find unusable images and image sizes."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The images of DATASETS.TRAIN, and what the training loader must know of all of them before it serialises them."""
+"""Load the images of DATASETS.TRAIN, and collect what is needed of them before the loader serialises them."""
 
 import hashlib
 import logging

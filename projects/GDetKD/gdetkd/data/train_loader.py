@@ -172,7 +172,7 @@ class ResumableLoader:
             batch_sampler=_Skipping(self._batches(self.seed), self.start_iter),
             num_workers=self._num_workers,
             collate_fn=list,
-            worker_init_fn=_outlive_warning,
+            worker_init_fn=outlive_warning,
             # Of its own, because the loader would take its workers' seeds from the state that training draws from.
             generator=torch.Generator().manual_seed(self.seed % 2**63),
         )
@@ -182,7 +182,7 @@ class ResumableLoader:
             yield batch
 
 
-def _outlive_warning(worker: int) -> None:
+def outlive_warning(worker: int) -> None:
     """A cluster warns every process by SIGTERM, and a training whose workers are gone could not save.
 
     The training process itself ends its workers by the same signal, so that it matters who sends it.

@@ -31,7 +31,7 @@ SAMPLING_RATIO = 2
 
 
 class DenseAdapter(DetectorAdapter):
-    """The regions of a student are its own decoded predictions, matched with ground truth and sampled (section 4).
+    """The regions of a student are its own decoded predictions, matched with ground truth and sampled.
 
     Its embedding of a region is the classification tower's last feature at the location that predicted it. A
     teacher's embedding, of a region that came from elsewhere, is that feature at the region's centre, interpolated, on

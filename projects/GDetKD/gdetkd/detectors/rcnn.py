@@ -18,7 +18,7 @@ from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter
 
 
 class _TwoStageAdapter(DetectorAdapter):
-    """The regions are the proposals that the student's own sampler keeps for its box head (method section 4).
+    """The regions are the proposals that the student's own sampler keeps for its box head.
 
     A detector with one box head is treated as a cascade of one stage.
     """

@@ -1,4 +1,4 @@
-"""Does on resume what a kill or a request to stop came before."""
+"""Run on resume the evaluation and the PreciseBN estimate that an earlier run missed."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class CatchUp(HookBase):
-    """Makes up on resume for an evaluation, and for the estimate of BatchNorm's statistics before it.
+    """Runs a missed evaluation on resume, and a missed estimate of BatchNorm's statistics before it.
 
     A checkpoint is written before the evaluation of the same iteration, so a kill can come between the two. The hook
     must stand after the hooks that evaluate and that keep the best.
@@ -28,8 +28,8 @@ class CatchUp(HookBase):
         evaluation: Detectron2's hook.
         best: keeps the best checkpoint; None where none is kept, or by another process.
         precise: estimates BatchNorm's statistics; None where that is off.
-        request: the evaluation that is made up for is left if the run is asked to stop.
-        random_state: keeps what is a process's own for a checkpoint.
+        request: interrupts the missed evaluation if the run is asked to stop.
+        random_state: collects the state of each process for a checkpoint.
     """
 
     def __init__(
@@ -70,8 +70,16 @@ class CatchUp(HookBase):
         self._precise.estimate(done)
         self._exit_if_left()
         if done >= self.trainer.max_iter:
+            self._save_final(done)
+
+    def _save_final(self, done: int) -> None:
+        """Write what the last iteration would have written; a checkpoint's iteration is the last that was done."""
+        iteration, self.trainer.iter = self.trainer.iter, done - 1
+        try:
             self._random_state.keep()
             self.trainer.checkpointer.save("model_final", iteration=done - 1)
+        finally:
+            self.trainer.iter = iteration
 
     def _evaluate(self, done: int) -> None:
         storage = self.trainer.storage
@@ -107,4 +115,8 @@ class CatchUp(HookBase):
             with written_whole(self._note) as file:
                 file.write(str(iterations))
         except OSError as e:
-            logger.error("%s could not be written (%s): a resume may evaluate once more.", self._note, e.strerror)
+            logger.error(
+                "Could not write %s (%s). The next --resume may repeat one evaluation, which does no harm.",
+                self._note,
+                e.strerror,
+            )

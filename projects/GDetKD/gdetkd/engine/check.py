@@ -68,7 +68,7 @@ class Check:
         if BROKEN in terms:
             reason = self._trainer.guarded_model.failure or "values that are not finite"
             self.problems.append(
-                f"A training step fails ({reason}). Are the student's first weights and the data finite?"
+                f"A training step fails ({reason}). Check that MODEL.WEIGHTS and the images and boxes are finite."
             )
         else:
             parts += [self._terms(terms), self._costs()]

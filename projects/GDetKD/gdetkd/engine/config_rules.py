@@ -1,4 +1,4 @@
-"""What the numbers and names of a config must be, checked before anything is built."""
+"""Check the numbers and names of a config before anything is built."""
 
 import difflib
 import math
@@ -18,6 +18,12 @@ TOP_LEVELS = {
     "build_retinanet_resnet_fpn_backbone": ("p6", "p7"),
     "build_fcos_resnet_fpn_backbone": ("p6", "p7"),
 }
+# Detectron2 builds this proposal generator without a registry.
+PRECOMPUTED = "PrecomputedProposals"
+# Proposal generators, anchor generators and box heads that read the keys below.
+READERS_OF_ANCHORS = ("RPN", "RRPN")
+ANCHOR_GENERATORS = ("DefaultAnchorGenerator", "RotatedAnchorGenerator")
+READERS_OF_LEVELS = ("StandardROIHeads", "CascadeROIHeads", "Res5ROIHeads", "RROIHeads")
 # Where a meta-architecture names the levels that it reads. The first has anchors on them.
 LEVEL_KEYS = {
     "GeneralizedRCNN": ("MODEL.RPN.IN_FEATURES", "MODEL.ROI_HEADS.IN_FEATURES"),
@@ -60,15 +66,15 @@ RULES = (
     Rule("SOLVER.CHECKPOINT_PERIOD", _at_least(1), "1 or more iterations between two checkpoints"),
     Rule("SOLVER.BASE_LR", lambda value: _is_finite(value) and value > 0, "a positive learning rate"),
     Rule("SOLVER.GAMMA", lambda value: _is_finite(value) and value > 0, "a positive factor"),
-    Rule("SOLVER.STEPS", _is_rising, "rising numbers of iterations, each once"),
+    Rule("SOLVER.STEPS", _is_rising, "positive iteration numbers in increasing order"),
     Rule("SOLVER.WARMUP_ITERS", _at_least(0), "0 or more iterations"),
     Rule("SOLVER.WEIGHT_DECAY", _at_least(0), "0 or more"),
-    Rule("TEST.EVAL_PERIOD", _at_least(0), "0 (at the end alone) or more iterations between two evaluations"),
-    Rule("TEST.DETECTIONS_PER_IMAGE", _at_least(1), "1 or more detections"),
+    Rule("TEST.EVAL_PERIOD", _at_least(-1), "the iterations between two evaluations, or 0 to evaluate only at the end"),
+    Rule("TEST.DETECTIONS_PER_IMAGE", lambda value: _at_least(1)(value) or value == -1, "1 or more, or -1 for all"),
     Rule("DATALOADER.NUM_WORKERS", _at_least(0), "0 or more processes"),
-    Rule("INPUT.MIN_SIZE_TRAIN", _each_at_least(0), "pixels, 0 for no resizing"),
+    Rule("INPUT.MIN_SIZE_TRAIN", _each_at_least(0), "a size in pixels, or 0 for no resizing"),
     Rule("INPUT.MAX_SIZE_TRAIN", _at_least(1), "1 or more pixels"),
-    Rule("INPUT.MIN_SIZE_TEST", _at_least(0), "pixels, 0 for no resizing"),
+    Rule("INPUT.MIN_SIZE_TEST", _at_least(0), "a size in pixels, or 0 for no resizing"),
     Rule("INPUT.MAX_SIZE_TEST", _at_least(1), "1 or more pixels"),
     Rule("INPUT.MAX_BAD_FRACTION", lambda value: _is_finite(value) and 0 <= value <= 1, "a share from 0 to 1"),
     Rule("DISTILL.WARMUP_ITERS", _at_least(0), "0 or more iterations"),
@@ -79,24 +85,40 @@ RULES = (
 def check_values(cfg: CfgNode) -> None:
     """
     Raises:
-        GDetKDError: a value cannot be meant. The message names all of them.
+        GDetKDError: a value is invalid. The message names all of them.
     """
     wrong = [
-        f"{rule.key} is {get_key(cfg, rule.key)!r} and has to be {rule.wanted}"
+        f"{rule.key} is {get_key(cfg, rule.key)!r} and must be {rule.wanted}"
         for rule in RULES
         if not rule.holds(get_key(cfg, rule.key))
     ]
-    wrong += _wrong_weights(cfg) + _unknown_names(cfg) + _unsupported(cfg) + _wrong_levels(cfg)
+    _refuse(wrong + _wrong_weights(cfg) + _wrong_parts(cfg))
+
+
+def check_parts(cfg: CfgNode) -> None:
+    """Check what an evaluation needs, too: names of parts, levels, and what GDetKD does not support.
+
+    Raises:
+        GDetKDError: one of them is invalid. The message names all of them.
+    """
+    _refuse(_wrong_parts(cfg))
+
+
+def _wrong_parts(cfg: CfgNode) -> List[str]:
+    return _unknown_names(cfg) + _unsupported(cfg) + _wrong_levels(cfg)
+
+
+def _refuse(wrong: List[str]) -> None:
     if wrong:
         raise GDetKDError(
-            f"The config cannot be meant: {'; '.join(wrong)}. Correct it in the file or on the command line."
+            f"The config has invalid values: {'; '.join(wrong)}. Correct them in the file or on the command line."
         )
 
 
 def _wrong_weights(cfg: CfgNode) -> List[str]:
-    weights = {name: cfg.DISTILL[name].WEIGHT for name in cfg.DISTILL.LOSSES if name in cfg.DISTILL}
+    weights = {name: cfg.DISTILL[name].WEIGHT for name in cfg.DISTILL.LOSSES if "WEIGHT" in cfg.DISTILL.get(name, ())}
     return [
-        f"DISTILL.{name}.WEIGHT is {weight!r} and has to be 0 or more"
+        f"DISTILL.{name}.WEIGHT is {weight!r} and must be 0 or more"
         for name, weight in weights.items()
         if not _at_least(0)(weight)
     ]
@@ -114,17 +136,17 @@ def _unknown_names(cfg: CfgNode) -> List[str]:
     wrong = []
     for key, registry in parts:
         known = [name for name, _ in registry]
-        if get_key(cfg, key) not in known:
+        if get_key(cfg, key) not in (*known, PRECOMPUTED):
             similar = difflib.get_close_matches(str(get_key(cfg, key)), known, n=3, cutoff=0.0)
             known_names = " or ".join(similar)
-            wrong.append(f"{key} is {get_key(cfg, key)!r}, which is not registered, and could be {known_names}")
+            wrong.append(f"{key} is {get_key(cfg, key)!r}, which is not registered (did you mean {known_names}?)")
     return wrong
 
 
 def _unsupported(cfg: CfgNode) -> List[str]:
     wrong = []
     if cfg.TEST.AUG.ENABLED:
-        wrong.append("TEST.AUG.ENABLED is True, and GDetKD evaluates without test-time augmentation: set it to False")
+        wrong.append("TEST.AUG.ENABLED is True, but GDetKD does not support test-time augmentation: set it to False")
     if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) and not has_compiled_ops():
         wrong.append(
             "MODEL.RESNETS.DEFORM_ON_PER_STAGE asks for deformable convolutions, which need Detectron2's compiled "
@@ -134,28 +156,50 @@ def _unsupported(cfg: CfgNode) -> List[str]:
 
 
 def _wrong_levels(cfg: CfgNode) -> List[str]:
-    """Compare the levels that the heads read with those of the pyramid, and anchors with levels. Own families and
-    backbones are left alone."""
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    if architecture == "GDetKD":
-        architecture = cfg.DISTILL.STUDENT_META_ARCHITECTURE
-    keys = LEVEL_KEYS.get(architecture, ())
+    """Compare the levels that the heads read with those of the pyramid, and the anchors with the levels.
+
+    Backbones, heads and generators that are not Detectron2's are left alone: they may read other keys.
+    """
+    keys = _level_keys(cfg)
     wrong = []
     if cfg.MODEL.BACKBONE.NAME in TOP_LEVELS:
-        made = [name.replace("res", "p") for name in cfg.MODEL.FPN.IN_FEATURES] + list(
-            TOP_LEVELS[cfg.MODEL.BACKBONE.NAME]
-        )
+        made = [name.replace("res", "p") for name in cfg.MODEL.FPN.IN_FEATURES]
+        made += TOP_LEVELS[cfg.MODEL.BACKBONE.NAME]
         for key in keys:
             lacking = [name for name in get_key(cfg, key) if name not in made]
             if lacking:
-                wrong.append(f"{key} names {', '.join(lacking)}, and the pyramid has {', '.join(made)}")
-    if keys and architecture != "FCOS":
-        levels = len(get_key(cfg, keys[0]))
-        for name in ("SIZES", "ASPECT_RATIOS"):
-            given = len(cfg.MODEL.ANCHOR_GENERATOR[name])
-            if given not in (1, levels):
                 wrong.append(
-                    f"MODEL.ANCHOR_GENERATOR.{name} has {given} lists and has to have 1 or one for each of the "
-                    f"{levels} levels in {keys[0]}"
+                    f"{key} names {', '.join(lacking)}, but the pyramid has only {', '.join(made)}: remove the missing "
+                    "levels"
                 )
+    has_anchors = keys and keys[0] in ("MODEL.RPN.IN_FEATURES", "MODEL.RETINANET.IN_FEATURES")
+    if has_anchors and cfg.MODEL.ANCHOR_GENERATOR.NAME in ANCHOR_GENERATORS:
+        wrong += _wrong_anchors(cfg, keys[0], len(get_key(cfg, keys[0])))
+    return wrong
+
+
+def _level_keys(cfg: CfgNode) -> List[str]:
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if architecture == "GDetKD":
+        architecture = cfg.DISTILL.STUDENT_META_ARCHITECTURE
+    keys = list(LEVEL_KEYS.get(architecture, ()))
+    if architecture == "GeneralizedRCNN":
+        if cfg.MODEL.PROPOSAL_GENERATOR.NAME not in READERS_OF_ANCHORS:
+            keys.remove("MODEL.RPN.IN_FEATURES")
+        if cfg.MODEL.ROI_HEADS.NAME not in READERS_OF_LEVELS:
+            keys.remove("MODEL.ROI_HEADS.IN_FEATURES")
+    return keys
+
+
+def _wrong_anchors(cfg: CfgNode, key: str, levels: int) -> List[str]:
+    wrong = []
+    for name in ("SIZES", "ASPECT_RATIOS"):
+        value = cfg.MODEL.ANCHOR_GENERATOR[name]
+        # Detectron2 takes a plain list of numbers for all levels.
+        given = len(value) if value and isinstance(value[0], (list, tuple)) else 1
+        if not value or given not in (1, levels):
+            wrong.append(
+                f"MODEL.ANCHOR_GENERATOR.{name} has {given if value else 0} lists, but needs 1 list or {levels} lists, "
+                f"one for each level in {key}"
+            )
     return wrong

@@ -1,4 +1,4 @@
-"""Small exchanges between the processes of a run, all on the CPU."""
+"""Communicate small flags between the processes of a run, on the CPU."""
 
 from typing import List
 
@@ -10,7 +10,7 @@ from .._compat import default_store
 
 
 def on_any_process(*flags: bool) -> List[bool]:
-    """Return each flag, raised where any process raises it. Every process has to call this at once."""
+    """Return each flag, raised where any process raises it. All processes must call this together."""
     if comm.get_world_size() == 1:
         return list(flags)
     together = torch.tensor(flags, dtype=torch.int32)
@@ -22,7 +22,7 @@ class Notice:
     """A note that one process leaves and the others can look for. Nobody waits for anybody.
 
     Args:
-        name: must be the same on every process, and another for each notice.
+        name: the same on every process, and unique to this notice.
     """
 
     def __init__(self, name: str) -> None:
@@ -33,4 +33,5 @@ class Notice:
             default_store().set(self._key, "1")
 
     def is_there(self) -> bool:
-        return comm.get_world_size() > 1 and default_store().check([self._key])
+        """Return whether the note is there. Older torch cannot tell; the processes then agree at the next exchange."""
+        return comm.get_world_size() > 1 and hasattr(default_store(), "check") and default_store().check([self._key])

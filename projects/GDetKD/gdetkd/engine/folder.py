@@ -3,7 +3,7 @@
 import fcntl
 import logging
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Iterator, List, Tuple
 
 from detectron2.utils import comm
@@ -33,7 +33,7 @@ def only_training_in(folder: str) -> Iterator[None]:
 
 
 def check_earlier_run(folder: str, resume: bool, overwrite: bool) -> None:
-    """Refuse to start anew where a training has left checkpoints. Every process has to call this at once.
+    """Refuse to start anew where a training has left checkpoints. All processes must call this together.
 
     Args:
         folder: OUTPUT_DIR.
@@ -46,14 +46,28 @@ def check_earlier_run(folder: str, resume: bool, overwrite: bool) -> None:
     found = comm.all_gather(_checkpoints(folder) if comm.is_main_process() else [])[0]
     if found and not resume and not overwrite:
         raise GDetKDError(
-            f"{folder!r} holds a training ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''}), which this run "
-            "would overwrite. Go on with it by --resume, choose another OUTPUT_DIR, or replace it by --overwrite."
+            f"OUTPUT_DIR {folder!r} holds checkpoints of another training "
+            f"({', '.join(found[:3])}{', ...' if len(found) > 3 else ''}), which "
+            "this run would overwrite. Continue it with --resume, choose another OUTPUT_DIR, or start anew with "
+            "--overwrite."
         )
 
 
-def warn_of_a_fresh_start(folder: str) -> None:
+def remove_earlier_run(folder: str) -> None:
+    """Remove the checkpoints of an earlier training, or --resume of an early end of the new one would continue the old.
+
+    All processes must call this together.
+    """
+    if comm.is_main_process():
+        for name in [*_checkpoints(folder), "last_checkpoint"]:
+            with suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, name))
+    comm.synchronize()
+
+
+def warn_of_a_fresh_start(folder: str, has_checkpoint: bool) -> None:
     """Warn of a run that is to be resumed where there is nothing to resume."""
-    if comm.is_main_process() and not _checkpoints(folder):
+    if not has_checkpoint:
         logger.warning("--resume: %r holds no checkpoint. THE TRAINING STARTS FROM THE BEGINNING.", folder)
 
 

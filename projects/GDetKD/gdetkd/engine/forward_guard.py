@@ -1,4 +1,4 @@
-"""Turns a forward pass that meets values which are not finite into a step that every process can leave out."""
+"""Turn a forward pass with non-finite values into a step that all processes can skip."""
 
 from typing import Any, Dict, Iterator, List, Sequence
 
@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import GDetKDError
 from ..losses.build import sum_of_zeros
 
-# The key among the losses under which a forward pass says that it broke off.
+# The key among the losses under which a forward pass says that it failed.
 BROKEN = "loss_forward"
 
 
@@ -19,7 +19,7 @@ class NonFiniteError(GDetKDError):
 
 
 class ForwardGuard(nn.Module):
-    """The model that the trainer drives: a detector, or a `GDetKD` model, whose forward pass may break off.
+    """The model that the trainer drives: a detector, or a `GDetKD` model, whose forward pass may fail.
 
     Detectron2 and fvcore end a forward pass by an exception when boxes or scores are not finite. Another process does
     not see that and would wait in the backward pass. So this module returns losses that are not a number instead, with
@@ -32,7 +32,7 @@ class ForwardGuard(nn.Module):
         terms: names of the distillation terms among the losses.
 
     Attributes:
-        failure: why the last forward pass broke off; empty if it did not.
+        failure: why the last forward pass failed; empty if it did not.
     """
 
     def __init__(self, model: nn.Module, student: nn.Module, terms: Sequence[str] = ()) -> None:
@@ -52,10 +52,10 @@ class ForwardGuard(nn.Module):
     def forward(self, batched_inputs: List[Dict[str, Any]]) -> Any:
         """
         Returns:
-            what the model returns, or losses that are not a number where the forward pass breaks off in training.
+            what the model returns, or losses that are not a number where the forward pass fails in training.
 
         Raises:
-            NonFiniteError: it breaks off, and this process cannot take part in the exchanges that the others wait for.
+            NonFiniteError: it fails, and this process cannot take part in the exchanges that the others wait for.
         """
         self.failure = ""
         if not (self.training and torch.is_grad_enabled()):
@@ -68,8 +68,9 @@ class ForwardGuard(nn.Module):
             self.failure = str(error) or type(error).__name__
             if not self._can_take_part:
                 raise NonFiniteError(
-                    f"The forward pass is not finite ({self.failure}). The step cannot be left out: SyncBN outside of "
-                    "the backbone keeps the other processes waiting. Use another norm there, or lower SOLVER.BASE_LR."
+                    f"The forward pass is not finite ({self.failure}). GDetKD cannot skip this step, because the other "
+                    "processes wait in a SyncBN layer outside the backbone. Use another norm there, or lower "
+                    "SOLVER.BASE_LR."
                 ) from error
             return self._broken_losses()
         finally:

@@ -1,4 +1,4 @@
-"""What a forward pass in training writes into a model, to undo it or to keep it."""
+"""Save and restore what a forward pass in training writes into a model."""
 
 from typing import Dict, List, Mapping, Optional, Tuple
 
@@ -21,7 +21,7 @@ class ForwardState:
 
     def __init__(self, model: nn.Module) -> None:
         self._norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        self._dense = [module for module in model.modules() if hasattr(module, "_ema_update")]
+        self._dense = [module for module in model.modules() if _has_average(module)]
         self._queues = [module for module in model.modules() if isinstance(module, EmbeddingQueue)]
         self._statistics: List[Tuple[nn.Module, str, torch.Tensor]] = []
         self._normalizers: List[Optional[float]] = []
@@ -54,11 +54,21 @@ class ForwardState:
 
 def normalizers(model: nn.Module) -> Dict[str, float]:
     """Return the moving averages that a model's dense detectors divide their losses by, by the modules' names."""
-    return {name: getattr(module, NORMALIZER) for name, module in model.named_modules() if hasattr(module, NORMALIZER)}
+    return {
+        name: getattr(module, NORMALIZER)
+        for name, module in model.named_modules()
+        if _has_average(module) and hasattr(module, NORMALIZER)
+    }
 
 
 def set_normalizers(model: nn.Module, values: Mapping[str, float]) -> None:
-    """Undo `normalizers`."""
+    """Set the moving averages that `normalizers` returned."""
     modules = dict(model.named_modules())
     for name, value in values.items():
-        setattr(modules[name], NORMALIZER, value)
+        if name in modules and _has_average(modules[name]):
+            setattr(modules[name], NORMALIZER, value)
+
+
+def _has_average(module: nn.Module) -> bool:
+    """Return whether a module keeps the moving average. Keypoint heads have a constant of that name."""
+    return hasattr(module, "_ema_update")

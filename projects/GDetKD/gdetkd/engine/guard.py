@@ -1,4 +1,4 @@
-"""Looks at the losses of every step before the optimizer takes it."""
+"""Check the losses of every step before the optimizer takes it."""
 
 import json
 import logging
@@ -29,7 +29,8 @@ class StepSkipped(Exception):
 class StepGuard(HookBase):
     """Stops a run, or leaves a step out, before a loss that is not finite reaches a parameter.
 
-    Every process comes to the same decision. The hook must stand last, so that it sees the state before each step.
+    Every process comes to the same decision. The hook must come after the other hooks of a step, so that it sees the
+    state before each step.
 
     Args:
         tolerated: steps that may be left out over the whole run.

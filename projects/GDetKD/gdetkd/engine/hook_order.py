@@ -1,4 +1,4 @@
-"""The order of a trainer's hooks, which is the same on every process."""
+"""Order a trainer's hooks, identically on every process."""
 
 from typing import Any, Callable, Dict, List, Optional
 
@@ -10,7 +10,7 @@ from ..config import score_prefix
 from .catch_up import CatchUp
 from .hooks import KeepBest, RandomState, Stopwatch
 from .precise_bn import PreciseStatistics
-from .stopping import AgreedStop, LeaveAtTheEnd, StopRequest
+from .stopping import AgreedStop, StopRequest
 
 
 def order_hooks(
@@ -29,7 +29,7 @@ def order_hooks(
         detectron2_hooks: what `DefaultTrainer.build_hooks` returns.
         trainer: a `DistillTrainer`.
         request: tells whether the run is asked to stop.
-        random_state: keeps what is a process's own for a checkpoint.
+        random_state: collects the state of each process for a checkpoint.
         evaluate: returns the metrics of DATASETS.TEST.
     """
     cfg = trainer.cfg
@@ -56,5 +56,4 @@ def order_hooks(
         *([] if best is None else [best]),
         catch_up,
         *after,
-        LeaveAtTheEnd(request),
     ]

@@ -71,7 +71,7 @@ class RandomState(HookBase):
             self.keep()
 
     def keep(self, random_state: Optional[Dict[str, Any]] = None) -> None:
-        """Keep the present state of every process, or the given random state. Every process has to call it at once."""
+        """Keep the present state of every process, or the given random state. All must call it together."""
         state = get_random_state() if random_state is None else random_state
         self._states = comm.gather({**state, "normalizers": normalizers(self.trainer.student)})
 
@@ -85,8 +85,10 @@ class RandomState(HookBase):
             return
         self._loaded = {"normalizers": state["states"][0].get("normalizers", {})}
         logger.warning(
-            "The run was started with %d processes and goes on with %d: its draws and batches will be others.",
-            *(processes, comm.get_world_size()),
+            "The run was started with %d processes and goes on with %d, so its batches and random numbers change. "
+            "Use %d "
+            "to continue exactly.",
+            *(processes, comm.get_world_size(), processes),
         )
 
 

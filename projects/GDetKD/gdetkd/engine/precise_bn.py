@@ -20,7 +20,7 @@ class PreciseStatistics(HookBase):
     Args:
         hook: Detectron2's hook.
         period: iterations between two estimates. The last iteration has one in any case.
-        request: an estimate is left, and undone, when the run is asked to stop. `CatchUp` makes it on resume.
+        request: interrupts and undoes an estimate if the run is asked to stop. `CatchUp` makes it on resume.
     """
 
     def __init__(self, hook: PreciseBN, period: int, request: StopRequest) -> None:
@@ -61,7 +61,7 @@ class PreciseStatistics(HookBase):
             self._hook._data_iter = None
 
     def _batches(self, iterations: int) -> Iterator[Any]:
-        # Agreed on before each batch: with SyncBN no process can go on without the others.
+        # All decide together before each batch, because SyncBN needs all of them.
         for batch in self._loader_at(iterations):
             if self._request.agree():
                 raise LeftEarly
@@ -81,7 +81,7 @@ class PreciseStatistics(HookBase):
 
 
 class _LayersAsTheyAre:
-    """What fvcore's estimate changes in BatchNorm's layers and changes back only when it comes to its end."""
+    """Keeps settings of BatchNorm's layers that fvcore's estimate restores only when it completes."""
 
     def __init__(self, model: nn.Module) -> None:
         norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]

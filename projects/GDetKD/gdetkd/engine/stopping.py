@@ -1,4 +1,4 @@
-"""SIGTERM: every process hears of it, the run is saved, and --resume goes on with it."""
+"""Stop all processes on SIGTERM, save the run, and let --resume continue it."""
 
 import itertools
 import logging
@@ -26,7 +26,7 @@ LOOK_EVERY = 1.0
 
 
 class LeftEarly(Exception):
-    """Ends work that a resumed run does again, because the run is asked to stop."""
+    """Interrupts work that a resumed run repeats, because the run is asked to stop."""
 
 
 class StopRequest:
@@ -35,7 +35,7 @@ class StopRequest:
     Attributes:
         is_asked: this process got SIGTERM.
         is_agreed: every process knows of the request, so all of them stop at the same place.
-        has_left: work was left for it that a resumed run does again.
+        has_left: an evaluation or an estimate was interrupted. A resumed run repeats it.
     """
 
     _count: ClassVar[Iterator[int]] = itertools.count()
@@ -64,7 +64,7 @@ class StopRequest:
         self.is_asked = True
 
     def agree(self) -> bool:
-        """Return whether any process is asked to stop. Every process has to call this at once."""
+        """Return whether any process is asked to stop. All processes must call this together."""
         if not self.is_agreed:
             (self.is_agreed,) = on_any_process(self.is_asked)
         return self.is_agreed
@@ -116,7 +116,7 @@ class AgreedStop(HookBase):
     """Saves and ends a run that all processes agreed to stop.
 
     The hook stands at two places: after the work that belongs to a step, and after the evaluation, which may have been
-    left for the request. `CatchUp` does on resume what was left.
+    interrupted. `CatchUp` repeats on resume what was interrupted.
 
     Args:
         request: tells whether to stop.
@@ -147,8 +147,8 @@ class AgreedStop(HookBase):
         if not is_saved:
             raise GDetKDError(
                 f"SIGTERM: the run stops after iteration {iteration} and could NOT be saved. Make room in "
-                f"{self.trainer.cfg.OUTPUT_DIR}. --resume goes on from {last or 'nothing'} and repeats the iterations "
-                "since then."
+                f"{self.trainer.cfg.OUTPUT_DIR}. --resume goes on from {last or 'nothing'} and repeats the later "
+                "iterations."
             )
         logger.warning(
             "SIGTERM: the run stops after iteration %d, with exit code %d. Continue it with --resume.",
@@ -165,9 +165,10 @@ class AgreedStop(HookBase):
 
 
 class LeaveAtTheEnd(HookBase):
-    """Ends a run with EXIT_STOPPED when its last evaluation was left. It must stand last.
+    """Ends a run with EXIT_STOPPED if its final evaluation was interrupted.
 
-    model_final.pth is written by then, and --resume evaluates it.
+    The hook must come last, so that the others end properly. model_final.pth is written by then, and --resume evaluates
+    it.
     """
 
     def __init__(self, request: StopRequest) -> None:
@@ -176,5 +177,7 @@ class LeaveAtTheEnd(HookBase):
     def after_train(self) -> None:
         # A run that failed before its end has an error of its own to show.
         if self._request.has_left and self.trainer.iter >= self.trainer.max_iter:
-            logger.warning("SIGTERM: the last evaluation was left. --resume evaluates model_final.pth.")
+            logger.warning(
+                "SIGTERM: the final evaluation was interrupted. Run again with --resume to evaluate model_final.pth."
+            )
             raise SystemExit(EXIT_STOPPED)

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..classes import class_names
 from ..config import plain_config
 from ..data import ResumableLoader, build_train_loader, register_datasets
-from ..data.train_loader import images_per_process, random_state
+from ..data.train_loader import images_per_process, outlive_warning, random_state
 from ..distiller import GDetKD
 from ..errors import GDetKDError
 from ..structures import DetectorSpec
@@ -36,7 +36,7 @@ from .optimizer import build_optimizer, exempt_from_decay
 from .preflight import check_architecture, check_datasets, check_student, check_student_classes
 from .resume import DistillState, RunRecord, warn_of_other_data
 from .schedule import LossSchedule
-from .stopping import Interruptible, LeftEarly, StopRequest
+from .stopping import Interruptible, LeaveAtTheEnd, LeftEarly, StopRequest
 from .student_weights import StudentCheckpointer
 from .teacher_score import evaluate_teacher
 
@@ -59,6 +59,7 @@ class DistillTrainer(DefaultTrainer):
         super(DefaultTrainer, self).__init__()
         check_values(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        check_values(cfg)  # scaling rounds
         images_per_process(cfg, comm.get_world_size())
         check_architecture(cfg)
         register_datasets(cfg)
@@ -128,6 +129,13 @@ class DistillTrainer(DefaultTrainer):
         return build_train_loader(cfg)
 
     @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Build Detectron2's loader, whose workers ignore a SIGTERM to all processes, as those of training do."""
+        loader = super().build_test_loader(cfg, dataset_name)
+        loader.worker_init_fn = outlive_warning
+        return loader
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """COCO's metrics for every data set, and VOC's for Detectron2's VOC sets."""
         return build_evaluator(cfg, dataset_name)
@@ -150,7 +158,7 @@ class DistillTrainer(DefaultTrainer):
         try:
             self._last_eval_results = self.test(self.cfg, self.model, evaluators)
         except LeftEarly:
-            request.agree()  # as those processes do that came to the end of their images
+            request.agree()  # the other processes call it after their last image
             request.has_left = True
             self.model.train(training)
             return {}
@@ -161,11 +169,11 @@ class DistillTrainer(DefaultTrainer):
         return [TolerantWriter(writer) for writer in super().build_writers()]
 
     def build_hooks(self) -> List[HookBase]:
-        """Return Detectron2's hooks with ours among them. The guard stands last."""
+        """Return Detectron2's hooks with ours among them."""
         random_state = RandomState(self.cfg.SOLVER.CHECKPOINT_PERIOD)
         self._guard = StepGuard(self.cfg.DISTILL.SKIP_NONFINITE, random_state, self._request)
         hooks = order_hooks(super().build_hooks(), self, self._request, random_state, self._evaluate)
-        return [*self._with_watch(self._with_insight(hooks)), self._guard]
+        return [*self._with_watch(self._with_insight(hooks)), self._guard, LeaveAtTheEnd(self._request)]
 
     def _with_watch(self, hooks: List[Optional[HookBase]]) -> List[Optional[HookBase]]:
         if self.distiller is None or "SGFI" not in self.distiller.losses:
@@ -223,8 +231,9 @@ class DistillTrainer(DefaultTrainer):
         except ValueError as e:  # the optimizer's
             raise GDetKDError(
                 f"This run was started with other groups of parameters ({e}). SOLVER.WEIGHT_DECAY, WEIGHT_DECAY_NORM, "
-                "WEIGHT_DECAY_BIAS and BIAS_LR_FACTOR make them, and so does the version of GDetKD. Resume it with "
-                "the config and the version that it was started with, or start in a new OUTPUT_DIR."
+                "WEIGHT_DECAY_BIAS and BIAS_LR_FACTOR decide about them, and so does the version of GDetKD. Resume "
+                "with "
+                "the config and the version that started the run, or use a new OUTPUT_DIR."
             ) from e
         if "data_seed" in state_dict and isinstance(self.data_loader, ResumableLoader):
             self.data_loader.seed = state_dict["data_seed"]

@@ -41,7 +41,7 @@ def term_gradients(
 
 def _gradient(loss: torch.Tensor, parameters: Sequence[nn.Parameter], scale: float) -> List[Optional[torch.Tensor]]:
     """Return the gradient in each parameter, times the scale, or None where the loss does not reach it."""
-    # The trainer's autocast is still on here, and would round the backward pass as it does not in a step.
+    # The trainer's autocast is still on here. It would round this backward pass, unlike a step's own.
     with torch.autocast(loss.device.type, enabled=False):
         return list(torch.autograd.grad(loss * scale, parameters, retain_graph=True, allow_unused=True))
 

@@ -48,7 +48,7 @@ class DistillLoss(nn.Module):
     def join_exchange(self) -> None:
         """Take part in what `compute` exchanges with other processes, on a process that has nothing to compare.
 
-        It is called in place of `forward` where the student's forward pass broke off: the other processes wait. A loss
+        It is called in place of `forward` where the student's forward pass failed: the other processes wait. A loss
         whose `compute` exchanges something has to override it, and to exchange before anything that can fail.
         """
 

@@ -1,4 +1,4 @@
-"""Contrastive distillation (paper section 3.2; method section 2).
+"""Contrastive distillation (Yao et al., "G-DetKD", ICCV 2021, https://arxiv.org/abs/2108.07482).
 
 Shapes: N regions of this process, M of other processes, K in the queue, D the width of what is compared.
 """
@@ -173,7 +173,13 @@ class EmbeddingQueue(nn.Module):
         in_order = saved[: int(filled)].roll(-int(start), dims=0)
         size = len(self.embeddings)
         newest = in_order[max(0, len(in_order) - size) :]
-        logger.info("CKD's queue held %d embeddings of %d and holds %d of %d.", filled, len(saved), len(newest), size)
+        logger.info(
+            "CKD's queue: the checkpoint has %d embeddings (length %d); this run keeps the newest %d (length %d).",
+            filled,
+            len(saved),
+            len(newest),
+            size,
+        )
         embeddings = saved.new_zeros(size, saved.shape[1])
         embeddings[: len(newest)] = newest
         count = torch.tensor(len(newest))
@@ -202,8 +208,9 @@ def queue_length(cfg: CfgNode, student_spec: Any) -> int:
         return config.QUEUE_SIZE
     if student_spec.regions_per_image is None:
         raise GDetKDError(
-            "DISTILL.CKD.QUEUE_STEPS cannot tell how long the queue is: the student's adapter does not say how many "
-            "regions an image has. Set `regions_per_image` in its DetectorSpec, or DISTILL.CKD.QUEUE_SIZE."
+            "The length of the queue cannot be derived from DISTILL.CKD.QUEUE_STEPS: the student's adapter does not "
+            "give "
+            "the regions of an image. Set `regions_per_image` in its DetectorSpec, or DISTILL.CKD.QUEUE_SIZE."
         )
     return config.QUEUE_STEPS * cfg.SOLVER.IMS_PER_BATCH * student_spec.regions_per_image
 

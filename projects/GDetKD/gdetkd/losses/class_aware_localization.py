@@ -1,4 +1,4 @@
-"""Prediction distillation, boxes (paper section 3.3; method section 3)."""
+"""Prediction distillation, boxes (Yao et al., "G-DetKD", ICCV 2021, https://arxiv.org/abs/2108.07482)."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def class_aware_localization(
 def probability_weighted_localization(
     student_deltas: torch.Tensor, teacher_deltas: torch.Tensor, probabilities: torch.Tensor
 ) -> torch.Tensor:
-    """The same of given probabilities, whichever way the teacher scores its classes.
+    """Compare deltas as `class_aware_localization` does, with given probabilities (softmax or sigmoid).
 
     Args:
         student_deltas, teacher_deltas: as in `class_aware_localization`.
@@ -56,7 +56,7 @@ def confidence_weighted_localization(
 
     Args:
         student_deltas, teacher_deltas: (N, 4) from the same anchors, in the same units.
-        confidence: (N,) the teacher's class-maximum probability. Ours: the paper has none for dense detectors.
+        confidence: (N,) the teacher's class-maximum probability. Ours: we know of none in the paper.
 
     Returns:
         mean over N; 0 for N = 0.

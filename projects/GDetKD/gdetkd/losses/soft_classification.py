@@ -1,4 +1,4 @@
-"""Prediction distillation, classes (paper section 3.3; method section 3)."""
+"""Prediction distillation, classes (Yao et al., "G-DetKD", ICCV 2021, https://arxiv.org/abs/2108.07482)."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def soft_binary_classification(student_logits: torch.Tensor, teacher_logits: tor
     """The same for classes that are scored independently: binary cross-entropies, summed over classes.
 
     Args:
-        student_logits, teacher_logits: (N, n), sigmoid classes. Ours: the paper has none for such detectors.
+        student_logits, teacher_logits: (N, n), sigmoid classes. Ours: we know of none in the paper for such detectors.
 
     Returns:
         mean over N; 0 for N = 0.
@@ -50,7 +50,7 @@ def check_comparable(name: str, student_spec: Any, teacher_spec: Any) -> None:
     if (student_spec.anchors is None) != (teacher_spec.anchors is None):
         raise GDetKDError(
             f"{name} compares predictions of detectors of one family, but one of teacher and student is dense and the "
-            f"other is not. Take {name} out of DISTILL.LOSSES: SGFI and CKD are for such pairs (paper, section 3.4)."
+            f"other is not. Take {name} out of DISTILL.LOSSES: SGFI and CKD are for such pairs."
         )
     if student_spec.anchors != teacher_spec.anchors:
         raise GDetKDError(
