@@ -1,5 +1,5 @@
 # make quickstart   a distillation on generated data, from nothing; PAIR=teacher-student
-# make test         the tests; DETECTRON2=DIR runs them against another Detectron2 source tree
+# make test         the tests, in a random order; DETECTRON2=DIR runs them against another Detectron2 source tree
 # make soak         the long tests: kills, leaks, fuzzing (11 minutes on 2 cores)
 # make lint         ruff, lint and format
 # make lock         remakes requirements.txt from requirements.in
