@@ -150,9 +150,8 @@ def check_transfer(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -
         return
     if student.family == teacher.family and student.independent_classes != teacher.independent_classes:
         logger.warning(
-            "The student trains its classification layer with a %s, and head transfer starts it from one trained "
-            "with a "
-            "%s, so its first scores are wrong. Give both the same MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE.",
+            "The student trains its classification layer with a %s, and head transfer starts it from one trained with "
+            "a %s. So its first scores are wrong. Give both the same MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE.",
             *(("sigmoid", "softmax") if student.independent_classes else ("softmax", "sigmoid")),
         )
     if student.class_names is None or teacher.class_names is None:

@@ -212,8 +212,7 @@ def _of_an_image(annotations: List[Item], images: Sequence[Item], most: float) -
         raise TooManyUnmatchedError(
             f"{lost} of {len(annotations)} annotations are of no image of the file, the first with image_id "
             f"{example.get('image_id')!r}. That is more than INPUT.MAX_BAD_FRACTION {most:g}: add the images, or "
-            "correct "
-            "the ids"
+            "correct the ids"
         )
     return kept
 

@@ -49,8 +49,7 @@ def find_mistakes(dicts: Sequence[Sample], classes: Sequence[str], name: str) ->
     if corners > MOSTLY * len(boxes):
         warnings.append(
             f"{corners} of {len(boxes)} boxes reach over the edge of their image, and would lie within it as two "
-            "corners "
-            "(x1, y1, x2, y2). COCO's boxes are (x, y, width, height): convert them if they are corners"
+            "corners (x1, y1, x2, y2). COCO's boxes are (x, y, width, height): convert them if they are corners"
         )
     twice = sum(count - 1 for count in Counter(_identity(*pair) for pair in annotations).values())
     if twice:

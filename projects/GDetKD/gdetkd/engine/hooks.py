@@ -86,8 +86,7 @@ class RandomState(HookBase):
         self._loaded = {"normalizers": state["states"][0].get("normalizers", {})}
         logger.warning(
             "The run was started with %d processes and goes on with %d, so its batches and random numbers change. "
-            "Use %d "
-            "to continue exactly.",
+            "Use %d to continue exactly.",
             *(processes, comm.get_world_size(), processes),
         )
 

@@ -209,8 +209,7 @@ def queue_length(cfg: CfgNode, student_spec: Any) -> int:
     if student_spec.regions_per_image is None:
         raise GDetKDError(
             "The length of the queue cannot be derived from DISTILL.CKD.QUEUE_STEPS: the student's adapter does not "
-            "give "
-            "the regions of an image. Set `regions_per_image` in its DetectorSpec, or DISTILL.CKD.QUEUE_SIZE."
+            "give the regions of an image. Set `regions_per_image` in its DetectorSpec, or DISTILL.CKD.QUEUE_SIZE."
         )
     return config.QUEUE_STEPS * cfg.SOLVER.IMS_PER_BATCH * student_spec.regions_per_image
 
