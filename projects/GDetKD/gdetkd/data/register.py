@@ -148,13 +148,14 @@ def _register(
     least: float = 0,
     note: Callable[[Findings], None] = lambda findings: None,
 ) -> None:
-    name, warned = entry["name"], []
+    name, is_known = entry["name"], False  # the catalog loads a set anew for each of its readers
 
     def load_clean() -> List[Dict[str, Any]]:
+        nonlocal is_known
         try:
             dicts = load()[: entry.get("limit")]
-            metadata = MetadataCatalog.get(name)
-            mistakes = find_mistakes(dicts, metadata.get("thing_classes") or (), name)
+            classes = MetadataCatalog.get(name).get("thing_classes") or ()
+            mistakes = [] if is_known else find_mistakes(dicts, classes, name)
             findings = clean_annotations(dicts, least)
             note(findings)
         except (FileNotFoundError, GDetKDError):
@@ -165,9 +166,9 @@ def _register(
                 "or the entry in DATASETS.REGISTER."
             ) from e
         said = [str(findings), *mistakes] if str(findings) else mistakes
-        if said and not warned:  # the catalog loads a set anew for each of its readers
+        if said and not is_known:
             logger.warning("%s: %s.", name, "; ".join(said))
-            warned.append(name)
+        is_known = True
         return dicts
 
     DatasetCatalog.register(name, load_clean)
