@@ -86,7 +86,7 @@ def test_under_a_cascade_teacher_each_stage_sends_its_share(pair_cfg, monkeypatc
         assert model.adapter.stages_compared == STAGES
         calls, _, outputs = observe(model, batch)
         teacher = model.teacher.look(
-            *(batch, outputs.regions, {"embeddings", "logits"}, [stage.regions for stage in outputs.later_stages])
+            batch, outputs.regions, {"embeddings", "logits"}, [stage.regions for stage in outputs.later_stages]
         )
         maps = list(calls["pooler"][0].inputs[0])
         for term in ("CLS", "CKD"):

@@ -111,48 +111,52 @@ def losses_for(student_sigmoid, teacher_sigmoid, names=("class0", "class1", "cla
     cfg, batch = make_cfg({}), make_batch()
     with Recorder(student.points()) as calls, EventStorage():
         student_model.train()(batch)
-    ours = student.observe(calls, batch)
-    later = [stage.regions for stage in ours.later_stages]
+    student_outputs = student.observe(calls, batch)
+    later = [stage.regions for stage in student_outputs.later_stages]
     with torch.no_grad():
-        its = teacher.look(torch.randn(2, 3, 64, 64), ours.regions, {"logits", "deltas"}, later)
+        teacher_outputs = teacher.look(torch.randn(2, 3, 64, 64), student_outputs.regions, {"logits", "deltas"}, later)
     specs = with_class_names(student.spec, ("class0", "class1", "class2")), with_class_names(teacher.spec, names)
     cls = CLS(cfg, *specs) if student_sigmoid == teacher_sigmoid else None
-    return cls, REG(cfg, *specs), ours, its
+    return cls, REG(cfg, *specs), student_outputs, teacher_outputs
 
 
 @FAMILIES
 def test_two_sigmoid_heads_are_compared_class_by_class(family):
-    cls, reg, ours, its = losses_for(True, True, family=family)
-    pairs = list(zip(stages_of(ours), stages_of(its)))
+    cls, reg, student_outputs, teacher_outputs = losses_for(True, True, family=family)
+    pairs = list(zip(stages_of(student_outputs), stages_of(teacher_outputs)))
     expected = sum(soft_binary_classification(a.logits, b.logits) for a, b in pairs)
-    torch.testing.assert_close(cls.compute(ours, its), expected)
+    torch.testing.assert_close(cls.compute(student_outputs, teacher_outputs), expected)
     expected = sum(probability_weighted_localization(a.deltas, b.deltas, b.logits.sigmoid()) for a, b in pairs)
-    torch.testing.assert_close(reg.compute(ours, its), expected)
+    torch.testing.assert_close(reg.compute(student_outputs, teacher_outputs), expected)
     assert len(pairs) == (3 if family else 1) and expected > 0
 
 
 @pytest.mark.parametrize("student, teacher", [(True, False), (False, True)])
 def test_reg_weights_by_the_teachers_own_probabilities(student, teacher):
-    _, reg, ours, its = losses_for(student, teacher)
-    logits = its.logits
+    _, reg, student_outputs, teacher_outputs = losses_for(student, teacher)
+    logits = teacher_outputs.logits
     probabilities = logits.sigmoid() if teacher else logits.softmax(dim=1)[:, :-1]
     assert probabilities.shape[1] == NUM_CLASSES
     expected = 0.0
     for i in range(len(logits)):
         for d in range(4):
-            gaps = [float(its.deltas[i, 4 * c + d] - ours.deltas[i, 4 * c + d]) for c in range(NUM_CLASSES)]
+            gaps = [
+                float(teacher_outputs.deltas[i, 4 * c + d] - student_outputs.deltas[i, 4 * c + d])
+                for c in range(NUM_CLASSES)
+            ]
             expected += abs(sum(float(p) * gap for p, gap in zip(probabilities[i], gaps))) / len(logits)
-    assert reg.compute(ours, its).item() == pytest.approx(expected, rel=1e-4)
+    assert reg.compute(student_outputs, teacher_outputs).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_common_classes_of_sigmoid_heads_are_selected_and_not_merged():
-    cls, reg, ours, its = losses_for(True, True, names=("class2", "other", "class0", "more"))
+    cls, reg, student_outputs, teacher_outputs = losses_for(True, True, names=("class2", "other", "class0", "more"))
     assert cls.classes.student == (0, 2) and cls.classes.teacher == (2, 0)
-    expected = soft_binary_classification(ours.logits[:, [0, 2]], its.logits[:, [2, 0]])
-    torch.testing.assert_close(cls.compute(ours, its), expected)
-    a, b = ours.deltas.unflatten(1, (-1, 4))[:, [0, 2]], its.deltas.unflatten(1, (-1, 4))[:, [2, 0]]
-    expected = (its.logits[:, [2, 0], None].sigmoid() * (b - a)).sum(dim=1).abs().sum(dim=1).mean()
-    torch.testing.assert_close(reg.compute(ours, its), expected)
+    expected = soft_binary_classification(student_outputs.logits[:, [0, 2]], teacher_outputs.logits[:, [2, 0]])
+    torch.testing.assert_close(cls.compute(student_outputs, teacher_outputs), expected)
+    a = student_outputs.deltas.unflatten(1, (-1, 4))[:, [0, 2]]
+    b = teacher_outputs.deltas.unflatten(1, (-1, 4))[:, [2, 0]]
+    expected = (teacher_outputs.logits[:, [2, 0], None].sigmoid() * (b - a)).sum(dim=1).abs().sum(dim=1).mean()
+    torch.testing.assert_close(reg.compute(student_outputs, teacher_outputs), expected)
 
 
 @pytest.mark.parametrize("student, teacher", [(True, False), (False, True)])

@@ -172,11 +172,11 @@ def test_module_takes_gamma_and_threshold_from_the_config_and_computes_in_float3
     # IoU 1/3 with the first box: no negatives of each other below that threshold.
     student.regions.boxes[0].tensor[:] = torch.tensor([[0.0, 0, 4, 4], [2, 0, 6, 4], [50, 0, 54, 4], [70, 0, 74, 4]])
     student.embeddings, teacher.embeddings = student.embeddings.to(dtype), teacher.embeddings.to(dtype)
-    ours = module.projection(module.adapter(student.embeddings.float())).tolist()
-    its = module.projection(teacher.embeddings.float()).tolist()
-    expected = plain_loops(
-        *(torch.tensor(ours), torch.tensor(its), student.regions.tensor(), torch.zeros(4), None, 0.5, 0.1)
-    )
+    with torch.no_grad():
+        compared_student = module.projection(module.adapter(student.embeddings.float()))
+        compared_teacher = module.projection(teacher.embeddings.float())
+    boxes, images = student.regions.tensor(), torch.zeros(4)
+    expected = plain_loops(compared_student, compared_teacher, boxes, images, None, 0.5, 0.1)
     assert module(student, teacher).item() == pytest.approx(expected, rel=1e-4)
 
 

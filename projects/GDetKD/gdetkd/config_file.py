@@ -81,8 +81,7 @@ def merge_words(cfg: CfgNode, words: Sequence[Any], source: str = "the command l
     if len(words) % 2:
         raise GDetKDError(
             f"{source} must give pairs of KEY VALUE, but has {len(words)} words: {' '.join(map(str, words))}. Put a "
-            "value with "
-            'spaces or brackets in quotes, for example SOLVER.STEPS "(60, 80)".'
+            'value with spaces or brackets in quotes, for example SOLVER.STEPS "(60, 80)".'
         )
     for key, value in zip(words[::2], words[1::2]):
         _check_key(cfg, str(key), source)
@@ -103,8 +102,8 @@ def _merge(cfg: CfgNode, loaded: Dict[str, Any], path: str, places: Mapping[str,
     if (node.get("VERSION") or guess_version(node, path)) != cfg.VERSION:
         _merge_older(cfg, path)
         return
-    for key, value in _flat(loaded):
-        _check_key(cfg, key, _where(places, key, path), value)
+    for key, _ in _flat(loaded):
+        _check_key(cfg, key, _where(places, key, path))
     before = cfg.clone()
     try:
         cfg.merge_from_other_cfg(node)
@@ -158,7 +157,7 @@ def get_key(cfg: CfgNode, key: str) -> Any:
     return node
 
 
-def _check_key(cfg: CfgNode, key: str, source: str, value: Any = None) -> None:
+def _check_key(cfg: CfgNode, key: str, source: str) -> None:
     """
     Raises:
         GDetKDError: the config has no such key.

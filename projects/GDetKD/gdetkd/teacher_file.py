@@ -136,7 +136,10 @@ class LazyTeacher(TeacherFile):
         if read and drawn and read != drawn:
             logger.warning(
                 "%s reads images as %s and draws them as %s (model.input_format): it is given %s.",
-                *(self.path, read, drawn, read),
+                self.path,
+                read,
+                drawn,
+                read,
             )
         return read or drawn
 

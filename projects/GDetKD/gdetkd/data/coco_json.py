@@ -7,13 +7,9 @@ from typing import Any, Dict, List, Optional, Set, Tuple
 
 from ..errors import GDetKDError
 from .clean import FARTHEST
-from .coco_quirks import Counts, TooManyUnmatchedError, keep_matched, put_right
+from .coco_quirks import Counts, InvalidItem, is_box, is_number, keep_matched, put_right
 
 MOST_PIXELS = 2**31  # of an image's width times height, for a mask of it
-
-
-class InvalidItem(Exception):
-    """Says what is wrong with an item of the file."""
 
 
 def read_coco(
@@ -40,7 +36,6 @@ def read_coco(
         with open(path, "rb") as file:
             raw = file.read()
         content = json.loads(raw)
-        _require(isinstance(content, dict), f"it holds a {type(content).__name__}, not a dictionary")
         encoding = json.detect_encoding(raw)
         counts = {f"file is written in {encoding}": 1} if encoding != "utf-8" else {}
         parts = _lists(content)
@@ -52,7 +47,7 @@ def read_coco(
             _require(isinstance(category.get("name"), str), f"category {category['id']} has no name")
         for annotation in parts["annotations"]:
             _check_annotation(annotation, categories)
-    except (InvalidItem, TooManyUnmatchedError) as e:
+    except InvalidItem as e:
         reason = str(e)
     except RecursionError:
         reason = "it is nested too deeply"
@@ -77,6 +72,7 @@ def _require(holds: bool, otherwise: str) -> None:
 
 
 def _lists(content: Any) -> Dict[str, List[Dict[str, Any]]]:
+    _require(isinstance(content, dict), f"it holds a {type(content).__name__}, not a dictionary")
     parts = {}
     for key in ("images", "categories", "annotations"):
         # Sets to be tested on can come without annotations.
@@ -111,7 +107,7 @@ def _check_images(images: List[Dict[str, Any]], folder: str, allow_outside: bool
         )
         for side in ("width", "height"):
             value = image.get(side)
-            _require(_is_number(value) and 0 < value < MOST_PIXELS, f"image {identity!r} has the {side} {value!r}")
+            _require(is_number(value) and 0 < value < MOST_PIXELS, f"image {identity!r} has the {side} {value!r}")
 
 
 def _check_annotation(annotation: Dict[str, Any], categories: Set[Any]) -> None:
@@ -122,17 +118,13 @@ def _check_annotation(annotation: Dict[str, Any], categories: Set[Any]) -> None:
     _require(isinstance(annotation.get("image_id"), (int, str)), f"{which} is of no image")
     _require(isinstance(annotation.get("id"), (int, str)), f"{which} has no id")
     box = annotation.get("bbox")
-    _require(isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)), f"{which} has the box {box!r}")
+    _require(is_box(box), f"{which} has the box {box!r}")
     _require(annotation.get("iscrowd", 0) in (0, 1), f"{which} has iscrowd {annotation.get('iscrowd')!r}")
     keypoints = annotation.get("keypoints") or []
-    _require(isinstance(keypoints, list) and all(map(_is_number, keypoints)), f"{which} has keypoints that are none")
+    _require(isinstance(keypoints, list) and all(map(is_number, keypoints)), f"{which} has keypoints that are none")
     if annotation.get("segmentation"):
         reason = _fault_of_mask(annotation["segmentation"])
         _require(reason is None, f"{which} has a segmentation {reason}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _fault_of_mask(mask: Any) -> Optional[str]:

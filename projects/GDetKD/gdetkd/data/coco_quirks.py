@@ -6,10 +6,8 @@ Annotation tools write them: text in place of numbers, ids of another type, two 
 import os
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
-from ..errors import GDetKDError
-
 Item = Dict[str, Any]
-# What a quirk is called in a message, and how often it was put right.
+# Maps the name of a quirk, as a message gives it, to how often the quirk was put right.
 Counts = Dict[str, int]
 
 NUMBERS = ("iscrowd", "area", "ignore")
@@ -17,8 +15,16 @@ NUMBERS = ("iscrowd", "area", "ignore")
 LEAST_POLYGON = 6
 
 
-class TooManyUnmatchedError(GDetKDError):
-    """More annotations than may be left out are of no image."""
+class InvalidItem(Exception):
+    """Says what is wrong with an item of the file."""
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_box(box: Any) -> bool:
+    return isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
 
 
 def put_right(images: List[Item], categories: List[Item], annotations: List[Item], folder: str) -> Counts:
@@ -54,7 +60,7 @@ def keep_matched(images: List[Item], annotations: List[Item], most_unmatched: fl
         counts as `put_right`.
 
     Raises:
-        TooManyUnmatchedError: more annotations than that are of no image.
+        InvalidItem: more annotations than that are of no image.
     """
     counts: Counts = {}
     kept = _of_an_image(annotations, images, most_unmatched)
@@ -107,7 +113,8 @@ def _without_spaces(category: Item) -> bool:
 
 
 def _id_from_text(item: Item) -> bool:
-    return "id" in item and isinstance(_as_number(item["id"]), int) and _replace(item, "id", _as_number(item["id"]))
+    number = _as_number(item.get("id"))
+    return isinstance(number, int) and _replace(item, "id", number)
 
 
 def _numbers_from_text(annotation: Item) -> bool:
@@ -125,7 +132,7 @@ def _is_crowd(annotation: Item) -> bool:
 
 def _corners_in_order(annotation: Item) -> bool:
     box = annotation.get("bbox")
-    if not _is_box(box) or not (box[2] < 0 or box[3] < 0):
+    if not is_box(box) or not (box[2] < 0 or box[3] < 0):
         return False
     x, y, width, height = box
     annotation["bbox"] = [min(x, x + width), min(y, y + height), abs(width), abs(height)]
@@ -134,8 +141,8 @@ def _corners_in_order(annotation: Item) -> bool:
 
 def _area_of_box(annotation: Item) -> bool:
     area = annotation.get("area")
-    is_usable = isinstance(area, (int, float)) and not isinstance(area, bool) and 0 <= area < float("inf")
-    if is_usable or not _is_box(annotation.get("bbox")):
+    is_usable = is_number(area) and 0 <= area < float("inf")
+    if is_usable or not is_box(annotation.get("bbox")):
         return False
     annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
     return True
@@ -154,14 +161,6 @@ def _without_short_polygons(annotation: Item) -> bool:
     else:
         del annotation["segmentation"]
     return True
-
-
-def _is_box(box: Any) -> bool:
-    return (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in box)
-    )
 
 
 IMAGE_QUIRKS: Dict[str, Callable[[Item], bool]] = {
@@ -209,7 +208,7 @@ def _of_an_image(annotations: List[Item], images: Sequence[Item], most: float) -
     lost = len(annotations) - len(kept)
     if lost > most * len(annotations):
         example = next(each for each in annotations if each.get("image_id") not in ids)
-        raise TooManyUnmatchedError(
+        raise InvalidItem(
             f"{lost} of {len(annotations)} annotations are of no image of the file, the first with image_id "
             f"{example.get('image_id')!r}. That is more than INPUT.MAX_BAD_FRACTION {most:g}: add the images, or "
             "correct the ids"

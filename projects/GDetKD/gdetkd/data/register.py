@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import tempfile
-from typing import Any, Callable, Dict, List, Mapping
+from typing import Any, Callable, Dict, List, Mapping, Optional
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -87,23 +87,24 @@ def _existing(entry: Mapping[str, Any], path: str) -> str:
 
 def _register_coco(entry: Mapping[str, Any], allow_outside: bool, most_bad: float) -> None:
     name, json_file, images = entry["name"], _existing(entry, entry["json"]), _existing(entry, entry["images"])
-    quirks: List[str] = []  # of the file, from the first time that it is read on
+    is_as_written: Optional[bool] = None  # whether the file has no quirk; None until it is read
 
     def load() -> List[Dict[str, Any]]:
-        if quirks == [""]:
+        nonlocal is_as_written
+        if is_as_written:
             return load_coco_json(json_file, images, name)
         content, counts = read_coco(json_file, name, images, allow_outside, most_bad)
-        if not quirks and counts:
+        if is_as_written is None and counts:
             logger.warning("%s: %s.", name, describe(counts))
-        quirks[:] = [describe(counts)]
+        is_as_written = not counts
         return _load_content(content, images, name) if counts else load_coco_json(json_file, images, name)
 
     def note(findings: Findings) -> None:
         # Detectron2 evaluates against the file where it is named. It must not where training reads something else:
         # then the evaluation writes a file of what training reads.
         metadata = MetadataCatalog.get(name)
-        is_as_written = quirks == [""] and not findings.left_out and "limit" not in entry
-        if is_as_written and metadata.get("json_file") is None:
+        is_whole = is_as_written and not findings.left_out and "limit" not in entry
+        if is_whole and metadata.get("json_file") is None:
             metadata.set(json_file=json_file)
 
     _register(entry, load, json_file, note=note)

@@ -69,6 +69,7 @@ def are_wide(dicts: List[Sample], names: str) -> np.ndarray:
         logger.info(
             "%s: %d images are remote and have no width and height in their dicts. Batches are made as if they were "
             "not wider than high.",
-            *(names, unknown),
+            names,
+            unknown,
         )
     return np.array([has_size(image) and image["width"] > image["height"] for image in dicts], bool)

@@ -118,7 +118,10 @@ class DurableCheckpointer(SafeCheckpointer):
             logger.error(
                 "The checkpoint %s.pth could NOT be written (%s). Training goes on; the last that can be resumed from "
                 "is %s. Make room in %s.",
-                *(name, e.strerror or e, last, os.path.abspath(self.save_dir)),
+                name,
+                e.strerror or e,
+                last,
+                os.path.abspath(self.save_dir),
             )
 
     def save_aside(self, name: str, **kwargs: Any) -> None:

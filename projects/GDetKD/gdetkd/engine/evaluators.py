@@ -185,7 +185,8 @@ class DiskTolerant(DatasetEvaluator):
         except OSError as e:
             logger.error(
                 "What the evaluation of %s found could not be written (%s); the training goes on.",
-                *(self._name, e.strerror or e),
+                self._name,
+                e.strerror or e,
             )
             return getattr(evaluator, "metrics", {})
 
@@ -219,7 +220,8 @@ def _coco_evaluator(cfg: CfgNode, dataset_name: str, tasks: Optional[Tuple[str, 
         options["max_dets_per_image"] = cfg.TEST.DETECTIONS_PER_IMAGE
         logger.info(
             "AP of %s counts up to %d detections an image (TEST.DETECTIONS_PER_IMAGE); COCO's own is of 100.",
-            *(dataset_name, cfg.TEST.DETECTIONS_PER_IMAGE),
+            dataset_name,
+            cfg.TEST.DETECTIONS_PER_IMAGE,
         )
     if implementation not in COCO_EVAL:
         raise GDetKDError(f"TEST.COCO_EVAL is {implementation!r}; there are {', '.join(map(repr, COCO_EVAL))}.")

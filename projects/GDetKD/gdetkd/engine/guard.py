@@ -83,7 +83,9 @@ class StepGuard(HookBase):
             self._skipped += 1
             logger.warning(
                 "%s The step is left out: %d of the %d that DISTILL.SKIP_NONFINITE tolerates.",
-                *(message, self._skipped, self._tolerated),
+                message,
+                self._skipped,
+                self._tolerated,
             )
             raise StepSkipped
         name = f"nonfinite_{self.trainer.iter:07d}"

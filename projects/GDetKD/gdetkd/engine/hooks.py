@@ -87,7 +87,9 @@ class RandomState(HookBase):
         logger.warning(
             "The run was started with %d processes and goes on with %d, so its batches and random numbers change. "
             "Use %d to continue exactly.",
-            *(processes, comm.get_world_size(), processes),
+            processes,
+            comm.get_world_size(),
+            processes,
         )
 
 

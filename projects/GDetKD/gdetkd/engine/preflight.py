@@ -220,5 +220,7 @@ def check_class_order(names: Sequence[str]) -> None:
         logger.warning(
             "The data sets %r and %r have classes of other names, which are taken to be the same, one by one: %s in "
             "the second.",
-            *(first, name, some(others, 5)),
+            first,
+            name,
+            some(others, 5),
         )

@@ -82,7 +82,9 @@ def warn_of_other_data(before: Dict[str, Any], now: Dict[str, Any]) -> None:
             "The images to train on are not those that the run was started with: %d then, %d now%s. It goes on, but in "
             "another order of images than uninterrupted. Was an image changed, or could one not be read at one of the "
             "starts? Those that are left out are named above.",
-            *(before["images"], now["images"], "" if before["images"] != now["images"] else ", of other names"),
+            before["images"],
+            now["images"],
+            "" if before["images"] != now["images"] else ", of other names",
         )
 
 
@@ -117,7 +119,8 @@ class DistillState:
             logger.warning(
                 "The teacher saw images as %s when the checkpoint was written, and sees them as %s now: it teaches "
                 "something else.",
-                *(then["images"], now["images"]),
+                then["images"],
+                now["images"],
             )
         if now["weights"] != then["weights"]:
             logger.info("The teacher was %s and is now %s; it is the same.", then["weights"], now["weights"])

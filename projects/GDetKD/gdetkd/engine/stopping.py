@@ -152,7 +152,8 @@ class AgreedStop(HookBase):
             )
         logger.warning(
             "SIGTERM: the run stops after iteration %d, with exit code %d. Continue it with --resume.",
-            *(iteration, EXIT_STOPPED),
+            iteration,
+            EXIT_STOPPED,
         )
         raise SystemExit(EXIT_STOPPED)
 

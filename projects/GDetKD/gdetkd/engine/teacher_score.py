@@ -119,12 +119,6 @@ def score_on_sample(
     Raises:
         GDetKDError: they have no object, or the set no class that is the teacher's or no names of its classes.
     """
-    load_dataset(dataset)
-    if not MetadataCatalog.get(dataset).get("thing_classes"):
-        raise GDetKDError(
-            f"The data set {dataset!r} does not name its classes, and Detectron2 evaluates by name: give them with "
-            f"MetadataCatalog.get({dataset!r}).set(thing_classes=[...])."
-        )
     flip = preprocessing is not None and preprocessing.input_format != teacher.file.input_format
     with _sample(dataset, count) as sample, _preprocessing(teacher, preprocessing):
         images = load_dataset(sample)
@@ -151,7 +145,13 @@ def evenly_spread(items: Sequence[Any], count: int) -> List[Any]:
 @contextmanager
 def _sample(name: str, count: int) -> Iterator[str]:
     """Images evenly spread over a registered data set, registered inside under another name."""
-    chosen = for_evaluation(evenly_spread(load_dataset(name), count))
+    dicts = load_dataset(name)  # may set the names of the classes, too
+    if not MetadataCatalog.get(name).get("thing_classes"):
+        raise GDetKDError(
+            f"The data set {name!r} does not name its classes, and Detectron2 evaluates by name: give them with "
+            f"MetadataCatalog.get({name!r}).set(thing_classes=[...])."
+        )
+    chosen = for_evaluation(evenly_spread(dicts, count))
     sample = f"{name}_{len(chosen)}_images"
     DatasetCatalog.register(sample, lambda: copy.deepcopy(chosen))
     # Not the JSON file, against the whole of which Detectron2 would evaluate.

@@ -232,8 +232,7 @@ class DistillTrainer(DefaultTrainer):
             raise GDetKDError(
                 f"This run was started with other groups of parameters ({e}). SOLVER.WEIGHT_DECAY, WEIGHT_DECAY_NORM, "
                 "WEIGHT_DECAY_BIAS and BIAS_LR_FACTOR decide about them, and so does the version of GDetKD. Resume "
-                "with "
-                "the config and the version that started the run, or use a new OUTPUT_DIR."
+                "with the config and the version that started the run, or use a new OUTPUT_DIR."
             ) from e
         if "data_seed" in state_dict and isinstance(self.data_loader, ResumableLoader):
             self.data_loader.seed = state_dict["data_seed"]
