@@ -33,8 +33,10 @@ from gdetkd.engine.config_rules import check_parts
 from gdetkd.engine.folder import check_earlier_run, only_training_in, remove_earlier_run, warn_of_a_fresh_start
 from gdetkd.engine.launch import run_everywhere
 from gdetkd.engine.preflight import check_student_classes, check_test_sets
+from gdetkd.engine.quiet import quiet
 from gdetkd.engine.student_weights import StudentCheckpointer
 from gdetkd.errors import GDetKDError
+from gdetkd.program import explained_errors
 
 logger = logging.getLogger("gdetkd")
 
@@ -110,10 +112,10 @@ def main(args: Namespace) -> Any:
         with only_training_in(cfg.OUTPUT_DIR):
             check_earlier_run(cfg.OUTPUT_DIR, args.resume, args.overwrite)
             return train(cfg, args)
-    with kept_config(cfg.OUTPUT_DIR, True):
-        start(cfg, args)
     if args.check:
         return check(cfg, args)
+    with kept_config(cfg.OUTPUT_DIR, True):
+        start(cfg, args)
     return evaluate_teacher(cfg) if args.eval_teacher else evaluate(cfg, args.resume)
 
 
@@ -132,7 +134,7 @@ def train(cfg: CfgNode, args: Namespace) -> Any:
 def evaluate(cfg: CfgNode, resume: bool) -> Any:
     """The student, whole; a file that leaves some of it as it was initialised would be evaluated as a bad one."""
     check_parts(cfg)
-    check_test_sets(cfg)
+    check_test_sets(cfg, needed=True)
     check_student_classes(cfg, cfg.DATASETS.TEST)
     student = build_plain_student(cfg)
     checkpointer = StudentCheckpointer(student, cfg.OUTPUT_DIR)
@@ -142,15 +144,17 @@ def evaluate(cfg: CfgNode, resume: bool) -> Any:
 
 
 def check(cfg: CfgNode, args: Namespace) -> None:
-    """Prints one screen; exits with 1 where something would ruin the training."""
-    checked = Check(cfg, args.check_images, max(1, args.num_gpus) * args.num_machines)
-    print(f"\n{checked.run()}")
+    """Print one screen, and exit with status 1 if it shows something that would ruin the training."""
+    with quiet() as warnings:
+        with kept_config(cfg.OUTPUT_DIR, True):
+            start(cfg, args)
+        checked = Check(cfg, args.check_images, max(1, args.num_gpus) * args.num_machines)
+        screen = checked.run(warnings)
+    print(f"{screen}\nThe full log is {Path(cfg.OUTPUT_DIR, 'log.txt')}.")
     if checked.problems:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    try:
+    with explained_errors():
         run_everywhere(main, parser().parse_args())
-    except GDetKDError as error:
-        sys.exit(f"{error}")

@@ -146,7 +146,7 @@ def tiny_dataset(tmp_path_factory) -> Path:
     return folder
 
 
-def write_coco(folder: Path, count: int, name: str = "tiny", seed: int = 0) -> None:
+def write_coco(folder: Path, count: int, name: str = "tiny", seed: int = 0, masks: bool = False) -> None:
     rng = np.random.default_rng(seed)
     images, annotations = [], []
     for i in range(count):
@@ -165,6 +165,7 @@ def write_coco(folder: Path, count: int, name: str = "tiny", seed: int = 0) -> N
                     "area": w * h,
                     "iscrowd": 0,
                     "category_id": category + 1,
+                    **({"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]} if masks else {}),
                 }
             )
         Image.fromarray(pixels).save(folder / f"{name}{i}.png")

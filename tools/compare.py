@@ -28,6 +28,7 @@ from gdetkd.data.shapes import make_shapes_for
 from gdetkd.engine import evaluate_teacher
 from gdetkd.errors import GDetKDError
 from gdetkd.experiments import load_config
+from gdetkd.program import explained_errors
 from gdetkd.teacher import FrozenTeacher
 from gdetkd.visualization.report import write_report
 
@@ -120,7 +121,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with explained_errors():
         main()
-    except GDetKDError as error:
-        sys.exit(str(error))

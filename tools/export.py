@@ -11,7 +11,6 @@ Detectron2 without this package.
 
 import argparse
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Tuple
@@ -22,6 +21,7 @@ from gdetkd.engine import build_plain_student
 from gdetkd.engine.student_weights import StudentCheckpointer
 from gdetkd.errors import GDetKDError
 from gdetkd.experiments import load_config
+from gdetkd.program import explained_errors
 
 import torch  # isort: skip
 import torchvision  # noqa: F401  its operators are part of what is exported
@@ -128,7 +128,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with explained_errors():
         main()
-    except GDetKDError as error:
-        sys.exit(str(error))

@@ -10,7 +10,6 @@ docs/visualization.md.
 """
 
 import argparse
-import sys
 import warnings
 
 warnings.filterwarnings("ignore")
@@ -24,6 +23,7 @@ from gdetkd.insight.probe import Probe, load_probe
 from gdetkd.insight.records import RecordFile, make_record
 from gdetkd.insight.references import look_at_references
 from gdetkd.insight.runs import FinishedRun, load_checkpoint
+from gdetkd.program import explained_errors
 
 from detectron2.config import CfgNode
 from tqdm import tqdm
@@ -72,7 +72,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with explained_errors():
         main()
-    except GDetKDError as error:
-        sys.exit(str(error))

@@ -11,7 +11,8 @@ from detectron2.data import DatasetMapper
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from conftest import make_cfg
+from conftest import make_cfg, write_coco
+from gdetkd.data import register_datasets
 from gdetkd.data.instaboost import InstaBoostMapper, _run_lengths
 from gdetkd.data.train_loader import build_train_loader, random_state
 from gdetkd.errors import GDetKDError
@@ -123,13 +124,19 @@ def test_object_without_mask(package, sample):
 def test_package_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "instaboostfast", None)
     with pytest.raises(GDetKDError, match=r"pip install 'gdetkd\[instaboost\]'"):
+        InstaBoostMapper(boosting_cfg())
+
+
+def test_the_training_loader_uses_it(package, tmp_path):
+    # The tiny set has no masks.
+    with pytest.raises(GDetKDError, match="24 of 24 objects have no mask, but INPUT.INSTABOOST.ENABLED is True"):
         build_train_loader(boosting_cfg())
-
-
-def test_the_training_loader_uses_it(package):
-    loader = build_train_loader(boosting_cfg())
-    with pytest.raises(GDetKDError, match="has none"):  # the tiny set has no masks
-        next(iter(loader))
+    write_coco(tmp_path, 4, name="boosted", masks=True)
+    entry = {"name": "boosted", "kind": "coco", "json": str(tmp_path / "boosted.json"), "images": str(tmp_path)}
+    cfg = boosting_cfg(DATASETS__REGISTER=[entry], DATASETS__TRAIN=("boosted",))
+    register_datasets(cfg)
+    batch = next(iter(build_train_loader(cfg)))
+    assert package.seen and all(sample["instances"].has("gt_masks") for sample in batch)
 
 
 def test_run_lengths_are_pycocotools():

@@ -17,6 +17,7 @@ from detectron2.utils.file_io import PathManager
 from fvcore.common.checkpoint import Checkpointer
 
 from .errors import GDetKDError
+from .weights_layout import is_tensor, with_model
 
 # How torch's loader says that a file asks for something else than tensors and plain containers.
 REFUSAL = re.compile(r"GLOBAL (\S+)|class (\S+)|function (\S+)")
@@ -194,7 +195,7 @@ class _SafeTorchFormat(Checkpointer):
     """Stands behind Detectron2's checkpointer, which asks it for torch's format."""
 
     def _load_file(self, f: str) -> Dict[str, Any]:
-        return read_weights(f)
+        return with_model(read_weights(f), f)
 
 
 class SafeCheckpointer(DetectionCheckpointer, _SafeTorchFormat):
@@ -225,14 +226,15 @@ class SafeCheckpointer(DetectionCheckpointer, _SafeTorchFormat):
             weights = content["model_state"].items()
             return _of_other_names({k: v for k, v in weights if not k.endswith("num_batches_tracked")}, "pycls")
         if "model" in content and "__author__" in content:  # of Detectron2's model zoo
-            return content
+            return with_model(content, filename)
         weights = content.get("blobs", content).items()
         return _of_other_names({k: v for k, v in weights if not k.endswith("_momentum")}, "Caffe2")
 
 
 def _of_other_names(weights: Dict[str, Any], author: str) -> Dict[str, Any]:
     """Detectron2 finds out by heuristics which of the weights is which of its own."""
-    return {"model": weights, "__author__": author, "matching_heuristics": True}
+    tensors = {name: value for name, value in weights.items() if is_tensor(value)}
+    return {"model": tensors, "__author__": author, "matching_heuristics": True}
 
 
 def sha256_of_file(path: str) -> str:

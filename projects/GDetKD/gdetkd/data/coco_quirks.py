@@ -6,6 +6,8 @@ Annotation tools write them: text in place of numbers, ids of another type, two 
 import os
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
+from .keypoints import count_keypoints, fill_keypoints
+
 Item = Dict[str, Any]
 # Maps the name of a quirk, as a message gives it, to how often the quirk was put right.
 Counts = Dict[str, int]
@@ -45,6 +47,7 @@ def put_right(images: List[Item], categories: List[Item], annotations: List[Item
         counts, "annotations name their class by an id of another type", _match(annotations, "category_id", categories)
     )
     _count(counts, "annotations name their image by an id of another type", _match(annotations, "image_id", images))
+    _count(counts, "annotations lack keypoints, which are taken to be without labels", fill_keypoints(annotations))
     return counts
 
 
@@ -177,6 +180,7 @@ ANNOTATION_QUIRKS: Dict[str, Callable[[Item], bool]] = {
     "annotations lack iscrowd and are taken for objects": _is_crowd,
     "boxes have their corners in another order": _corners_in_order,
     "annotations lack an area, which follows from the box": _area_of_box,
+    "annotations lack num_keypoints, which follows from the keypoints": count_keypoints,
     "objects have polygons of fewer than three corners; they keep their box": _without_short_polygons,
 }
 

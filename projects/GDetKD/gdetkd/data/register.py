@@ -14,6 +14,7 @@ from ..errors import GDetKDError
 from .clean import Findings, clean_annotations
 from .coco_json import leaves, read_coco
 from .coco_quirks import describe
+from .keypoints import flip_map, keypoint_names
 from .mistakes import find_mistakes
 from .voc import load_voc
 
@@ -97,6 +98,7 @@ def _register_coco(entry: Mapping[str, Any], allow_outside: bool, most_bad: floa
         if is_as_written is None and counts:
             logger.warning("%s: %s.", name, describe(counts))
         is_as_written = not counts
+        _name_keypoints(name, content["categories"])
         return _load_content(content, images, name) if counts else load_coco_json(json_file, images, name)
 
     def note(findings: Findings) -> None:
@@ -109,6 +111,14 @@ def _register_coco(entry: Mapping[str, Any], allow_outside: bool, most_bad: floa
 
     _register(entry, load, json_file, note=note)
     MetadataCatalog.get(name).set(image_root=images, evaluator_type="coco")
+
+
+def _name_keypoints(name: str, categories: List[Dict[str, Any]]) -> None:
+    """Tell Detectron2 the names of a COCO file's keypoints, and which of them change places in a flipped image."""
+    metadata, names = MetadataCatalog.get(name), keypoint_names(categories)
+    if names is None or metadata.get("keypoint_names") is not None:
+        return
+    metadata.set(keypoint_names=names, keypoint_flip_map=flip_map(names))
 
 
 def _load_content(content: Dict[str, Any], images: str, name: str) -> List[Dict[str, Any]]:

@@ -13,6 +13,7 @@ from detectron2.data.detection_utils import check_metadata_consistency
 from ..errors import GDetKDError
 from .headers import has_size
 from .samplers import WEIGHTED
+from .task_labels import with_usable_labels
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def load_images(cfg: CfgNode) -> Tuple[List[Sample], np.ndarray]:
 
 def _load_filtered(cfg: CfgNode, names: List[str], proposals: Optional[List[str]]) -> List[Sample]:
     try:
-        return get_detection_dataset_dicts(
+        dicts = get_detection_dataset_dicts(
             names,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
@@ -50,6 +51,7 @@ def _load_filtered(cfg: CfgNode, names: List[str], proposals: Optional[List[str]
             f"{', '.join(names)}: no image has an object to learn from ({e}). Correct the annotations, or keep images "
             "without (DATALOADER.FILTER_EMPTY_ANNOTATIONS False)."
         ) from e
+    return with_usable_labels(cfg, dicts, ", ".join(names))
 
 
 def describe(dicts: List[Sample]) -> Dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 from itertools import islice
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -59,8 +59,12 @@ class Check:
         self._distiller = self._trainer.distiller
         self._teacher = self._distiller.teacher if self._distiller is not None else None
 
-    def run(self) -> str:
-        """The screen; afterwards `problems` is complete."""
+    def run(self, warnings: Sequence[str] = ()) -> str:
+        """Return the screen. Afterwards `problems` is complete.
+
+        Args:
+            warnings: what was logged meanwhile. It is read at the end, so it may grow until then.
+        """
         parts = [self._data(), self._detectors(), self._weights()]
         if self._teacher is not None:
             parts += [self._classes(), self._teacher_score()]
@@ -72,6 +76,9 @@ class Check:
             )
         else:
             parts += [self._terms(terms), self._costs()]
+        unsaid = [warning for warning in warnings if warning not in self.problems]
+        if unsaid:
+            parts.append(f"WARNINGS: {len(unsaid)}\n{_numbered(unsaid)}")
         return "\n\n".join([*parts, self._verdict()])
 
     def _data(self) -> str:
@@ -206,8 +213,11 @@ class Check:
         unknown = "".join(f"\nNot looked at: {each}" for each in self.unknown)
         if not self.problems:
             return f"No problem found in what could be looked at.{unknown}" if unknown else "No problem found."
-        numbered = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, start=1))
-        return f"PROBLEMS: {len(self.problems)}\n{numbered}{unknown}"
+        return f"PROBLEMS: {len(self.problems)}\n{_numbered(self.problems)}{unknown}"
+
+
+def _numbered(lines: Sequence[str]) -> str:
+    return "\n".join(f"  {number}. {line}" for number, line in enumerate(lines, start=1))
 
 
 def _of_one_process(cfg: CfgNode, processes: int) -> CfgNode:

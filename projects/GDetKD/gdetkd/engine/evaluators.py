@@ -59,6 +59,16 @@ class CocoMetrics(COCOEvaluator):
                 file.write(self._detections)
         return self.metrics
 
+    def _tasks_from_predictions(self, predictions: List[Dict[str, Any]]) -> List[str]:
+        """Leave out masks and keypoints that the dataset has no labels of."""
+        truth = list(self._coco_api.anns.values())
+        lacking = {
+            task
+            for task, key in (("segm", "segmentation"), ("keypoints", "keypoints"))
+            if truth and not any(annotation.get(key) for annotation in truth)
+        }
+        return [task for task in super()._tasks_from_predictions(predictions) if task not in lacking]
+
     def _eval_predictions(self, predictions: List[Dict[str, Any]], img_ids: Optional[List[int]] = None) -> None:
         found = [detection for of_image in predictions for detection in of_image["instances"]]
         # Meanwhile Detectron2 gives them the file's category ids, and pycocotools keys of its own.

@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..errors import GDetKDError
+from ..program import message_in
 from .stopping import EXIT_STOPPED
 
 # What torchrun tells each process that it starts.
@@ -77,6 +78,8 @@ def which_ended(error: Any, first_rank: int = 0) -> str:
     """What torch's launcher knows of the process that ended first, for a message."""
     rank = first_rank + error.error_index
     if isinstance(error, ProcessRaisedException):
+        if message := message_in(str(error)):
+            return f"{message} (So says the process of rank {rank}. The others were ended.)"
         return f"The process of rank {rank} failed, and the others were ended:\n{error}"
     name = signal.Signals(-error.exit_code).name if error.exit_code < 0 else ""
     how = f"was killed by {name}" if name else f"ended with exit code {error.exit_code}"

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..classes import check_transfer, class_names, some, with_class_names
 from ..data.clean import check_images
+from ..data.task_labels import check_test_labels, check_train_labels
 from ..detectors import build_adapter, find_adapter
 from ..errors import GDetKDError
 from ..safe_load import read_weights
@@ -44,7 +45,7 @@ def check_datasets(cfg: CfgNode) -> None:
     if not cfg.DATASETS.TRAIN:
         raise GDetKDError("DATASETS.TRAIN is empty: name the data set to train on.")
     for name in cfg.DATASETS.TRAIN:
-        load_dataset(name)
+        check_train_labels(cfg, load_dataset(name), name)
     check_test_sets(cfg)
     for name in cfg.DATASETS.TRAIN:
         if MetadataCatalog.get(name).get("evaluator_type") == "images":
@@ -55,18 +56,24 @@ def check_datasets(cfg: CfgNode) -> None:
     check_class_order([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
 
 
-def check_test_sets(cfg: CfgNode) -> None:
+def check_test_sets(cfg: CfgNode, needed: bool = False) -> None:
     """
+    Args:
+        needed: whether DATASETS.TEST must name a set.
+
     Raises:
-        GDetKDError: DATASETS.TEST names a set that is not registered, has no image or, though annotated, no object to
-            be found, lacks what Detectron2's evaluation reads, or has an image that cannot be read to its end; or a
-            file of proposals is not to be trusted.
+        GDetKDError: DATASETS.TEST is empty although it is needed; it names a set that is not registered, has no image
+            or, though annotated, no object to be found, lacks what Detectron2's evaluation reads, or has an image that
+            cannot be read to its end; or a file of proposals is not to be trusted.
     """
+    if needed and not cfg.DATASETS.TEST:
+        raise GDetKDError("DATASETS.TEST is empty, so there is nothing to evaluate on: name a registered data set.")
     check_proposals(cfg)
     for name in cfg.DATASETS.TEST:
         dicts = load_dataset(name)
         _check_keys(dicts, name)
         _check_objects(dicts, name)
+        check_test_labels(cfg, dicts, name)
         check_images(dicts, name)
 
 

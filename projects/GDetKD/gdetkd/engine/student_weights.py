@@ -39,6 +39,12 @@ class StudentCheckpointer(DurableCheckpointer):
         left = {*incompatible.missing_keys, *(key for key, _, _ in incompatible.incorrect_shapes)}
         # How many batches a BatchNorm has seen plays no part, and old files lack it.
         self.unloaded = sorted(key for key in left if not key.endswith("num_batches_tracked"))
+        if not self._resuming and not set(self.model.state_dict()) - left:
+            raise GDetKDError(
+                f"The weights {self._path!r} set none of the student's {len(left)} tensors: no name and shape agrees. "
+                "Does the file belong to MODEL.BACKBONE and to MODEL.RESNETS? To train from nothing, empty "
+                "MODEL.WEIGHTS."
+            )
         other = self.unloaded + incompatible.unexpected_keys
         if self._resuming and other and "trainer" in self.checkpointables:  # an evaluation may leave some out
             raise GDetKDError(

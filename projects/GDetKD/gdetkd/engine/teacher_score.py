@@ -83,7 +83,7 @@ def evaluate_teacher(cfg: CfgNode, teacher: Optional[FrozenTeacher] = None) -> D
         GDetKDError: a data set is wrong, or has no class that is the teacher's.
     """
     register_datasets(cfg)
-    check_test_sets(cfg)
+    check_test_sets(cfg, needed=True)
     teacher = teacher or FrozenTeacher(cfg)
     logger.info("Evaluating the teacher.")
     folder = os.path.join(cfg.OUTPUT_DIR, "teacher")

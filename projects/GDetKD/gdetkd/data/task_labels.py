@@ -1,0 +1,208 @@
+"""Check that a dataset has the labels of a detector's tasks: masks, keypoints, panoptic labels.
+
+Detectron2 fails on missing ones in training or, after hours, in the first evaluation.
+"""
+
+import logging
+from typing import Any, Dict, Iterable, List, Sequence
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from ..errors import GDetKDError
+
+logger = logging.getLogger(__name__)
+
+Item = Dict[str, Any]
+# Detectors without a mask or keypoint head, whatever MODEL.MASK_ON and MODEL.KEYPOINT_ON say.
+BOXES_ALONE = ("RetinaNet", "FCOS")
+# Detectors whose training needs a map of stuff classes for each image.
+PANOPTIC = ("PanopticFPN", "SemanticSegmentor", "PanopticDeepLab")
+# The keypoints that COCO's own sigmas are for, which pycocotools takes where TEST.KEYPOINT_OKS_SIGMAS is empty.
+COCO_KEYPOINTS = 17
+
+
+def check_train_labels(cfg: CfgNode, dicts: List[Item], name: str) -> None:
+    """
+    Args:
+        dicts: the images of a training set, in Detectron2's format.
+        name: the dataset, for messages.
+
+    Raises:
+        GDetKDError: the detector needs masks, keypoints or panoptic labels that the set lacks, or in another form.
+    """
+    if _architecture(cfg) in PANOPTIC:
+        _check_panoptic(_architecture(cfg), dicts, name)
+    if key := _key_that_needs_masks(cfg):
+        _check_share_with_masks(cfg, key, dicts, name)
+    if _has(cfg, "MASK_ON"):
+        _check_mask_format(cfg, dicts, name)
+    if _has(cfg, "KEYPOINT_ON"):
+        _check_keypoints(cfg, dicts, name)
+        _check_keypoint_names(cfg, name)
+
+
+def check_test_labels(cfg: CfgNode, dicts: List[Item], name: str) -> None:
+    """Check a test set as `check_train_labels` does. A set without any mask or keypoint is evaluated by its boxes.
+
+    Raises:
+        GDetKDError: some objects alone have masks; keypoints do not fit the detector or TEST.KEYPOINT_OKS_SIGMAS.
+    """
+    if _has(cfg, "MASK_ON"):
+        everything = [each for image in dicts for each in image.get("annotations", ())]
+        missing = sum(not has_mask(each) for each in everything)
+        if 0 < missing < len(everything):
+            raise GDetKDError(
+                f"The data set {name!r} cannot be evaluated on: {missing} of its {len(everything)} annotations have no "
+                "mask, which COCO's mask AP needs. Add masks, or take the images of these objects out of the set."
+            )
+        if everything and missing:
+            logger.warning("%s has no masks: only the AP of boxes is evaluated on it.", name)
+    if _has(cfg, "KEYPOINT_ON") and _check_keypoints(cfg, dicts, name):
+        _check_sigmas(cfg, name)
+
+
+def with_usable_labels(cfg: CfgNode, dicts: List[Item], names: str) -> List[Item]:
+    """Return training images without objects that have no mask, if masks are needed.
+
+    Detectron2 leaves out objects with unusable polygons as well, but does not count them. For a detector of keypoints,
+    objects without keypoints get unlabelled ones.
+
+    Args:
+        dicts: the images of the training sets.
+        names: the datasets, for messages.
+
+    Raises:
+        GDetKDError: more objects than INPUT.MAX_BAD_FRACTION allows have no mask.
+    """
+    if key := _key_that_needs_masks(cfg):
+        _check_share_with_masks(cfg, key, dicts, names)
+        missing = sum(not has_mask(each) for each in _objects(dicts))
+        dicts = [
+            _with_annotations(image, filter(_is_crowd_or_has_mask, image.get("annotations", ()))) for image in dicts
+        ]
+        if missing:
+            logger.warning("%s: %d objects have no mask and are left out, because %s is True.", names, missing, key)
+    if _has(cfg, "KEYPOINT_ON"):
+        unlabelled = [0.0] * (3 * cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)
+        dicts = [
+            _with_annotations(
+                image,
+                (
+                    each if _is_given(each.get("keypoints")) else {**each, "keypoints": unlabelled}
+                    for each in image.get("annotations", ())
+                ),
+            )
+            for image in dicts
+        ]
+    return dicts
+
+
+def _with_annotations(image: Item, annotations: Iterable[Item]) -> Item:
+    return {**image, "annotations": list(annotations)}
+
+
+def _is_crowd_or_has_mask(annotation: Item) -> bool:
+    return bool(annotation.get("iscrowd", 0)) or has_mask(annotation)
+
+
+def has_mask(annotation: Item) -> bool:
+    return _is_given(annotation.get("segmentation"))
+
+
+def _is_given(value: Any) -> bool:
+    return value.size > 0 if isinstance(value, np.ndarray) else bool(value)
+
+
+def _architecture(cfg: CfgNode) -> str:
+    name = cfg.MODEL.META_ARCHITECTURE
+    return cfg.DISTILL.STUDENT_META_ARCHITECTURE if name == "GDetKD" else name
+
+
+def _has(cfg: CfgNode, key: str) -> bool:
+    return cfg.MODEL[key] and _architecture(cfg) not in BOXES_ALONE
+
+
+def _objects(dicts: Sequence[Item]) -> List[Item]:
+    return [each for image in dicts for each in image.get("annotations", ()) if not each.get("iscrowd", 0)]
+
+
+def _check_panoptic(architecture: str, dicts: List[Item], name: str) -> None:
+    missing = sum("sem_seg_file_name" not in image for image in dicts)
+    if missing:
+        raise GDetKDError(
+            f"A {architecture} cannot learn from {name!r}: {missing} of its {len(dicts)} images have no "
+            "`sem_seg_file_name`, the map of their stuff classes. Register the set with Detectron2's "
+            "`register_coco_panoptic_separated`, or train a detector of things alone (GeneralizedRCNN)."
+        )
+
+
+def _key_that_needs_masks(cfg: CfgNode) -> str:
+    if cfg.INPUT.INSTABOOST.ENABLED:
+        return "INPUT.INSTABOOST.ENABLED"
+    return "MODEL.MASK_ON" if _has(cfg, "MASK_ON") else ""
+
+
+def _check_share_with_masks(cfg: CfgNode, key: str, dicts: List[Item], name: str) -> None:
+    objects, most = _objects(dicts), cfg.INPUT.MAX_BAD_FRACTION
+    missing = sum(not has_mask(each) for each in objects)
+    if missing > most * len(objects):
+        raise GDetKDError(
+            f"{name}: {missing} of {len(objects)} objects have no mask, but {key} is True. That is more than "
+            f"INPUT.MAX_BAD_FRACTION {most:g} allows. Set {key} to False, or add masks."
+        )
+
+
+def _check_mask_format(cfg: CfgNode, dicts: List[Item], name: str) -> None:
+    run_lengths = sum(has_mask(each) and not isinstance(each["segmentation"], list) for each in _objects(dicts))
+    if run_lengths and cfg.INPUT.MASK_FORMAT == "polygon":
+        raise GDetKDError(
+            f"{run_lengths} objects of {name!r} have masks that are no polygons: set INPUT.MASK_FORMAT to 'bitmask'."
+        )
+
+
+def _check_keypoints(cfg: CfgNode, dicts: List[Item], name: str) -> int:
+    """Return how many objects have keypoints."""
+    wanted = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    counts = [len(each["keypoints"]) for each in _objects(dicts) if _is_given(each.get("keypoints"))]
+    wrong = [count for count in counts if count != 3 * wanted]
+    if wrong:
+        raise GDetKDError(
+            f"{len(wrong)} objects of {name!r} have another number of keypoints than the student's {wanted}: "
+            f"{wrong[0]} numbers, {wrong[0] / 3:g} keypoints of x, y and visibility. Set "
+            "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, or correct the annotations."
+        )
+    return len(counts)
+
+
+def _check_keypoint_names(cfg: CfgNode, name: str) -> None:
+    metadata, wanted = MetadataCatalog.get(name), cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    names = metadata.get("keypoint_names")
+    if names is None or metadata.get("keypoint_flip_map") is None:
+        raise GDetKDError(
+            f"The data set {name!r} does not name its keypoints, which Detectron2 needs to flip images. List them in a "
+            "COCO file under `keypoints` of its category, the same for all categories. For a set registered in Python, "
+            f"use MetadataCatalog.get({name!r}).set(keypoint_names=[...], keypoint_flip_map=[...])."
+        )
+    if len(names) != wanted:
+        raise GDetKDError(
+            f"The data set {name!r} names {len(names)} keypoints and the student has {wanted}: set "
+            "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, or correct the names."
+        )
+    if not metadata.get("keypoint_flip_map") and cfg.INPUT.RANDOM_FLIP == "horizontal":
+        logger.warning(
+            "%s: no names of keypoints differ by left and right, so a flipped image keeps all of them. If some change "
+            "places, name them so (left_eye, right_eye), or set INPUT.RANDOM_FLIP to none.",
+            name,
+        )
+
+
+def _check_sigmas(cfg: CfgNode, name: str) -> None:
+    wanted, given = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+    if wanted != (given or COCO_KEYPOINTS):
+        raise GDetKDError(
+            f"The keypoints of {name!r} cannot be evaluated: TEST.KEYPOINT_OKS_SIGMAS has {given} numbers and the "
+            f"student {wanted} keypoints. Give one number for each keypoint, the tolerance as a share of the object's "
+            "size; COCO's are 0.026 to 0.107 (https://cocodataset.org/#keypoints-eval)."
+        )

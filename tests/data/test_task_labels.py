@@ -1,0 +1,171 @@
+"""Masks, keypoints and panoptic labels: datasets that lack them are refused before training, or read without them."""
+
+import json
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from conftest import make_cfg, write_coco
+from gdetkd import DistillTrainer
+from gdetkd.data import register_datasets
+from gdetkd.data.keypoints import flip_map, keypoint_names
+from gdetkd.engine.preflight import check_datasets
+from gdetkd.errors import GDetKDError
+
+KEYPOINTS = ["left_end", "right_end"]
+MASKS = {"MODEL.MASK_ON": True, "MODEL.ROI_MASK_HEAD.NAME": "MaskRCNNConvUpsampleHead"}
+POINTS = {"MODEL.KEYPOINT_ON": True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 2}
+
+
+@pytest.fixture
+def labelled_cfg(tmp_path):
+    """The config of a plain student on a set with masks and keypoints, whose file `change` may change."""
+
+    def make(changes, change=lambda content: None):
+        write_coco(tmp_path, 6, name="labelled", masks=True)
+        content = json.loads((tmp_path / "labelled.json").read_text())
+        for annotation in content["annotations"]:
+            x, y, width, height = annotation["bbox"]
+            annotation.update(keypoints=[x, y, 2, x + width, y + height, 1], num_keypoints=2)
+        for category in content["categories"]:
+            category.update(keypoints=KEYPOINTS, skeleton=[[1, 2]])
+        change(content)
+        (tmp_path / "labelled.json").write_text(json.dumps(content))
+        entry = {"name": "labelled", "kind": "coco", "json": str(tmp_path / "labelled.json"), "images": str(tmp_path)}
+        keys = {"DATASETS.REGISTER": [entry], "DATASETS.TRAIN": ("labelled",), "OUTPUT_DIR": str(tmp_path / "run")}
+        keys.update({"MODEL.ROI_MASK_HEAD.CONV_DIM": 8, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": (8,)})
+        keys.update({"SOLVER.MAX_ITER": 2, "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE": 0})
+        cfg = make_cfg({**keys, **changes})
+        (tmp_path / "run").mkdir(exist_ok=True)
+        register_datasets(cfg)
+        return cfg
+
+    return make
+
+
+def train_and_test(cfg):
+    """Return the results by task."""
+    torch.manual_seed(0)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    return trainer.test(cfg, trainer.student)
+
+
+def without(key, count):
+    def change(content):
+        for annotation in content["annotations"][:count]:
+            del annotation[key]
+
+    return change
+
+
+def test_a_set_without_masks_is_refused_for_a_detector_of_masks(labelled_cfg):
+    cfg = labelled_cfg(MASKS, without("segmentation", 2))
+    with pytest.raises(GDetKDError, match="labelled: 2 of 12 objects have no mask, but MODEL.MASK_ON is True.*False"):
+        DistillTrainer(cfg)
+
+
+def test_few_objects_without_masks_are_left_out_of_training(labelled_cfg, caplog):
+    train_and_test(labelled_cfg({**MASKS, "INPUT.MAX_BAD_FRACTION": 0.2}, without("segmentation", 2)))
+    assert "labelled: 2 objects have no mask and are left out" in caplog.text
+    assert sum(len(image["annotations"]) for image in DatasetCatalog.get("labelled")) == 12
+
+
+@pytest.mark.parametrize("changes", [{}, {**MASKS, "MODEL.META_ARCHITECTURE": "RetinaNet"}])
+def test_a_detector_of_boxes_needs_no_masks(labelled_cfg, changes):
+    check_datasets(labelled_cfg(changes, without("segmentation", 12)))
+
+
+def test_run_lengths_need_bitmasks(labelled_cfg):
+    def change(content):
+        size = [content["images"][0]["height"], content["images"][0]["width"]]
+        content["annotations"][0]["segmentation"] = {"size": size, "counts": [0, size[0] * size[1]]}
+
+    with pytest.raises(GDetKDError, match="1 objects of 'labelled' have masks that are no polygons.*bitmask"):
+        check_datasets(labelled_cfg(MASKS, change))
+    check_datasets(labelled_cfg({**MASKS, "INPUT.MASK_FORMAT": "bitmask"}, change))
+
+
+def test_a_test_set_in_which_one_object_lacks_its_mask(labelled_cfg):
+    cfg = labelled_cfg(
+        {**MASKS, "DATASETS.TEST": ("labelled",), "INPUT.MAX_BAD_FRACTION": 0.2}, without("segmentation", 1)
+    )
+    with pytest.raises(GDetKDError, match="cannot be evaluated on: 1 of its 12 annotations have no mask"):
+        check_datasets(cfg)
+
+
+def test_a_test_set_without_masks_is_evaluated_by_its_boxes(labelled_cfg, tmp_path, caplog):
+    write_coco(tmp_path, 3, name="boxes")
+    entry = {"name": "boxes", "kind": "coco", "json": str(tmp_path / "boxes.json"), "images": str(tmp_path)}
+    cfg = labelled_cfg(MASKS)
+    cfg.DATASETS.REGISTER = [*cfg.DATASETS.REGISTER, entry]
+    cfg.DATASETS.TEST = ("boxes",)
+    assert set(train_and_test(cfg)) == {"bbox"}
+    assert "boxes has no masks: only the AP of boxes is evaluated on it." in caplog.text
+    cfg = labelled_cfg({**MASKS, "DATASETS.TEST": ("labelled",), "OUTPUT_DIR": str(tmp_path / "masks")})
+    (tmp_path / "masks").mkdir()
+    assert set(train_and_test(cfg)) == {"bbox", "segm"}
+
+
+def test_a_student_of_keypoints_reads_their_names_from_the_file(labelled_cfg):
+    def change(content):
+        without("keypoints", 1)(content)
+        for annotation in content["annotations"]:
+            del annotation["num_keypoints"]
+
+    cfg = labelled_cfg({**POINTS, "DATASETS.TEST": ("labelled",), "TEST.KEYPOINT_OKS_SIGMAS": [0.1, 0.1]}, change)
+    assert set(train_and_test(cfg)) == {"bbox", "keypoints"}
+    metadata = MetadataCatalog.get("labelled")
+    assert metadata.keypoint_names == KEYPOINTS and metadata.keypoint_flip_map == [tuple(KEYPOINTS)]
+
+
+def rename(*names):
+    return lambda content: [category.update(keypoints=list(names)) for category in content["categories"]]
+
+
+@pytest.mark.parametrize(
+    "changes, change, match",
+    [
+        ({}, rename(), "'labelled' does not name its keypoints"),
+        ({}, rename("only"), "names 1 keypoints and the student has 2"),
+        ({"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 17}, rename(*KEYPOINTS), "12 objects.*student's 17: 6 numbers"),
+        ({"DATASETS.TEST": ("labelled",)}, rename(*KEYPOINTS), "KEYPOINT_OKS_SIGMAS has 0 numbers.*2 keypoints"),
+    ],
+)
+def test_keypoints_that_do_not_fit(labelled_cfg, changes, change, match):
+    with pytest.raises(GDetKDError, match=match):
+        check_datasets(labelled_cfg({**POINTS, **changes}, change))
+
+
+def test_keypoints_without_sides_are_warned_of(labelled_cfg, caplog):
+    check_datasets(labelled_cfg({**POINTS, "INPUT.RANDOM_FLIP": "none"}, rename("top", "bottom")))
+    assert "differ by left and right" not in caplog.text
+    check_datasets(labelled_cfg(POINTS, rename("top", "bottom")))
+    assert "labelled: no names of keypoints differ by left and right" in caplog.text
+
+
+def test_flip_map():
+    names = ["nose", "left_eye", "right_eye", "l_ear", "r_ear", "paw.L", "paw.R", "leftHand", "rightHand", "left"]
+    pairs = [("left_eye", "right_eye"), ("l_ear", "r_ear"), ("paw.L", "paw.R"), ("leftHand", "rightHand")]
+    assert flip_map(names) == pairs
+
+
+@pytest.mark.parametrize(
+    "categories, names",
+    [
+        ([{"keypoints": ["a", "b"]}, {}], ["a", "b"]),
+        ([{"keypoints": ["a", "b"]}, {"keypoints": ["b", "a"]}], None),
+        ([{"keypoints": ["a", "a"]}], None),
+        ([{"keypoints": "a"}, {"keypoints": []}], None),
+    ],
+)
+def test_names_are_those_of_all_categories(categories, names):
+    assert keypoint_names(categories) == names
+
+
+@pytest.mark.parametrize("architecture", ["PanopticFPN", "SemanticSegmentor"])
+def test_panoptic_labels_are_needed(labelled_cfg, architecture):
+    with pytest.raises(GDetKDError, match=f"A {architecture} cannot learn from 'labelled': 6 of its 6 images have no"):
+        check_datasets(labelled_cfg({"MODEL.META_ARCHITECTURE": architecture}))
