@@ -1,6 +1,7 @@
 """The command line, run as a user runs it."""
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -133,6 +134,47 @@ def test_the_device_and_the_exchange_have_to_fit(monkeypatch):
 def test_evaluates_the_teacher_alone(config_file):
     result = run("train_net.py", "--config-file", config_file, "--eval-teacher")
     assert result.returncode == 0 and "Evaluation results for bbox" in result.stdout, result.stderr[-2000:]
+    for way in ("--eval-teacher", "--eval-only"):
+        result = run("train_net.py", "--config-file", config_file, way, "DATASETS.TEST", "()")
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert "DATASETS.TEST is empty" in result.stderr.splitlines()[-1]
+
+
+def test_check_prints_one_screen_and_logs_to_the_file(config_file, tmp_path):
+    result = run("train_net.py", "--config-file", config_file, "--check", "MODEL.DEVICE", "cpu")
+    assert "d2." not in result.stderr and result.returncode == 1  # the tiny teacher is untrained
+    assert len(result.stdout.splitlines()) < 60 and "PROBLEMS: 1" in result.stdout
+    assert "Environment info" not in result.stdout
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "Environment info" in log and "gdetkd.teacher INFO" in log
+    result = run("train_net.py", "--config-file", config_file, "--check", "DATASETS.TRAIN", "('other',)")
+    assert result.returncode == 1 and result.stdout == ""
+    assert "'other' is not registered" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+
+
+def test_check_shows_the_warnings(config_file, tmp_path, tiny_dataset):
+    content = json.loads((tiny_dataset / "tiny.json").read_text())
+    for annotation in content["annotations"]:
+        del annotation["area"]
+    (tmp_path / "quirky.json").write_text(json.dumps(content))
+    entry = {"name": "tiny", "kind": "coco", "json": str(tmp_path / "quirky.json"), "images": str(tiny_dataset)}
+    result = run("train_net.py", "--config-file", config_file, "--check", "DATASETS.REGISTER", str([entry]))
+    assert "WARNINGS: 1" in result.stdout and "tiny: 24 annotations lack an area" in result.stdout, result.stdout
+
+
+def test_an_unknown_error_shows_its_traceback_and_where_to_report_it(config_file, tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        "import runpy, sys\n"
+        "import gdetkd\n"
+        "from gdetkd.engine import DistillTrainer\n"
+        "DistillTrainer.train = lambda self: 1 / 0\n"
+        "sys.argv[0] = 'train_net.py'\n"
+        "runpy.run_path('train_net.py', run_name='__main__')\n"
+    )
+    result = run(str(broken), "--config-file", config_file)
+    assert result.returncode == 1 and "ZeroDivisionError" in result.stderr
+    assert "please report it as an issue of GDetKD" in result.stderr.splitlines()[-1]
 
 
 def test_without_detectron2_the_import_says_how_to_get_it(tmp_path):
