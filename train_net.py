@@ -150,7 +150,7 @@ def check(cfg: CfgNode, args: Namespace) -> None:
             start(cfg, args)
         checked = Check(cfg, args.check_images, max(1, args.num_gpus) * args.num_machines)
         screen = checked.run(warnings)
-    print(f"{screen}\nThe full log is {Path(cfg.OUTPUT_DIR, 'log.txt')}.")
+    print(f"The full log is {Path(cfg.OUTPUT_DIR, 'log.txt')}.\n\n{screen}")
     if checked.problems:
         sys.exit(1)
 
