@@ -28,7 +28,6 @@ from gdetkd.config_file import merge_config_file, merge_words
 from gdetkd.data import register_datasets
 from gdetkd.engine import build_plain_student, evaluate_teacher
 from gdetkd.engine.check import Check
-from gdetkd.engine.checkpoint import written_whole
 from gdetkd.engine.config_rules import check_parts
 from gdetkd.engine.folder import check_earlier_run, only_training_in, remove_earlier_run, warn_of_a_fresh_start
 from gdetkd.engine.launch import run_everywhere
@@ -36,6 +35,7 @@ from gdetkd.engine.preflight import check_student_classes, check_test_sets
 from gdetkd.engine.quiet import quiet
 from gdetkd.engine.student_weights import StudentCheckpointer
 from gdetkd.errors import GDetKDError
+from gdetkd.files import written_whole
 from gdetkd.program import explained_errors
 
 logger = logging.getLogger("gdetkd")

@@ -7,8 +7,8 @@ python benchmarks/roi_align.py [--channels 256] [--regions 256] [--rounds 10]
 import argparse
 import statistics
 
-from gdetkd.regions import roi_align_torchvision
-from gdetkd.roi_align_cpu import roi_align_cpu
+from gdetkd.losses.roi_align import roi_align_torchvision
+from gdetkd.losses.roi_align_cpu import roi_align_cpu
 from gdetkd.structures import Regions
 
 import torch  # isort: skip

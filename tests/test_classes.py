@@ -7,18 +7,17 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from conftest import ALL_LOSSES, WIDER, make_batch, make_cfg
-from gdetkd.classes import (
+from gdetkd.data.class_names import class_names
+from gdetkd.errors import GDetKDError
+from gdetkd.losses.classes import (
     ClassMap,
-    class_names,
     class_probabilities,
     match_classes,
     merge_logits,
     select_deltas,
     select_logits,
-    with_class_names,
 )
-from gdetkd.errors import GDetKDError
-from gdetkd.structures import DetectorSpec
+from gdetkd.structures import DetectorSpec, with_class_names
 
 
 def spec(*names, count=None):

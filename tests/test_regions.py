@@ -3,8 +3,9 @@ import torch
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
-from gdetkd.regions import _pool_with_torchvision, pool_all_levels, pool_in_full_precision, roi_align_torchvision
-from gdetkd.roi_align_cpu import roi_align_cpu
+from gdetkd.losses.roi_align import _pool_with_torchvision, pool_all_levels, roi_align_torchvision
+from gdetkd.losses.roi_align_cpu import roi_align_cpu
+from gdetkd.regions import pool_in_full_precision
 from gdetkd.structures import Regions
 
 BOXES = [

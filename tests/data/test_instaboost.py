@@ -14,8 +14,9 @@ from PIL import Image
 from conftest import make_cfg, write_coco
 from gdetkd.data import register_datasets
 from gdetkd.data.instaboost import InstaBoostMapper, _run_lengths
-from gdetkd.data.train_loader import build_train_loader, random_state
+from gdetkd.data.train_loader import build_train_loader
 from gdetkd.errors import GDetKDError
+from gdetkd.random_state import random_state
 
 SHIFT = 4
 

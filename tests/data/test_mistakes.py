@@ -6,10 +6,11 @@ from detectron2.structures import BoxMode
 from test_clean import dataset, with_boxes
 
 from conftest import make_cfg, write_coco
-from gdetkd.classes import class_names, match_classes
 from gdetkd.data import register_datasets
+from gdetkd.data.class_names import class_names
 from gdetkd.data.mistakes import find_mistakes
 from gdetkd.errors import GDetKDError
+from gdetkd.losses.classes import match_classes
 from gdetkd.structures import DetectorSpec
 
 

@@ -13,12 +13,12 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.utils.events import EventStorage
 
 from conftest import CASCADE, DENSE, NUM_CLASSES, WIDER, make_batch, make_cfg
-from gdetkd.classes import check_transfer, with_class_names
 from gdetkd.detectors import build_adapter
+from gdetkd.engine.preflight import check_transfer
 from gdetkd.errors import GDetKDError
 from gdetkd.losses import CLS, REG, probability_weighted_localization, soft_binary_classification
 from gdetkd.recorder import Recorder
-from gdetkd.structures import Regions
+from gdetkd.structures import Regions, with_class_names
 from gdetkd.teacher import transfer_heads
 
 HAS_KEY = "USE_SIGMOID_CE" in get_cfg().MODEL.ROI_BOX_HEAD

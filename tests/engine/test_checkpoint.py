@@ -13,8 +13,9 @@ from conftest import ALL_LOSSES
 from gdetkd import DistillTrainer
 from gdetkd.engine import checkpoint as module
 from gdetkd.engine.catch_up import CatchUp
-from gdetkd.engine.checkpoint import DurableCheckpointer, written_whole
+from gdetkd.engine.checkpoint import DurableCheckpointer
 from gdetkd.errors import GDetKDError
+from gdetkd.files import written_whole
 from gdetkd.safe_load import read_weights
 
 

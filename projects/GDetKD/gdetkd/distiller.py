@@ -7,14 +7,14 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
-from .classes import class_names, with_class_names
 from .config import plain_config
+from .data.class_names import class_names
 from .detectors import build_adapter
 from .errors import GDetKDError
 from .losses import build_losses
 from .recorder import Recorder
 from .regions import pool_all_levels
-from .structures import DetectorOutputs
+from .structures import DetectorOutputs, with_class_names
 from .teacher import FrozenTeacher
 
 

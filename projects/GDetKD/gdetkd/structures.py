@@ -1,6 +1,6 @@
 """What a detector shows of itself to the losses."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -146,3 +146,8 @@ class DetectorSpec:
         if self.anchors is None:
             return "TWO_STAGE"
         return "ANCHOR_FREE" if self.location_anchors is None else "ANCHOR_BASED"
+
+
+def with_class_names(spec: DetectorSpec, names: Optional[Tuple[str, ...]]) -> DetectorSpec:
+    """The spec with the names of its classes, unless there are not as many: then they are another detector's."""
+    return replace(spec, class_names=names if names is not None and len(names) == spec.num_classes else None)

@@ -10,12 +10,11 @@ from detectron2.structures import ImageList
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from .classes import some, with_class_names
 from .detectors import build_adapter
-from .errors import GDetKDError
+from .errors import GDetKDError, some
 from .inference import for_inference, parse_dtype
 from .safe_load import DamagedFileError, SafeCheckpointer, sha256_of_file
-from .structures import DetectorOutputs, Regions
+from .structures import DetectorOutputs, Regions, with_class_names
 from .teacher_file import TeacherFile, read_teacher_file
 
 logger = logging.getLogger(__name__)

@@ -7,11 +7,9 @@ import os
 import random
 import signal
 import threading
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper
@@ -20,6 +18,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import GDetKDError
+from ..random_state import random_state
 from .clean import BadImages, without_bad_images
 from .headers import IMAGE_ERRORS
 from .instaboost import InstaBoostMapper
@@ -30,30 +29,6 @@ Sample = Dict[str, Any]
 # Under this key a sample says which images it was taken in place of, and why.
 BAD_IMAGES = "bad_images"
 ATTEMPTS = 100  # at an image that can be used
-
-
-@contextmanager
-def random_state(seed: Sequence[int]) -> Iterator[None]:
-    """Python's, NumPy's and torch's generators (the CPU's and the current GPU's) are seeded inside; outside they are as
-    before."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # Not in a loader's worker, which has no GPU.
-    before_cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    words = np.random.SeedSequence(list(seed)).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    # Not torch.manual_seed, which reseeds the generators of all GPUs for good.
-    torch.default_generator.manual_seed(int(words[2]))
-    if before_cuda is not None:
-        torch.cuda.manual_seed(int(words[2]))
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-        if before_cuda is not None:
-            torch.cuda.set_rng_state(before_cuda)
 
 
 class PositionedDataset(Dataset):

@@ -8,7 +8,7 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
 
-from .checkpoint import written_whole
+from ..files import written_whole
 from .hooks import KeepBest, RandomState
 from .precise_bn import PreciseStatistics
 from .stopping import EXIT_STOPPED, StopRequest

@@ -9,9 +9,9 @@ from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 from torch import nn
 
-from ..classes import match_classes, other_names, some
 from ..data.train_loader import images_per_process
-from ..errors import GDetKDError
+from ..errors import GDetKDError, some
+from ..losses.classes import match_classes, other_names
 from ..structures import DetectorSpec
 from .forward_guard import BROKEN
 from .preflight import load_dataset

@@ -19,7 +19,7 @@ from detectron2.utils import comm
 
 from .._compat import has_compiled_ops
 from ..errors import GDetKDError
-from .checkpoint import written_whole
+from ..files import written_whole
 
 logger = logging.getLogger(__name__)
 

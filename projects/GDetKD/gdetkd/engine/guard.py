@@ -11,11 +11,12 @@ from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
 from detectron2.utils import comm
 from torch import nn
 
-from .checkpoint import written_whole
+from ..files import written_whole
+from ..random_state import get_random_state
 from .exchange import on_any_process
 from .forward_guard import ForwardGuard, NonFiniteError
 from .forward_state import ForwardState
-from .hooks import RandomState, get_random_state
+from .hooks import RandomState
 from .schedule import LossSchedule
 from .stopping import StopRequest
 

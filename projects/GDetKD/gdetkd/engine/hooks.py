@@ -2,47 +2,21 @@
 
 import logging
 import os
-import random
 import time
 from typing import Any, Callable, Dict, List, Optional
 
-import numpy as np
 import torch
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import BestCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
+from ..random_state import get_random_state, set_random_state
 from ..safe_load import DamagedFileError, read_weights
 from .checkpoint import DurableCheckpointer
 from .forward_state import normalizers, set_normalizers
 
 logger = logging.getLogger(__name__)
-
-
-def get_random_state() -> Dict[str, Any]:
-    """Of Python, NumPy, torch and CUDA, in types that a safe loader of checkpoints accepts."""
-    version, internal, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "python": [version, list(internal), gauss],
-        "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_initialized():  # asking for its state would initialise it, also for a run on the CPU
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: Dict[str, Any]) -> None:
-    """Undoes `get_random_state`."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    keys, *rest = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 class RandomState(HookBase):

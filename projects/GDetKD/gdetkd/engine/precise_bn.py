@@ -7,8 +7,8 @@ from detectron2.engine.hooks import PreciseBN
 from torch import nn
 
 from ..data import ResumableLoader
+from ..random_state import get_random_state, set_random_state
 from .forward_state import ForwardState
-from .hooks import get_random_state, set_random_state
 from .stopping import LeftEarly, StopRequest
 
 

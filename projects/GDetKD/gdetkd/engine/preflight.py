@@ -8,13 +8,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ..classes import check_transfer, class_names, some, with_class_names
+from ..data.class_names import class_names
 from ..data.clean import check_images
 from ..data.task_labels import check_test_labels, check_train_labels
 from ..detectors import build_adapter, find_adapter
-from ..errors import GDetKDError
+from ..errors import GDetKDError, some
+from ..losses.classes import other_names, warn_of_unknown_names
 from ..safe_load import read_weights
-from ..structures import DetectorSpec
+from ..structures import DetectorSpec, with_class_names
 from ..teacher import FrozenTeacher
 
 logger = logging.getLogger(__name__)
@@ -231,3 +232,36 @@ def check_class_order(names: Sequence[str]) -> None:
             name,
             some(others, 5),
         )
+
+
+def check_transfer(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> None:
+    """Head transfer copies a classification layer row by row.
+
+    Raises:
+        GDetKDError: the student has the teacher's classes in another order.
+    """
+    if student.num_classes != teacher.num_classes:
+        return
+    if student.family == teacher.family and student.independent_classes != teacher.independent_classes:
+        logger.warning(
+            "The student trains its classification layer with a %s, and head transfer starts it from one trained with "
+            "a %s. So its first scores are wrong. Give both the same MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE.",
+            *(("sigmoid", "softmax") if student.independent_classes else ("softmax", "sigmoid")),
+        )
+    if student.class_names is None or teacher.class_names is None:
+        warn_of_unknown_names("Head transfer", "student" if student.class_names is None else "teacher")
+        return
+    other_name = other_names(cfg, student.class_names, teacher.class_names)
+    names = [other_name.get(name, name) for name in student.class_names]
+    if names == list(teacher.class_names):
+        return
+    if sorted(names) == sorted(teacher.class_names):
+        raise GDetKDError(
+            f"DISTILL.HEAD_TRANSFER would start the student's classes ({some(names)}) from others: the teacher's are "
+            f"in another order ({some(teacher.class_names)}). Bring the data sets' into one, or switch it off."
+        )
+    logger.warning(
+        "Head transfer starts the student's classes (%s) from others of the teacher (%s).",
+        some(student.class_names),
+        some(teacher.class_names),
+    )

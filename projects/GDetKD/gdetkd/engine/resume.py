@@ -6,10 +6,9 @@ from typing import Any, Dict, Optional, Tuple
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from ..classes import some
 from ..config import changed_keys, flat_config
 from ..distiller import GDetKD
-from ..errors import GDetKDError
+from ..errors import GDetKDError, some
 
 logger = logging.getLogger(__name__)
 

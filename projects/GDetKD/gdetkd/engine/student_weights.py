@@ -5,8 +5,7 @@ from typing import Any, Dict, List
 
 from torch import nn
 
-from ..classes import some
-from ..errors import GDetKDError
+from ..errors import GDetKDError, some
 from .checkpoint import DurableCheckpointer
 
 logger = logging.getLogger(__name__)

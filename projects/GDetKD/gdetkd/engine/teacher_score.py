@@ -16,11 +16,11 @@ from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_
 from detectron2.structures import Instances
 from detectron2.utils import comm
 
-from ..classes import other_names, some
 from ..data import register_datasets
 from ..data.headers import for_evaluation
-from ..data.train_loader import random_state
-from ..errors import GDetKDError
+from ..errors import GDetKDError, some
+from ..losses.classes import other_names
+from ..random_state import random_state
 from ..teacher import FrozenTeacher
 from .evaluators import build_evaluator
 from .preflight import check_classes, check_test_sets, load_dataset

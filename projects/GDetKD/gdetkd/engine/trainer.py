@@ -17,12 +17,13 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..classes import class_names
 from ..config import plain_config
 from ..data import ResumableLoader, build_train_loader, register_datasets
-from ..data.train_loader import images_per_process, outlive_warning, random_state
+from ..data.class_names import class_names
+from ..data.train_loader import images_per_process, outlive_warning
 from ..distiller import GDetKD
 from ..errors import GDetKDError
+from ..random_state import random_state
 from ..structures import DetectorSpec
 from ..teacher import transfer_heads
 from .attention import AttentionWatch

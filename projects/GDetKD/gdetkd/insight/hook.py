@@ -9,9 +9,9 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
-from ..data.train_loader import random_state
 from ..distiller import GDetKD
 from ..engine.schedule import LossSchedule
+from ..random_state import random_state
 from .gradients import term_gradients
 from .page import write_page
 from .probe import Probe, load_probe

@@ -11,8 +11,8 @@ from matplotlib import pyplot as plt
 from PIL import Image
 from torch import nn
 
-from ..classes import some
-from ..engine.checkpoint import written_whole
+from ..errors import some
+from ..files import written_whole
 from ..visualization import insight_charts as charts
 from ..visualization.charts import STYLE, as_png, as_svg
 from ..visualization.detections import draw_detections, pick

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional
 import torch
 
 from ..distiller import GDetKD
-from ..engine.checkpoint import written_whole
+from ..files import written_whole
 from .measures import class_correlation, correlation_gap, level_matching
 from .probe import Look, Probe, look_at_objects
 

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 
-from ..classes import class_probabilities, match_classes, select_deltas, select_logits
 from ..errors import GDetKDError
 from ..structures import full_precision
 from .build import DISTILL_LOSS_REGISTRY, DistillLoss, sum_of_zeros
+from .classes import class_probabilities, match_classes, select_deltas, select_logits
 from .soft_classification import check_comparable
 
 

@@ -15,9 +15,9 @@ from detectron2.structures import Boxes
 from torch import nn
 
 from ..errors import GDetKDError
-from ..regions import pool_all_levels
 from ..structures import Regions, full_precision
 from .build import DISTILL_LOSS_REGISTRY, DistillLoss, mean_squared_error
+from .roi_align import pool_all_levels
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 
-from ..classes import match_classes, merge_logits, select_logits
 from ..errors import GDetKDError
 from ..structures import full_precision
 from .build import DISTILL_LOSS_REGISTRY, DistillLoss, sum_of_zeros
+from .classes import match_classes, merge_logits, select_logits
 
 
 def soft_classification(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,14 @@
 """Which classes of student and teacher are the same, by name, and predictions restricted to those."""
 
-import json
 import logging
-import os
-from dataclasses import dataclass, replace
-from typing import Dict, Optional, Sequence, Tuple
+from dataclasses import dataclass
+from typing import Dict, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 
-from .data.register import resolve
-from .errors import GDetKDError
-from .structures import DetectorSpec
+from ..errors import GDetKDError, some
+from ..structures import DetectorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -23,58 +19,6 @@ class ClassMap:
 
     student: Optional[Tuple[int, ...]] = None
     teacher: Optional[Tuple[int, ...]] = None
-
-
-def class_names(cfg: CfgNode) -> Optional[Tuple[str, ...]]:
-    """The classes of the first set that a config trains on, in order; None where they cannot be known here.
-
-    They are known of a set whose metadata Detectron2's catalog has, and of one that DATASETS.REGISTER names.
-    """
-    if not cfg.DATASETS.TRAIN:
-        return None
-    name = cfg.DATASETS.TRAIN[0]
-    return names_of_dataset(name, [entry for entry in cfg.DATASETS.REGISTER if entry["name"] == name])
-
-
-def names_of_dataset(name: str, entries: Sequence[Dict] = ()) -> Optional[Tuple[str, ...]]:
-    """Return the class names of a dataset in order, or None if they are not known.
-
-    Args:
-        name: the dataset's name in Detectron2's catalog.
-        entries: what a config's DATASETS.REGISTER says of it, for a dataset that is not in the catalog.
-    """
-    entries = [dict(entry) for entry in entries]
-    if name in MetadataCatalog.list():
-        metadata = MetadataCatalog.get(name)
-        if entries and metadata.get("gdetkd_entry") != entries[0]:
-            # The catalog has another dataset of that name: a teacher's file and the student's may both name one so.
-            return _names_of_entry(entries[0])
-        if metadata.get("thing_classes"):
-            return tuple(metadata.thing_classes)
-        if metadata.get("gdetkd_entry"):  # registered, but not read yet
-            entries.append(metadata.gdetkd_entry)
-    return _names_of_entry(entries[0]) if entries else None
-
-
-def _names_of_entry(entry: Dict) -> Optional[Tuple[str, ...]]:
-    if "classes" in entry:
-        return tuple(entry["classes"])
-    if "json" not in entry:
-        return None
-    path = resolve(entry["json"])
-    if not os.path.exists(path):
-        return None
-    try:
-        with open(path, "rb") as file:
-            categories = json.load(file)["categories"]
-        return tuple(category["name"].strip() for category in sorted(categories, key=lambda each: each["id"]))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-        raise GDetKDError(f"The categories cannot be read from {path!r} ({type(e).__name__}: {e}).") from e
-
-
-def with_class_names(spec: DetectorSpec, names: Optional[Tuple[str, ...]]) -> DetectorSpec:
-    """The spec with the names of its classes, unless there are not as many: then they are another detector's."""
-    return replace(spec, class_names=names if names is not None and len(names) == spec.num_classes else None)
 
 
 def match_classes(loss: str, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> ClassMap:
@@ -127,49 +71,22 @@ def _assume_same_order(loss: str, cfg: CfgNode, student: DetectorSpec, teacher: 
             f"teacher's in DISTILL.TEACHER.CLASSES, or take {loss} out of DISTILL.LOSSES (SGFI and CKD do not need "
             "equal classes)."
         )
-    _warn_of_unknown(loss, lacking)
+    warn_of_unknown_names(loss, lacking)
     return ClassMap()
 
 
-def _warn_of_unknown(what: str, lacking: str) -> None:
+def warn_of_unknown_names(what: str, lacking: str) -> None:
+    """Warn that classes are assumed to be the same.
+
+    Args:
+        what: what assumes that, for the message.
+        lacking: "student" or "teacher", whose class names are not known.
+    """
     logger.warning(
         "%s takes the classes of student and teacher to be the same in the same order: the names of the %s's are not "
         "known (DISTILL.TEACHER.CLASSES would give the teacher's).",
         what,
         lacking,
-    )
-
-
-def check_transfer(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> None:
-    """Head transfer copies a classification layer row by row.
-
-    Raises:
-        GDetKDError: the student has the teacher's classes in another order.
-    """
-    if student.num_classes != teacher.num_classes:
-        return
-    if student.family == teacher.family and student.independent_classes != teacher.independent_classes:
-        logger.warning(
-            "The student trains its classification layer with a %s, and head transfer starts it from one trained with "
-            "a %s. So its first scores are wrong. Give both the same MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE.",
-            *(("sigmoid", "softmax") if student.independent_classes else ("softmax", "sigmoid")),
-        )
-    if student.class_names is None or teacher.class_names is None:
-        _warn_of_unknown("Head transfer", "student" if student.class_names is None else "teacher")
-        return
-    other_name = other_names(cfg, student.class_names, teacher.class_names)
-    names = [other_name.get(name, name) for name in student.class_names]
-    if names == list(teacher.class_names):
-        return
-    if sorted(names) == sorted(teacher.class_names):
-        raise GDetKDError(
-            f"DISTILL.HEAD_TRANSFER would start the student's classes ({some(names)}) from others: the teacher's are "
-            f"in another order ({some(teacher.class_names)}). Bring the data sets' into one, or switch it off."
-        )
-    logger.warning(
-        "Head transfer starts the student's classes (%s) from others of the teacher (%s).",
-        some(student.class_names),
-        some(teacher.class_names),
     )
 
 
@@ -216,11 +133,6 @@ def _check_one_to_one(pairs: Dict[str, str], student: Tuple[str, ...], teacher: 
                 "does not have."
             )
         taught[other] = name
-
-
-def some(names: Sequence[str], count: int = 10) -> str:
-    """Names for a message, which is not to fill the screen."""
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def merge_logits(logits: torch.Tensor, classes: Optional[Tuple[int, ...]]) -> torch.Tensor:

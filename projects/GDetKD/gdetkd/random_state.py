@@ -1,0 +1,56 @@
+"""Save, restore and seed every random generator that a training draws from."""
+
+import random
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, Sequence
+
+import numpy as np
+import torch
+
+
+def get_random_state() -> Dict[str, Any]:
+    """Return the states of Python, NumPy, torch and CUDA, in types that a safe loader of checkpoints accepts."""
+    version, internal, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": [version, list(internal), gauss],
+        "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_initialized():  # asking for its state would initialise it, also for a run on the CPU
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Dict[str, Any]) -> None:
+    """Set the states that `get_random_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    keys, *rest = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def random_state(seed: Sequence[int]) -> Iterator[None]:
+    """Seed Python, NumPy and torch (the CPU and the current GPU) inside, and restore their states after."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    # Not in a loader's worker, which has no GPU.
+    before_cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    words = np.random.SeedSequence(list(seed)).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    # Not torch.manual_seed, which reseeds the generators of all GPUs for good.
+    torch.default_generator.manual_seed(int(words[2]))
+    if before_cuda is not None:
+        torch.cuda.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+        if before_cuda is not None:
+            torch.cuda.set_rng_state(before_cuda)
