@@ -23,6 +23,7 @@ import torch.multiprocessing as mp
 from tabulate import tabulate
 from timing import WARM_UP, machine, now, numbers
 
+from gdetkd.engine.launch import leave_process_groups
 from gdetkd.losses.ckd import gather_embeddings
 
 
@@ -57,8 +58,7 @@ def work(rank: int, world_size: int, port: int, args: argparse.Namespace, folder
         whole.append(now() - start)
     result = {"gathering": statistics.median(gathering[WARM_UP:]), "whole": statistics.median(whole[WARM_UP:])}
     Path(folder, str(rank)).write_text(json.dumps(result))
-    if world_size > 1:
-        dist.destroy_process_group()
+    leave_process_groups()
 
 
 def run(world_size: int, args: argparse.Namespace) -> Dict[str, Any]:

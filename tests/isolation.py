@@ -27,7 +27,9 @@ from detectron2.utils import comm, events
 from detectron2.utils import logger as detectron2_logger
 from fvcore.common.registry import Registry
 
+from gdetkd._compat import forget_process_groups
 from gdetkd.detectors import DETECTOR_ADAPTER_REGISTRY
+from gdetkd.engine.launch import leave_process_groups
 from gdetkd.losses.build import DISTILL_LOSS_REGISTRY
 
 SEED = 0
@@ -183,11 +185,9 @@ def _keep_process_groups() -> Iterator[None]:
     group, storages, initialized = comm._LOCAL_PROCESS_GROUP, events._CURRENT_STORAGE_STACK[:], _has_process_group()
     yield
     if _has_process_group() and not initialized:
-        torch.distributed.destroy_process_group()
+        leave_process_groups()
+    forget_process_groups()
     comm._LOCAL_PROCESS_GROUP = group
-    comm._get_global_gloo_group.cache_clear()
-    if hasattr(comm, "create_local_process_group"):  # Detectron2 main
-        comm.create_local_process_group.cache_clear()
     events._CURRENT_STORAGE_STACK[:] = storages
 
 

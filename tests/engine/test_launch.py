@@ -6,6 +6,7 @@ import errno
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -133,22 +134,98 @@ def test_what_does_not_go_together_with_torchrun(monkeypatch, argument, match):
         run_everywhere(pytest.fail, parser.parse_args(argument))
 
 
-@pytest.mark.parametrize("error, destroyed", [(None, 1), (SystemExit(EXIT_STOPPED), 1), (RuntimeError("one"), 0)])
-def test_a_process_that_fails_alone_does_not_wait_for_the_others(monkeypatch, error, destroyed):
-    """NCCL's `destroy_process_group` waits for all."""
+@pytest.mark.parametrize(
+    "error, destroyed", [(None, 1), (SystemExit(EXIT_STOPPED), 1), (SystemExit(1), 0), (RuntimeError("one"), 0)]
+)
+def test_a_process_that_fails_alone_does_not_wait_for_the_others(monkeypatch, tmp_path, error, destroyed):
+    """NCCL's `destroy_process_group` waits for all processes."""
     calls = []
     for name in TORCHRUN:
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr(launch, "_join_torchrun", lambda args, timeout: None)
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append(1))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    destroy = dist.destroy_process_group
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append(1) or destroy())
 
     def main(args):
         if error:
             raise error
 
-    with contextlib.nullcontext() if error is None else pytest.raises(type(error)):
+    with contextlib.nullcontext() if error is None else pytest.raises(type(error), match=str(error)):
         run_everywhere(main, Namespace(timeout=30))
-    assert len(calls) == destroyed
+    assert len(calls) == destroyed and dist.is_initialized() is not bool(destroyed)
+
+
+# The threads that a process has in `main` beside those that it had before are those of its process groups.
+LEAVING = """
+import gdetkd  # first
+import os, sys
+from argparse import Namespace
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+from torch.nn.parallel import DistributedDataParallel
+from gdetkd.engine import launch
+from gdetkd.engine.stopping import EXIT_STOPPED
+
+def threads():
+    return set(os.listdir("/proc/self/task"))
+
+def launched(main, processes, machines, rank, url, args, timeout):  # as Detectron2 does, but on the CPU
+    dist.init_process_group("gloo")
+    comm._LOCAL_PROCESS_GROUP = dist.new_group([0])
+    main(*args)
+
+class Trainer:
+    def __init__(self):
+        self.model = DistributedDataParallel(torch.nn.Linear(2, 2))
+        self.itself = self
+
+def main(args):
+    groups.update(threads() - before)
+    trainer = Trainer()
+    trainer.model(torch.ones(1, 2)).sum().backward()
+    comm.all_gather("what makes Detectron2 cache a group")
+    assert comm._get_global_gloo_group() is not None
+    sys.setswitchinterval(1000)  # the threads of a group wait for Python's lock from now on
+    dist.all_reduce(torch.ones(1000))
+    if is_stopped:
+        sys.exit(EXIT_STOPPED)
+
+is_launched, is_stopped = (word == "True" for word in sys.argv[1:])
+if is_launched:
+    launch.is_under_torchrun, launch.launch = lambda: False, launched
+before, groups, code = threads(), set(), 0
+try:
+    launch.run_everywhere(main, Namespace(
+        timeout=1, num_gpus=1, num_machines=1, machine_rank=0, dist_url="", check=False
+    ))
+except SystemExit as stop:
+    code = stop.code
+print(code, len(groups) > 0, len(groups & threads()), dist.is_initialized(), comm._LOCAL_PROCESS_GROUP)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="the threads of a process are in /proc on Linux alone")
+@pytest.mark.parametrize("is_stopped", [False, True])
+@pytest.mark.parametrize("is_launched", [False, True])
+def test_a_process_leaves_no_group_and_no_thread_of_a_group(is_launched, is_stopped):
+    """A thread that wants Python's lock while Python ends would abort the process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    env = {**os.environ, **ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LEAVING, str(is_launched), str(is_stopped)],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == f"{EXIT_STOPPED if is_stopped else 0} True 0 False None"
 
 
 def test_what_is_exchanged_beside_nccl_has_the_timeout_of_all_else(monkeypatch):
@@ -156,7 +233,7 @@ def test_what_is_exchanged_beside_nccl_has_the_timeout_of_all_else(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
     monkeypatch.setattr(dist, "new_group", lambda **keys: made.append(keys) or "the group")
-    monkeypatch.setattr(comm, "_get_global_gloo_group", comm._get_global_gloo_group)  # and back afterwards
-    timeout = timedelta(minutes=7)
+    timeout, detectron2s = timedelta(minutes=7), comm._get_global_gloo_group
     assert launch._exchange_within(timeout, lambda args: comm._get_global_gloo_group(), Namespace()) == "the group"
     assert made == [{"backend": "gloo", "timeout": timeout}]
+    assert comm._get_global_gloo_group is detectron2s  # or the group would outlive the exchanges

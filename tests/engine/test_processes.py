@@ -18,6 +18,7 @@ from conftest import ALL_LOSSES, look_through_the_model, make_batch, settle_batc
 from gdetkd import DistillTrainer, GDetKD
 from gdetkd.engine.checkpoint import DurableCheckpointer
 from gdetkd.engine.guard import NonFiniteError
+from gdetkd.engine.launch import leave_process_groups
 from gdetkd.errors import GDetKDError
 from gdetkd.losses import DistillLoss
 
@@ -54,8 +55,7 @@ def _worker(rank, meeting, folder, world_size, function, args):
     else:
         comm._LOCAL_PROCESS_GROUP = dist.new_group(list(range(world_size)))
     torch.save(function(rank, *args), f"{folder}/rank{rank}.pt")
-    dist.barrier()  # together: once a process was aborted while it ended its threads, its peer perhaps gone already
-    dist.destroy_process_group()
+    leave_process_groups()
 
 
 def _train(rank, cfg, trainer_class=DistillTrainer):

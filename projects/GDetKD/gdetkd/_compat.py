@@ -70,3 +70,13 @@ def default_store() -> Any:
     from torch.distributed import distributed_c10d
 
     return distributed_c10d._get_default_store()
+
+
+def forget_process_groups() -> None:
+    """Make Detectron2 forget the process groups that it keeps. v0.6 lacks the function that makes the local group."""
+    from detectron2.utils import comm
+
+    comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group.cache_clear()

@@ -1,6 +1,7 @@
 """Starts a function in every process of a run: alone, by Detectron2's launcher, or as torchrun has it."""
 
 import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,7 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from .._compat import forget_process_groups
 from ..errors import GDetKDError
 from ..program import message_in
 from .stopping import EXIT_STOPPED
@@ -42,20 +44,13 @@ def run_everywhere(main: Callable[[Namespace], Any], args: Namespace) -> None:
     timeout = timedelta(minutes=args.timeout)
     if is_under_torchrun():
         _join_torchrun(args, timeout)
-        try:
-            _exchange_within(timeout, main, args)
-        except SystemExit:
-            dist.destroy_process_group()
-            raise
-        # Not after an error: NCCL would wait there for the others, which wait for this process, and torchrun would not
-        # see that it failed.
-        dist.destroy_process_group()
+        _run_in_group(timeout, main, args)
         return
     _check_gpus(args)
     processes, machines = (0, 1) if args.check else (args.num_gpus, args.num_machines)  # a check needs but one process
     before = signal.signal(signal.SIGTERM, _pass_on) if processes * machines > 1 else None
     try:
-        everywhere = functools.partial(_exchange_within, timeout, main)
+        everywhere = functools.partial(_run_in_group, timeout, main)
         launch(everywhere, processes, machines, args.machine_rank, args.dist_url, (args,), timeout)
     except (ProcessExitedException, ProcessRaisedException) as e:
         if getattr(e, "exit_code", None) == EXIT_STOPPED:
@@ -66,12 +61,54 @@ def run_everywhere(main: Callable[[Namespace], Any], args: Namespace) -> None:
             signal.signal(signal.SIGTERM, before)
 
 
+def _run_in_group(timeout: timedelta, main: Callable[[Namespace], Any], args: Namespace) -> None:
+    """Call `main(args)`, and leave the process groups if all processes end now.
+
+    After an error this process does not leave the groups. NCCL would wait there for the other processes, which wait
+    for this one, and the launcher would not see that this process failed. The same holds for an exit code that this
+    process may have chosen alone. All processes end together with EXIT_STOPPED.
+    """
+    is_stopped = False
+    try:
+        _exchange_within(timeout, main, args)
+    except SystemExit as stop:
+        if stop.code != EXIT_STOPPED:
+            raise
+        is_stopped = True
+    # The traceback of a stop holds the trainer, and the trainer holds a group: so leave outside of the handler.
+    leave_process_groups()
+    if is_stopped:
+        sys.exit(EXIT_STOPPED)
+
+
+def leave_process_groups() -> None:
+    """Destroy the process groups of this process and end their threads. All processes must call this function.
+
+    Call this function before a process ends. A thread of gloo needs Python's lock when it releases the tensors of an
+    exchange. If Python is ending at that time, the thread aborts the process: "terminate called without an active
+    exception", exit code -6. The threads of a group end when nothing refers to the group any more.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    comm.synchronize()  # or a process closes connections that another process still reads from
+    # Free the models before the groups. If a model held the last reference to a group, freeing the model would wait
+    # for the group's threads and hold Python's lock, which those threads wait for. `destroy_process_group` lets go of
+    # the lock.
+    forget_process_groups()
+    gc.collect()
+    dist.destroy_process_group()
+
+
 def _exchange_within(timeout: timedelta, main: Callable[[Namespace], Any], args: Namespace) -> Any:
-    """Calls `main(args)`; what Detectron2 exchanges on the CPU beside NCCL has the timeout of all else, too."""
-    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl":
-        group = dist.new_group(backend="gloo", timeout=timeout)
-        comm._get_global_gloo_group = lambda: group
-    return main(args)
+    """Call `main(args)`. Detectron2's exchanges on the CPU beside NCCL get the same timeout as all other exchanges."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"):
+        return main(args)
+    group, original = dist.new_group(backend="gloo", timeout=timeout), comm._get_global_gloo_group
+    comm._get_global_gloo_group = lambda: group
+    try:
+        return main(args)
+    finally:
+        comm._get_global_gloo_group = original
 
 
 def which_ended(error: Any, first_rank: int = 0) -> str:
