@@ -25,7 +25,6 @@ def outputs(count: int) -> DetectorOutputs:
         levels=torch.arange(count) % 2,
         gt_boxes=[boxes[:2]],
         pooled=torch.randn(count, 4, 7, 7),
-        level_pooled=torch.randn(count, 2, 4, 7, 7),
         embeddings=torch.randn(count, 6),
         logits=torch.randn(count, 4),
         deltas=torch.randn(count, 12),

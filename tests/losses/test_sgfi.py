@@ -8,6 +8,7 @@ from detectron2.structures import Boxes
 from conftest import LargeTensors, make_cfg
 from gdetkd.errors import GDetKDError
 from gdetkd.losses import SGFI, level_attention, semantic_guided_imitation
+from gdetkd.losses.roi_align import roi_align_torchvision
 from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
 
 TAU = torch.tensor(0.7, dtype=torch.float64)
@@ -98,41 +99,44 @@ def make_module(student_channels=3, teacher_channels=4):
     return SGFI(cfg, spec(student_channels), spec(teacher_channels)).double()
 
 
-def outputs(n, channels, levels=None):
-    regions = Regions([Boxes(torch.rand(n, 4))])
-    result = DetectorOutputs({}, {}, regions, embeddings=torch.zeros(n, 1))
-    result.pooled = torch.randn(n, channels, 7, 7, dtype=torch.float64)
-    if levels:
-        result.level_pooled = torch.randn(n, levels, channels, 7, 7, dtype=torch.float64, requires_grad=True)
-    return result
+def regions(*shape):
+    return torch.randn(*shape, 7, 7, dtype=torch.float64, requires_grad=True)
 
 
 def test_folded_adapter_equals_the_equations_in_value_and_gradient():
-    module, student, teacher = make_module(), outputs(5, 3, levels=3), outputs(5, 4)
-    module(student, teacher).backward()
-    fast = [student.level_pooled.grad] + [p.grad.clone() for p in module.parameters()]
-    loss = module(student, teacher)
-    student.level_pooled.grad = None
+    module, rois, target = make_module(), regions(5, 3, 3), regions(5, 4).detach()
+    module.imitate(rois, target).backward()
+    fast = [rois.grad] + [p.grad.clone() for p in module.parameters()]
+    loss = module.imitate(rois, target)
+    rois.grad = None
     module.zero_grad()
-    adapted = module.adapter(student.level_pooled.flatten(0, 1))
+    adapted = module.adapter(rois.flatten(0, 1))
     keys = module.embed(adapted).view(5, 3, -1)
-    plain, _ = semantic_guided_imitation(
-        adapted.view(5, 3, 4, 7, 7), teacher.pooled, keys, module.embed(teacher.pooled), module.tau
-    )
+    plain, _ = semantic_guided_imitation(adapted.view(5, 3, 4, 7, 7), target, keys, module.embed(target), module.tau)
     plain.backward()
     torch.testing.assert_close(loss, plain)
-    for a, b in zip(fast, [student.level_pooled.grad] + [p.grad for p in module.parameters()]):
+    for a, b in zip(fast, [rois.grad] + [p.grad for p in module.parameters()]):
         torch.testing.assert_close(a, b)
 
 
 def test_regions_on_all_levels_get_a_gradient_of_each_use_and_none_of_their_sum():
-    module, student, teacher = make_module(), outputs(5, 3, levels=8), outputs(5, 4)
+    module, target = make_module(), regions(5, 4).detach()
     cells = torch.randn(5, 8, 7, 7, 3, dtype=torch.float64, requires_grad=True)  # in memory as RoIAlign gives them
-    student.level_pooled = cells.permute(0, 1, 4, 2, 3)
     with LargeTensors(cells.numel()) as large:
-        module(student, teacher).backward()
+        module.imitate(cells.permute(0, 1, 4, 2, 3), target).backward()
     assert len(large.storages) == 3  # with the regions themselves
     assert cells.grad.abs().sum() > 0
+
+
+def test_it_pools_each_region_on_each_level_and_imitates_that():
+    module = make_module().float()
+    boxes = [Boxes(torch.tensor([[2.0, 3.0, 30.0, 25.0], [8.0, 8.0, 20.0, 28.0]]))]
+    maps = {name: torch.randn(1, 3, size, size) for name, size in (("p2", 16), ("p3", 8))}
+    student = DetectorOutputs(maps, {"p2": 4, "p3": 8}, Regions(boxes))
+    target = torch.randn(2, 4, 7, 7)
+    levels = [roi_align_torchvision(*level, Regions(boxes), (7, 7), 2) for level in zip(maps.values(), (4, 8))]
+    expected = module.imitate(torch.stack(levels, dim=1), target)
+    torch.testing.assert_close(module(student, DetectorOutputs({}, {}, pooled=target)), expected)
 
 
 def test_embedding_is_two_strided_convolutions_with_relu():
@@ -150,7 +154,8 @@ def test_embedding_is_two_strided_convolutions_with_relu():
 
 def test_module_without_regions_gives_every_parameter_a_gradient():
     module = make_module()
-    loss = module(outputs(0, 3, levels=3), outputs(0, 4))
+    student = DetectorOutputs({"p2": torch.randn(1, 3, 8, 8)}, {"p2": 4}, Regions([Boxes(torch.zeros(0, 4))]))
+    loss = module.float()(student, DetectorOutputs({}, {}, pooled=torch.zeros(0, 4, 7, 7)))
     loss.backward()
     assert loss.item() == 0 and all(p.grad is not None for p in module.parameters())
 
@@ -169,3 +174,5 @@ def test_errors_name_the_key():
         SGFI(make_cfg({}), spec(3), spec(3, pooled=(5, 5)))
     with pytest.raises(GDetKDError, match="DISTILL.SGFI.TAU"):
         SGFI(make_cfg({"DISTILL.SGFI.TAU": 0.0}), spec(3), spec(3))
+    with pytest.raises(GDetKDError, match="DISTILL.SGFI.SAMPLING_RATIO must be at least 1"):
+        SGFI(make_cfg({"DISTILL.SGFI.SAMPLING_RATIO": 0}), spec(3), spec(3))

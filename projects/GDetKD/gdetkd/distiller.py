@@ -11,9 +11,8 @@ from .config import plain_config
 from .data.class_names import class_names
 from .detectors import build_adapter
 from .errors import GDetKDError
-from .losses import build_losses
+from .losses import DistillLoss, build_losses
 from .recorder import Recorder
-from .regions import pool_all_levels
 from .structures import DetectorOutputs, with_class_names
 from .teacher import FrozenTeacher
 
@@ -53,11 +52,15 @@ class GDetKD(nn.Module):
             self.adapter.needs = self._needs
             self.adapter.stages_compared = min(spec.num_stages, self.teacher.spec.num_stages)
         self._to_compute: List[str] = []
-        self._sampling_ratio = cfg.DISTILL.SGFI.SAMPLING_RATIO
 
     @property
     def device(self) -> torch.device:
         return self.student.device
+
+    @property
+    def level_chooser(self) -> Optional[DistillLoss]:
+        """Return the first loss that chooses among the student's levels, or None."""
+        return next((loss for loss in self.losses.values() if loss.chooses_levels), None)
 
     def forward(self, batched_inputs: List[Dict[str, Any]]) -> Any:
         """Detectron2's interface: a dict of losses in training, a list of predictions in evaluation."""
@@ -71,8 +74,6 @@ class GDetKD(nn.Module):
         student.gt_boxes = [inputs["instances"].gt_boxes.to(self.device) for inputs in batched_inputs]
         later_regions = [stage.regions for stage in student.later_stages]
         teacher = self.teacher.look(batched_inputs, student.regions, self._needs, later_regions)
-        if "level_pooled" in self._needs:
-            student.level_pooled = self.pool_all_levels(student)
         _check_filled(self._needs, student, teacher)
         for name, loss in self.losses.items():
             self._to_compute.remove(name)
@@ -84,12 +85,6 @@ class GDetKD(nn.Module):
         for name in self._to_compute:
             self.losses[name].join_exchange()
         self._to_compute = []
-
-    def pool_all_levels(self, student: DetectorOutputs) -> torch.Tensor:
-        """Its regions on each of its levels: (N, L, C, h, w), of the size that the teacher pools to."""
-        size = self.teacher.adapter.spec.pooled_size
-        maps, strides = list(student.pyramid.values()), list(student.strides.values())
-        return pool_all_levels(maps, strides, student.regions, size, self._sampling_ratio)
 
 
 def _check_filled(needs: Collection[str], student: DetectorOutputs, teacher: DetectorOutputs) -> None:

@@ -63,7 +63,6 @@ class DetectorOutputs:
         strides: pixels of the input image per cell of each map, by the same names.
         regions: the boxes that all below is about.
         pooled: (N, C, h, w) RoIAlign on the level that the box-size rule assigns.
-        level_pooled: (N, L, C, h, w) RoIAlign on every level; of a student alone.
         embeddings: (N, D) the vector just before the classification layer.
         logits: (N, n + 1) class scores, background last; (N, n) where classes are scored independently (sigmoid).
         deltas: (N, 4 n) box regression, or (N, 4) where it is class-agnostic.
@@ -79,7 +78,6 @@ class DetectorOutputs:
     strides: Dict[str, int]
     regions: Optional[Regions] = None
     pooled: Optional[torch.Tensor] = None
-    level_pooled: Optional[torch.Tensor] = None
     embeddings: Optional[torch.Tensor] = None
     logits: Optional[torch.Tensor] = None
     deltas: Optional[torch.Tensor] = None

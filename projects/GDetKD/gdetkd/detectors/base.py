@@ -19,7 +19,7 @@ Register a subclass of `DetectorAdapter` to add a family.
 """
 
 # The fields of `DetectorOutputs` that are about regions; a loss that needs none of them reads pyramids alone.
-REGION_FIELDS = frozenset({"pooled", "level_pooled", "levels", "embeddings", "logits", "deltas"})
+REGION_FIELDS = frozenset({"pooled", "levels", "embeddings", "logits", "deltas"})
 
 
 class DetectorAdapter(ABC):

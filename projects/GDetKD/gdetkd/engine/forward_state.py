@@ -5,7 +5,7 @@ from typing import Dict, List, Mapping, Optional, Tuple
 import torch
 from torch import nn
 
-from ..losses.ckd import EmbeddingQueue
+from ..losses import DistillLoss
 
 # Detectron2's dense detectors divide their losses by a moving average of this name. It is a plain number, in no
 # `state_dict`.
@@ -13,7 +13,7 @@ NORMALIZER = "loss_normalizer"
 
 
 class ForwardState:
-    """BatchNorm's statistics, the dense detectors' normalizer and CKD's queue, as they were before a forward pass.
+    """Restore BatchNorm's statistics, dense detectors' normalizers and the losses' buffers after a forward pass.
 
     Args:
         model: the model whose forward passes are to be undone.
@@ -22,7 +22,7 @@ class ForwardState:
     def __init__(self, model: nn.Module) -> None:
         self._norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         self._dense = [module for module in model.modules() if _has_average(module)]
-        self._queues = [module for module in model.modules() if isinstance(module, EmbeddingQueue)]
+        self._losses = [module for module in model.modules() if isinstance(module, DistillLoss)]
         self._statistics: List[Tuple[nn.Module, str, torch.Tensor]] = []
         self._normalizers: List[Optional[float]] = []
 
@@ -36,8 +36,8 @@ class ForwardState:
             for name, buffer in module.named_buffers(recurse=False)
         ]
         self._normalizers = [getattr(module, NORMALIZER, None) for module in self._dense]
-        for queue in self._queues:
-            queue.settle()
+        for loss in self._losses:
+            loss.before_step()
 
     def restore(self) -> None:
         """Undo what forward passes wrote since `save`."""
@@ -48,8 +48,8 @@ class ForwardState:
                 setattr(module, NORMALIZER, before)
             elif hasattr(module, NORMALIZER):
                 delattr(module, NORMALIZER)  # the first forward pass makes it
-        for queue in self._queues:
-            queue.drop_pending()
+        for loss in self._losses:
+            loss.undo_step()
 
 
 def normalizers(model: nn.Module) -> Dict[str, float]:

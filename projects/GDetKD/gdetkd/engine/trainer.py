@@ -26,13 +26,13 @@ from ..errors import GDetKDError
 from ..random_state import random_state
 from ..structures import DetectorSpec
 from ..teacher import transfer_heads
-from .attention import AttentionWatch
 from .config_rules import check_values
 from .evaluators import DiskTolerant, build_evaluator
 from .forward_guard import ForwardGuard
 from .guard import GuardedAMPTrainer, GuardedTrainer, StepGuard
 from .hook_order import order_hooks
 from .hooks import RandomState, TolerantWriter
+from .loss_scalars import LossScalars
 from .optimizer import build_optimizer, exempt_from_decay
 from .preflight import check_architecture, check_datasets, check_student, check_student_classes
 from .resume import DistillState, RunRecord, warn_of_other_data
@@ -174,12 +174,10 @@ class DistillTrainer(DefaultTrainer):
         random_state = RandomState(self.cfg.SOLVER.CHECKPOINT_PERIOD)
         self._guard = StepGuard(self.cfg.DISTILL.SKIP_NONFINITE, random_state, self._request)
         hooks = order_hooks(super().build_hooks(), self, self._request, random_state, self._evaluate)
-        return [*self._with_watch(self._with_insight(hooks)), self._guard, LeaveAtTheEnd(self._request)]
-
-    def _with_watch(self, hooks: List[Optional[HookBase]]) -> List[Optional[HookBase]]:
-        if self.distiller is None or "SGFI" not in self.distiller.losses:
-            return hooks
-        return _before_writers(hooks, AttentionWatch(self.distiller.losses["SGFI"]))
+        hooks = self._with_insight(hooks)
+        if self.distiller is not None:
+            hooks = _before_writers(hooks, LossScalars(self.distiller.losses))
+        return [*hooks, self._guard, LeaveAtTheEnd(self._request)]
 
     def _with_insight(self, hooks: List[Optional[HookBase]]) -> List[Optional[HookBase]]:
         if self.cfg.DISTILL.VIS_PERIOD <= 0:

@@ -125,8 +125,8 @@ class Look:
 
     Attributes:
         student, teacher: (N, D_S), (N, D_T) embeddings.
-        alpha: (N, L) SGFI's, None where it is not among the losses.
-        levels: (N,) the teacher's level of each object; None as alpha.
+        alpha: (N, L) how much the loss that chooses among levels attends to each; None if there is no such loss.
+        levels: (N,) the teacher's level of each object; None if alpha is.
     """
 
     student: torch.Tensor
@@ -136,22 +136,21 @@ class Look:
 
 
 def look_at_objects(distiller: GDetKD, probe: Probe) -> Look:
-    """Shows the probe to both, the student in eval mode."""
-    sgfi = distiller.losses["SGFI"] if "SGFI" in distiller.losses else None
+    """Show the probe to teacher and student, the student in eval mode."""
+    loss = distiller.level_chooser
     parts: List[List[torch.Tensor]] = []
     with inference_context(distiller.student), torch.no_grad():
         for batch in probe.batches():
             regions = _objects(batch, distiller.device)
-            needs = {"embeddings", *(("pooled", "levels") if sgfi is not None else ())}
+            needs = {"embeddings", *(("pooled", "levels") if loss is not None else ())}
             teacher = distiller.teacher.look(batch, regions, needs)
             student = look_at(distiller.adapter, batch, regions)
             part = [student.embeddings, teacher.embeddings]
-            if sgfi is not None:
-                rois = distiller.pool_all_levels(student)
-                part += [sgfi.attention(rois, teacher.pooled.float()), teacher.levels]
+            if loss is not None:
+                part += [loss.level_attention(student, teacher), teacher.levels]
             parts.append([each.cpu() for each in part])
     whole = [torch.cat(each) for each in zip(*parts)]
-    return Look(*whole) if sgfi is not None else Look(*whole, None, None)
+    return Look(*whole) if loss is not None else Look(*whole, None, None)
 
 
 def look_at(adapter: DetectorAdapter, batch: List[Dict[str, Any]], regions: Regions) -> DetectorOutputs:

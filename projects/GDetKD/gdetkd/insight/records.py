@@ -25,7 +25,7 @@ def make_record(distiller: GDetKD, probe: Probe, iterations: int) -> Dict[str, A
 
     Returns:
         "iterations", "objects" (their number), "classes" (names), "correlation" of "teacher" and "student" (C lists of
-        C numbers, None where unknown), "correlation_gap"; where SGFI is among the losses also "tau",
+        C numbers, None where unknown), "correlation_gap"; where a loss chooses among levels also "tau",
         "student_levels", "teacher_levels" (names) and "levels", of `level_matching`.
     """
     look = look_at_objects(distiller, probe)
@@ -48,7 +48,7 @@ def make_record(distiller: GDetKD, probe: Probe, iterations: int) -> Dict[str, A
 def _of_levels(distiller: GDetKD, look: Look, probe: Probe) -> Dict[str, Any]:
     teacher_levels = list(distiller.teacher.spec.strides)
     return {
-        "tau": float(distiller.losses["SGFI"].tau),
+        "tau": float(distiller.level_chooser.tau),
         "student_levels": list(distiller.adapter.spec.strides),
         "teacher_levels": teacher_levels,
         "levels": level_matching(look.alpha, look.levels, probe.areas, len(teacher_levels)),

@@ -1,6 +1,6 @@
 """The registry of distillation losses and what a loss is."""
 
-from typing import Any, ClassVar, FrozenSet, Iterable, List
+from typing import Any, ClassVar, Dict, FrozenSet, Iterable, List
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from detectron2.utils.registry import Registry
 from torch import nn
 
 from ..errors import GDetKDError
+from ..structures import DetectorOutputs, DetectorSpec
 
 DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
 DISTILL_LOSS_REGISTRY.__doc__ = """
@@ -29,13 +30,15 @@ class DistillLoss(nn.Module):
     """
 
     needs: ClassVar[FrozenSet[str]] = frozenset()
+    # Whether the loss chooses among the student's levels. Then it has `level_attention`, and its temperature `tau`.
+    chooses_levels: ClassVar[bool] = False
     # Names of this module's own parameters that weight decay must leave alone, such as the logarithm of a temperature.
     without_decay: ClassVar[FrozenSet[str]] = frozenset()
 
-    def forward(self, student: Any, teacher: Any) -> torch.Tensor:
+    def forward(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         """
         Args:
-            student, teacher: `gdetkd.structures.DetectorOutputs` on the same images and regions.
+            student, teacher: what the two detectors show of the same images and regions.
 
         Returns:
             scalar
@@ -56,8 +59,28 @@ class DistillLoss(nn.Module):
         """Return the parameters that `without_decay` names."""
         return [self.get_parameter(name) for name in sorted(self.without_decay)]
 
-    def compute(self, student: Any, teacher: Any) -> torch.Tensor:
-        """The term itself; autocast is off here, half-precision inputs are the loss's to convert."""
+    def before_step(self) -> None:
+        """Make final what earlier steps changed in buffers. The trainer calls this before each step."""
+
+    def undo_step(self) -> None:
+        """Drop what the step changed in buffers since `before_step`, because the step is left out."""
+
+    def scalars(self) -> Dict[str, float]:
+        """Return values to log beside the term, by name. The trainer calls this every 20 steps.
+
+        A loss can log a warning here if it has reached a state that it does not leave by itself.
+        """
+        return {}
+
+    def level_attention(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
+        """Return (N, L): how much the loss attends to each of the student's L levels, for each of N regions.
+
+        A loss with `chooses_levels` implements this. `teacher` has `pooled`.
+        """
+        raise NotImplementedError
+
+    def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
+        """Return the term. Autocast is off here, and the loss converts half-precision inputs itself."""
         raise NotImplementedError
 
 
@@ -71,7 +94,7 @@ def mean_squared_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Te
     return F.mse_loss(student, teacher) if student.numel() else sum_of_zeros([student, teacher])
 
 
-def build_losses(cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> nn.ModuleDict:
+def build_losses(cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> nn.ModuleDict:
     """The losses that DISTILL.LOSSES names, in its order.
 
     Raises:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torchvision.ops import box_iou
 
 from ..errors import GDetKDError
-from ..structures import full_precision
+from ..structures import DetectorOutputs, DetectorSpec, full_precision
 from .build import DISTILL_LOSS_REGISTRY, DistillLoss, sum_of_zeros
 
 logger = logging.getLogger(__name__)
@@ -84,10 +84,10 @@ class _InfoNCE(Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         anchors, candidates, probability = ctx.saved_tensors
         count = len(anchors)
-        of_anchors = probability @ candidates - candidates[:count]
-        of_candidates = probability.t() @ anchors
-        of_candidates[:count] -= anchors
-        return of_anchors * (gradient / count), of_candidates.mul_(gradient / count), None
+        grad_anchors = probability @ candidates - candidates[:count]
+        grad_candidates = probability.t() @ anchors
+        grad_candidates[:count] -= anchors
+        return grad_anchors * (gradient / count), grad_candidates.mul_(gradient / count), None
 
 
 def gather_embeddings(embeddings: torch.Tensor) -> Tuple[int, List[torch.Tensor]]:
@@ -187,7 +187,7 @@ class EmbeddingQueue(nn.Module):
         return {prefix + name: value for name, value in fitted.items()}
 
 
-def queue_length(cfg: CfgNode, student_spec: Any) -> int:
+def queue_length(cfg: CfgNode, student_spec: DetectorSpec) -> int:
     """Return how many embeddings the queue holds: DISTILL.CKD.QUEUE_SIZE, or what QUEUE_STEPS steps gather.
 
     Raises:
@@ -224,7 +224,7 @@ class CKD(DistillLoss):
 
     needs = frozenset({"embeddings"})
 
-    def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
+    def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__()
         config = cfg.DISTILL.CKD
         self.gamma = config.GAMMA
@@ -237,7 +237,13 @@ class CKD(DistillLoss):
     def join_exchange(self) -> None:
         gather_embeddings(self.adapter.weight.new_zeros(0, self.projection.in_features))
 
-    def compute(self, student: Any, teacher: Any) -> torch.Tensor:
+    def before_step(self) -> None:
+        self.queue.settle()
+
+    def undo_step(self) -> None:
+        self.queue.drop_pending()
+
+    def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         raw = full_precision(teacher.embeddings)  # (N, D_T)
         rank, everyone = gather_embeddings(raw)
         # Projected part by part: a copy of the whole queue beside the other processes' embeddings is as large as it.

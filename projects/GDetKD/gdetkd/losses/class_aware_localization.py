@@ -1,12 +1,10 @@
 """Prediction distillation, boxes (Yao et al., "G-DetKD", ICCV 2021, https://arxiv.org/abs/2108.07482)."""
 
-from typing import Any
-
 import torch
 from detectron2.config import CfgNode
 
 from ..errors import GDetKDError
-from ..structures import full_precision
+from ..structures import DetectorOutputs, DetectorSpec, full_precision
 from .build import DISTILL_LOSS_REGISTRY, DistillLoss, sum_of_zeros
 from .classes import class_probabilities, match_classes, select_deltas, select_logits
 from .soft_classification import check_comparable
@@ -79,7 +77,7 @@ class REG(DistillLoss):
 
     needs = frozenset({"logits", "deltas"})
 
-    def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
+    def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__()
         check_comparable("REG", student_spec, teacher_spec)
         self.classes = match_classes("REG", cfg, student_spec, teacher_spec)
@@ -96,11 +94,11 @@ class REG(DistillLoss):
                     "the teacher's, or take REG out of DISTILL.LOSSES."
                 )
 
-    def compute(self, student: Any, teacher: Any) -> torch.Tensor:
+    def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         stages = [(student, teacher), *zip(student.later_stages, teacher.later_stages)]
         return sum(self._compare(ours, its) for ours, its in stages)
 
-    def _compare(self, student: Any, teacher: Any) -> torch.Tensor:
+    def _compare(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         ours, its = full_precision(student.deltas), full_precision(teacher.deltas)
         logits = full_precision(teacher.logits)
         if self.is_dense:

@@ -4,7 +4,7 @@ CVPR 2024.
 Shapes: B images, R anchors of all levels, n of the teacher's classes, D the width of its towers.
 """
 
-from typing import Any, List, Sequence, Tuple
+from typing import List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from fvcore.nn import giou_loss
 
 from ..errors import GDetKDError
-from ..structures import full_precision
+from ..structures import DetectorOutputs, DetectorSpec, full_precision
 from .build import DISTILL_LOSS_REGISTRY, DistillLoss
 from .pkd import standardize
 
@@ -87,7 +87,7 @@ class CROSSKD(DistillLoss):
 
     needs = frozenset({"towers", "head"})
 
-    def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
+    def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__()
         remedy = "Take CROSSKD out of DISTILL.LOSSES"
         for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
@@ -115,7 +115,7 @@ class CROSSKD(DistillLoss):
                 f"(MODEL.FPN.OUT_CHANNELS sets them). {remedy} otherwise."
             )
 
-    def compute(self, student: Any, teacher: Any) -> torch.Tensor:
+    def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         head = teacher.head
         its_maps = [full_precision(each) for each in teacher.pyramid.values()]
         ours = [[full_precision(each) for each in tower[self.cut]] for tower in student.towers]

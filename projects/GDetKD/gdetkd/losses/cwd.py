@@ -1,12 +1,11 @@
 """Channel-wise distillation: Shu, Liu, Gao, Yan and Shen, "Channel-wise Knowledge Distillation for Dense Prediction",
 ICCV 2021."""
 
-from typing import Any
-
 import torch
 from detectron2.config import CfgNode
 
 from ..errors import GDetKDError
+from ..structures import DetectorOutputs, DetectorSpec
 from .build import DISTILL_LOSS_REGISTRY, sum_of_zeros
 from .maps import MapLoss, adapters_where_widths_differ
 
@@ -37,13 +36,13 @@ class CWD(MapLoss):
         GDetKDError: the pyramids have no stride in common, or the temperature is not positive.
     """
 
-    def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
+    def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__(student_spec, teacher_spec)
         self.temperature = cfg.DISTILL.CWD.TEMPERATURE
         if self.temperature <= 0:
             raise GDetKDError(f"DISTILL.CWD.TEMPERATURE must be positive, not {self.temperature}.")
         self.adapters = adapters_where_widths_differ(self.levels, student_spec, teacher_spec)
 
-    def compute(self, student: Any, teacher: Any) -> torch.Tensor:
+    def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         pairs = zip(self.adapters, self.maps(student, teacher))
         return sum(channel_wise_distillation(adapter(ours), its, self.temperature) for adapter, (ours, its) in pairs)

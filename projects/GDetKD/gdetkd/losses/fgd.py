@@ -4,13 +4,14 @@ for Detectors", CVPR 2022.
 Shapes: B images, C channels, (H, W) the cells of a level, G objects of an image.
 """
 
-from typing import Any, NamedTuple, Sequence, Tuple
+from typing import NamedTuple, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
 from torch import nn
 
 from ..errors import GDetKDError
+from ..structures import DetectorOutputs, DetectorSpec
 from .build import DISTILL_LOSS_REGISTRY
 from .maps import MapLoss, adapters_where_widths_differ, covered_cells
 
@@ -111,7 +112,7 @@ class FGD(MapLoss):
         GDetKDError: the pyramids have no stride in common, or the temperature is not positive.
     """
 
-    def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
+    def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__(student_spec, teacher_spec)
         self.config = cfg.DISTILL.FGD[student_spec.family]
         if self.config.TEMPERATURE <= 0:
@@ -122,7 +123,7 @@ class FGD(MapLoss):
         self.students = nn.ModuleList(GlobalContext(teacher_spec.channels) for _ in self.levels)
         self.teachers = nn.ModuleList(GlobalContext(teacher_spec.channels) for _ in self.levels)
 
-    def compute(self, student: Any, teacher: Any) -> torch.Tensor:
+    def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         boxes = [each.tensor for each in student.gt_boxes]
         total = 0.0
         for place, (level, (ours, its)) in enumerate(zip(self.levels, self.maps(student, teacher))):

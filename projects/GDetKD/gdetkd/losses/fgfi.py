@@ -4,13 +4,14 @@ Imitation", CVPR 2019.
 Shapes: B images, C channels, (H, W) the cells of a level, A anchors a location, G objects of an image.
 """
 
-from typing import Any, List, Sequence
+from typing import List, Sequence
 
 import torch
 from detectron2.config import CfgNode
 from torchvision.ops import box_iou
 
 from ..errors import GDetKDError
+from ..structures import DetectorOutputs, DetectorSpec
 from .build import DISTILL_LOSS_REGISTRY
 from .maps import MapLoss, adapters, masked_squared_error
 
@@ -72,7 +73,7 @@ class FGFI(MapLoss):
         GDetKDError: the student has no anchors, or the pyramids no stride in common.
     """
 
-    def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
+    def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__(student_spec, teacher_spec)
         self.factor = cfg.DISTILL.FGFI.IOU_FACTOR
         self.per_level = cfg.DISTILL.FGFI.PER_LEVEL
@@ -89,7 +90,7 @@ class FGFI(MapLoss):
         self.offset = student_spec.anchor_offset
         self.adapters = adapters(self.levels, student_spec, teacher_spec, kernel_size=3)
 
-    def compute(self, student: Any, teacher: Any) -> torch.Tensor:
+    def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         ours, its = zip(*self.maps(student, teacher))
         anchors = [
             place_anchors(each.new_tensor(cell), level.stride, self.offset, each.shape[-2:])

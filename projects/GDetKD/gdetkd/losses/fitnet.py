@@ -1,10 +1,9 @@
 """Whole-map imitation: the hints of Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, on each level."""
 
-from typing import Any
-
 import torch
 from detectron2.config import CfgNode
 
+from ..structures import DetectorOutputs, DetectorSpec
 from .build import DISTILL_LOSS_REGISTRY, mean_squared_error
 from .maps import MapLoss, adapters
 
@@ -30,10 +29,10 @@ class FITNET(MapLoss):
         GDetKDError: the pyramids have no stride in common.
     """
 
-    def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
+    def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__(student_spec, teacher_spec)
         self.adapters = adapters(self.levels, student_spec, teacher_spec)
 
-    def compute(self, student: Any, teacher: Any) -> torch.Tensor:
+    def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         pairs = zip(self.adapters, self.maps(student, teacher))
         return torch.stack([whole_map_imitation(adapter(ours), its) for adapter, (ours, its) in pairs]).mean()

@@ -3,11 +3,12 @@
 Yao et al. ("G-DetKD", ICCV 2021) compare SGFI with it: 35.5 against 36.7 AP for Faster R-CNN with a ResNet-18 on COCO.
 """
 
-from typing import Any, Sequence
+from typing import Sequence
 
 import torch
 from detectron2.config import CfgNode
 
+from ..structures import DetectorOutputs, DetectorSpec
 from .build import DISTILL_LOSS_REGISTRY
 from .maps import MapLoss, adapters, covered_cells, masked_squared_error
 
@@ -52,11 +53,11 @@ class GTMASK(MapLoss):
         GDetKDError: the pyramids have no stride in common.
     """
 
-    def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
+    def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__(student_spec, teacher_spec)
         self.adapters = adapters(self.levels, student_spec, teacher_spec)
 
-    def compute(self, student: Any, teacher: Any) -> torch.Tensor:
+    def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         ours, its = zip(*self.maps(student, teacher))
         boxes = [each.tensor for each in student.gt_boxes]
         masks = [object_mask(boxes, level.stride, each.shape[-2:]) for level, each in zip(self.levels, its)]

@@ -4,13 +4,13 @@ Shapes: B images, C_S and C_T channels, (H, W) the cells of a level, G objects o
 """
 
 import logging
-from typing import Any, List, NamedTuple, Sequence, Tuple
+from typing import List, NamedTuple, Sequence, Tuple
 
 import torch
 from torch import nn
 
 from ..errors import GDetKDError
-from ..structures import full_precision
+from ..structures import DetectorOutputs, DetectorSpec, full_precision
 from .build import DistillLoss
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ class Level(NamedTuple):
     teacher: str
 
 
-def match_levels(loss: str, student_spec: Any, teacher_spec: Any) -> Tuple[Level, ...]:
+def match_levels(loss: str, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> Tuple[Level, ...]:
     """The levels of the same stride, finest first.
 
     Args:
@@ -55,7 +55,7 @@ def match_levels(loss: str, student_spec: Any, teacher_spec: Any) -> Tuple[Level
     return levels
 
 
-def _strides(spec: Any) -> str:
+def _strides(spec: DetectorSpec) -> str:
     return ", ".join(f"{name} 1/{stride}" for name, stride in spec.strides.items())
 
 
@@ -66,11 +66,11 @@ class MapLoss(DistillLoss):
         GDetKDError: there is no such level.
     """
 
-    def __init__(self, student_spec: Any, teacher_spec: Any) -> None:
+    def __init__(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__()
         self.levels = match_levels(type(self).__name__, student_spec, teacher_spec)
 
-    def maps(self, student: Any, teacher: Any) -> List[Tuple[torch.Tensor, torch.Tensor]]:
+    def maps(self, student: DetectorOutputs, teacher: DetectorOutputs) -> List[Tuple[torch.Tensor, torch.Tensor]]:
         """The maps (B, C_S, H, W) and (B, C_T, H, W) of each level.
 
         The two pad images to multiples of other numbers, on the right and below: what one alone has is cut off.
@@ -83,13 +83,17 @@ class MapLoss(DistillLoss):
         return pairs
 
 
-def adapters(levels: Sequence[Level], student_spec: Any, teacher_spec: Any, kernel_size: int = 1) -> nn.ModuleList:
+def adapters(
+    levels: Sequence[Level], student_spec: DetectorSpec, teacher_spec: DetectorSpec, kernel_size: int = 1
+) -> nn.ModuleList:
     """A convolution C_S -> C_T of the student's map for each level."""
     channels = student_spec.channels, teacher_spec.channels
     return nn.ModuleList(nn.Conv2d(*channels, kernel_size, padding=kernel_size // 2) for _ in levels)
 
 
-def adapters_where_widths_differ(levels: Sequence[Level], student_spec: Any, teacher_spec: Any) -> nn.ModuleList:
+def adapters_where_widths_differ(
+    levels: Sequence[Level], student_spec: DetectorSpec, teacher_spec: DetectorSpec
+) -> nn.ModuleList:
     """1x1 convolutions C_S -> C_T, one for each level; nothing is done to maps that are as wide as the teacher's."""
     if student_spec.channels == teacher_spec.channels:
         return nn.ModuleList(nn.Identity() for _ in levels)

@@ -1,12 +1,13 @@
 """Masked generative distillation: Yang, Li, Shao, Shi, Yuan and Yuan, "Masked Generative Distillation", ECCV 2022."""
 
-from typing import Any, Callable
+from typing import Callable
 
 import torch
 from detectron2.config import CfgNode
 from torch import nn
 
 from ..errors import GDetKDError
+from ..structures import DetectorOutputs, DetectorSpec
 from .build import DISTILL_LOSS_REGISTRY, sum_of_zeros
 from .maps import MapLoss, adapters_where_widths_differ
 
@@ -44,7 +45,7 @@ class MGD(MapLoss):
         GDetKDError: the pyramids have no stride in common, or the masked share is none.
     """
 
-    def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
+    def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__(student_spec, teacher_spec)
         config = cfg.DISTILL.MGD[student_spec.family]
         self.alpha, self.mask_ratio = config.ALPHA, config.MASK_RATIO
@@ -55,7 +56,7 @@ class MGD(MapLoss):
         self.adapters = adapters_where_widths_differ(self.levels, student_spec, teacher_spec)
         self.generate = nn.ModuleList(_generation_block(teacher_spec.channels) for _ in self.levels)
 
-    def compute(self, student: Any, teacher: Any) -> torch.Tensor:
+    def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         terms = []
         for adapter, generate, (ours, its) in zip(self.adapters, self.generate, self.maps(student, teacher)):
             visible = torch.rand_like(its[:, :1]) >= self.mask_ratio

@@ -1,12 +1,11 @@
 """PKD: Cao, Zhang, Gao, Cheng, Cheng and Zhang, "PKD: General Distillation Framework for Object Detectors via Pearson
 Correlation Coefficient", NeurIPS 2022."""
 
-from typing import Any
-
 import torch
 from detectron2.config import CfgNode
 
 from ..errors import GDetKDError
+from ..structures import DetectorOutputs, DetectorSpec
 from .build import DISTILL_LOSS_REGISTRY, sum_of_zeros
 from .maps import MapLoss, adapters_where_widths_differ
 
@@ -44,7 +43,7 @@ class PKD(MapLoss):
         GDetKDError: the pyramids have no stride in common, or other widths and no adapters are asked for.
     """
 
-    def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
+    def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__(student_spec, teacher_spec)
         if student_spec.channels != teacher_spec.channels and not cfg.DISTILL.PKD.ALIGN:
             raise GDetKDError(
@@ -54,6 +53,6 @@ class PKD(MapLoss):
             )
         self.adapters = adapters_where_widths_differ(self.levels, student_spec, teacher_spec)
 
-    def compute(self, student: Any, teacher: Any) -> torch.Tensor:
+    def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         pairs = zip(self.adapters, self.maps(student, teacher))
         return sum(pearson_imitation(adapter(ours), its) for adapter, (ours, its) in pairs)

@@ -7,7 +7,7 @@ Shapes: N regions, L student levels, (h, w) the pooled size.
 
 import logging
 import math
-from typing import Any, List, Sequence, Tuple
+from typing import List, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -15,7 +15,7 @@ from detectron2.structures import Boxes
 from torch import nn
 
 from ..errors import GDetKDError
-from ..structures import Regions, full_precision
+from ..structures import DetectorOutputs, DetectorSpec, Regions, full_precision
 from .build import DISTILL_LOSS_REGISTRY, DistillLoss, mean_squared_error
 from .roi_align import pool_all_levels
 
@@ -78,7 +78,7 @@ class ROIFI(DistillLoss):
 
     needs = frozenset({"pooled", "levels"})
 
-    def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
+    def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__()
         self.sampling_ratio = cfg.DISTILL.ROIFI.SAMPLING_RATIO
         if self.sampling_ratio < 1:
@@ -92,7 +92,7 @@ class ROIFI(DistillLoss):
             logger.warning("ROIFI compares levels of other strides where the student has none: %s.", ", ".join(moved))
         self.adapter = nn.Conv2d(student_spec.channels, teacher_spec.channels, kernel_size=1)
 
-    def compute(self, student: Any, teacher: Any) -> torch.Tensor:
+    def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         maps = [full_precision(each) for each in student.pyramid.values()]
         levels = torch.as_tensor(self.student_level, device=teacher.levels.device)[teacher.levels]
         pooled = pool_on_levels(maps, self.strides, student.regions, levels, self.size, self.sampling_ratio)

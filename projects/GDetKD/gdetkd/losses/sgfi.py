@@ -3,8 +3,9 @@
 Shapes: N regions, L student levels, C_S and C_T channels, (H, W) the pooled size, D the key width.
 """
 
+import logging
 import math
-from typing import Any, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,17 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..errors import GDetKDError
-from ..structures import full_precision
+from ..structures import DetectorOutputs, DetectorSpec, full_precision
 from .build import DISTILL_LOSS_REGISTRY, DistillLoss, mean_squared_error
+from .roi_align import pool_all_levels
+
+logger = logging.getLogger(__name__)
 
 STRIDE = 2
 # Two 3x3 convolutions of stride 2 without padding need at least this many cells.
 MIN_POOLED_SIZE = 7
+# Looks in a row at equal alphas before a warning.
+PATIENCE = 5
 
 
 def level_attention(student_keys: torch.Tensor, teacher_keys: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
@@ -130,10 +136,11 @@ class SGFI(DistillLoss):
         GDetKDError: the teacher pools its regions to fewer than 7x7 cells, or a key of DISTILL.SGFI is out of range.
     """
 
-    needs = frozenset({"pooled", "level_pooled"})
+    needs = frozenset({"pooled"})
+    chooses_levels = True
     without_decay = frozenset({"log_tau"})  # decay would pull the temperature towards 1
 
-    def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
+    def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__()
         if min(teacher_spec.pooled_size) < MIN_POOLED_SIZE:
             raise GDetKDError(
@@ -142,6 +149,9 @@ class SGFI(DistillLoss):
             )
         if cfg.DISTILL.SGFI.TAU <= 0:
             raise GDetKDError(f"DISTILL.SGFI.TAU is a temperature and must be positive, not {cfg.DISTILL.SGFI.TAU}.")
+        if cfg.DISTILL.SGFI.SAMPLING_RATIO < 1:
+            raise GDetKDError(f"DISTILL.SGFI.SAMPLING_RATIO must be at least 1, not {cfg.DISTILL.SGFI.SAMPLING_RATIO}.")
+        self.size, self.sampling_ratio = teacher_spec.pooled_size, cfg.DISTILL.SGFI.SAMPLING_RATIO
         self.adapter = nn.Conv2d(student_spec.channels, teacher_spec.channels, kernel_size=1)
         slope = cfg.DISTILL.SGFI.NEGATIVE_SLOPE
         if not 0 <= slope < 1:
@@ -149,31 +159,55 @@ class SGFI(DistillLoss):
         self.embed = RegionEmbedding(teacher_spec.channels, tuple(cfg.DISTILL.SGFI.EMBED_CHANNELS), slope)
         # The logarithm is what is learned, so that tau stays positive.
         self.log_tau = nn.Parameter(torch.tensor(math.log(cfg.DISTILL.SGFI.TAU)))
-        self.last_attention: Optional[torch.Tensor] = None  # of the step, (N, L), to look at
+        self._last_attention: Optional[torch.Tensor] = None  # (N, L) of the last step
+        self._times_equal = 0
 
     @property
     def tau(self) -> torch.Tensor:
         return self.log_tau.exp()
 
-    def attention(self, rois: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The alphas (N, L).
+    def pool(self, student: DetectorOutputs) -> torch.Tensor:
+        """Return (N, L, C_S, H, W): each region on each of the student's levels, of the teacher's pooled size."""
+        maps, strides = list(student.pyramid.values()), list(student.strides.values())
+        return pool_all_levels(maps, strides, student.regions, self.size, self.sampling_ratio)
 
-        Args:
-            rois: (N, L, C_S, H, W) of the student.
-            target: (N, C_T, H, W) of the teacher.
+    def level_attention(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
+        return self._attend(self.pool(student), full_precision(teacher.pooled))[0]
+
+    def scalars(self) -> Dict[str, float]:
+        """Return the mean over regions of the largest alpha: 1 is a single level, 1 / L is no choice at all.
+
+        If the alphas of all regions were equal to the last digit several times in a row, warn: the embedding is 0 for
+        every region, its ReLUs are dead, and no gradient revives them. SGFI then imitates the mean of the levels.
         """
-        return self._attend(rois, target)[0]
+        alpha = self._last_attention
+        if alpha is None or len(alpha) == 0 or alpha.shape[1] == 1:
+            return {}
+        largest = alpha.amax(dim=1)
+        chosen, spread = torch.stack([largest.mean(), (largest - alpha.amin(dim=1)).max()]).tolist()
+        self._times_equal = self._times_equal + 1 if spread == 0 else 0
+        if self._times_equal == PATIENCE:
+            logger.warning(
+                "SGFI no longer chooses among the student's levels: its embedding is 0 for every region. It now "
+                "imitates the mean of the %d levels. Steps were too large for its ReLUs: lower SOLVER.BASE_LR, or "
+                "set DISTILL.SGFI.NEGATIVE_SLOPE to 0.01, and start anew.",
+                alpha.shape[1],
+            )
+        return {"attention": chosen}
 
     def _attend(self, rois: torch.Tensor, target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The alphas, and the regions again, for their further use."""
+        """Return the alphas, and the regions again for their further use."""
         keys, again = self.embed.forward_adapted(rois.flatten(0, 1), self.adapter)
         keys = keys.view(*rois.shape[:2], keys.shape[1])
         return level_attention(keys, self.embed(target), self.tau), again.view(rois.shape)
 
-    def compute(self, student: Any, teacher: Any) -> torch.Tensor:
-        target = full_precision(teacher.pooled)  # (N, C_T, H, W)
-        alpha, rois = self._attend(full_precision(student.level_pooled), target)  # (N, L) and (N, L, C_S, H, W)
-        self.last_attention = alpha.detach()
+    def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
+        return self.imitate(self.pool(student), full_precision(teacher.pooled))
+
+    def imitate(self, rois: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return the term for the student's regions (N, L, C_S, H, W) and the teacher's (N, C_T, H, W)."""
+        alpha, rois = self._attend(rois, target)
+        self._last_attention = alpha.detach()  # (N, L)
         # The alphas sum to 1, so adapting the aggregate equals aggregating the adapted. Cells are rows, (N H W, C),
         # in which the sum over levels is one product and the adapter another.
         levels = rois.permute(0, 1, 3, 4, 2).flatten(2)  # (N, L, H W C_S), no copy

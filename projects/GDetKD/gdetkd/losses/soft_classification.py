@@ -1,13 +1,11 @@
 """Prediction distillation, classes (Yao et al., "G-DetKD", ICCV 2021, https://arxiv.org/abs/2108.07482)."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 
 from ..errors import GDetKDError
-from ..structures import full_precision
+from ..structures import DetectorOutputs, DetectorSpec, full_precision
 from .build import DISTILL_LOSS_REGISTRY, DistillLoss, sum_of_zeros
 from .classes import match_classes, merge_logits, select_logits
 
@@ -42,7 +40,7 @@ def soft_binary_classification(student_logits: torch.Tensor, teacher_logits: tor
     return loss.sum(dim=1).mean()
 
 
-def check_comparable(name: str, student_spec: Any, teacher_spec: Any) -> None:
+def check_comparable(name: str, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
     """
     Raises:
         GDetKDError: one is dense and the other is not, or they predict from other anchors.
@@ -60,7 +58,7 @@ def check_comparable(name: str, student_spec: Any, teacher_spec: Any) -> None:
         )
 
 
-def _check_same_scoring(student_spec: Any, teacher_spec: Any) -> None:
+def _check_same_scoring(student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
     if student_spec.independent_classes != teacher_spec.independent_classes:
         scores = {True: "a sigmoid for each class", False: "a softmax over classes and background"}
         raise GDetKDError(
@@ -71,7 +69,7 @@ def _check_same_scoring(student_spec: Any, teacher_spec: Any) -> None:
         )
 
 
-def _anchors(spec: Any) -> str:
+def _anchors(spec: DetectorSpec) -> str:
     return ", ".join(f"{len(cells)} at stride {stride}" for stride, cells in spec.anchors)
 
 
@@ -88,14 +86,14 @@ class CLS(DistillLoss):
 
     needs = frozenset({"logits"})
 
-    def __init__(self, cfg: CfgNode, student_spec: Any, teacher_spec: Any) -> None:
+    def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__()
         check_comparable("CLS", student_spec, teacher_spec)
         _check_same_scoring(student_spec, teacher_spec)
         self.classes = match_classes("CLS", cfg, student_spec, teacher_spec)
         self.independent = student_spec.independent_classes
 
-    def compute(self, student: Any, teacher: Any) -> torch.Tensor:
+    def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         stages = [(student, teacher), *zip(student.later_stages, teacher.later_stages)]
         return sum(self._compare(full_precision(ours.logits), full_precision(its.logits)) for ours, its in stages)
 

@@ -1,4 +1,4 @@
-"""SGFI's choice of levels is watched."""
+"""What losses say of themselves is logged; SGFI warns if it no longer chooses among levels."""
 
 import json
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from gdetkd import DistillTrainer
-from gdetkd.engine import attention
+from gdetkd.engine import loss_scalars
 from gdetkd.errors import GDetKDError
+from gdetkd.losses import sgfi
 
 
 def train(cfg, prepare=lambda trainer: None):
@@ -26,8 +27,8 @@ def kill(trainer):
 
 @pytest.fixture
 def look_often(monkeypatch):
-    monkeypatch.setattr(attention, "PERIOD", 1)
-    monkeypatch.setattr(attention, "PATIENCE", 2)
+    monkeypatch.setattr(loss_scalars, "PERIOD", 1)
+    monkeypatch.setattr(sgfi, "PATIENCE", 2)
 
 
 KEYS = {"DISTILL.LOSSES": ("SGFI",), "SOLVER.MAX_ITER": 4}
