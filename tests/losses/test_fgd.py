@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from conftest import make_cfg
 from gdetkd.losses import FGD, attention_imitation, focal_imitation
 from gdetkd.losses.fgd import Attention, GlobalContext, attention, scale_masks
-from gdetkd.structures import DetectorOutputs, DetectorSpec
+from gdetkd.structures import DenseSpec, DetectorOutputs, DetectorSpec
 
 SPEC = DetectorSpec(4, {"p2": 4, "p3": 8}, (7, 7), 6, 3, (10.0, 10.0, 5.0, 5.0))
 
@@ -116,6 +116,6 @@ def test_the_term_is_the_sum_of_its_parts_with_the_authors_factors():
 def test_families_have_factors_of_their_own():
     from dataclasses import replace
 
-    dense = replace(SPEC, anchors=((4, ()), (8, ())))
-    anchored = replace(dense, location_anchors={"p2": (), "p3": ()})
+    dense = replace(SPEC, dense=DenseSpec(anchor_based=False))
+    anchored = replace(SPEC, dense=DenseSpec(anchor_based=True))
     assert [FGD(make_cfg({}), spec, SPEC).config.ALPHA for spec in (SPEC, anchored, dense)] == [5e-5, 1e-3, 1.6e-3]

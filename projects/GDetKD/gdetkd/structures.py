@@ -95,6 +95,22 @@ class DetectorOutputs:
 
 
 @dataclass(frozen=True)
+class DenseSpec:
+    """What only a dense detector has, known before it runs.
+
+    Attributes:
+        anchors: stride and anchors (xyxy in pixels about the location) of each level. Two dense detectors can be
+            compared if they predict from the same anchors. An anchor-free detector has one for each location.
+        tower_channels: the width of each convolution of the two towers.
+        anchor_based: whether boxes are regressed from anchors; if not, from locations.
+    """
+
+    anchors: Tuple[Tuple[int, Tuple[Tuple[float, ...], ...]], ...] = ()
+    tower_channels: Tuple[int, ...] = ()
+    anchor_based: bool = True
+
+
+@dataclass(frozen=True)
 class DetectorSpec:
     """What a detector is, known before it runs.
 
@@ -106,16 +122,14 @@ class DetectorSpec:
         num_classes: foreground classes.
         regression_weights: `BBOX_REG_WEIGHTS`, the units of its deltas; None where it has no such head.
         later_regression_weights: the same of a cascade's stages after the first.
-        anchors: of a dense detector, stride and cell anchors (xyxy in pixels) of each level; else None. Two dense
-            detectors can be compared where they predict from the same anchors.
         class_names: in the order of its scores; None where they are not known.
         location_anchors: anchors that boxes are regressed from at each location of each map, xyxy in pixels about the
             location; None of an anchor-free detector, or where they are not known.
         anchor_offset: where the location that anchors lie about is in a cell, in strides from its left upper corner.
-        tower_channels: of a dense detector, the width of each convolution of its two towers.
         independent_classes: whether classes are scored independently (sigmoid, without background): true for a dense
             detector, and for a two-stage one with MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE. Else a softmax scores them.
         regions_per_image: the most regions that a student has in one image; None where it is not known.
+        dense: what only dense detectors have; None of a two-stage detector.
     """
 
     channels: int
@@ -125,13 +139,12 @@ class DetectorSpec:
     num_classes: int
     regression_weights: Optional[Tuple[float, ...]]
     later_regression_weights: Tuple[Tuple[float, ...], ...] = ()
-    anchors: Optional[Tuple[Any, ...]] = None
     class_names: Optional[Tuple[str, ...]] = None
     location_anchors: Optional[Dict[str, Tuple[Tuple[float, ...], ...]]] = None
     anchor_offset: float = 0.0
-    tower_channels: Tuple[int, ...] = ()
     independent_classes: bool = False
     regions_per_image: Optional[int] = None
+    dense: Optional[DenseSpec] = None
 
     @property
     def num_stages(self) -> int:
@@ -140,10 +153,10 @@ class DetectorSpec:
 
     @property
     def family(self) -> str:
-        """What authors of losses tell apart: "TWO_STAGE", "ANCHOR_BASED" or "ANCHOR_FREE"."""
-        if self.anchors is None:
+        """Return what authors of losses tell apart: "TWO_STAGE", "ANCHOR_BASED" or "ANCHOR_FREE"."""
+        if self.dense is None:
             return "TWO_STAGE"
-        return "ANCHOR_FREE" if self.location_anchors is None else "ANCHOR_BASED"
+        return "ANCHOR_BASED" if self.dense.anchor_based else "ANCHOR_FREE"
 
 
 def with_class_names(spec: DetectorSpec, names: Optional[Tuple[str, ...]]) -> DetectorSpec:

@@ -20,7 +20,7 @@ from torchvision.ops import roi_align
 from ..errors import GDetKDError
 from ..recorder import Call
 from ..regions import match_and_sample, pool_in_full_precision, suppress
-from ..structures import DetectorOutputs, DetectorSpec, Regions, full_precision
+from ..structures import DenseSpec, DetectorOutputs, DetectorSpec, Regions, full_precision
 from .base import DETECTOR_ADAPTER_REGISTRY, REGION_FIELDS, DetectorAdapter
 from .dense_head import DenseHead
 from .sources import by_anchor, gather, places, without_anchor
@@ -78,12 +78,11 @@ class DenseAdapter(DetectorAdapter):
             embedding_dim=model.head.cls_score.in_channels,
             num_classes=model.num_classes,
             regression_weights=None if weights is None else tuple(weights),
-            anchors=tuple(zip(strides.values(), cells)),
             location_anchors=dict(zip(strides, cells)) if self.anchor_based else None,
             anchor_offset=model.anchor_generator.offset,
-            tower_channels=DenseHead(model).channels,
             independent_classes=True,
             regions_per_image=self.cfg.DISTILL.REGIONS.BATCH_SIZE_PER_IMAGE,
+            dense=DenseSpec(tuple(zip(strides.values(), cells)), DenseHead(model).channels, self.anchor_based),
         )
 
     def points(self) -> Dict[str, nn.Module]:

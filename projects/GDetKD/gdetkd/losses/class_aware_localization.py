@@ -82,7 +82,7 @@ class REG(DistillLoss):
         check_comparable("REG", student_spec, teacher_spec)
         self.classes = match_classes("REG", cfg, student_spec, teacher_spec)
         self.num_classes = student_spec.num_classes, teacher_spec.num_classes
-        self.is_dense = student_spec.anchors is not None
+        self.is_dense = student_spec.dense is not None
         self.independent = teacher_spec.independent_classes
         ours = [student_spec.regression_weights, *student_spec.later_regression_weights]
         its = [teacher_spec.regression_weights, *teacher_spec.later_regression_weights]

@@ -91,7 +91,7 @@ class CROSSKD(DistillLoss):
         super().__init__()
         remedy = "Take CROSSKD out of DISTILL.LOSSES"
         for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
-            if spec.anchors is None:
+            if spec.dense is None:
                 raise GDetKDError(f"CROSSKD runs a dense detector's head, and the {role} is not dense. {remedy}.")
         node = f"DISTILL.CROSSKD.{teacher_spec.family}.SHARED_CONVS"
         self.config = cfg.DISTILL.CROSSKD[teacher_spec.family]
@@ -101,17 +101,19 @@ class CROSSKD(DistillLoss):
                 "CROSSKD runs the teacher's head on the student's levels, which have other strides: "
                 f"{list(student_spec.strides.values())}, the teacher's {list(teacher_spec.strides.values())}. {remedy}."
             )
-        shortest = min(len(student_spec.tower_channels), len(teacher_spec.tower_channels))
+        shortest = min(len(spec.dense.tower_channels) for spec in (student_spec, teacher_spec))
         if not 0 <= self.cut <= shortest:
             raise GDetKDError(
                 f"{node} is {self.cut}: the convolutions of the student's own towers before the teacher's take over. "
                 f"The shorter towers have {shortest}. Set it to 0 to {shortest}."
             )
-        ours, its = (([s.channels, *s.tower_channels])[self.cut] for s in (student_spec, teacher_spec))
-        if ours != its:
+        student_width, teacher_width = (
+            [spec.channels, *spec.dense.tower_channels][self.cut] for spec in (student_spec, teacher_spec)
+        )
+        if student_width != teacher_width:
             raise GDetKDError(
                 f"CROSSKD hands features of the student to the teacher's head, after {node} = {self.cut} convolutions: "
-                f"they have {ours} channels, and the teacher's {its}. Give the student the teacher's widths "
+                f"they have {student_width} channels, and the teacher's {teacher_width}. Give both the same widths "
                 f"(MODEL.FPN.OUT_CHANNELS sets them). {remedy} otherwise."
             )
 

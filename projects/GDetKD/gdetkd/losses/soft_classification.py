@@ -45,12 +45,12 @@ def check_comparable(name: str, student_spec: DetectorSpec, teacher_spec: Detect
     Raises:
         GDetKDError: one is dense and the other is not, or they predict from other anchors.
     """
-    if (student_spec.anchors is None) != (teacher_spec.anchors is None):
+    if (student_spec.dense is None) != (teacher_spec.dense is None):
         raise GDetKDError(
             f"{name} compares predictions of detectors of one family, but one of teacher and student is dense and the "
             f"other is not. Take {name} out of DISTILL.LOSSES: SGFI and CKD are for such pairs."
         )
-    if student_spec.anchors != teacher_spec.anchors:
+    if student_spec.dense and student_spec.dense.anchors != teacher_spec.dense.anchors:
         raise GDetKDError(
             f"{name} compares dense predictions anchor by anchor, but the teacher has {_anchors(teacher_spec)} and the "
             f"student {_anchors(student_spec)}, or other sizes. Take {name} out of DISTILL.LOSSES, or give both "
@@ -70,7 +70,7 @@ def _check_same_scoring(student_spec: DetectorSpec, teacher_spec: DetectorSpec) 
 
 
 def _anchors(spec: DetectorSpec) -> str:
-    return ", ".join(f"{len(cells)} at stride {stride}" for stride, cells in spec.anchors)
+    return ", ".join(f"{len(cells)} at stride {stride}" for stride, cells in spec.dense.anchors)
 
 
 @DISTILL_LOSS_REGISTRY.register()
