@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 
 from conftest import WIDER, make_batch, make_cfg, settle_batch_norm
@@ -112,15 +112,3 @@ def test_dtypes():
         parse_dtype("half", "cpu", amp=False)
     with pytest.raises(GDetKDError, match="float16 needs a CUDA device"):
         parse_dtype("float16", "cpu", amp=False)
-
-
-def test_compiled_gives_the_same(monkeypatch):
-    """With dynamo's eager backend, which needs no compiler and takes the same way through the module."""
-    cfg = make_cfg(WIDER)
-    model, images = build_backbone(cfg).eval(), torch.randn(1, 3, 64, 64)
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend="eager", **kw))
-    with torch.no_grad():
-        found, expected = for_inference(model, torch.float32, compiled=True)(images), model(images)
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)

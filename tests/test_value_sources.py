@@ -1,4 +1,4 @@
-"""The values of the method in config.py name where they come from, because its authors published no code."""
+"""The values of the method name where they come from, because its authors published no code."""
 
 import inspect
 import re
@@ -7,6 +7,7 @@ import pytest
 
 from conftest import make_cfg
 from gdetkd import config
+from gdetkd.losses import DISTILL_LOSS_REGISTRY
 
 SOURCES = ("a write-up", "a re-implementation", "ours")
 # The comment above a default, and the default's key.
@@ -29,3 +30,14 @@ def test_each_default_of_the_regions_names_its_source(key):
 
 def test_the_module_explains_the_sources():
     assert all(f'"{source}"' in config.__doc__ for source in SOURCES)
+
+
+@pytest.mark.parametrize(
+    "name, loss", list(DISTILL_LOSS_REGISTRY), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_each_default_of_a_loss_names_its_source(name, loss):
+    own_keys = set(make_cfg({}).DISTILL[name]) - {"WEIGHT", "WARMUP_ITERS"}
+    body = inspect.getsource(loss.add_keys) if own_keys else ""
+    comments = "\n".join(re.findall(r"# (.*)", body))
+    assert not own_keys or re.search(r"[Ss]ource|authors", comments), f"{name} does not say where its values come from"
+    assert loss.default_weight == 1.0 or re.search(r"default_weight = .*# source: ", inspect.getsource(loss))

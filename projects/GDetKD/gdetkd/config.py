@@ -12,7 +12,10 @@ from typing import Any, Dict, Mapping
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from .config_rivals import add_rival_nodes
+from .losses import DISTILL_LOSS_REGISTRY
+
+# Keys that earlier versions had. A file may still have them, the config.yaml of a run for example; they do nothing.
+REMOVED_KEYS = ("DISTILL.TEACHER.COMPILE", "DISTILL.FGFI.PER_LEVEL")
 
 
 def add_gdetkd_config(cfg: CfgNode) -> None:
@@ -52,9 +55,9 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     cfg.DISTILL = CfgNode()
     # The student's own meta-architecture: what MODEL.META_ARCHITECTURE would say without distillation.
     cfg.DISTILL.STUDENT_META_ARCHITECTURE = "GeneralizedRCNN"
-    # Which terms are added to the student's own losses: G-DetKD's "SGFI", "CKD", "CLS", "REG", and those of others
-    # (config_rivals.py): "FITNET", "GTMASK", "FGFI", "ROIFI", "CWD", "PKD", "FGD", "MGD", "CROSSKD". None: plain
-    # training.
+    # Which terms are added to the student's own losses: G-DetKD's "SGFI", "CKD", "CLS", "REG", and those of other
+    # papers: "FITNET", "GTMASK", "FGFI", "ROIFI", "CWD", "PKD", "FGD", "MGD", "CROSSKD". None: plain training. Each
+    # has a node DISTILL.<name>, whose keys stand in the loss's file (losses/).
     cfg.DISTILL.LOSSES = ()
     # Start the student's heads (everything but the backbone) from the teacher's weights where name and shape agree.
     cfg.DISTILL.HEAD_TRANSFER = False
@@ -81,7 +84,8 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     _add_teacher_node(cfg)
     _add_regions_node(cfg)
     _add_loss_nodes(cfg)
-    add_rival_nodes(cfg)
+    for key in REMOVED_KEYS:
+        cfg.register_deprecated_key(key)
 
 
 def _add_sampler_keys(cfg: CfgNode) -> None:
@@ -165,8 +169,6 @@ def _add_teacher_node(cfg: CfgNode) -> None:
     cfg.DISTILL.TEACHER.OPTS = []
     # What it runs in: "float32", "float16" (CUDA), "bfloat16"; empty: half precision with SOLVER.AMP, else float32.
     cfg.DISTILL.TEACHER.DTYPE = ""
-    # Compile its backbone with torch.compile, which takes minutes at the start.
-    cfg.DISTILL.TEACHER.COMPILE = False
     # AP (percent) on a sample of the student's data below which `--check` takes it for not loaded or mis-normalised.
     cfg.DISTILL.TEACHER.MIN_AP = 5.0
     # Names of its classes in order, where its own DATASETS.TRAIN does not tell them.
@@ -174,45 +176,14 @@ def _add_teacher_node(cfg: CfgNode) -> None:
 
 
 def _add_loss_nodes(cfg: CfgNode) -> None:
-    _add_loss_node(cfg, "SGFI", weight=1.0)  # weight: a re-implementation
-    # RoIAlign samples per bin and axis on the student's pyramid. The teacher's comes from its own box head.
-    cfg.DISTILL.SGFI.SAMPLING_RATIO = 2
-    # Output channels of the two 3x3 convolutions of f_embed. Source: a re-implementation.
-    cfg.DISTILL.SGFI.EMBED_CHANNELS = (128, 64)
-    # Initial temperature of the softmax over levels; it is learned and stays positive.
-    cfg.DISTILL.SGFI.TAU = 1.0
-    # Slope of the embedding's ReLUs below 0. The method has plain ReLUs, slope 0. Large steps (SOLVER.BASE_LR) can make
-    # the embedding 0 for every region. The log warns of that, and a small slope leads out of it.
-    cfg.DISTILL.SGFI.NEGATIVE_SLOPE = 0.0
-
-    _add_loss_node(cfg, "CKD", weight=0.5)  # weight: a re-implementation
-    # Temperature of the contrastive similarities (cosines). Source: a re-implementation.
-    cfg.DISTILL.CKD.GAMMA = 0.07
-    # Regions of one image that overlap by more than this IoU are not negatives of each other. Source of the value:
-    # re-implementations. A write-up says that IoU filters the negatives, but not at which value.
-    cfg.DISTILL.CKD.IOU_THRESHOLD = 0.5
-    # Width of the shared projection f, a linear layer with a bias. Source: ours. A re-implementation has a width of
-    # 1024 and no bias.
-    cfg.DISTILL.CKD.PROJECTION_DIM = 128
-    # Past steps whose teacher embeddings are kept as negatives, those of all processes; 0: none. The queue then holds
-    # QUEUE_STEPS x SOLVER.IMS_PER_BATCH x the regions of an image (MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE of a two-stage
-    # student, DISTILL.REGIONS.BATCH_SIZE_PER_IMAGE of a dense one): 81,920 embeddings for 16 images of 512 regions, or
-    # 336 MB where a teacher's embedding has 1,024 numbers. The length is unpublished. The only public configuration
-    # keeps ten steps, the current one among them. Ours does not count the current step.
-    cfg.DISTILL.CKD.QUEUE_STEPS = 10
-    # The length of the queue in embeddings, whatever QUEUE_STEPS says; 0: no queue; -1: from QUEUE_STEPS.
-    cfg.DISTILL.CKD.QUEUE_SIZE = -1
-
-    _add_loss_node(cfg, "CLS", weight=1.0)  # weight: ours
-    _add_loss_node(cfg, "REG", weight=1.0)  # weight: ours
-
-
-def _add_loss_node(cfg: CfgNode, name: str, weight: float) -> None:
-    node = cfg.DISTILL[name] = CfgNode()
-    # Factor on the term in the total loss.
-    node.WEIGHT = weight
-    # The weight rises linearly from 0 over this many iterations; 0: constant from the start.
-    node.WARMUP_ITERS = 0
+    """Add a node for each registered loss. The loss's class gives the default weight and its own keys."""
+    for name, loss in DISTILL_LOSS_REGISTRY:
+        node = cfg.DISTILL[name] = CfgNode()
+        # Factor on the term in the total loss.
+        node.WEIGHT = loss.default_weight
+        # The weight rises linearly from 0 over this many iterations; 0: constant from the start.
+        node.WARMUP_ITERS = 0
+        loss.add_keys(node)
 
 
 def _add_regions_node(cfg: CfgNode) -> None:

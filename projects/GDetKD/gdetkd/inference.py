@@ -34,7 +34,7 @@ def fold_norms(module: nn.Module) -> int:
     return folded
 
 
-def for_inference(backbone: nn.Module, dtype: torch.dtype, compiled: bool = False) -> nn.Module:
+def for_inference(backbone: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of a frozen backbone with its norms folded in, in channels-last order.
 
     The original stays as it was loaded, because it is what is evaluated, compared and transferred.
@@ -42,19 +42,10 @@ def for_inference(backbone: nn.Module, dtype: torch.dtype, compiled: bool = Fals
     Args:
         backbone: in eval mode.
         dtype: of the copy's weights.
-        compiled: by `torch.compile`; the first steps then take minutes.
-
-    Raises:
-        GDetKDError: this torch cannot compile a module.
     """
     ready = copy.deepcopy(backbone)
     fold_norms(ready)
-    ready = ready.to(dtype=dtype, memory_format=torch.channels_last)
-    if compiled:
-        if not hasattr(ready, "compile"):
-            raise GDetKDError(f"DISTILL.TEACHER.COMPILE needs a later torch than {torch.__version__}. Set it to False.")
-        ready.compile(dynamic=True)  # images come in many sizes
-    return ready
+    return ready.to(dtype=dtype, memory_format=torch.channels_last)
 
 
 def parse_dtype(name: str, device: str, amp: bool) -> torch.dtype:

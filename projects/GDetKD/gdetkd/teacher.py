@@ -114,7 +114,7 @@ class FrozenTeacher:
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         if self.adapter.backbone is not None:
-            self.adapter.backbone = for_inference(self.adapter.backbone, self._dtype, config.COMPILE)
+            self.adapter.backbone = for_inference(self.adapter.backbone, self._dtype)
         logger.info("Teacher: %s, SHA-256 %s", self.file.weights, self.sha256)
 
     @torch.no_grad()

@@ -32,8 +32,17 @@ class DistillLoss(nn.Module):
     needs: ClassVar[FrozenSet[str]] = frozenset()
     # Whether the loss chooses among the student's levels. Then it has `level_attention`, and its temperature `tau`.
     chooses_levels: ClassVar[bool] = False
+    # Default of DISTILL.<name>.WEIGHT, the factor on the term in the total loss.
+    default_weight: ClassVar[float] = 1.0
     # Names of this module's own parameters that weight decay must leave alone, such as the logarithm of a temperature.
     without_decay: ClassVar[FrozenSet[str]] = frozenset()
+
+    @classmethod
+    def add_keys(cls, node: CfgNode) -> None:
+        """Add the loss's own keys and their defaults to the config node DISTILL.<name>, in place.
+
+        WEIGHT and WARMUP_ITERS are there already.
+        """
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         """

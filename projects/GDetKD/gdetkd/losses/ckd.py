@@ -222,7 +222,27 @@ class CKD(DistillLoss):
         GDetKDError: the length of the queue is wrong or not known.
     """
 
+    default_weight = 0.5  # source: a re-implementation
     needs = frozenset({"embeddings"})
+
+    @classmethod
+    def add_keys(cls, node: CfgNode) -> None:
+        # Temperature of the contrastive similarities (cosines). Source: a re-implementation.
+        node.GAMMA = 0.07
+        # Regions of one image that overlap by more than this IoU are not negatives of each other. Source of the value:
+        # re-implementations. A write-up says that IoU filters the negatives, but not at which value.
+        node.IOU_THRESHOLD = 0.5
+        # Width of the shared projection f, a linear layer with a bias. Source: ours. A re-implementation has a width of
+        # 1024 and no bias.
+        node.PROJECTION_DIM = 128
+        # Past steps whose teacher embeddings are kept as negatives, those of all processes; 0: none. The queue then
+        # holds QUEUE_STEPS x SOLVER.IMS_PER_BATCH x the regions of an image (MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE of a
+        # two-stage student, DISTILL.REGIONS.BATCH_SIZE_PER_IMAGE of a dense one): 81,920 embeddings for 16 images of
+        # 512 regions, or 336 MB if a teacher's embedding has 1,024 numbers. The length is unpublished. The only public
+        # configuration keeps ten steps, the current one among them. Ours does not count the current step.
+        node.QUEUE_STEPS = 10
+        # The length of the queue in embeddings, whatever QUEUE_STEPS says; 0: no queue; -1: from QUEUE_STEPS.
+        node.QUEUE_SIZE = -1
 
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__()

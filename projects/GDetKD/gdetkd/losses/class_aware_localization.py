@@ -75,6 +75,7 @@ class REG(DistillLoss):
         GDetKDError: the detectors cannot be compared, have no class in common, or have deltas in different units.
     """
 
+    default_weight = 1.0  # source: ours
     needs = frozenset({"logits", "deltas"})
 
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:

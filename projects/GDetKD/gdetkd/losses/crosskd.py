@@ -87,6 +87,15 @@ class CROSSKD(DistillLoss):
 
     needs = frozenset({"towers", "head"})
 
+    @classmethod
+    def add_keys(cls, node: CfgNode) -> None:
+        # The exponent of the difference of scores. Source: the authors.
+        node.BETA = 1.0
+        # By the teacher's family, from the authors: factors on classes and boxes, and convolutions of the student's
+        # towers before the teacher's take over.
+        node.ANCHOR_BASED = CfgNode(dict(CLS_WEIGHT=1.0, REG_WEIGHT=1.0, SHARED_CONVS=3))
+        node.ANCHOR_FREE = CfgNode(dict(CLS_WEIGHT=0.4, REG_WEIGHT=0.75, SHARED_CONVS=2))
+
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__()
         remedy = "Take CROSSKD out of DISTILL.LOSSES"

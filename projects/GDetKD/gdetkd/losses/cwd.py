@@ -36,6 +36,13 @@ class CWD(MapLoss):
         GDetKDError: the pyramids have no stride in common, or the temperature is not positive.
     """
 
+    default_weight = 10.0  # source: MMRazor, for pyramids of detectors
+
+    @classmethod
+    def add_keys(cls, node: CfgNode) -> None:
+        # Of the softmax over locations. Source: MMRazor.
+        node.TEMPERATURE = 1.0
+
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__(student_spec, teacher_spec)
         self.temperature = cfg.DISTILL.CWD.TEMPERATURE

@@ -112,6 +112,14 @@ class FGD(MapLoss):
         GDetKDError: the pyramids have no stride in common, or the temperature is not positive.
     """
 
+    @classmethod
+    def add_keys(cls, node: CfgNode) -> None:
+        # By the student's family, from the authors: factors on objects, background, attention and global relation, and
+        # the temperature of the attentions.
+        node.TWO_STAGE = CfgNode(dict(ALPHA=5e-5, BETA=2.5e-5, GAMMA=5e-5, LAMBDA=5e-7, TEMPERATURE=0.5))
+        node.ANCHOR_BASED = CfgNode(dict(ALPHA=1e-3, BETA=5e-4, GAMMA=5e-4, LAMBDA=5e-6, TEMPERATURE=0.5))
+        node.ANCHOR_FREE = CfgNode(dict(ALPHA=1.6e-3, BETA=8e-4, GAMMA=8e-4, LAMBDA=8e-6, TEMPERATURE=0.8))
+
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__(student_spec, teacher_spec)
         self.config = cfg.DISTILL.FGD[student_spec.family]

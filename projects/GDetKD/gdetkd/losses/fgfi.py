@@ -16,9 +16,7 @@ from .build import DISTILL_LOSS_REGISTRY
 from .maps import MapLoss, adapters, masked_squared_error
 
 
-def near_object_cells(
-    anchors: Sequence[torch.Tensor], gt_boxes: torch.Tensor, factor: float, per_level: bool = False
-) -> List[torch.Tensor]:
+def near_object_cells(anchors: Sequence[torch.Tensor], gt_boxes: torch.Tensor, factor: float) -> List[torch.Tensor]:
     """The imitation region of an image ("Imitation region estimation"): cells with an anchor whose IoU with an object
     exceeds `factor` times the largest that any anchor has with that object.
 
@@ -26,8 +24,6 @@ def near_object_cells(
         anchors: by level, (H, W, A, 4) xyxy in pixels.
         gt_boxes: (G, 4), G may be 0.
         factor: psi of the paper.
-        per_level: whether the largest is that of the anchor's own level, which gives an object cells on every level
-            where an anchor touches it. Otherwise it is that of all levels, which leaves it those of its size.
 
     Returns:
         by level, (H, W), bool.
@@ -35,10 +31,8 @@ def near_object_cells(
     if len(gt_boxes) == 0:
         return [each.new_zeros(each.shape[:2], dtype=torch.bool) for each in anchors]
     overlaps = [box_iou(each.reshape(-1, 4), gt_boxes) for each in anchors]  # (H W A, G)
-    largest = torch.stack([overlap.amax(dim=0) for overlap in overlaps])  # (levels, G)
-    if not per_level:
-        largest = largest.amax(dim=0).expand_as(largest)
-    near = [(overlap > factor * most).any(dim=1) for overlap, most in zip(overlaps, largest)]
+    largest = torch.cat(overlaps).amax(dim=0)  # (G,)
+    near = [(overlap > factor * largest).any(dim=1) for overlap in overlaps]
     return [cells.view(each.shape[:3]).any(dim=2) for cells, each in zip(near, anchors)]
 
 
@@ -73,10 +67,17 @@ class FGFI(MapLoss):
         GDetKDError: the student has no anchors, or the pyramids no stride in common.
     """
 
+    default_weight = 0.01  # source: the authors, for one map of 512 channels of a VGG
+
+    @classmethod
+    def add_keys(cls, node: CfgNode) -> None:
+        # psi: an anchor is near an object if its IoU exceeds this share of the largest that an anchor has with the
+        # object. Source: the authors.
+        node.IOU_FACTOR = 0.5
+
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__(student_spec, teacher_spec)
         self.factor = cfg.DISTILL.FGFI.IOU_FACTOR
-        self.per_level = cfg.DISTILL.FGFI.PER_LEVEL
         if not 0 <= self.factor < 1:
             raise GDetKDError(f"DISTILL.FGFI.IOU_FACTOR is a share of the largest IoU, in [0, 1), not {self.factor}.")
         anchors = student_spec.location_anchors or {}
@@ -96,6 +97,6 @@ class FGFI(MapLoss):
             place_anchors(each.new_tensor(cell), level.stride, self.offset, each.shape[-2:])
             for cell, level, each in zip(self.anchors, self.levels, its)
         ]
-        by_image = [near_object_cells(anchors, boxes.tensor, self.factor, self.per_level) for boxes in student.gt_boxes]
+        by_image = [near_object_cells(anchors, boxes.tensor, self.factor) for boxes in student.gt_boxes]
         adapted = [adapter(each) for adapter, each in zip(self.adapters, ours)]
         return fine_grained_imitation(adapted, its, [torch.stack(masks) for masks in zip(*by_image)])

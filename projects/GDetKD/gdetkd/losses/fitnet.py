@@ -29,6 +29,8 @@ class FITNET(MapLoss):
         GDetKDError: the pyramids have no stride in common.
     """
 
+    default_weight = 1.0  # source: ours; FitNets are classifiers
+
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__(student_spec, teacher_spec)
         self.adapters = adapters(self.levels, student_spec, teacher_spec)

@@ -53,6 +53,8 @@ class GTMASK(MapLoss):
         GDetKDError: the pyramids have no stride in common.
     """
 
+    default_weight = 1.0  # source: ours
+
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__(student_spec, teacher_spec)
         self.adapters = adapters(self.levels, student_spec, teacher_spec)

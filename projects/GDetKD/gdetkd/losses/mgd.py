@@ -45,6 +45,14 @@ class MGD(MapLoss):
         GDetKDError: the pyramids have no stride in common, or the masked share is none.
     """
 
+    @classmethod
+    def add_keys(cls, node: CfgNode) -> None:
+        # By the student's family, from the authors: the factor on the term, and the share of the student's cells that
+        # is masked.
+        node.TWO_STAGE = CfgNode(dict(ALPHA=5e-7, MASK_RATIO=0.45))
+        node.ANCHOR_BASED = CfgNode(dict(ALPHA=2e-5, MASK_RATIO=0.65))
+        node.ANCHOR_FREE = CfgNode(dict(ALPHA=2e-5, MASK_RATIO=0.65))
+
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__(student_spec, teacher_spec)
         config = cfg.DISTILL.MGD[student_spec.family]

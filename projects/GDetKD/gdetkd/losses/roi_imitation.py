@@ -76,7 +76,13 @@ class ROIFI(DistillLoss):
         GDetKDError: the sampling ratio is less than 1.
     """
 
+    default_weight = 1.0  # source: ours
     needs = frozenset({"pooled", "levels"})
+
+    @classmethod
+    def add_keys(cls, node: CfgNode) -> None:
+        # RoIAlign samples per bin and axis on the student's pyramid. Source: ours.
+        node.SAMPLING_RATIO = 2
 
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__()

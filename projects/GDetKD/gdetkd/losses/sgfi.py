@@ -136,9 +136,22 @@ class SGFI(DistillLoss):
         GDetKDError: the teacher pools its regions to fewer than 7x7 cells, or a key of DISTILL.SGFI is out of range.
     """
 
+    default_weight = 1.0  # source: a re-implementation
     needs = frozenset({"pooled"})
     chooses_levels = True
     without_decay = frozenset({"log_tau"})  # decay would pull the temperature towards 1
+
+    @classmethod
+    def add_keys(cls, node: CfgNode) -> None:
+        # RoIAlign samples per bin and axis on the student's pyramid. The teacher's comes from its own box head.
+        node.SAMPLING_RATIO = 2
+        # Output channels of the two 3x3 convolutions of f_embed. Source: a re-implementation.
+        node.EMBED_CHANNELS = (128, 64)
+        # Initial temperature of the softmax over levels; it is learned and stays positive.
+        node.TAU = 1.0
+        # Slope of the embedding's ReLUs below 0. The method has plain ReLUs, slope 0. Large steps (SOLVER.BASE_LR) can
+        # make the embedding 0 for every region. The log warns of that, and a small slope leads out of it.
+        node.NEGATIVE_SLOPE = 0.0
 
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__()

@@ -84,6 +84,7 @@ class CLS(DistillLoss):
         GDetKDError: the detectors cannot be compared, have no class in common, or only one has sigmoid classes.
     """
 
+    default_weight = 1.0  # source: ours
     needs = frozenset({"logits"})
 
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:

@@ -1,0 +1,56 @@
+"""The example in docs/losses.md, as it stands there, trains, logs, and is kept in the checkpoint."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from gdetkd import DistillTrainer
+from gdetkd.losses import DISTILL_LOSS_REGISTRY
+from gdetkd.safe_load import read_weights
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "losses.md"
+
+
+@pytest.fixture
+def own_loss():
+    code = re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1]
+    exec(code, {"__name__": "my_loss"})
+    yield
+    del DISTILL_LOSS_REGISTRY._obj_map["PEAK"]
+
+
+def train(cfg):
+    torch.manual_seed(0)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    return trainer
+
+
+def test_the_example_trains_and_has_its_keys(own_loss, distill_cfg, tmp_path):
+    cfg = distill_cfg({"DISTILL.LOSSES": ("SGFI", "PEAK"), "DISTILL.PEAK.POWER": 2.0, "SOLVER.MAX_ITER": 1})
+    assert cfg.DISTILL.PEAK.WEIGHT == 0.5 and cfg.DISTILL.PEAK.WARMUP_ITERS == 0
+    trainer = train(cfg)
+    line = json.loads((tmp_path / "run" / "metrics.json").read_text().splitlines()[-1])
+    assert (
+        line["loss_distill_peak"] == pytest.approx(0.5 * line["raw/loss_distill_peak"], rel=1e-5)
+        and line["loss_distill_peak"] > 0
+    )
+    saved = read_weights(str(tmp_path / "run" / "model_final.pth"))
+    assert torch.equal(saved["distill"]["losses"]["PEAK.scale"], trainer.distiller.losses["PEAK"].scale)
+    assert not any("PEAK" in name for name in saved["model"])
+
+
+def test_the_example_without_a_region(own_loss, distill_cfg):
+    cfg = distill_cfg({"DISTILL.LOSSES": ("PEAK",)})
+    loss = DISTILL_LOSS_REGISTRY.get("PEAK")(cfg, None, None)
+
+    class Outputs:
+        logits, device = torch.zeros(0, 4), torch.device("cpu")
+
+    value = loss(Outputs, Outputs)
+    value.backward()
+    assert value == 0 and loss.scale.grad == 0
