@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 from unittest import mock
 
 from gdetkd.distiller import GDetKD
-from gdetkd.engine.step_costs import LATE, peak_memory
+from gdetkd.engine.step_costs import LATE, now, peak_memory, time_in_rounds
 from gdetkd.errors import GDetKDError
 from gdetkd.experiments import load_config
 from gdetkd.teacher_file import read_teacher_file
@@ -28,7 +28,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from inputs import make_batch
 from tabulate import tabulate
-from timing import WARM_UP, machine, measure, now, quartiles
+from timing import WARM_UP, machine, quartiles
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -136,7 +136,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Any]:
         "teacher, whole inference": lambda: inference(full.teacher.model, batch),
     }
     works.update({f"distilled, {name}": lambda model=model: step(model, batch) for name, model in distillers.items()})
-    seconds = measure(works, args.steps)
+    seconds = time_in_rounds(works, args.steps, WARM_UP)
     megabytes = {name: peak_memory(work) for name, work in works.items()}
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     floor = middle["plain student"] + middle["teacher, on the regions"]
