@@ -6,6 +6,9 @@ step is all that a training run times: loading the batch, forward and backward p
 
 Both start as a run starts, on the same batches, but in the state that lasts: every term has its full weight and CKD's
 queue is full. Nothing is written to the folder of a run.
+
+One limit: if workers load the batches (DATALOADER.NUM_WORKERS), those of one config also load while the other takes its
+step. The time that a step waits for a loader that is slower than the step is then underestimated, of both.
 """
 
 import json
@@ -59,7 +62,10 @@ class StepTime:
 class _Stepper(DistillTrainer):
     """Takes the steps of a training run and nothing else: it writes no metrics, evaluates nothing and saves nothing."""
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(self, cfg: CfgNode, folder: str) -> None:
+        cfg = cfg.clone()
+        cfg.OUTPUT_DIR = folder  # a step that is not finite leaves a report there
+        cfg.DISTILL.VIS_PERIOD = 0
         super().__init__(cfg)
         self.resume_or_load(resume=False)
         self.iter, self.storage = LATE, EventStorage(LATE)
@@ -91,13 +97,8 @@ def measure_pair(baseline: CfgNode, method: CfgNode, rounds: int = ROUNDS, warm_
     Raises:
         GDetKDError: one of the two cannot be trained.
     """
-    works = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, cfg in (("baseline", baseline), ("method", method)):
-            cfg = cfg.clone()
-            cfg.OUTPUT_DIR = folder  # a step that is not finite leaves a report there
-            cfg.DISTILL.VIS_PERIOD = 0
-            works[name] = _Stepper(cfg).step
+        works = {"baseline": _Stepper(baseline, folder).step, "method": _Stepper(method, folder).step}
         seconds = time_in_rounds(works, rounds, warm_up)
     ratios = [method / baseline for baseline, method in zip(seconds["baseline"], seconds["method"])]
     low, ratio, high = statistics.quantiles(ratios, n=4)

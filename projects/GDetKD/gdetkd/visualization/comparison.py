@@ -86,13 +86,16 @@ def _draw_curves(axis: Axes, curves: Sequence[Curve], teacher_ap: Optional[float
         axis.text(0, teacher_ap + 0.8, f"teacher {teacher_ap:.1f}", color=COLORS["teacher"], fontsize=11)
     for curve in curves:
         color = COLORS[curve.label]
+        # Right of a curve that ends early there is room; a label above or below the others' ends hides no curve.
+        is_short = curve.seconds[-1] < 0.8 * end
+        offset = (8, -11) if is_short else (2, -18) if curve.label == "baseline" else (2, 9)
         axis.plot([0, *curve.seconds], [0, *curve.ap], color=color, linewidth=2, marker="o", markersize=4)
         axis.annotate(
             f"{curve.label} {curve.ap[-1]:.1f}",
             (curve.seconds[-1], curve.ap[-1]),
             textcoords="offset points",
-            xytext=(2, -18) if curve.label == "baseline" else (2, 9),
-            ha="right",
+            xytext=offset,
+            ha="left" if is_short else "right",
             color=color,
             fontsize=11,
             weight="bold",
