@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,19 @@ def test_the_time_of_a_step_is_measured_once_and_kept(tmp_path, monkeypatch):
     assert measured == [(plain, ["SEED", "0"], "3")]
     assert ratio(["DISTILL.SGFI.WEIGHT", "9.0"]) == 4.0  # another config is another method
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_measurement_ends_with_a_signal_to_what_started_it(tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nkill -TERM $PPID\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        Comparison(CONFIG, [], tmp_path / "out", ["GDetKD"]).measure_steps(jobs=1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) == before and not list(tmp_path.rglob("*.json"))
 
 
 def test_the_baseline_alone_is_measured_against_itself(tmp_path, monkeypatch):

@@ -132,7 +132,7 @@ def measure_in_process(baseline: Run, method: Run, environment: Mapping[str, str
             last = (log.read_text().strip().splitlines() or ["no output"])[-1]
             raise GDetKDError(
                 f"The time of a step could not be measured for {method.folder.name}: the process ended with exit code "
-                f"{code}. Its log is {log}, which ends with: {last}"
+                f"{code}. Correct the cause and start again. Its log is {log}, which ends with: {last}"
             )
         return StepTime(**json.loads(result.read_text()))
 
@@ -159,6 +159,8 @@ def _main(request: Mapping[str, Any], result: Path) -> None:
     for cfg in configs:
         if not torch.cuda.is_available():
             cfg.MODEL.DEVICE = "cpu"
+    if configs[0].MODEL.DEVICE.startswith("cuda:"):
+        torch.cuda.set_device(configs[0].MODEL.DEVICE)  # the clock waits for the current GPU
     # As Detectron2 does at the start of a training run.
     torch.backends.cudnn.benchmark = configs[0].CUDNN_BENCHMARK
     seed_all_rng(configs[0].SEED)

@@ -118,7 +118,7 @@ def draw_curves(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optiona
 
 def longer_baselines(comparison: Comparison, rows: Sequence[Row]) -> List[List[Run]]:
     """Return the baselines at equal time, but for the baseline itself. Methods of about one cost share one."""
-    shown = {run.folder for runs in comparison.runs.values() for run in runs}
+    shown = {comparison.runs[row.method, row.schedule][0].folder for row in rows}
     found = {}
     for row in rows:
         runs = comparison.equal_time_runs.get((row.method, row.schedule), [])

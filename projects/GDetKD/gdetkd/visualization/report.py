@@ -38,17 +38,16 @@ def write_report(
 
 
 def describe(comparison: Comparison) -> Dict[str, str]:
-    """Return what is compared where, by a short name."""
+    """Return what is compared where, by a short name. The steps are measured."""
     cfg = comparison.cfg
     device = torch.cuda.get_device_name() if cfg.MODEL.DEVICE != "cpu" else f"{platform.machine()} CPU"
-    step = f"{comparison.step_seconds(BASELINE):.3f} s" if comparison.step_times else "not measured"
     return {
         "Student": f"{cfg.DISTILL.STUDENT_META_ARCHITECTURE}, {comparison.config_file}",
         "Teacher": cfg.DISTILL.TEACHER.CONFIG_FILE,
         "Data": f"trained on {', '.join(cfg.DATASETS.TRAIN)}, evaluated on {cfg.DATASETS.TEST[0]}",
         "Training": f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images; seeds "
         + ", ".join(map(str, comparison.seeds)),
-        "A step of none": step,
+        "A step of none": f"{comparison.step_seconds(BASELINE):.3f} s",
         "Machine": f"{device}, torch {torch.__version__}",
         "Changes": " ".join(map(str, comparison.opts)) or "none",
     }
@@ -108,7 +107,8 @@ def _figures(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optional[f
     if several:
         caption = "The same methods with longer schedules: a gain that shrinks is faster convergence, not a better end."
         figures.append(("AP and the length of the schedule", charts.draw_schedules(rows), caption))
-    dotted = " Dotted: the student alone, trained for the time of a method." if at_equal_time else ""
+    is_longer = bool(charts.longer_baselines(comparison, main))
+    dotted = " Dotted: the student alone, trained for the time of a method." if is_longer else ""
     caption = f"Mean over seeds at each evaluation, over iterations times the measured time of a step.{dotted}{where}"
     figures.append(("AP over training time", charts.draw_curves(comparison, main, teacher_ap), caption))
     if len(main) > 1:
