@@ -35,34 +35,26 @@ def environment():
 
 
 def test_both_train_in_turn_on_the_same_batches(pair, monkeypatch):
-    baseline, method = (run.config() for run in pair)
-    turns, batches = [], []
+    seen, weights = [], {}
 
     def spied(works, rounds, warm_up):
         for name, step in works.items():
-            trainer = step.__self__
-            weight = next(trainer.student.parameters())
-            before = weight.detach().clone()
-            trainer.student.register_forward_pre_hook(
-                lambda module, inputs, name=name: (
-                    (
-                        turns.append(name),
-                        batches.append([(sample["file_name"], sample["image"].sum().item()) for sample in inputs[0]]),
-                    )
-                    and None
-                )
-            )
-            trainer.seen = (weight, before)
-        seconds = time_in_rounds(works, rounds, warm_up)
-        for step in works.values():
-            weight, before = step.__self__.seen
-            assert not torch.equal(weight, before)  # the optimizer took its steps
-        return seconds
+
+            def note(module, inputs, name=name):
+                seen.append((name, [(sample["file_name"], sample["image"].sum().item()) for sample in inputs[0]]))
+
+            student = step.__self__.student
+            student.register_forward_pre_hook(note)
+            weights[name] = next(student.parameters()), next(student.parameters()).detach().clone()
+        return time_in_rounds(works, rounds, warm_up)
 
     monkeypatch.setattr("gdetkd.step_time.time_in_rounds", spied)
-    found = measure_pair(baseline, method, rounds=2, warm_up=1)
-    assert turns == ["baseline", "method"] * 3
+    found = measure_pair(*(run.config() for run in pair), rounds=2, warm_up=1)
+    batches = [batch for _, batch in seen]
+    assert [name for name, _ in seen] == ["baseline", "method"] * 3
     assert batches[0::2] == batches[1::2] and batches[0] != batches[2]
+    # The optimizers took their steps.
+    assert all(not torch.equal(weight, before) for weight, before in weights.values()) and len(weights) == 2
     assert (found.threads, found.device) == (torch.get_num_threads(), "cpu")
 
 

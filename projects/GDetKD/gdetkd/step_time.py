@@ -60,7 +60,7 @@ class StepTime:
 
 
 class _Stepper(DistillTrainer):
-    """Takes the steps of a training run and nothing else: it writes no metrics, evaluates nothing and saves nothing."""
+    """Take the steps of a training run and nothing else: write no metrics, evaluate nothing and save nothing."""
 
     def __init__(self, cfg: CfgNode, folder: str) -> None:
         cfg = cfg.clone()
