@@ -16,12 +16,13 @@ from typing import Any, Dict, List
 from gdetkd import add_gdetkd_config
 from gdetkd.data import register_datasets
 from gdetkd.engine.evaluators import build_evaluator
+from gdetkd.engine.step_costs import now
 
 import torch  # isort: skip
 from detectron2.config import CfgNode, get_cfg
 from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
-from timing import machine, now
+from timing import machine
 
 OBJECTS, SIZE = 7, 640  # objects of an image, as COCO has, and its pixels
 BY = ("pycocotools", "faster-coco-eval")

@@ -17,11 +17,12 @@ from unittest import mock
 
 from gdetkd import DistillTrainer
 from gdetkd.data.shapes import make_shapes_for
+from gdetkd.engine.step_costs import now
 from gdetkd.errors import GDetKDError
 from gdetkd.experiments import load_config
 
 from detectron2.engine import HookBase  # isort: skip
-from timing import WARM_UP, machine, now
+from timing import WARM_UP, machine
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -16,7 +16,7 @@ from typing import Any, Dict
 from gdetkd.data import build_train_loader, register_datasets
 from gdetkd.data.shapes import make_shapes_for
 from gdetkd.distiller import GDetKD
-from gdetkd.engine.step_costs import LATE
+from gdetkd.engine.step_costs import LATE, now
 from gdetkd.errors import GDetKDError
 from gdetkd.experiments import load_config
 
@@ -24,7 +24,7 @@ import torch  # isort: skip
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
-from timing import WARM_UP, machine, now, numbers, quartiles
+from timing import WARM_UP, machine, numbers, quartiles
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 from gdetkd import add_gdetkd_config
-from gdetkd.engine.step_costs import peak_memory
+from gdetkd.engine.step_costs import peak_memory, time_in_rounds
 from gdetkd.losses import CKD, CLS, REG, SGFI, semantic_guided_imitation
 from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
 
@@ -22,7 +22,7 @@ import torch  # isort: skip
 from detectron2.config import get_cfg
 from detectron2.structures import Boxes
 from tabulate import tabulate
-from timing import machine, measure, numbers, quartiles
+from timing import machine, numbers, quartiles
 from torch import nn
 from torchvision.ops import box_iou
 
@@ -112,7 +112,7 @@ def compare(ours: Callable[[], torch.Tensor], plain: Callable[[], torch.Tensor],
     """
     torch.testing.assert_close(ours(), plain(), rtol=1e-3, atol=1e-4)
     works = {"ours": lambda: ours().backward(), "plain": lambda: plain().backward()}
-    seconds = measure(works, rounds, warm_up=1)
+    seconds = time_in_rounds(works, rounds, warm_up=1)
     result: Dict[str, Any] = {f"{name}, s": quartiles(values) for name, values in seconds.items()}
     result.update({f"{name}, MB": peak_memory(work) for name, work in works.items()})
     result["ratio"] = result["ours, s"][1] / result["plain, s"][1]

@@ -21,9 +21,10 @@ import torch  # isort: skip
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from tabulate import tabulate
-from timing import WARM_UP, machine, now, numbers
+from timing import WARM_UP, machine, numbers
 
 from gdetkd.engine.launch import leave_process_groups
+from gdetkd.engine.step_costs import now
 from gdetkd.losses.ckd import gather_embeddings
 
 

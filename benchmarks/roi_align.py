@@ -7,6 +7,7 @@ python benchmarks/roi_align.py [--channels 256] [--regions 256] [--rounds 10]
 import argparse
 import statistics
 
+from gdetkd.engine.step_costs import time_in_rounds
 from gdetkd.losses.roi_align import roi_align_torchvision
 from gdetkd.losses.roi_align_cpu import roi_align_cpu
 from gdetkd.structures import Regions
@@ -14,7 +15,7 @@ from gdetkd.structures import Regions
 import torch  # isort: skip
 from detectron2.structures import Boxes
 from tabulate import tabulate
-from timing import machine, measure
+from timing import machine
 
 HEIGHTS = (8, 16, 32, 64, 100, 152, 200)  # of maps 4:3
 SIZE, SAMPLING_RATIO, STRIDE = (7, 7), 2, 4
@@ -47,7 +48,7 @@ def main() -> None:
             "sums of rows": lambda: sums_of_rows().backward(gradient),
             "torchvision": lambda: torchvision().backward(gradient),
         }
-        middle = {name: statistics.median(values) for name, values in measure(works, args.rounds, 2).items()}
+        middle = {name: statistics.median(values) for name, values in time_in_rounds(works, args.rounds, 2).items()}
         ratio = middle["sums of rows"] / middle["torchvision"]
         rows.append(
             [f"{height}x{width}", height * width, *(f"{value:.4f}" for value in middle.values()), f"{ratio:.2f}"]

@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 from unittest import mock
 
 from gdetkd.distiller import GDetKD
-from gdetkd.engine.step_costs import LATE, peak_memory
+from gdetkd.engine.step_costs import LATE, now, peak_memory, time_in_rounds
 from gdetkd.errors import GDetKDError
 from gdetkd.experiments import load_config
 from gdetkd.teacher_file import read_teacher_file
@@ -28,7 +28,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from inputs import make_batch
 from tabulate import tabulate
-from timing import WARM_UP, machine, measure, now, quartiles
+from timing import WARM_UP, machine, quartiles
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -79,7 +79,9 @@ def timed_parts(model: GDetKD, seconds: Dict[str, List[float]]) -> Iterator[None
         return run
 
     parts = [(model.student, "forward", "student's forward"), (model.adapter, "observe", "regions")]
-    parts += [(model.teacher, "look", "teacher's forward"), (model, "pool_all_levels", "RoIAlign, all levels")]
+    parts += [(model.teacher, "look", "teacher's forward")]
+    if model.level_chooser is not None:
+        parts += [(model.level_chooser, "pool", "RoIAlign, all levels (part of SGFI)")]
     parts += [(loss, "forward", f"{name}, forward") for name, loss in model.losses.items()]
     with ExitStack() as stack:
         for owner, attribute, name in parts:
@@ -136,7 +138,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Any]:
         "teacher, whole inference": lambda: inference(full.teacher.model, batch),
     }
     works.update({f"distilled, {name}": lambda model=model: step(model, batch) for name, model in distillers.items()})
-    seconds = measure(works, args.steps)
+    seconds = time_in_rounds(works, args.steps, WARM_UP)
     megabytes = {name: peak_memory(work) for name, work in works.items()}
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     floor = middle["plain student"] + middle["teacher, on the regions"]

@@ -1,30 +1,12 @@
-"""Pieces of work timed one after another in every round, so that what else the machine does falls on all alike."""
+"""What the benchmarks share beside `gdetkd.engine.step_costs`."""
 
 import platform
 import statistics
-import time
-from typing import Any, Callable, Dict, List
+from typing import List
 
 import torch
 
 WARM_UP = 3
-
-
-def now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def measure(works: Dict[str, Callable[[], Any]], rounds: int, warm_up: int = WARM_UP) -> Dict[str, List[float]]:
-    """Seconds of each piece of work in every round, without the rounds of warm-up."""
-    seconds: Dict[str, List[float]] = {name: [] for name in works}
-    for _ in range(warm_up + rounds):
-        for name, work in works.items():
-            start = now()
-            work()
-            seconds[name].append(now() - start)
-    return {name: values[warm_up:] for name, values in seconds.items()}
 
 
 def quartiles(values: List[float]) -> List[float]:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,21 +13,26 @@ from pathlib import Path
 import pytest
 
 from conftest import WIDER
-from gdetkd.comparison import Comparison, ablation, method_opts
+from gdetkd.comparison import Comparison
 from gdetkd.data.shapes import CLASSES
 from gdetkd.engine import DistillTrainer
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import kept_time_ratio, load_config, mean_and_error, stretched
+from gdetkd.experiments import load_config, mean_and_error, stretched
+from gdetkd.methods import ablation, method_opts
+from gdetkd.step_time import StepTime
+from gdetkd.visualization.charts import longer_baselines
+from gdetkd.visualization.comparison import curves_of
+from gdetkd.visualization.headline import find_leader, headline
 from gdetkd.visualization.report import write_report
-from gdetkd.visualization.summary import as_markdown, summarize
+from gdetkd.visualization.summary import as_markdown, is_told_apart, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "quickstart" / "faster_rcnn-faster_rcnn.yaml")
 SETTING = {"Student": "a <small> one", "Machine": "this"}
 
 
-def finish(run, ap, seconds, memory=None):
-    """Makes up what a complete run leaves."""
+def finish(run, ap, memory=None, seconds=100.0):
+    """Makes up what a complete run leaves. Its wall time, `seconds`, counts for nothing."""
     run.folder.mkdir(parents=True, exist_ok=True)
     middle, end = run.max_iter // 2, run.max_iter
     lines = []
@@ -40,22 +46,28 @@ def finish(run, ap, seconds, memory=None):
 
 
 AP = {"none": (10.0, 12.0, 14.0), "PKD": (15.0, 16.0, 17.0), "GDetKD": (30.0, 34.0, 35.0), "SGFI+CKD": (9.0, 10.0, 8.0)}
-SECONDS = {"none": 100.0, "PKD": 130.0, "GDetKD": 200.0, "SGFI+CKD": 103.0}
+RATIOS = {"PKD": 1.3, "GDetKD": 2.0, "SGFI+CKD": 1.03}
+STEP = 0.2  # seconds of the baseline's step
 
 
-def finished(folder, schedules=(1.0,), equal_time=False, memory=None, methods=tuple(AP)):
+def step_times(ratios):
+    return {name: StepTime(ratio, ratio - 0.1, ratio + 0.1, STEP, 1, "cpu") for name, ratio in ratios.items()}
+
+
+def finished(folder, schedules=(1.0,), equal_time=False, memory=None, methods=tuple(AP), ratios=RATIOS):
     comparison = Comparison(CONFIG, [], folder, methods, (1, 2, 3), schedules, equal_time)
+    comparison.step_times = step_times(ratios)
     for (method, schedule), runs in comparison.runs.items():
         for run, ap in zip(runs, AP[method]):
             # The longer the schedule, the smaller the gain.
             grown = ap + 20 * math.log2(schedule) if method == "none" else ap + 5 * math.log2(schedule)
-            finish(run, grown, SECONDS[method] * schedule, None if memory is None else memory[method])
+            finish(run, grown, None if memory is None else memory[method])
     if equal_time:
         comparison.add_equal_time()
         for runs in comparison.equal_time_runs.values():
             for run, ap in zip(runs, (20.0, 21.0, 22.0)):
                 if not run.is_complete():
-                    finish(run, ap, 1.0)
+                    finish(run, ap)
     return comparison
 
 
@@ -117,20 +129,92 @@ def test_a_config_for_several_gpus_is_spelled_out_for_one_process(tmp_path):
     for cfg in (comparison.cfg, run.config(), as_trained):
         assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH) == (2000, plain.SOLVER.IMS_PER_BATCH // 4)
         assert (cfg.SOLVER.STEPS, cfg.TEST.EVAL_PERIOD, cfg.DISTILL.SGFI.WARMUP_ITERS) == ((1200, 1600), 400, 200)
-    finish(run, 30.0, 100.0)
-    assert run.is_complete() and run.result()["iterations"] == 2000
+    finish(run, 30.0)
+    assert run.is_complete() and run.curve()[-1].iteration == 2000
 
 
-def test_a_kept_ratio_of_times_goes_with_its_runs(tmp_path):
-    comparison = finished(tmp_path, equal_time=True, methods=("none", "GDetKD"))
-    pairs = comparison.runs["none", 1], comparison.runs["GDetKD", 1]
-    kept = tmp_path / "kept.json"
-    assert kept_time_ratio(kept, *pairs) == 2.0
-    for run in pairs[1]:
-        finish(run, 30.0, 300.0)
-    assert kept_time_ratio(kept, *pairs) == 2.0  # the same runs: what was trained on it stays
-    other = Comparison(CONFIG, ["DISTILL.SGFI.WEIGHT", "9.0"], tmp_path, ["GDetKD"]).runs
-    assert kept_time_ratio(kept, other["none", 1], other["GDetKD", 1]) == 3.0
+def test_the_time_of_a_step_is_measured_once_and_kept(tmp_path, monkeypatch):
+    measured = []
+
+    def measure(baseline, method, environment, log):
+        measured.append((baseline.opts, method.opts, environment["OMP_NUM_THREADS"]))
+        return StepTime(2.0 + len(measured), 1.0, 4.0, STEP, 1, "cpu")
+
+    monkeypatch.setattr("gdetkd.step_time.measure_in_process", measure)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+
+    def ratio(opts, seeds=(1,), schedules=(1.0,)):
+        comparison = Comparison(CONFIG, opts, tmp_path, ["GDetKD"], seeds, schedules)
+        comparison.measure_steps(jobs=2)
+        return comparison.step_ratio("GDetKD")
+
+    assert ratio([]) == ratio([], seeds=(4, 5), schedules=(2.0,)) == 3.0
+    plain = ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "False", "SEED", "0"]
+    assert measured == [(plain, ["SEED", "0"], "3")]
+    assert ratio(["DISTILL.SGFI.WEIGHT", "9.0"]) == 4.0  # another config is another method
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_measurement_ends_with_a_signal_to_what_started_it(tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nkill -TERM $PPID\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        Comparison(CONFIG, [], tmp_path / "out", ["GDetKD"]).measure_steps(jobs=1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) == before and not list(tmp_path.rglob("*.json"))
+
+
+def test_the_baseline_alone_is_measured_against_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr("gdetkd.step_time.measure_in_process", lambda *args: StepTime(1.04, 1.0, 1.1, STEP, 1, "cpu"))
+    comparison = Comparison(CONFIG, [], tmp_path, [])
+    comparison.measure_steps(jobs=1)
+    assert comparison.step_ratio("none") == 1.0 and comparison.step_seconds("none") == STEP
+
+
+def test_wall_times_of_runs_count_for_nothing(tmp_path):
+    """A baseline that ran beside more work than the methods looked slower than they."""
+
+    def results(folder, seconds):
+        comparison = finished(folder, equal_time=True)
+        before = comparison.equal_time_runs
+        for (method, _), runs in comparison.runs.items():
+            for run in runs:
+                run_ap = run.curve()[-1].metrics["AP"]
+                finish(run, run_ap, seconds=seconds[method])
+        comparison.add_equal_time()
+        iterations = {key: [run.max_iter for run in runs] for key, runs in comparison.equal_time_runs.items()}
+        assert iterations == {key: [run.max_iter for run in runs] for key, runs in before.items()}
+        return iterations, summarize(comparison, 52.0), curves_of(comparison)
+
+    fair = results(tmp_path / "fair", {"none": 100.0, "PKD": 130.0, "GDetKD": 200.0, "SGFI+CKD": 103.0})
+    busy = results(tmp_path / "busy", {"none": 900.0, "PKD": 130.0, "GDetKD": 50.0, "SGFI+CKD": 1.0})
+    assert fair == busy
+
+
+@pytest.mark.parametrize("ratio", [1.06, 1.5, 1.58, 1.601])
+def test_the_baseline_at_equal_time_ends_where_the_method_ends(tmp_path, ratio):
+    comparison = finished(tmp_path, equal_time=True, methods=("none", "GDetKD"), ratios={"GDetKD": ratio})
+    baseline, longer, distilled = curves_of(comparison)
+    assert (baseline.label, longer.label, distilled.label) == ("baseline", "baseline, equal time", "distilled")
+    later = longer.seconds[-1] - distilled.seconds[-1]
+    assert -1e-6 <= later < baseline.seconds[-1] / 10
+    assert baseline.seconds[-1] == pytest.approx(500 * STEP)
+    assert distilled.seconds[-1] == pytest.approx(500 * STEP * ratio)
+
+
+def test_the_picture_has_no_curve_at_equal_time_if_it_is_the_baseline_itself(tmp_path):
+    comparison = finished(tmp_path, equal_time=True, methods=("none", "GDetKD"), ratios={"GDetKD": 1.04})
+    assert [curve.label for curve in curves_of(comparison)] == ["baseline", "distilled"]
+
+
+def test_methods_of_about_one_cost_share_one_dotted_curve(tmp_path):
+    comparison = finished(tmp_path, equal_time=True, ratios={"PKD": 1.41, "GDetKD": 1.49, "SGFI+CKD": 1.03})
+    shown = longer_baselines(comparison, summarize(comparison, None))
+    assert [[run.folder.name for run in runs] for runs in shown] == [[f"none-x1.5-seed{seed}" for seed in (1, 2, 3)]]
 
 
 def test_half_precision_of_the_teacher_is_no_reason_against_a_comparison(tmp_path, monkeypatch):
@@ -179,11 +263,12 @@ def test_rows(tmp_path):
     rows = summarize(finished(tmp_path, equal_time=True), teacher_ap=52.0)
     assert [row.method for row in rows] == ["none", "PKD", "GDetKD", "SGFI+CKD"]
     none, ours = rows[0], row_of(rows, "GDetKD")
-    assert none.gain is None and none.lead_closed is None and none.step_time == 1
+    assert none.gain is None and none.lead_closed is None and none.step_time == 1 and none.step_time_range is None
     assert none.metrics["AP"] == pytest.approx((12.0, 2 / math.sqrt(3)))
     # Paired over seeds: 20, 22 and 21 points. The teacher leads by 40.
     assert ours.gain == pytest.approx((21.0, 1 / math.sqrt(3))) and ours.lead_closed == pytest.approx(21 / 40)
-    assert ours.step_time == pytest.approx(2.0) and ours.seconds == 200
+    assert ours.step_time == 2.0 and ours.seconds == pytest.approx(500 * 2 * STEP)
+    assert ours.step_time_range == pytest.approx((1.9, 2.1))
     assert ours.equal_time_ap[0] == 21.0 and ours.equal_time_gain[0] == 12.0
     assert ours.metrics["APl"] is None and ours.metrics["APs"][0] == pytest.approx(16.5)
     assert ours.step_memory is None
@@ -196,10 +281,9 @@ def test_the_baseline_itself_stands_at_equal_time_where_a_step_costs_no_more(tmp
     assert {run.max_iter for run in comparison.equal_time_runs["PKD", 1]} == {650}
 
 
-def test_steps_of_about_the_same_cost_share_a_baseline_at_equal_time(tmp_path, monkeypatch):
-    monkeypatch.setitem(SECONDS, "PKD", 141.0)
-    monkeypatch.setitem(SECONDS, "GDetKD", 149.0)
-    comparison = finished(tmp_path, schedules=(1, 1.5), equal_time=True)
+def test_steps_of_about_the_same_cost_share_a_baseline_at_equal_time(tmp_path):
+    ratios = {**RATIOS, "PKD": 1.41, "GDetKD": 1.49}
+    comparison = finished(tmp_path, schedules=(1, 1.5), equal_time=True, ratios=ratios)
     # Rounded up to 1.5, so that none has less time than the method, and that is the baseline's other schedule.
     folders = {tmp_path / "runs" / f"none-x1.5-seed{seed}" for seed in (1, 2, 3)}
     for each in (comparison.equal_time_runs["PKD", 1], comparison.equal_time_runs["GDetKD", 1]):
@@ -244,9 +328,64 @@ def test_report(tmp_path):
     assert "GDetKD leads with AP 38.0" in page and "+6.0" in page
 
 
+def ranked(folder, scores, seeds):
+    """A comparison and its rows; `scores` gives the AP of each seed by method."""
+    comparison = Comparison(CONFIG, [], folder, list(scores), seeds, equal_time=False)
+    comparison.step_times = step_times({name: 1.5 for name in scores if name != "none"})
+    for (method, _), runs in comparison.runs.items():
+        for run, ap in zip(runs, scores[method]):
+            finish(run, ap)
+    return comparison, summarize(comparison, None)
+
+
+def test_a_method_leads_if_the_difference_is_larger_than_two_errors(tmp_path):
+    # GDetKD over PKD: 2, 3 and 4 points, so 3 ± 1 / sqrt(3) = 3 ± 0.58.
+    scores = {"none": (10.0, 11.0, 12.0), "PKD": (20.0, 21.0, 20.0), "GDetKD": (22.0, 24.0, 24.0)}
+    comparison, rows = ranked(tmp_path, scores, (1, 2, 3))
+    assert find_leader(comparison, rows).method == "GDetKD"
+    assert headline(comparison, rows).startswith("GDetKD leads with AP 23.3 ± 0.7, +12.3 ± 0.3 over the student alone")
+
+
+def test_methods_within_two_errors_are_not_told_apart(tmp_path):
+    # GDetKD over PKD: 0, 3 and 6 points, so 3 ± 3 / sqrt(3) = 3 ± 1.7.
+    scores = {"none": (10.0, 11.0, 12.0), "PKD": (22.0, 21.0, 18.0), "GDetKD": (22.0, 24.0, 24.0)}
+    comparison, rows = ranked(tmp_path, scores, (1, 2, 3))
+    text = headline(comparison, rows)
+    assert find_leader(comparison, rows) is None
+    assert "leads" not in text and "GDetKD has the highest AP" in text and "cannot be told apart from PKD:" in text
+    write_report(tmp_path / "report", comparison, None, SETTING)
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert text in page.replace("&#x27;", "'") and 'class="best' not in page
+
+
+def test_one_seed_never_leads(tmp_path):
+    comparison, rows = ranked(tmp_path, {"none": (10.0,), "GDetKD": (40.0,)}, (1,))
+    assert find_leader(comparison, rows) is None
+    assert headline(comparison, rows).startswith("One seed gives no error, so the methods cannot be told apart.")
+
+
+def test_the_student_alone_can_lead(tmp_path):
+    comparison, rows = ranked(tmp_path, {"none": (20.0, 21.0), "PKD": (10.0, 11.1)}, (1, 2))
+    assert headline(comparison, rows).startswith("none leads with AP 20.5 ± 0.5, the student alone.")
+
+
+def test_a_gain_at_equal_time_within_its_error_is_said(tmp_path):
+    comparison = finished(tmp_path, equal_time=True, methods=("none", "GDetKD"))
+    for run, ap in zip(comparison.equal_time_runs["GDetKD", 1.0], (36.0, 31.0, 31.0)):
+        finish(run, ap)
+    assert "+0.3 ± 3.2 at equal time (not told apart from 0)" in headline(comparison, summarize(comparison, 52.0))
+
+
+def test_what_is_told_apart():
+    assert is_told_apart((2.1, 1.0)) and is_told_apart((-2.1, 1.0)) and is_told_apart((1.0, 0.0))
+    assert not is_told_apart((2.0, 1.0)) and not is_told_apart((9.0, None)) and not is_told_apart((0.0, 0.0))
+    assert not is_told_apart(None)
+
+
 def test_a_report_on_one_seed_and_none_alone(tmp_path):
     comparison = Comparison(CONFIG, [], tmp_path, [], (1,))
-    finish(comparison.runs["none", 1][0], 10.0, 100.0)
+    finish(comparison.runs["none", 1][0], 10.0)
+    comparison.step_times = step_times({"none": 1.01})  # measured against itself, for the seconds alone
     write_report(tmp_path / "report", comparison, None, SETTING)
     page = (tmp_path / "report" / "report.html").read_text()
     assert "The student alone reaches AP 10.0." in page and "one seed" in page
@@ -268,10 +407,13 @@ def test_the_whole_of_it_on_a_tiny_pair(distill_cfg, tiny_dataset, tmp_path):
         return done.stdout
 
     assert "2 runs, 0 of them complete" in compare()
+    kept = (tmp_path / "out" / "step_times" / "PKD.json").read_text()
+    assert json.loads(kept)["step_time"]["threads"] == 1
     rows = json.loads((tmp_path / "out" / "report" / "report.json").read_text())["rows"]
     assert [(row["method"], row["iterations"]) for row in rows] == [("none", 2), ("PKD", 2)]
-    assert rows[1]["step_time"] > 0 and rows[1]["AP"] is not None
+    assert rows[1]["step_time"] == round(json.loads(kept)["step_time"]["ratio"], 4) and rows[1]["AP"] is not None
     ends = [(tmp_path / "out" / "runs" / f"{method}-seed1" / "model_final.pth") for method in ("none", "PKD")]
     before = [path.stat().st_mtime for path in ends]
     assert "2 runs, 2 of them complete" in compare()
     assert before == [path.stat().st_mtime for path in ends]
+    assert (tmp_path / "out" / "step_times" / "PKD.json").read_text() == kept

@@ -1,4 +1,4 @@
-"""What the quickstart reports is what its runs wrote."""
+"""Runs of train_net.py, how they are started and read again; and the quickstart that is made of them."""
 
 import importlib.util
 import json
@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import PLAIN, Run, load_config, stretched, time_ratio
+from gdetkd.experiments import PLAIN, Run, load_config, stretched
 from gdetkd.jobs import run_all
+from gdetkd.step_time import StepTime
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "quickstart" / "faster_rcnn-faster_rcnn.yaml")
@@ -37,29 +38,46 @@ def finished(folder, ap, iterations, seconds):
     return run
 
 
-def test_summary_and_table(tmp_path):
-    quickstart = load_quickstart()
-    runs = {
-        "baseline": finished(tmp_path / "b", 10.0, 100, 20.0),
-        "baseline_equal_time": finished(tmp_path / "e", 20.0, 150, 30.0),
-        "distilled": finished(tmp_path / "d", 35.0, 100, 32.0),
-    }
-    summary = quickstart.summarize({"AP": 60.0, "AP50": 80.0, "AP75": 65.0, "APs": float("nan")}, runs)
-    assert summary["teacher"] == {"AP": 60.0, "AP50": 80.0, "AP75": 65.0}
-    assert summary["distilled"]["lead_closed"] == pytest.approx(0.5)
-    assert summary["baseline_equal_time"] == pytest.approx(
-        {"AP": 20.0, "AP50": 40.0, "AP75": 25.0, "iterations": 150, "seconds": 30.0, "lead_closed": 0.2}
-    )
-    equal_time = stretched(tmp_path / "e", runs["baseline"], time_ratio(runs["baseline"], runs["distilled"]))
-    assert equal_time.max_iter == 160 and equal_time.config().TEST.EVAL_PERIOD == 280  # 180 * 1.6, in twenties
-    table = quickstart.as_table(summary)
-    assert "35.0" in table and "50 %" in table and "baseline, equal time" in table
+def test_a_longer_run_is_evaluated_as_often(tmp_path):
+    longer = stretched(tmp_path / "e", finished(tmp_path / "b", 10.0, 100, 20.0), 1.6)
+    assert longer.max_iter == 160 and longer.config().TEST.EVAL_PERIOD == 280  # 180 * 1.6, in twenties
 
 
 def test_unknown_pair_names_the_known_ones(monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(GDetKDError, match="faster_rcnn-faster_rcnn"):
-        load_quickstart().load_config("yolo-yolo")
+        load_quickstart().find_config("yolo-yolo")
+
+
+def test_the_quickstart_is_a_comparison_with_one_seed_at_equal_time(tmp_path, monkeypatch, capsys):
+    quickstart, drawn = load_quickstart(), []
+
+    def train(comparison, train_net, jobs):
+        assert train_net.is_file() and jobs == 2
+        comparison.step_times = {"GDetKD": StepTime(1.58, 1.5, 1.6, 0.25, 1, "cpu")}
+        comparison.add_equal_time()
+        (tmp_path / "runs").mkdir()
+        (baseline,), (distilled,) = comparison.runs["none", 1.0], comparison.runs["GDetKD", 1.0]
+        (longer,) = comparison.equal_time_runs["GDetKD", 1.0]
+        for run, ap, iterations in ((baseline, 10.0, 500), (distilled, 35.0, 500), (longer, 20.0, 800)):
+            assert run.max_iter == iterations and run.config().SEED == 7
+            finished(run.folder, ap, iterations, 1.0)
+
+    monkeypatch.setattr("sys.argv", ["quickstart.py", "--seed", "7", "--output", str(tmp_path)])
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(quickstart.Comparison, "prepare", lambda it: setattr(it.cfg.MODEL, "DEVICE", "cpu"))
+    monkeypatch.setattr(quickstart.Comparison, "score_teacher", lambda comparison: 60.0)
+    monkeypatch.setattr(quickstart.Comparison, "train", train)
+    monkeypatch.setattr(quickstart, "draw", lambda *args: drawn.append(args))
+    quickstart.main()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    baseline, distilled = summary["rows"]
+    assert summary["teacher_AP"] == 60.0 and (baseline["AP"], distilled["AP"]) == (10.0, 35.0)
+    assert (distilled["gain"], distilled["equal_time_gain"], distilled["equal_time_AP"]) == (25.0, 15.0, 20.0)
+    assert (distilled["step_time"], distilled["lead_closed"]) == (1.58, 0.5)
+    assert drawn[0][0] == tmp_path / "comparison.png"
+    printed = capsys.readouterr().out
+    assert "+25.0" in printed and "50 %" in printed and "1.58x" in printed and "summary.json" in printed
 
 
 def test_complete_runs_are_not_repeated_and_failed_ones_are_named(tmp_path):
@@ -179,12 +197,8 @@ def test_a_run_that_is_named_twice_is_trained_once(tmp_path):
 
 
 def test_a_student_that_finds_nothing_has_no_ap_rather_than_nan(tmp_path):
-    quickstart = load_quickstart()
     nothing = finished(tmp_path / "b", float("nan"), 100, 20.0)
-    runs = {name: nothing for name in ("baseline", "baseline_equal_time")}
-    runs["distilled"] = finished(tmp_path / "d", 30.0, 100, 32.0)
-    summary = quickstart.summarize({"AP": 60.0, "AP50": 80.0, "AP75": 65.0}, runs)
-    assert summary["baseline"]["AP"] == 0 and summary["distilled"]["lead_closed"] == pytest.approx(0.5)
+    assert nothing.metrics()["AP"] == nothing.curve()[-1].metrics["AP"] == 0
 
 
 @pytest.mark.parametrize("visible, expected", [(None, {"0", "1"}), ("4,7", {"4", "7"})])

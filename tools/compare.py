@@ -10,30 +10,17 @@ docs/compare.md.
 """
 
 import argparse
-import contextlib
-import hashlib
-import json
-import os
-import platform
-import sys
 import warnings
 from pathlib import Path
-from typing import Dict, Optional
 
 warnings.filterwarnings("ignore")
 
-from gdetkd.comparison import CONFIGURED, Comparison, ablation  # noqa: E402, I001
-from gdetkd.data import register_datasets
-from gdetkd.data.shapes import make_shapes_for
-from gdetkd.engine import evaluate_teacher
+from gdetkd.comparison import Comparison  # noqa: E402, I001
 from gdetkd.errors import GDetKDError
 from gdetkd.experiments import load_config
+from gdetkd.methods import CONFIGURED, ablation
 from gdetkd.program import explained_errors
-from gdetkd.teacher import FrozenTeacher
-from gdetkd.visualization.report import write_report
-
-import torch
-from detectron2.config import CfgNode
+from gdetkd.visualization.report import describe, write_report
 
 TRAIN_NET = Path(__file__).resolve().parents[1] / "train_net.py"
 
@@ -68,50 +55,11 @@ def make_comparison(args: argparse.Namespace) -> Comparison:
     return Comparison(args.config_file, args.opts, output, methods, seeds, schedules, args.equal_time)
 
 
-def score_teacher(cfg: CfgNode, path: Path) -> Optional[float]:
-    """The teacher's AP in percent, kept in a file; None, and the reason on the screen, where it cannot be evaluated."""
-    teacher = FrozenTeacher(cfg)
-    content = hashlib.sha256(teacher.file.content().encode()).hexdigest()
-    of = {"sha256": teacher.sha256, "file": content, "data": cfg.DATASETS.TEST[0]}
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    if all(kept.get(key) == value for key, value in of.items()):
-        return kept["AP"]
-    try:
-        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
-            ap = evaluate_teacher(cfg, teacher)["bbox"]["AP"]
-    except GDetKDError as e:
-        print(f"The teacher was not evaluated, and the report has no share of its lead. {e}", file=sys.stderr)
-        return None
-    path.write_text(json.dumps({**of, "AP": ap}) + "\n")
-    return ap
-
-
-def describe(comparison: Comparison) -> Dict[str, str]:
-    cfg = comparison.cfg
-    device = torch.cuda.get_device_name() if cfg.MODEL.DEVICE != "cpu" else f"{platform.machine()} CPU"
-    return {
-        "Student": f"{cfg.DISTILL.STUDENT_META_ARCHITECTURE}, {comparison.config_file}",
-        "Teacher": cfg.DISTILL.TEACHER.CONFIG_FILE,
-        "Data": f"trained on {', '.join(cfg.DATASETS.TRAIN)}, evaluated on {cfg.DATASETS.TEST[0]}",
-        "Training": f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images; seeds "
-        + ", ".join(map(str, comparison.seeds)),
-        "Machine": f"{device}, torch {torch.__version__}",
-        "Changes": " ".join(map(str, comparison.opts)) or "none",
-    }
-
-
 def main() -> None:
     args = parse_arguments()
     comparison = make_comparison(args)
-    cfg = comparison.cfg
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    make_shapes_for(cfg)
-    register_datasets(cfg)
-    comparison.check_methods()
-    comparison.output.mkdir(parents=True, exist_ok=True)
-    cfg.OUTPUT_DIR = str(comparison.output)
-    teacher_ap = score_teacher(cfg, comparison.output / "teacher.json")
+    comparison.prepare()
+    teacher_ap = comparison.score_teacher()
     runs = [run for each in comparison.runs.values() for run in each]
     print(f"{len(runs)} runs, {sum(run.is_complete() for run in runs)} of them complete, in {comparison.output}/runs")
     comparison.train(TRAIN_NET, args.jobs)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gdetkd.engine.step_costs import SCALES, measure_step, measure_terms
+from gdetkd.engine.step_costs import SCALES, measure_steps, measure_terms, time_in_rounds
 
 
 class HalfPrecision(nn.Module):
@@ -36,7 +36,7 @@ def test_without_a_factor_the_gradient_would_be_lost():
 
 def test_a_gpu_that_the_model_is_not_on_is_not_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    cost = measure_step(HalfPrecision(1.0), [None, None])
+    cost = measure_steps({"model": HalfPrecision(1.0)}, [None, None])["model"]
     assert cost.kind == "kept for the backward pass"
 
 
@@ -45,5 +45,30 @@ def test_memory_on_a_gpu_is_the_steps_own(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
-    cost = measure_step(HalfPrecision(1.0), [None])
+    cost = measure_steps({"model": HalfPrecision(1.0)}, [None, None])["model"]
     assert (cost.megabytes, cost.kind) == (pytest.approx(7.0), "at the peak")
+
+
+def test_pieces_of_work_take_turns_and_the_warm_up_is_left_out():
+    done = []
+    works = {name: lambda name=name: done.append(name) for name in "abc"}
+    seconds = time_in_rounds(works, rounds=3, warm_up=2)
+    assert done == list("abc") * 5
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_models_are_measured_in_turn_on_the_same_batches():
+    seen = []
+
+    class Noting(HalfPrecision):
+        def __init__(self, name):
+            super().__init__(1.0)
+            self.name = name
+
+        def forward(self, batch):
+            seen.append((self.name, batch))
+            return super().forward(batch)
+
+    costs = measure_steps({"plain": Noting("plain"), "step": Noting("step")}, [1, 2])
+    assert seen == [("plain", 1), ("step", 1), ("plain", 2), ("step", 2)]
+    assert list(costs) == ["plain", "step"] and costs["plain"].megabytes == costs["step"].megabytes

@@ -1,27 +1,35 @@
-"""Several methods on one config, with one teacher: which runs that takes, and training them.
+"""Several methods on one config, with one teacher: which runs that takes, and training them."""
 
-A method is "none" (the student alone, the baseline), the name of a loss, "head_transfer", or "GDetKD": what the config
-itself asks for. All but the first may be joined by "+": "GDetKD+PKD" is what the config asks for, and PKD.
-"""
-
+import contextlib
+import hashlib
+import json
+import logging
 import math
+import os
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
+import torch
 from detectron2.config import CfgNode
+from tqdm import tqdm
 
 from .config import flat_config
+from .data import register_datasets
+from .data.shapes import make_shapes_for
 from .distiller import GDetKD
-from .engine import DistillTrainer
+from .engine import DistillTrainer, evaluate_teacher
 from .engine.preflight import check_student
 from .errors import GDetKDError
-from .experiments import PLAIN, Run, kept_time_ratio, load_config, stretched
-from .jobs import run_all, seed_by_seed
-from .losses import DISTILL_LOSS_REGISTRY
-from .teacher import transfer_heads
+from .experiments import Run, load_config, stretched
+from .jobs import exit_on_signals, run_all, run_environment, seed_by_seed
+from .methods import BASELINE, CONFIGURED, configured_parts, method_opts
+from .step_time import StepTime, kept_step_time
+from .teacher import FrozenTeacher, transfer_heads
 
-BASELINE, CONFIGURED, HEAD_TRANSFER = "none", "GDetKD", "head_transfer"
+logger = logging.getLogger(__name__)
+
 # A method whose steps take as long as the baseline's, but for this share, needs no baseline of its own.
 SAME_TIME = 0.05
 # Otherwise the baseline has its time, rounded up to a tenth of the baseline's own: never less than the method.
@@ -30,55 +38,12 @@ TIME_STEPS = 10
 Key = Tuple[str, float]
 
 
-def method_opts(method: str, cfg: CfgNode) -> List[str]:
-    """KEY VALUE changes that make a config that of a method.
-
-    Args:
-        cfg: the config, which says what "GDetKD" is.
-
-    Raises:
-        GDetKDError: it names something that is no loss, or the same twice.
-    """
-    if method == BASELINE:
-        return list(PLAIN)
-    if method == CONFIGURED:
-        return []
-    parts = [part for name in method.split("+") for part in (_configured(cfg) if name == CONFIGURED else [name])]
-    known = [name for name, _ in DISTILL_LOSS_REGISTRY]
-    for part in parts:
-        if part not in (*known, HEAD_TRANSFER) or parts.count(part) > 1:
-            raise GDetKDError(
-                f"There is no method {method!r}: {part!r} is no loss, or stands twice. There are {BASELINE}, "
-                f"{CONFIGURED}, {HEAD_TRANSFER}, {', '.join(known)}, and all but the first joined by '+'."
-            )
-    losses = tuple(part for part in parts if part != HEAD_TRANSFER)
-    return ["DISTILL.LOSSES", str(losses), "DISTILL.HEAD_TRANSFER", str(HEAD_TRANSFER in parts)]
-
-
-def _configured(cfg: CfgNode) -> List[str]:
-    """What a config asks for, part by part."""
-    return [*cfg.DISTILL.LOSSES, *([HEAD_TRANSFER] if cfg.DISTILL.HEAD_TRANSFER else [])]
-
-
 def for_one_process(cfg: CfgNode) -> List[str]:
     """KEY VALUE changes that spell out what a config with a SOLVER.REFERENCE_WORLD_SIZE is in one process, which each
     run of a comparison is."""
     scaled = flat_config(DistillTrainer.auto_scale_workers(cfg, 1).dump())
     before = flat_config(cfg.dump())
     return [part for key, value in scaled.items() if value != before[key] for part in (key, str(value))]
-
-
-def ablation(cfg: CfgNode) -> List[str]:
-    """The components of the configured method: each alone, then one after another added, up to the whole of it.
-
-    Raises:
-        GDetKDError: the config asks for no component.
-    """
-    parts = _configured(cfg)
-    if not parts:
-        raise GDetKDError("There is nothing to ablate: DISTILL.LOSSES is empty and DISTILL.HEAD_TRANSFER is off.")
-    joined = ["+".join(parts[:count]) for count in range(2, len(parts))]
-    return [BASELINE, *parts, *joined, *([CONFIGURED] if len(parts) > 1 else [])]
 
 
 @dataclass
@@ -121,7 +86,9 @@ class Comparison:
             for schedule in self.schedules
             for method in self.methods
         }
-        # The baseline for the time of a method, by the method's key; filled when the times are known.
+        # Measured once for each method but the baseline; see `measure_steps`.
+        self.step_times: Dict[str, StepTime] = {}
+        # The baseline for the time of a method, by the method's key; see `add_equal_time`.
         self.equal_time_runs: Dict[Key, List[Run]] = {}
 
     def _run(self, method: str, schedule: float, seed: int) -> Run:
@@ -131,6 +98,20 @@ class Comparison:
 
     def _folder(self, name: str, schedule: float, seed: int) -> Path:
         return self.output / "runs" / f"{name}{'' if schedule == 1 else f'-x{schedule:g}'}-seed{seed}"
+
+    def prepare(self) -> None:
+        """Draw or register the datasets, check that every method can be trained, and make the output folder.
+
+        Raises:
+            GDetKDError: a dataset or a method cannot be had.
+        """
+        if not torch.cuda.is_available():
+            self.cfg.MODEL.DEVICE = "cpu"
+        make_shapes_for(self.cfg)
+        register_datasets(self.cfg)
+        self.check_methods()
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.cfg.OUTPUT_DIR = str(self.output)
 
     def check_methods(self) -> None:
         """Builds each method's detectors and losses, so that one that cannot be had is not found out after hours.
@@ -151,30 +132,77 @@ class Comparison:
             except GDetKDError as e:
                 raise GDetKDError(f"The method {method} cannot be compared. {e}") from e
 
+    def score_teacher(self) -> Optional[float]:
+        """Return the teacher's AP in percent, kept in teacher.json of the output folder.
+
+        Return None, and warn with the reason, if the teacher cannot be evaluated on this dataset.
+        """
+        teacher, path = FrozenTeacher(self.cfg), self.output / "teacher.json"
+        content = hashlib.sha256(teacher.file.content().encode()).hexdigest()
+        key = {"sha256": teacher.sha256, "file": content, "data": self.cfg.DATASETS.TEST[0]}
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if all(kept.get(name) == value for name, value in key.items()):
+            return kept["AP"]
+        try:
+            with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+                ap = evaluate_teacher(self.cfg, teacher)["bbox"]["AP"]
+        except GDetKDError as e:
+            logger.warning("The teacher was not evaluated, so the report has no share of its lead. %s", e)
+            return None
+        path.write_text(json.dumps({**key, "AP": ap}) + "\n")
+        return ap
+
     def train(self, train_net: Path, jobs: int = 2) -> None:
-        """Trains what is not complete: seed by seed, so that a comparison that is stopped has whole seeds, and then,
-        where it is asked for, the baselines at equal time.
+        """Measure the steps, then train the runs that are not complete.
+
+        The runs are trained seed by seed, so that a comparison that is stopped has whole seeds. The baselines at equal
+        time come last.
 
         Raises:
-            GDetKDError: a run failed, or a folder holds one of another config.
+            GDetKDError: a run failed, or a folder holds a run of another config.
         """
-        run_all(seed_by_seed(self.runs), train_net, jobs)
+        for run in seed_by_seed(self.runs):
+            run.claim_folder()  # before anything that takes time
+        self.measure_steps(jobs)
         if self.equal_time:
             self.add_equal_time()
-            run_all(seed_by_seed(self.equal_time_runs), train_net, jobs)
+        run_all([*seed_by_seed(self.runs), *seed_by_seed(self.equal_time_runs)], train_net, jobs)
+
+    def measure_steps(self, jobs: int) -> None:
+        """Fill `step_times`, with as many threads as one of `jobs` trainings has.
+
+        A step takes as long with any seed and schedule, so it is measured once for each method. With the baseline
+        alone it is measured against itself, to know its seconds.
+        """
+        methods = self.methods[1:] or [BASELINE]
+        with exit_on_signals(), tqdm(methods, desc="measuring the time of a step", unit="method") as bar:
+            for method in bar:
+                bar.set_postfix_str(method)
+                kept = self.output / "step_times" / f"{method}.json"
+                baseline, other = (self._run(name, 1, seed=0) for name in (BASELINE, method))
+                self.step_times[method] = kept_step_time(kept, baseline, other, run_environment(jobs))
+
+    def step_ratio(self, method: str) -> float:
+        """Return how many times as long as the baseline's a step of the method takes."""
+        return 1.0 if method == BASELINE else self.step_times[method].ratio
+
+    def step_seconds(self, method: str) -> float:
+        """Return the seconds of a step. Charts and tables take training time as iterations times these seconds."""
+        seconds = statistics.median(each.baseline_seconds for each in self.step_times.values())
+        return seconds * self.step_ratio(method)
 
     def add_equal_time(self) -> None:
-        """Fills `equal_time_runs`; all other runs are complete."""
-        for (method, schedule), runs in self.runs.items():
+        """Fill `equal_time_runs` from the measured steps."""
+        for method, schedule in self.runs:
             if method == BASELINE:
                 continue
-            baselines = self.runs[BASELINE, schedule]
-            kept = self.output / "runs" / f"{method}-x{schedule:g}-time_ratio.json"
-            ratio = kept_time_ratio(kept, baselines, runs)
+            ratio = self.step_ratio(method)
             # Steps of about the same cost share a baseline, and so does a schedule of that length.
             longer = round(schedule * math.ceil(ratio * TIME_STEPS - 1e-6) / TIME_STEPS, 6)
             self.equal_time_runs[method, schedule] = (
-                baselines if ratio <= 1 + SAME_TIME else [self._run(BASELINE, longer, seed) for seed in self.seeds]
+                self.runs[BASELINE, schedule]
+                if ratio <= 1 + SAME_TIME
+                else [self._run(BASELINE, longer, seed) for seed in self.seeds]
             )
 
 
@@ -188,7 +216,7 @@ def _check(cfg: CfgNode, config_file: str, methods: Sequence[str]) -> None:
             f"{config_file} trains a {cfg.MODEL.META_ARCHITECTURE}, on which no method has an effect: set "
             'MODEL.META_ARCHITECTURE to "GDetKD" and name a teacher in DISTILL.TEACHER.'
         )
-    if not _configured(cfg) and any(CONFIGURED in method.split("+") for method in methods):
+    if not configured_parts(cfg) and any(CONFIGURED in method.split("+") for method in methods):
         raise GDetKDError(
             f"{CONFIGURED} is what {config_file} asks for, and that is nothing: name losses in DISTILL.LOSSES, or take "
             f"{CONFIGURED} out of the methods."

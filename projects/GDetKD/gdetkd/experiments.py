@@ -1,4 +1,4 @@
-"""Runs of train_net.py and what they came to: the ground of the quickstart and of comparisons."""
+"""Runs of train_net.py and their results, which comparisons are made of."""
 
 import functools
 import hashlib
@@ -76,10 +76,9 @@ def _digest(path: str, modified: int) -> str:
 
 @dataclass
 class Point:
-    """An evaluation during training: AP, AP50, AP75 in percent, and training time without evaluations."""
+    """An evaluation during training: AP, AP50, AP75 in percent."""
 
     iteration: int
-    seconds: float
     metrics: Dict[str, float]
 
 
@@ -161,26 +160,20 @@ class Run:
         return max((line["iteration"] + 1 for line in self.lines() if "iteration" in line), default=0)
 
     def curve(self) -> List[Point]:
-        points, seconds = [], 0.0
+        points = []
         for line in self.lines():
-            seconds = line.get("train_seconds", seconds)
             if f"{self.prefix}bbox/AP" in line:
                 # Detectron2 writes the last evaluation one iteration after the last, on a line of its own.
                 iteration = min(line["iteration"] + 1, self.max_iter)
                 # Detectron2 gives NaN to a detector that finds nothing at all; there are objects, so its AP is 0.
                 values = {k: line[f"{self.prefix}bbox/{k}"] for k in ("AP", "AP50", "AP75")}
                 metrics = {k: 0.0 if math.isnan(value) else value for k, value in values.items()}
-                points.append(Point(iteration, seconds, metrics))
+                points.append(Point(iteration, metrics))
         return points
 
     def is_complete(self) -> bool:
         last = self.curve()[-1:]
         return bool(last) and last[0].iteration == self.max_iter and (self.folder / "model_final.pth").exists()
-
-    def result(self) -> Dict[str, float]:
-        """AP, AP50, AP75 (percent), iterations, and seconds of training alone."""
-        last = self.curve()[-1]
-        return {**last.metrics, "iterations": last.iteration, "seconds": round(last.seconds, 1)}
 
     def metrics(self) -> Dict[str, Optional[float]]:
         """Of the last evaluation, in percent: AP, AP50, AP75, APs, APm, APl; None of a size that no object has."""
@@ -193,21 +186,9 @@ class Run:
         """GPU memory; None on a CPU, where Detectron2 does not record it."""
         return max((line["max_mem"] for line in self.lines() if "max_mem" in line), default=None)
 
-    def seconds_per_iteration(self) -> float:
-        """Of training alone."""
-        last = self.curve()[-1]
-        return last.seconds / last.iteration
-
-
-def time_ratio(baseline: Run, distilled: Run) -> float:
-    """How much longer an iteration of the second takes."""
-    return distilled.seconds_per_iteration() / baseline.seconds_per_iteration()
-
 
 def stretched(folder: Path, run: Run, ratio: float) -> Run:
-    """The same training over `ratio` times as many iterations, with its learning rate schedule.
-
-    Of a baseline and a `time_ratio` it is the baseline for the time of the other.
+    """Return the same training over `ratio` times as many iterations, with its learning rate schedule.
 
     It is evaluated as often, at multiples of the 20 iterations after which Detectron2 writes.
     """
@@ -222,15 +203,3 @@ def mean_and_error(values: Sequence[float]) -> Tuple[float, Optional[float]]:
     """Mean and its standard error, which a single value has not."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return statistics.fmean(values), error
-
-
-def kept_time_ratio(path: Path, baselines: Sequence[Run], others: Sequence[Run]) -> float:
-    """How much longer an iteration of the others takes, the median over seeds: what else the machine did while a run
-    was timed falls out. It is kept in a file, so that seeds can be added later without other runs being needed, for as
-    long as the first seed's runs are the same."""
-    of = [runs[0].fingerprint() for runs in (baselines, others)]
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    if kept.get("of") != of:
-        kept = {"ratio": round(statistics.median(map(time_ratio, baselines, others)), 3), "of": of}
-        path.write_text(json.dumps(kept))
-    return kept["ratio"]

@@ -5,8 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Sequence
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
@@ -38,27 +39,37 @@ def run_all(runs: Iterable[Run], train_net: Path, jobs: int = 2) -> None:
     waiting = [run for run in runs if not run.is_complete()]
     running: Dict[int, Run] = {}  # by the place, of `jobs`, that it takes
     total = sum(run.max_iter for run in waiting)
+    with exit_on_signals():
+        try:
+            with tqdm(total=total, unit="it", mininterval=5, desc=_names(waiting), disable=not waiting) as bar:
+                done = 0
+                while waiting or running:
+                    for place in [place for place in range(jobs) if place not in running][: len(waiting)]:
+                        running[place] = _start(waiting.pop(0), train_net, jobs, place)
+                    time.sleep(POLL_SECONDS)
+                    ended = [(place, run) for place, run in running.items() if run.process.poll() is not None]
+                    for place, run in ended:
+                        del running[place]
+                        _check(run)
+                        done += run.max_iter
+                    bar.update(done + sum(run.iterations_done() for run in running.values()) - bar.n)
+        finally:
+            # A second training in the folder of one that nobody waits for would spoil both.
+            for run in running.values():
+                run.process.terminate()
+            for run in running.values():
+                run.process.wait()
+
+
+@contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """Raise SystemExit inside on SIGTERM and SIGHUP, so that the processes that were started inside can be ended."""
     # Under nohup a hangup is ignored, and stays so.
     numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
     handlers = {number: signal.signal(number, _end) for number in numbers}
     try:
-        with tqdm(total=total, unit="it", mininterval=5, desc=_names(waiting), disable=not waiting) as bar:
-            done = 0
-            while waiting or running:
-                for place in [place for place in range(jobs) if place not in running][: len(waiting)]:
-                    running[place] = _start(waiting.pop(0), train_net, jobs, place)
-                time.sleep(POLL_SECONDS)
-                for place, run in [(place, run) for place, run in running.items() if run.process.poll() is not None]:
-                    del running[place]
-                    _check(run)
-                    done += run.max_iter
-                bar.update(done + sum(run.iterations_done() for run in running.values()) - bar.n)
+        yield
     finally:
-        # A second training in the folder of one that nobody waits for would spoil both.
-        for run in running.values():
-            run.process.terminate()
-        for run in running.values():
-            run.process.wait()
         for number, handler in handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
@@ -76,7 +87,8 @@ def _names(runs: Sequence[Run]) -> str:
     return ", ".join(run.folder.name for run in runs[:3]) + (", ..." if len(runs) > 3 else "")
 
 
-def _start(run: Run, train_net: Path, jobs: int, place: int) -> Run:
+def run_environment(jobs: int, place: int = 0) -> Dict[str, str]:
+    """Return the environment variables of the training at one of the `jobs` places: its threads and its GPU."""
     # Keep the user's value. Otherwise the trainings share the cores that this process may use.
     environment = {"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs)), **os.environ}
     count = torch.cuda.device_count()
@@ -84,6 +96,11 @@ def _start(run: Run, train_net: Path, jobs: int, place: int) -> Run:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else list(map(str, range(count)))
         environment["CUDA_VISIBLE_DEVICES"] = gpus[place % count]
+    return environment
+
+
+def _start(run: Run, train_net: Path, jobs: int, place: int) -> Run:
+    environment = run_environment(jobs, place)
     with open(run.folder / "stdout.txt", "a") as log:
         # In a session of its own, which the terminal's Ctrl-C does not reach: it is ended by SIGTERM, and saves.
         run.process = subprocess.Popen(

@@ -15,7 +15,7 @@ from ..losses.classes import match_classes, other_names
 from ..structures import DetectorSpec
 from .forward_guard import BROKEN
 from .preflight import load_dataset
-from .step_costs import StepCost, TermCost, measure_step, measure_terms
+from .step_costs import StepCost, TermCost, measure_steps, measure_terms
 from .student_weights import backbone_message
 from .teacher_score import (
     USUAL,
@@ -199,8 +199,8 @@ class Check:
 
     def _costs(self) -> str:
         cfg, batches = self._cfg, self._batches()
-        plain = measure_step(self._student.train(), batches, cfg.SOLVER.AMP.ENABLED)
-        step = measure_step(self._trainer.model, batches, cfg.SOLVER.AMP.ENABLED)
+        models = {"plain": self._student, "step": self._trainer.model.train()}
+        plain, step = measure_steps(models, batches, cfg.SOLVER.AMP.ENABLED).values()
         hours = step.seconds * cfg.SOLVER.MAX_ITER / 3600
         end = f"{hours:.1f} h" if hours >= 2 else f"{60 * hours:.0f} min"
         lines = [

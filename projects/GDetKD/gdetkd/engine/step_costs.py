@@ -1,10 +1,11 @@
-"""What a few real steps cost, and what each term sends to the student. Nothing is updated."""
+"""Time pieces of work in turn, and measure what a step costs and what each term sends to the student."""
 
 import math
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Tuple
+from itertools import cycle
+from typing import Any, Callable, Dict, List, Mapping, Tuple
 
 import torch
 from detectron2.utils.events import EventStorage
@@ -43,18 +44,52 @@ class StepCost:
     kind: str
 
 
-def measure_step(model: nn.Module, batches: List[Any], autocast: bool = False) -> StepCost:
-    """Of a model that returns a dict of losses; the first batch is a warm-up."""
-    seconds, megabytes = [], 0.0
-    for batch in batches:
-        _synchronize()
-        start = time.perf_counter()
-        megabytes = max(megabytes, peak_memory(lambda batch=batch: _step(model, batch, autocast)))
-        _synchronize()
-        seconds.append(time.perf_counter() - start)
-        model.zero_grad(set_to_none=True)
+def now() -> float:
+    """Return the time in seconds, after the GPU has done its work."""
+    if _is_on_gpu():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def time_in_rounds(works: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int) -> Dict[str, List[float]]:
+    """Time pieces of work one after another in every round, so that what else the machine does falls on all alike.
+
+    Returns:
+        seconds of each piece of work in every round, without the rounds of warm-up.
+    """
+    seconds: Dict[str, List[float]] = {name: [] for name in works}
+    for _ in range(warm_up + rounds):
+        for name, work in works.items():
+            start = now()
+            work()
+            seconds[name].append(now() - start)
+    return {name: values[warm_up:] for name, values in seconds.items()}
+
+
+def measure_steps(models: Mapping[str, nn.Module], batches: List[Any], autocast: bool = False) -> Dict[str, StepCost]:
+    """Measure a step of each model, all models in turn on each batch. Nothing is updated.
+
+    Args:
+        models: models that return a dict of losses.
+        batches: at least two; the first one is a warm-up.
+        autocast: whether the forward pass runs in half precision.
+    """
+    megabytes = dict.fromkeys(models, 0.0)
+
+    def work(name: str, model: nn.Module) -> Callable[[], None]:
+        upcoming = cycle(batches)
+
+        def run() -> None:
+            batch = next(upcoming)
+            megabytes[name] = max(megabytes[name], peak_memory(lambda: _step(model, batch, autocast)))
+            model.zero_grad(set_to_none=True)
+
+        return run
+
+    works = {name: work(name, model) for name, model in models.items()}
+    seconds = time_in_rounds(works, rounds=len(batches) - 1, warm_up=1)
     kind = "at the peak" if _is_on_gpu() else "kept for the backward pass"
-    return StepCost(statistics.median(seconds[1:] or seconds), megabytes, kind)
+    return {name: StepCost(statistics.median(seconds[name]), megabytes[name], kind) for name in models}
 
 
 def _step(model: nn.Module, batch: Any, autocast: bool) -> None:
@@ -66,11 +101,6 @@ def _step(model: nn.Module, batch: Any, autocast: bool) -> None:
 def _is_on_gpu() -> bool:
     """Whether anything is: a GPU may be there, and MODEL.DEVICE be the CPU."""
     return torch.cuda.is_initialized() and torch.cuda.memory_allocated() > 0
-
-
-def _synchronize() -> None:
-    if _is_on_gpu():
-        torch.cuda.synchronize()
 
 
 def peak_memory(step: Callable[[], None]) -> float:

@@ -10,8 +10,10 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from ..comparison import BASELINE, CONFIGURED, Comparison  # noqa: E402
-from .summary import Row  # noqa: E402
+from ..comparison import Comparison  # noqa: E402
+from ..experiments import Run  # noqa: E402
+from ..methods import BASELINE, CONFIGURED  # noqa: E402
+from .summary import Row, mean_curve  # noqa: E402
 
 TEACHER, PLAIN, OURS = "#00798c", "#7b818a", "#d1495b"
 # Of the other methods, in their order; told apart by markers, too.
@@ -89,11 +91,8 @@ def draw_curves(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optiona
         figure, axis = plt.subplots(figsize=(8.6, 4.4))
         style = styles([row.method for row in rows])
         for row in rows:
-            curves = [run.curve() for run in comparison.runs[row.method, row.schedule]]
-            # Runs that were interrupted may have been evaluated more often than others.
-            points = list(zip(*(curve[-min(map(len, curves)) :] for curve in curves)))
-            seconds = [sum(p.seconds for p in point) / len(point) for point in points]
-            ap = [sum(p.metrics["AP"] for p in point) / len(point) for point in points]
+            key = (row.method, row.schedule)
+            seconds, ap = mean_curve(comparison.runs[key], comparison.step_seconds(row.method))
             strong = row.method in (BASELINE, CONFIGURED)
             axis.plot(
                 [0, *seconds],
@@ -104,6 +103,9 @@ def draw_curves(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optiona
                 label=row.method,
                 zorder=3 if strong else 2,
             )
+        for runs in longer_baselines(comparison, rows):
+            seconds, ap = mean_curve(runs, comparison.step_seconds(BASELINE))
+            axis.plot([0, *seconds], [0, *ap], ":", **style[BASELINE], markersize=4, linewidth=1.5, zorder=1)
         if teacher_ap is not None:
             axis.axhline(teacher_ap, color=TEACHER, linestyle="--", linewidth=1.2, label="teacher")
         axis.set(xlabel="training time without evaluations, seconds", ylabel="box AP, percent")
@@ -112,6 +114,17 @@ def draw_curves(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optiona
         axis.grid(alpha=0.25)
         finish_legend(axis)
         return as_svg(figure)
+
+
+def longer_baselines(comparison: Comparison, rows: Sequence[Row]) -> List[List[Run]]:
+    """Return the baselines at equal time, but for the baseline itself. Methods of about one cost share one."""
+    shown = {comparison.runs[row.method, row.schedule][0].folder for row in rows}
+    found = {}
+    for row in rows:
+        runs = comparison.equal_time_runs.get((row.method, row.schedule), [])
+        if runs and runs[0].folder not in shown:
+            found[runs[0].folder] = runs
+    return list(found.values())
 
 
 def draw_costs(rows: Sequence[Row]) -> str:

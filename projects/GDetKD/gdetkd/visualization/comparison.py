@@ -1,8 +1,8 @@
-"""One picture of a comparison: AP over training time, and what the detectors see."""
+"""Draw one picture of a comparison with one method: AP over training time, and what the detectors see."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import matplotlib
 import numpy as np
@@ -17,36 +17,56 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
+from ..comparison import Comparison  # noqa: E402
+from ..methods import BASELINE, CONFIGURED  # noqa: E402
+from .summary import mean_curve  # noqa: E402
+
 COLORS = {"baseline": "#8a8f98", "baseline, equal time": "#4a4f57", "distilled": "#d1495b", "teacher": "#00798c"}
 CLASS_COLORS = plt.get_cmap("tab10")
 
 
 @dataclass
 class Curve:
-    """A run's AP (percent) over its training time (seconds)."""
+    """The AP (percent) over the training time (seconds), mean over the seeds."""
 
     label: str
     seconds: List[float]
     ap: List[float]
 
 
+def curves_of(comparison: Comparison) -> List[Curve]:
+    """Return the curves of the baseline, of the baseline at equal time and of the configured method.
+
+    The time is iterations times the measured time of a step. So the baseline at equal time ends where the method ends,
+    or up to a tenth of the baseline's time later, because its iterations are rounded up to such a tenth.
+    """
+    schedule = comparison.schedules[0]
+    baseline, method = (BASELINE, schedule), (CONFIGURED, schedule)
+    found = [("baseline", comparison.runs[baseline], BASELINE)]
+    longer = comparison.equal_time_runs.get(method, comparison.runs[baseline])
+    if longer is not comparison.runs[baseline]:  # it is if a step of the method costs no more
+        found.append(("baseline, equal time", longer, BASELINE))
+    found.append(("distilled", comparison.runs[method], CONFIGURED))
+    return [Curve(label, *mean_curve(runs, comparison.step_seconds(name))) for label, runs, name in found]
+
+
 def draw_comparison(
-    path: Path, curves: Sequence[Curve], teacher_ap: float, detectors: Dict[str, Tuple[nn.Module, Any]], dataset: str
+    path: Path, comparison: Comparison, teacher_ap: Optional[float], detectors: Dict[str, Tuple[nn.Module, Any]]
 ) -> None:
-    """Writes the picture.
+    """Write the picture.
 
     Args:
-        path: of the PNG.
-        curves: the runs.
-        teacher_ap: percent.
-        detectors: by title, a detector in eval mode and its config; one row of images each, on each of which as many
-            detections are drawn as there are objects.
-        dataset: a registered set, of which the first images with at least three objects are shown.
+        path: file of the PNG.
+        comparison: its runs are complete, and GDetKD is among its methods.
+        teacher_ap: percent; None if it is not known.
+        detectors: by title, a detector in eval mode and its config. Each has one row of images. Every image shows as
+            many detections as it has objects. The images are the first of the test set with at least three objects.
     """
+    dataset = comparison.cfg.DATASETS.TEST[0]
     images = [image for image in DatasetCatalog.get(dataset) if len(image.get("annotations", ())) >= 3][:5]
     figure = plt.figure(figsize=(15, 5.5), dpi=110)
     left, right = figure.subfigures(1, 2, width_ratios=(0.78, 1))
-    _draw_curves(left.subplots(), curves, teacher_ap)
+    _draw_curves(left.subplots(), curves_of(comparison), teacher_ap)
     left.subplots_adjust(left=0.1, right=0.97, bottom=0.11, top=0.92)
     axes = right.subplots(len(detectors), len(images), squeeze=False)
     right.subplots_adjust(left=0.05, right=0.99, bottom=0.06, top=0.95, wspace=0.04, hspace=0.04)
@@ -59,26 +79,30 @@ def draw_comparison(
     plt.close(figure)
 
 
-def _draw_curves(axis: Axes, curves: Sequence[Curve], teacher_ap: float) -> None:
-    axis.axhline(teacher_ap, color=COLORS["teacher"], linestyle="--", linewidth=1.2)
-    end = max(curve.seconds[-1] for curve in curves)
-    axis.text(0, teacher_ap + 0.8, f"teacher {teacher_ap:.1f}", color=COLORS["teacher"], fontsize=11)
+def _draw_curves(axis: Axes, curves: Sequence[Curve], teacher_ap: Optional[float]) -> None:
+    end, top = max(curve.seconds[-1] for curve in curves), max(max(curve.ap) for curve in curves)
+    if teacher_ap is not None:
+        axis.axhline(teacher_ap, color=COLORS["teacher"], linestyle="--", linewidth=1.2)
+        axis.text(0, teacher_ap + 0.8, f"teacher {teacher_ap:.1f}", color=COLORS["teacher"], fontsize=11)
     for curve in curves:
         color = COLORS[curve.label]
+        # Right of a curve that ends early there is room; a label above or below the others' ends hides no curve.
+        is_short = curve.seconds[-1] < 0.8 * end
+        offset = (8, -11) if is_short else (2, -18) if curve.label == "baseline" else (2, 9)
         axis.plot([0, *curve.seconds], [0, *curve.ap], color=color, linewidth=2, marker="o", markersize=4)
         axis.annotate(
             f"{curve.label} {curve.ap[-1]:.1f}",
             (curve.seconds[-1], curve.ap[-1]),
             textcoords="offset points",
-            xytext=(2, -18) if curve.label == "baseline" else (2, 9),
-            ha="right",
+            xytext=offset,
+            ha="left" if is_short else "right",
             color=color,
             fontsize=11,
             weight="bold",
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
-    axis.set(xlim=(0, end * 1.03), ylim=(0, max(teacher_ap, 1) * 1.12))
-    axis.set_xlabel("training time, seconds", fontsize=11)
+    axis.set(xlim=(0, end * 1.03), ylim=(0, max(teacher_ap or 0, top, 1) * 1.12))
+    axis.set_xlabel("training time (iterations x measured time of a step), seconds", fontsize=11)
     axis.set_ylabel("box AP on the validation images", fontsize=11)
     axis.set_title("The same student, seed and data order", fontsize=12, loc="left")
     axis.spines[["top", "right"]].set_visible(False)

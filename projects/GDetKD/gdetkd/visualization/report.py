@@ -1,14 +1,18 @@
 """The report of a comparison: a table as Markdown, CSV and JSON, and one HTML page that needs nothing beside it."""
 
-import json
+import platform
 from html import escape
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
-from ..comparison import BASELINE, CONFIGURED, Comparison
+import torch
+
+from ..comparison import Comparison
+from ..methods import BASELINE, CONFIGURED
 from . import charts
+from .headline import find_leader, headline
 from .page import html_figure, html_list, html_page
-from .summary import Row, as_csv, as_markdown, as_records, cells, headers, notes, summarize, with_error
+from .summary import Row, as_csv, as_json, as_markdown, cells, headers, notes, summarize
 
 
 def write_report(
@@ -28,10 +32,25 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(as_markdown(rows, teacher_ap))
     (folder / "report.csv").write_text(as_csv(rows))
-    content = {"setting": setting, "teacher_AP": teacher_ap, "rows": as_records(rows)}
-    (folder / "report.json").write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "report.json").write_text(as_json(rows, teacher_ap, setting))
     (folder / "report.html").write_text(_page(comparison, rows, teacher_ap, setting))
     return rows
+
+
+def describe(comparison: Comparison) -> Dict[str, str]:
+    """Return what is compared where, by a short name. The steps are measured."""
+    cfg = comparison.cfg
+    device = torch.cuda.get_device_name() if cfg.MODEL.DEVICE != "cpu" else f"{platform.machine()} CPU"
+    return {
+        "Student": f"{cfg.DISTILL.STUDENT_META_ARCHITECTURE}, {comparison.config_file}",
+        "Teacher": cfg.DISTILL.TEACHER.CONFIG_FILE,
+        "Data": f"trained on {', '.join(cfg.DATASETS.TRAIN)}, evaluated on {cfg.DATASETS.TEST[0]}",
+        "Training": f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images; seeds "
+        + ", ".join(map(str, comparison.seeds)),
+        "A step of none": f"{comparison.step_seconds(BASELINE):.3f} s",
+        "Machine": f"{device}, torch {torch.__version__}",
+        "Changes": " ".join(map(str, comparison.opts)) or "none",
+    }
 
 
 def _page(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optional[float], setting: Dict[str, str]) -> str:
@@ -40,10 +59,10 @@ def _page(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optional[floa
         title = f"{comparison.methods[1]} against the student alone"
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="lead">{escape(_headline(rows))}</p>',
+        f'<p class="lead">{escape(headline(comparison, _main_rows(rows)))}</p>',
         html_list(setting),
         "<h2>The table</h2>",
-        _table(rows),
+        _table(rows, find_leader(comparison, _main_rows(rows))),
         *(f"<p>{escape(note)}</p>" for note in notes(rows, teacher_ap)),
         *(html_figure(heading, svg.encode(), text) for heading, svg, text in _figures(comparison, rows, teacher_ap)),
         "<footer>Numbers: report.csv and report.json beside this page.</footer>",
@@ -57,23 +76,8 @@ def _main_rows(rows: Sequence[Row]) -> List[Row]:
     return [row for row in rows if row.schedule == longest]
 
 
-def _headline(rows: Sequence[Row]) -> str:
-    main = _main_rows(rows)
-    best = max((row for row in main if row.gain is not None), key=lambda row: row.gain[0], default=None)
-    if best is None:
-        return f"The student alone reaches AP {with_error(main[0].metrics['AP'])}."
-    text = (
-        f"{best.method} leads with AP {with_error(best.metrics['AP'])}, {with_error(best.gain, '+')} over the student "
-        "alone at equal iterations"
-    )
-    if best.equal_time_gain is not None:
-        text += f" and {with_error(best.equal_time_gain, '+')} at equal time"
-    return f"{text}."
-
-
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[Row], leader: Optional[Row]) -> str:
     names = headers(rows)
-    best = max(_main_rows(rows), key=lambda row: row.metrics["AP"][0])
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = []
     for row, texts in zip(rows, cells(rows)):
@@ -82,7 +86,7 @@ def _table(rows: Sequence[Row]) -> str:
             kind += " next"  # the first of another schedule
         columns = []
         for name, text in zip(names, texts):
-            marks = ["best"] if row is best and name in ("method", "AP") else []
+            marks = ["best"] if row is leader and name in ("method", "AP") else []
             marks += ["loss"] if name.startswith("gain") and text.startswith("-") else []
             columns.append(f'<td class="{" ".join(marks)}">{escape(text)}</td>')
         body.append(f'<tr class="{kind}">{"".join(columns)}</tr>')
@@ -103,7 +107,9 @@ def _figures(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optional[f
     if several:
         caption = "The same methods with longer schedules: a gain that shrinks is faster convergence, not a better end."
         figures.append(("AP and the length of the schedule", charts.draw_schedules(rows), caption))
-    caption = f"Mean over seeds at each evaluation, over the time that training took.{where}"
+    is_longer = bool(charts.longer_baselines(comparison, main))
+    dotted = " Dotted: the student alone, trained for the time of a method." if is_longer else ""
+    caption = f"Mean over seeds at each evaluation, over iterations times the measured time of a step.{dotted}{where}"
     figures.append(("AP over training time", charts.draw_curves(comparison, main, teacher_ap), caption))
     if len(main) > 1:
         caption = f"Gain over the student alone at equal iterations, with its standard error.{hollow}{where}"

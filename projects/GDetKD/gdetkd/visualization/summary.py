@@ -2,17 +2,20 @@
 
 import csv
 import io
-import statistics
+import json
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from tabulate import tabulate
 
-from ..comparison import BASELINE, Comparison, Key
-from ..experiments import METRICS, Run, mean_and_error, time_ratio
+from ..comparison import Comparison, Key
+from ..experiments import METRICS, Run, mean_and_error
+from ..methods import BASELINE
 
 # A mean over seeds and its standard error, None of a single seed; or None where there is nothing to average.
 Estimate = Optional[Tuple[float, Optional[float]]]
+# A difference counts when it is larger than so many of its standard errors.
+ERRORS = 2
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,9 @@ class Row:
         equal_time_gain: AP over the baseline trained for the same time; None where that was not trained.
         equal_time_ap: that baseline's AP.
         lead_closed: `gain` as a share of the teacher's AP over the baseline's; None where the teacher has no lead.
-        seconds: of training a run, without evaluations; mean over seeds.
-        step_time: seconds of an iteration over the baseline's; median over seeds, in which one that was timed beside
-            other work falls out.
+        seconds: of training a run, without evaluations: iterations times the measured seconds of a step.
+        step_time: time of a step over that of the baseline's, as measured side by side.
+        step_time_range: lower and upper quartile of that ratio over the measured steps; None of the baseline itself.
         step_memory: peak memory over the baseline's; None where it was not measured.
     """
 
@@ -45,6 +48,7 @@ class Row:
     lead_closed: Optional[float]
     seconds: float
     step_time: float
+    step_time_range: Optional[Tuple[float, float]]
     step_memory: Optional[float]
 
 
@@ -61,7 +65,7 @@ def _row(comparison: Comparison, key: Key, runs: List[Run], teacher_ap: Optional
     method, schedule = key
     baselines, is_baseline = comparison.runs[BASELINE, schedule], method == BASELINE
     at_equal_time = comparison.equal_time_runs.get(key)
-    gain = None if is_baseline else _paired(runs, baselines)
+    gain = None if is_baseline else paired_gain(runs, baselines)
     lead = None if teacher_ap is None else teacher_ap - _estimate(baselines, "AP")[0]
     memories = [[run.peak_megabytes() for run in each] for each in (runs, baselines)]
     known = all(value is not None for each in memories for value in each)
@@ -72,11 +76,12 @@ def _row(comparison: Comparison, key: Key, runs: List[Run], teacher_ap: Optional
         len(runs),
         {name: _estimate(runs, name) for name in METRICS},
         gain,
-        _paired(runs, at_equal_time) if at_equal_time else None,
+        paired_gain(runs, at_equal_time) if at_equal_time else None,
         _estimate(at_equal_time, "AP") if at_equal_time else None,
         gain[0] / lead if gain is not None and lead is not None and lead > 0 else None,
-        mean_and_error([run.result()["seconds"] for run in runs])[0],
-        statistics.median(map(time_ratio, baselines, runs)),
+        runs[0].max_iter * comparison.step_seconds(method),
+        comparison.step_ratio(method),
+        None if is_baseline else (comparison.step_times[method].low, comparison.step_times[method].high),
         _mean(memories[0]) / _mean(memories[1]) if known else None,
     )
 
@@ -90,9 +95,33 @@ def _estimate(runs: Sequence[Run], metric: str) -> Estimate:
     return None if None in values else mean_and_error(values)
 
 
-def _paired(runs: Sequence[Run], references: Sequence[Run]) -> Estimate:
-    # Seeds are paired: the same initialisation and order of the data on both sides.
+def paired_gain(runs: Sequence[Run], references: Sequence[Run]) -> Estimate:
+    """Return by how much the AP of some runs is above that of others.
+
+    It is paired by seed: the two runs of a seed have the same initialisation and data order.
+    """
     return mean_and_error([a.metrics()["AP"] - b.metrics()["AP"] for a, b in zip(runs, references)])
+
+
+def mean_curve(runs: Sequence[Run], step_seconds: float) -> Tuple[List[float], List[float]]:
+    """Return the training time in seconds and the AP in percent of each evaluation, as means over the seeds.
+
+    Args:
+        step_seconds: the measured seconds of a step, so that the time does not depend on what else the machine did
+            during a run.
+    """
+    curves = [run.curve() for run in runs]
+    # A run that was interrupted may have been evaluated more often than the others.
+    points = list(zip(*(curve[-min(map(len, curves)) :] for curve in curves)))
+    seconds = [step_seconds * sum(point.iteration for point in each) / len(each) for each in points]
+    return seconds, [sum(point.metrics["AP"] for point in each) / len(each) for each in points]
+
+
+def is_told_apart(difference: Estimate) -> bool:
+    """Return whether a paired difference is larger than two of its standard errors. One seed gives no error."""
+    if difference is None or difference[1] is None:
+        return False
+    return abs(difference[0]) > ERRORS * difference[1]
 
 
 def with_error(estimate: Estimate, sign: str = "") -> str:
@@ -143,8 +172,9 @@ def notes(rows: Sequence[Row], teacher_ap: Optional[float]) -> List[str]:
     seeds = rows[0].seeds
     spread = f"mean ± standard error over {seeds} seeds" if seeds > 1 else "one seed, so that nothing tells the spread"
     found = [
-        f"AP in percent, {spread}. Gains are over the student alone (none) with the same seeds, at equal iterations; "
-        "time and memory of a training step are relative to its."
+        f"AP in percent, {spread}. Gains are over the student alone (none) with the same seeds, at equal iterations. "
+        "Time and memory of a training step are relative to a step of none. The times were measured in turn in one "
+        "process, with the loading of the batch.",
     ]
     if teacher_ap is None:
         found.append("The teacher's AP on this data set is not known, and so neither is the share of its lead.")
@@ -176,12 +206,18 @@ def as_records(rows: Sequence[Row]) -> List[Dict[str, Any]]:
             record.update({name: _rounded(mean), f"{name}_error": _rounded(error)})
         for name in ("lead_closed", "seconds", "step_time", "step_memory"):
             record[name] = _rounded(getattr(row, name))
+        record["step_time_low"], record["step_time_high"] = row.step_time_range or (None, None)
         records.append(record)
     return records
 
 
 def _rounded(value: Optional[float]) -> Optional[float]:
     return None if value is None else round(value, 4)
+
+
+def as_json(rows: Sequence[Row], teacher_ap: Optional[float], setting: Dict[str, str]) -> str:
+    """Return all numbers, with what was compared where."""
+    return json.dumps({"setting": setting, "teacher_AP": teacher_ap, "rows": as_records(rows)}, indent=2) + "\n"
 
 
 def as_csv(rows: Sequence[Row]) -> str:
