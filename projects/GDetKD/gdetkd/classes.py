@@ -10,7 +10,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from .data.register import resolve
+from .data.folders import resolve
+from .data.register import declared_classes
 from .errors import GDetKDError
 from .structures import DetectorSpec
 
@@ -57,8 +58,9 @@ def names_of_dataset(name: str, entries: Sequence[Dict] = ()) -> Optional[Tuple[
 
 
 def _names_of_entry(entry: Dict) -> Optional[Tuple[str, ...]]:
-    if "classes" in entry:
-        return tuple(entry["classes"])
+    declared = declared_classes(entry)
+    if declared is not None:
+        return tuple(declared)
     if "json" not in entry:
         return None
     path = resolve(entry["json"])
