@@ -6,6 +6,8 @@ import unicodedata
 from collections import Counter
 from typing import Dict, List, Optional, Set, Tuple
 
+from ..errors import GDetKDError
+
 # Files that are taken for images. Detectron2 reads the first image of an animated GIF. Whether a `.avif` or `.jp2` file
 # can be read depends on the installed Pillow.
 IMAGE_ENDINGS = tuple(
@@ -34,12 +36,15 @@ def read_text(path: str) -> str:
     """Read a text file in UTF-8, or in the encoding that its byte order mark names.
 
     Raises:
-        UnicodeDecodeError: the file is written in another encoding.
+        GDetKDError: the file is written in another encoding.
     """
     with open(path, "rb") as file:
         raw = file.read()
     encoding = next((name for mark, name in MARKS if raw.startswith(mark)), "utf-8")
-    return raw.decode(encoding)
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError as e:
+        raise GDetKDError(f"{path!r} cannot be read as text ({e}). Write it in UTF-8.") from e
 
 
 def walk(folder: str, recursive: bool = True) -> List[str]:

@@ -16,6 +16,9 @@ from .yolo_yaml import Description
 Sample = Dict[str, Any]
 # Maps an image to its (width, height) as Detectron2 reads it, or to None if it cannot be read.
 Sizes = Dict[str, Optional[Tuple[int, int]]]
+# Stands for the size of an image that cannot be read. Such an image is left out or refused later. Its objects have to be
+# there until then: Detectron2 drops images without objects first, and nobody would learn that it cannot be read.
+UNKNOWN_SIZE = (1000, 1000)
 
 
 def load_yolo(
@@ -53,9 +56,9 @@ def load_yolo(
         labels = read_labels(file, description.classes, description.keypoints, counts) if file is not None else []
         sample: Sample = {"file_name": image, "image_id": _identity(image, description)}
         size = sizes[image]
-        if size is not None:  # else the image is found to be unusable later
+        if size is not None:
             sample.update(height=size[1], width=size[0])
-        sample["annotations"] = [_annotation(label, size, counts) for label in labels] if size is not None else []
+        sample["annotations"] = [_annotation(label, size or UNKNOWN_SIZE, counts) for label in labels]
         samples.append(sample)
     _keep_polygons_of_all(samples, counts)
     return samples, {name: count for name, count in counts.items() if count}

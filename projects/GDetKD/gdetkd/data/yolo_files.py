@@ -95,10 +95,7 @@ def _find_place(description: Description, item: str, allow_outside: bool) -> str
 
 def _read_list(description: Description, path: str, allow_outside: bool) -> List[str]:
     """Read a text file that names an image a line. An image that is not there is left for `clean` to count."""
-    try:
-        lines = [line.strip().replace("\\", "/") for line in read_text(path).splitlines()]
-    except UnicodeDecodeError as e:
-        raise GDetKDError(f"{path!r} is no list of images ({e}). Write it in UTF-8.") from e
+    lines = [line.strip().replace("\\", "/") for line in read_text(path).splitlines()]
     images = []
     for line in filter(None, lines):
         if "\0" in line:

@@ -47,12 +47,8 @@ def read_labels(path: str, classes: Sequence[str], keypoints: int, counts: Count
     Raises:
         GDetKDError: a line is no label. It is named.
     """
-    try:
-        lines = read_text(path).splitlines()
-    except UnicodeDecodeError as e:
-        raise GDetKDError(f"{path!r} is no label file of YOLO's ({e}). Correct it, or remove it.") from e
     labels: Dict[Tuple[float, ...], Label] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         words = line.split()
         if not words:
             continue

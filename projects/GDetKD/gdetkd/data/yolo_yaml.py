@@ -55,6 +55,8 @@ def read_description(path: str, allow_outside: bool = False) -> Description:
         folder = _start_folder(os.path.dirname(path), content.get("path"))
         check_inside(folder, path, allow_outside)
         return Description(path, folder, splits, _names(content), _keypoint_columns(content.get("kpt_shape")))
+    except GDetKDError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
     raise GDetKDError(f"{path!r} does not describe a dataset of YOLO's layout ({reason}). Correct that file.")
@@ -179,10 +181,7 @@ def _read_obj_data(path: str, text: str) -> Description:
 
 
 def _read_names(path: str) -> List[str]:
-    try:
-        names = [line.strip() for line in read_text(path).strip().splitlines()]
-    except UnicodeDecodeError as e:
-        raise GDetKDError(f"{path!r} is no list of class names ({e}). Write it in UTF-8.") from e
+    names = [line.strip() for line in read_text(path).strip().splitlines()]
     if not all(names):
         raise GDetKDError(f"{path!r} has an empty line {names.index('') + 1}: there has to be one class name a line.")
     return names
