@@ -16,8 +16,8 @@ from .yolo_yaml import Description
 Sample = Dict[str, Any]
 # Maps an image to its (width, height) as Detectron2 reads it, or to None if it cannot be read.
 Sizes = Dict[str, Optional[Tuple[int, int]]]
-# Stands for the size of an image that cannot be read. Such an image is left out or refused later. Its objects have to be
-# there until then: Detectron2 drops images without objects first, and nobody would learn that it cannot be read.
+# Stands for the size of an image that cannot be read. Such an image is left out or refused later. Until then it needs
+# its objects: Detectron2 drops images without objects first, and nobody would learn that it cannot be read.
 UNKNOWN_SIZE = (1000, 1000)
 
 
