@@ -66,7 +66,7 @@ def register_datasets(cfg: CfgNode) -> None:
         MetadataCatalog.get(name).set(gdetkd_entry=dict(entry))
 
 
-def declared_classes(entry: Mapping[str, Any], allow_outside: bool = False) -> Optional[List[str]]:
+def declared_classes(entry: Mapping[str, Any]) -> Optional[List[str]]:
     """Return the class names, in order, that an entry or a file of its dataset lists; None if there is none yet.
 
     A COCO file is not looked at: `classes.names_of_dataset` reads it.
@@ -76,7 +76,7 @@ def declared_classes(entry: Mapping[str, Any], allow_outside: bool = False) -> O
     if entry.get("kind") == "voc" and "root" in entry and os.path.isdir(resolve(entry["root"])):
         return find_classes(resolve(entry["root"]), entry.get("split"))
     if entry.get("kind") == "yolo" and os.path.exists(resolve(entry.get("yaml", entry.get("images", "")))):
-        return _describe(entry, allow_outside).classes
+        return _describe(entry, allow_outside=True).classes  # names alone; registering the dataset looks at its paths
     return None
 
 

@@ -104,7 +104,7 @@ def _read_classes(path: str) -> List[str]:
 def _subfolder(root: str, names: Sequence[str]) -> Optional[str]:
     """Return the subfolder of the first of these names that there is, in whatever case."""
     there = {name.lower(): name for name in sorted(os.listdir(root)) if os.path.isdir(os.path.join(root, name))}
-    return next((there[name] for name in names if name in there), None) if there else None
+    return next((there[name] for name in names if name in there), None)
 
 
 def _folders(root: str) -> Tuple[Listing, Tuple[Listing, ...]]:
