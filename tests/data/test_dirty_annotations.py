@@ -183,7 +183,7 @@ def voc(folder, names=("one",), text=None, listed=None):
 
 def test_voc_is_read_as_detectron2_reads_it(tmp_path):
     root = voc(tmp_path, ("one", "two", "sub"))
-    assert load_voc(root, "train", ["cat", "dog"]) == load_voc_instances(root, "train", ["cat", "dog"])
+    assert load_voc(root, "train", ["cat", "dog"])[0] == load_voc_instances(root, "train", ["cat", "dog"])
 
 
 def test_voc_of_one_image(tmp_path):
@@ -195,9 +195,20 @@ def test_voc_of_one_image(tmp_path):
 @pytest.mark.parametrize(
     "text, match",
     [
-        ("<annotation><size><width>64</width></size></annotation>", "no size/height"),
-        ("<annotation><size><width>x</width><height>4</height></size></annotation>", "invalid literal"),
-        ("<annotation><size><width>0</width><height>4</height></size></annotation>", "image is 0x4"),
+        ("<annotation><size><width>x</width><height>4</height></size></annotation>", "could not convert"),
+        ("<annotation><size><width>1.5</width><height>4</height></size></annotation>", "width is 1.5"),
+        ("<annotation><size><width>1e999</width><height>4</height></size></annotation>", "width is 1e999"),
+        ("<annotation><size><width>-1</width><height>4</height></size></annotation>", "width is -1"),
+        ("<annotations><image /></annotations>", "first element is <annotations>"),
+        ("<annotation><object><bndbox /></object></annotation>", "an object has no name"),
+        ("<annotation><object><name>cat</name></object></annotation>", "'cat' has no bndbox"),
+        ("<annotation><object><name>cat</name><bndbox /></object></annotation>", "bndbox has no xmin"),
+        ("<annotation><object><name>cat</name><polygon><pt /></polygon></object></annotation>", "polygon has no x1"),
+        (
+            "<annotation><object><name>cat</name><robndbox><cx>9</cx><cy>9</cy><w>4</w><h>4</h><angle>90</angle>"
+            "</robndbox></object></annotation>",
+            "angle of a rotated box is 90, not in radians",
+        ),
         ('<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>', "document type"),
         ("\0\0\0", "zero bytes"),
         ("<annotation>", "ParseError"),

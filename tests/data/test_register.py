@@ -59,7 +59,7 @@ def test_boxes_without_area_are_left_out_with_one_warning(tmp_path, caplog):
     "entry, match",
     [
         ({"kind": "coco"}, "needs a `name`"),
-        ({"name": "x", "kind": "yolo"}, "`kind` of coco, voc, images"),
+        ({"name": "x", "kind": "csv"}, "`kind` of coco, voc, yolo, images"),
         ({"name": "x", "kind": "coco", "json": "a"}, "lacks images"),
         ({"name": "x", "kind": "coco", "json": "a", "images": "b", "split": "c"}, "has split"),
         ({"name": "x", "kind": "coco", "json": "nowhere.json", "images": "b"}, "nowhere.json.*DETECTRON2_DATASETS"),

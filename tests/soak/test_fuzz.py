@@ -22,7 +22,7 @@ from gdetkd.errors import GDetKDError
 
 HANG_SECONDS = 20
 MORE = pytest.mark.soak
-# Each of the three is run so often: a few of them in every test run, most in `make soak`.
+# Each of the four is run so often: a few of them in every test run, most in `make soak`.
 EXAMPLES = pytest.mark.parametrize("examples", [100, pytest.param(4000, marks=MORE)])
 
 
@@ -207,6 +207,39 @@ def test_voc_xml(tmp_path, examples):
     few_bytes = st.one_of(st.just([]), BYTES)
     strategy = st.tuples(st.lists(st.tuples(WORDS, OTHER_WORDS | WORDS), max_size=3), few_bytes, few_bytes)
     counts = fuzz(examples, strategy, load)
+    assert 0 < counts["refused"] < counts["all"]
+
+
+YOLO_WORDS = st.sampled_from("0 1 0.5 0.25 train images names nc path kpt_shape cat : , [ ] { }".split())
+OTHER_YOLO_WORDS = st.sampled_from(
+    ["", "\0", "*a", "&a", "../", "\n", 5000 * "9", *"nan inf -1 1e400 2 é !!x 0.9".split()]
+)
+
+
+@EXAMPLES
+def test_yolo(tmp_path, examples):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    for name in ("one", "two"):
+        Image.new("RGB", (64, 48)).save(tmp_path / f"images/{name}.jpg")
+        (tmp_path / f"labels/{name}.txt").write_text("0 0.5 0.5 0.25 0.25\n1 0.5 0.25 0.5 0.25 0.25 0.5\n")
+    texts = {
+        "data.yaml": "path: .\ntrain: images\nnc: 3\nnames: [cat, dog, cow]\n",
+        "labels/one.txt": (tmp_path / "labels/one.txt").read_text(),
+    }
+
+    def load(example):
+        words, changes, name = example
+        for other, text in texts.items():
+            for old, new in words if other == name else ():
+                text = text.replace(old, new, 1)
+            (tmp_path / other).write_bytes(mutate_bytes(text.encode(), changes if other == name else []))
+        to_first_batch({"kind": "yolo", "yaml": str(tmp_path / "data.yaml"), "split": "train"})
+
+    load(([], [], ""))
+    few_bytes = st.one_of(st.just([]), BYTES)
+    words = st.lists(st.tuples(YOLO_WORDS, OTHER_YOLO_WORDS | YOLO_WORDS), max_size=3)
+    counts = fuzz(examples, st.tuples(words, few_bytes, st.sampled_from(sorted(texts))), load)
     assert 0 < counts["refused"] < counts["all"]
 
 

@@ -23,12 +23,14 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # Data sets to register before anything else reads them; each entry a mapping with `name`, `kind` and paths:
     #   {name: my_train, kind: coco, json: my/train.json, images: my/train}
     #   {name: my_train, kind: voc, root: my/VOC, split: train, classes: [cat, dog]}
+    #   {name: my_train, kind: yolo, yaml: my/data.yaml, split: train}
     #   {name: my_images, kind: images, images: my/images}, without labels: for --eval-only, which writes detections
     # `limit: N` keeps the first N images. A relative path is taken from the folder that the environment variable
     # DETECTRON2_DATASETS names, `datasets` by default, as for Detectron2's own sets.
     cfg.DATASETS.REGISTER = []
     # Paths of an entry that are relative and lead out of that folder, file names in a COCO JSON that are absolute or
-    # lead out of its `images`, and names in a VOC list that lead out of its `root`, are refused unless this is set.
+    # lead out of its `images`, names in a VOC list that lead out of its `root`, and paths in a data.yaml that lead out
+    # of the file's folder and of DETECTRON2_DATASETS, are refused unless this is set.
     cfg.DATASETS.ALLOW_OUTSIDE = False
 
     _add_sampler_keys(cfg)

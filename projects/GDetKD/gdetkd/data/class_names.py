@@ -8,7 +8,8 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from ..errors import GDetKDError
-from .register import resolve
+from .folders import resolve
+from .register import declared_classes
 
 
 def class_names(cfg: CfgNode) -> Optional[Tuple[str, ...]]:
@@ -43,8 +44,9 @@ def names_of_dataset(name: str, entries: Sequence[Dict] = ()) -> Optional[Tuple[
 
 
 def _names_of_entry(entry: Dict) -> Optional[Tuple[str, ...]]:
-    if "classes" in entry:
-        return tuple(entry["classes"])
+    declared = declared_classes(entry)
+    if declared is not None:
+        return tuple(declared)
     if "json" not in entry:
         return None
     path = resolve(entry["json"])

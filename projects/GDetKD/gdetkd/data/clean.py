@@ -54,19 +54,18 @@ class Findings:
         return "; ".join(f"{count} {text}" for count, text in parts if count)
 
 
-def clean_annotations(dicts: List[Sample], least: float = 0) -> Findings:
+def clean_annotations(dicts: List[Sample]) -> Findings:
     """Takes annotations out, in place, that no detector can learn from.
 
     Args:
         dicts: in Detectron2's format.
-        least: pixels that a box has to be wider and higher than.
     """
     counts = dict.fromkeys(Findings.__dataclass_fields__, 0)
     for image in dicts:
         annotations = image.get("annotations", [])
         kept = []
         for annotation in annotations:
-            finding = _judge(annotation, image, least)
+            finding = _judge(annotation, image)
             if finding is not None:
                 counts[finding] += 1
             if finding not in ("without_area", "far", "outside"):
@@ -77,14 +76,14 @@ def clean_annotations(dicts: List[Sample], least: float = 0) -> Findings:
     return Findings(**counts)
 
 
-def _judge(annotation: Sample, image: Sample, least: float) -> Optional[str]:
+def _judge(annotation: Sample, image: Sample) -> Optional[str]:
     # Of an integer that no float is as large as, `isfinite` cannot tell.
     if not all(isinstance(value, int) or math.isfinite(value) for value in annotation["bbox"]):
         return "without_area"
     if any(abs(value) > FARTHEST for value in annotation["bbox"]):
         return "far"
     x1, y1, x2, y2 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-    if not (x2 - x1 > least and y2 - y1 > least):
+    if not (x2 > x1 and y2 > y1):
         return "without_area"
     width, height = image.get("width", math.inf), image.get("height", math.inf)
     if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:

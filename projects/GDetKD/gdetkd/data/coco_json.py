@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 from typing import Any, Dict, List, Optional, Set, Tuple
 
 from ..errors import GDetKDError
 from .clean import FARTHEST
 from .coco_quirks import Counts, InvalidItem, is_box, is_number, keep_matched, put_right
+from .folders import leaves
 
 MOST_PIXELS = 2**31  # of an image's width times height, for a mask of it
 
@@ -59,11 +59,6 @@ def read_coco(
         f"The data set {name!r} cannot be read from {path!r} ({reason}). Correct that file or the entry in "
         "DATASETS.REGISTER."
     )
-
-
-def leaves(path: str) -> bool:
-    """Whether a path that is meant to be relative is absolute, or leads out of where it starts."""
-    return os.path.isabs(path) or os.path.normpath(path).split(os.sep)[0] == os.pardir
 
 
 def _require(holds: bool, otherwise: str) -> None:

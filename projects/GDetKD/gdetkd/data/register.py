@@ -1,10 +1,10 @@
-"""Data sets registered from the config: COCO JSON and VOC's layout, read by Detectron2's own loaders; mere images."""
+"""Datasets that DATASETS.REGISTER names: COCO JSON, VOC's layout, YOLO's layout, and images without labels."""
 
 import json
 import logging
 import os
 import tempfile
-from typing import Any, Callable, Dict, List, Mapping, Optional
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -12,18 +12,39 @@ from detectron2.data.datasets.coco import load_coco_json
 
 from ..errors import GDetKDError
 from .clean import Findings, clean_annotations
-from .coco_json import leaves, read_coco
-from .coco_quirks import describe
+from .coco_json import read_coco
+from .coco_quirks import Counts, describe
+from .folders import leaves, resolve
 from .keypoints import flip_map, keypoint_names
 from .mistakes import find_mistakes
+from .plain_images import load_images
 from .voc import load_voc
+from .voc_layout import find_classes, find_layout
+from .yolo import Sizes, load_yolo
+from .yolo_files import find_images
+from .yolo_yaml import Description, describe_folder, read_description
 
 logger = logging.getLogger(__name__)
 
-# What an entry of DATASETS.REGISTER must say, by kind, and may; `limit` may stand in any.
-REQUIRED = {"coco": {"json", "images"}, "voc": {"root", "split", "classes"}, "images": {"images"}}
-OPTIONAL = {"images": {"classes"}}
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+# Returns a dataset in Detectron2's format, and how often each quirk was put right, by what a message calls it.
+Loader = Callable[[], Tuple[List[Dict[str, Any]], Counts]]
+
+
+class Keys(NamedTuple):
+    """Keys that an entry must have and may have. `limit` may stand in any."""
+
+    required: Set[str]
+    optional: Set[str] = set()
+
+
+# By kind. The entry has to match one of the alternatives.
+KEYS = {
+    "coco": (Keys({"json", "images"}),),
+    "voc": (Keys({"root"}, {"split", "classes", "first_pixel"}),),
+    "yolo": (Keys({"yaml", "split"}), Keys({"images"}, {"classes"})),
+    "images": (Keys({"images"}, {"classes"}),),
+}
+PATHS = ("json", "images", "root", "split", "yaml")
 
 
 def register_datasets(cfg: CfgNode) -> None:
@@ -42,22 +63,38 @@ def register_datasets(cfg: CfgNode) -> None:
         allow_outside = cfg.DATASETS.ALLOW_OUTSIDE
         if not allow_outside:
             _check_paths(entry)
-        register = {"coco": _register_coco, "voc": _register_voc, "images": _register_images}[entry["kind"]]
-        register(entry, allow_outside, cfg.INPUT.MAX_BAD_FRACTION)
+        REGISTER[entry["kind"]](entry, allow_outside, cfg.INPUT.MAX_BAD_FRACTION)
         MetadataCatalog.get(name).set(gdetkd_entry=dict(entry))
 
 
-def resolve(path: str) -> str:
-    """A relative path seen from Detectron2's data folder."""
-    return os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), path)
+def declared_classes(entry: Mapping[str, Any]) -> Optional[List[str]]:
+    """Return the class names, in order, that an entry or a file of its dataset lists; None if there is none yet.
+
+    A COCO file is not looked at: `class_names.names_of_dataset` reads it.
+    """
+    if "classes" in entry:
+        return list(entry["classes"])
+    if entry.get("kind") == "voc" and "root" in entry and os.path.isdir(resolve(entry["root"])):
+        return find_classes(resolve(entry["root"]), entry.get("split"))
+    if entry.get("kind") == "yolo" and os.path.exists(resolve(entry.get("yaml", entry.get("images", "")))):
+        return _describe(entry, allow_outside=True).classes  # names alone; registering the dataset looks at its paths
+    return None
 
 
 def _check_entry(entry: Any) -> None:
-    if not isinstance(entry, Mapping) or "name" not in entry or entry.get("kind") not in REQUIRED:
-        raise GDetKDError(f"DATASETS.REGISTER: {entry!r} needs a `name` and a `kind` of {', '.join(REQUIRED)}.")
-    keys, wanted = set(entry) - {"name", "kind", "limit"}, REQUIRED[entry["kind"]]
-    unknown = keys - wanted - OPTIONAL.get(entry["kind"], set())
-    wrong = [f"lacks {key}" for key in sorted(wanted - keys)] + [f"has {key}" for key in sorted(unknown)]
+    if not isinstance(entry, Mapping) or "name" not in entry or entry.get("kind") not in KEYS:
+        raise GDetKDError(f"DATASETS.REGISTER: {entry!r} needs a `name` and a `kind` of {', '.join(KEYS)}.")
+    keys, alternatives = set(entry) - {"name", "kind", "limit"}, KEYS[entry["kind"]]
+    # The alternative that the entry has most keys of is the one that is meant.
+    meant = max(alternatives, key=lambda each: len(keys & each.required))
+    unknown = keys - meant.required - meant.optional
+    wrong = [f"lacks {key}" for key in sorted(meant.required - keys)] + [f"has {key}" for key in sorted(unknown)]
+    wrong += [f"has {key} {entry[key]!r}, not text" for key in PATHS if not isinstance(entry.get(key, ""), str)]
+    classes = entry.get("classes", [])
+    if not isinstance(classes, (list, tuple)) or not all(isinstance(each, str) for each in classes):
+        wrong.append(f"has classes {classes!r}, not a list of texts (put numbers, yes and no in quotes)")
+    if entry.get("first_pixel", 1) not in (0, 1):
+        wrong.append(f"has first_pixel {entry['first_pixel']!r}, not 0 or 1")
     if wrong:
         raise GDetKDError(f"DATASETS.REGISTER: {entry['name']!r} (kind {entry['kind']}) {', '.join(wrong)}.")
     limit = entry.get("limit", 1)
@@ -66,7 +103,7 @@ def _check_entry(entry: Any) -> None:
 
 
 def _check_paths(entry: Mapping[str, Any]) -> None:
-    for key in ("json", "images", "root", "split"):
+    for key in PATHS:
         path = entry.get(key, "")
         # An absolute path is the user's own decision; `split` is part of one.
         if leaves(path) and (key == "split" or not os.path.isabs(path)):
@@ -90,16 +127,15 @@ def _register_coco(entry: Mapping[str, Any], allow_outside: bool, most_bad: floa
     name, json_file, images = entry["name"], _existing(entry, entry["json"]), _existing(entry, entry["images"])
     is_as_written: Optional[bool] = None  # whether the file has no quirk; None until it is read
 
-    def load() -> List[Dict[str, Any]]:
+    def load() -> Tuple[List[Dict[str, Any]], Counts]:
         nonlocal is_as_written
         if is_as_written:
-            return load_coco_json(json_file, images, name)
+            return load_coco_json(json_file, images, name), {}
         content, counts = read_coco(json_file, name, images, allow_outside, most_bad)
-        if is_as_written is None and counts:
-            logger.warning("%s: %s.", name, describe(counts))
         is_as_written = not counts
         _name_keypoints(name, content["categories"])
-        return _load_content(content, images, name) if counts else load_coco_json(json_file, images, name)
+        dicts = _load_content(content, images, name) if counts else load_coco_json(json_file, images, name)
+        return dicts, counts
 
     def note(findings: Findings) -> None:
         # Detectron2 evaluates against the file where it is named. It must not where training reads something else:
@@ -131,32 +167,46 @@ def _load_content(content: Dict[str, Any], images: str, name: str) -> List[Dict[
 
 
 def _register_voc(entry: Mapping[str, Any], allow_outside: bool, most_bad: float) -> None:
-    name, root = entry["name"], _existing(entry, entry["root"])
-    _existing(entry, os.path.join(entry["root"], "ImageSets", "Main", entry["split"] + ".txt"))
-    # VOC's corners are pixels, both inside the box, and Detectron2 widens the box to their outer edges: one that has
-    # no area in the file is one pixel wide or high by then.
-    _register(entry, lambda: load_voc(root, entry["split"], entry["classes"], allow_outside), root, least=1)
-    MetadataCatalog.get(name).set(thing_classes=list(entry["classes"]), evaluator_type="coco")
+    root, split = _existing(entry, entry["root"]), entry.get("split")
+    find_layout(root, split, allow_outside)  # raises an error if it is not there
+    classes = declared_classes(entry)
+    first_pixel = entry.get("first_pixel")
+    _register(entry, lambda: load_voc(root, split, classes, allow_outside, first_pixel, most_bad), root)
+    MetadataCatalog.get(entry["name"]).set(evaluator_type="coco")
+    if classes is not None:
+        MetadataCatalog.get(entry["name"]).set(thing_classes=classes)
+
+
+def _register_yolo(entry: Mapping[str, Any], allow_outside: bool, most_bad: float) -> None:
+    _existing(entry, entry.get("yaml", entry.get("images")))
+    description, split = _describe(entry, allow_outside), entry.get("split", "")
+    find_images(description, split, allow_outside)  # raises an error if they are not there
+    sizes: Sizes = {}  # kept, because the catalog loads a set anew for each of its readers
+    _register(entry, lambda: load_yolo(description, split, allow_outside, sizes), description.path)
+    MetadataCatalog.get(entry["name"]).set(thing_classes=description.classes, evaluator_type="coco")
+
+
+def _describe(entry: Mapping[str, Any], allow_outside: bool) -> Description:
+    if "yaml" in entry:
+        return read_description(resolve(entry["yaml"]), allow_outside)
+    return describe_folder(resolve(entry["images"]), entry.get("classes"))
 
 
 def _register_images(entry: Mapping[str, Any], allow_outside: bool, most_bad: float) -> None:
     folder = _existing(entry, entry["images"])
-    _register(entry, lambda: _load_images(folder), folder)
+    _register(entry, lambda: load_images(folder), folder)
     metadata = MetadataCatalog.get(entry["name"]).set(evaluator_type="images")
     if "classes" in entry:
         metadata.set(thing_classes=list(entry["classes"]))
 
 
-def _load_images(folder: str) -> List[Dict[str, Any]]:
-    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_ENDINGS))
-    return [{"file_name": os.path.join(folder, name), "image_id": name} for name in names]
+REGISTER = {"coco": _register_coco, "voc": _register_voc, "yolo": _register_yolo, "images": _register_images}
 
 
 def _register(
     entry: Mapping[str, Any],
-    load: Callable[[], List[Dict[str, Any]]],
+    load: Loader,
     source: str,
-    least: float = 0,
     note: Callable[[Findings], None] = lambda findings: None,
 ) -> None:
     name, is_known = entry["name"], False  # the catalog loads a set anew for each of its readers
@@ -164,10 +214,11 @@ def _register(
     def load_clean() -> List[Dict[str, Any]]:
         nonlocal is_known
         try:
-            dicts = load()[: entry.get("limit")]
+            dicts, counts = load()
+            dicts = dicts[: entry.get("limit")]
             classes = MetadataCatalog.get(name).get("thing_classes") or ()
             mistakes = [] if is_known else find_mistakes(dicts, classes, name)
-            findings = clean_annotations(dicts, least)
+            findings = clean_annotations(dicts)
             note(findings)
         except (FileNotFoundError, GDetKDError):
             raise  # names the file itself
@@ -176,7 +227,7 @@ def _register(
                 f"The data set {name!r} cannot be read from {source!r} ({type(e).__name__}: {e}). Correct that file "
                 "or the entry in DATASETS.REGISTER."
             ) from e
-        said = [str(findings), *mistakes] if str(findings) else mistakes
+        said = [text for text in (describe(counts), str(findings), *mistakes) if text]
         if said and not is_known:
             logger.warning("%s: %s.", name, "; ".join(said))
         is_known = True

@@ -9,7 +9,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..data.class_names import class_names
-from ..data.clean import check_images
+from ..data.clean import check_images, find_bad_images
 from ..data.task_labels import check_test_labels, check_train_labels
 from ..detectors import build_adapter, find_adapter
 from ..errors import GDetKDError, some
@@ -89,8 +89,11 @@ def _check_keys(dicts: List[dict], name: str) -> None:
     is_written = metadata.get("json_file") is None and metadata.get("evaluator_type") != "images"
     if is_written:
         needed |= {"width", "height"}
-    for image in dicts:
-        if lacking := sorted(needed - image.keys()):
+    incomplete = [image for image in dicts if not needed <= image.keys()]
+    unusable = find_bad_images(incomplete)  # such an image may have no size; `check_images` says why
+    for image in incomplete:
+        lacking = sorted(needed - image.keys())
+        if image["file_name"] not in unusable:
             raise GDetKDError(
                 f"The data set {name!r} cannot be evaluated on: the dict of {image['file_name']!r} has no "
                 f"{' and no '.join(lacking)}. Let the function that is registered for the set add that to every dict. "

@@ -1,0 +1,123 @@
+"""Find files that annotation tools name in other ways than they are spelt, and never leave the folder they are in."""
+
+import codecs
+import os
+import unicodedata
+from collections import Counter
+from typing import Dict, List, Optional, Set, Tuple
+
+from ..errors import GDetKDError
+
+# Files that are taken for images. Detectron2 reads the first image of an animated GIF. Whether a `.avif` or `.jp2` file
+# can be read depends on the installed Pillow.
+IMAGE_ENDINGS = tuple(
+    ".jpg .jpeg .jpe .jfif .mpo .png .bmp .dib .tif .tiff .webp .gif .avif .jp2 .ppm .pgm .tga".split()
+)
+# Byte order marks of the encodings that Windows programs write text files in.
+MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
+
+def resolve(path: str) -> str:
+    """Return a relative path as seen from Detectron2's data folder."""
+    return os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), path)
+
+
+def leaves(path: str) -> bool:
+    """Return whether a path that is meant to be relative is absolute, or leads out of the folder where it starts."""
+    return os.path.isabs(path) or os.path.normpath(path).split(os.sep)[0] == os.pardir
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Return whether a path is in a folder or is that folder. Links are not followed."""
+    return not leaves(os.path.relpath(os.path.abspath(path), os.path.abspath(folder)))
+
+
+def read_text(path: str) -> str:
+    """Read a text file in UTF-8, or in the encoding that its byte order mark names.
+
+    Raises:
+        GDetKDError: the file is written in another encoding.
+    """
+    with open(path, "rb") as file:
+        raw = file.read()
+    encoding = next((name for mark, name in MARKS if raw.startswith(mark)), "utf-8")
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError as e:
+        raise GDetKDError(f"{path!r} cannot be read as text ({e}). Write it in UTF-8.") from e
+
+
+def walk(folder: str, recursive: bool = True) -> List[str]:
+    """Return the files of a folder, sorted, as paths from that folder on with forward slashes.
+
+    Hidden files and folders are left out: systems put files there that are no data. Links to folders are followed once.
+
+    Args:
+        recursive: also return the files of its subfolders.
+    """
+    found: List[str] = []
+    seen: Set[str] = set()
+    for where, folders, files in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(where))
+        visible = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+        folders[:] = [name for name in visible if os.path.realpath(os.path.join(where, name)) not in seen]
+        if not recursive:
+            folders.clear()
+        start = os.path.relpath(where, folder)
+        found += [os.path.normpath(os.path.join(start, name)) for name in files if not name.startswith(".")]
+    return sorted(path.replace(os.sep, "/") for path in found)
+
+
+def list_images(folder: str) -> Tuple[List[str], Dict[str, int]]:
+    """Return the images of a folder and its subfolders, sorted, and the count of all other files by their ending."""
+    files = walk(folder)
+    others = Counter(os.path.splitext(name)[1].lower() or "without an ending" for name in files if not is_image(name))
+    return [name for name in files if is_image(name)], dict(sorted(others.items()))
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_ENDINGS)
+
+
+def without_image_ending(name: str) -> str:
+    return os.path.splitext(name)[0] if is_image(name) else name
+
+
+class Listing:
+    """The files of a folder, found by names that may differ from theirs in case or in the form of their accents.
+
+    Attributes:
+        folder: the folder.
+        names: its files, as paths from that folder on.
+
+    Args:
+        recursive: also list the files of its subfolders.
+    """
+
+    def __init__(self, folder: str, recursive: bool = True) -> None:
+        self.folder = folder
+        self.names = walk(folder, recursive) if os.path.isdir(folder) else []
+        self._exact = set(self.names)
+        self._similar: Dict[str, List[str]] = {}
+        self._images: Dict[str, List[str]] = {}
+        for name in self.names:
+            self._similar.setdefault(_key(name), []).append(name)
+            if is_image(name):
+                self._images.setdefault(_key(os.path.splitext(name)[0]), []).append(name)
+
+    def find(self, name: str) -> Optional[str]:
+        """Return the file of that name, else the only file whose name differs from it in case alone, else None."""
+        if name in self._exact:
+            return name
+        found = self._similar.get(_key(name), [])
+        return found[0] if len(found) == 1 else None
+
+    def images_of(self, name: str) -> List[str]:
+        """Return the images of that name, which is given without its ending."""
+        found = self._images.get(_key(name), [])
+        spelt = [image for image in found if os.path.splitext(image)[0] == name]
+        return spelt or found
+
+
+def _key(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()

@@ -1,0 +1,109 @@
+"""Find the images of a split in YOLO's layout, and the label file of each image."""
+
+import os
+import re
+from typing import Dict, List, Optional, Tuple
+
+from ..errors import GDetKDError
+from .folders import Listing, list_images, read_text
+from .yolo_yaml import (
+    SAME_SPLITS,
+    Description,
+    check_inside,
+    find_label_folder,
+    is_allowed,
+    short,
+    without_darknets_folder,
+)
+
+# Endings of files that lie beside images in this layout.
+COMPANIONS = (".txt", ".cache", ".npy", ".yaml", ".yml", ".names", ".data", ".labels")
+
+
+def find_images(
+    description: Description, split: str, allow_outside: bool = False
+) -> Tuple[List[str], Dict[str, int], int]:
+    """Find the images of a split, in the order of its lists; those of folders are sorted.
+
+    Returns:
+        paths of the images, counts of files that are no images by their ending, and how often an image was listed
+        again.
+
+    Raises:
+        GDetKDError: the split is not named, is not there, or leads out of the dataset's folder.
+    """
+    names = [split] if split in description.splits else [name for name in SAME_SPLITS if name in description.splits]
+    if split not in description.splits and (split not in SAME_SPLITS or len(names) != 1):
+        raise GDetKDError(
+            f"{description.path!r} has no split {split!r}; it names {', '.join(description.splits) or 'none'}. Correct "
+            "`split` in DATASETS.REGISTER."
+        )
+    value = description.splits[names[0]]
+    items = value if isinstance(value, list) else [value]
+    images: List[str] = []
+    others: Dict[str, int] = {}
+    for item in items:
+        if not isinstance(item, str) or "\0" in item:
+            raise GDetKDError(f"{description.path!r}: {names[0]} is {short(value)}, not a path or paths.")
+        place = _find_place(description, item.strip().replace("\\", "/"), allow_outside)
+        if os.path.isdir(place):
+            found, passed_over = list_images(place)
+            images += [os.path.join(place, name) for name in found]
+            for ending, count in passed_over.items():
+                if ending not in COMPANIONS:
+                    others[ending] = others.get(ending, 0) + count
+        else:
+            images += _read_list(description, place, allow_outside)
+    distinct = list(dict.fromkeys(images))
+    return distinct, others, len(images) - len(distinct)
+
+
+class LabelFinder:
+    """Finds the label file of an image. A folder is listed once."""
+
+    def __init__(self) -> None:
+        self._folders: Dict[str, Listing] = {}
+
+    def find(self, image: str) -> Optional[str]:
+        """Return the label file, or None if the image has none, which means that it shows no object."""
+        folder, name = os.path.split(image)
+        if folder not in self._folders:
+            self._folders[folder] = Listing(find_label_folder(folder) if os.path.isdir(folder) else folder, False)
+        listing = self._folders[folder]
+        found = listing.find(f"{os.path.splitext(name)[0]}.txt")
+        return None if found is None else os.path.join(listing.folder, found)
+
+
+def _find_place(description: Description, item: str, allow_outside: bool) -> str:
+    """Return the folder or file that a split names.
+
+    Roboflow writes `../train/images` for a folder beside its data.yaml, so `../` at the start may be superfluous.
+    """
+    places = dict.fromkeys(
+        os.path.normpath(os.path.join(description.folder, text))
+        for text in (item, re.sub(r"^(\.\./)+", "", item), without_darknets_folder(item))
+    )
+    there = [place for place in places if os.path.exists(place)]
+    inside = [place for place in there if is_allowed(place, description.path, allow_outside)]
+    if there and not inside:
+        check_inside(there[0], description.path, allow_outside)
+    if len(inside) == 1:
+        return inside[0]
+    what = f"could be {' or '.join(inside)}" if inside else f"is not there (looked for {', '.join(places)})"
+    raise GDetKDError(f"{description.path!r} names {item!r}, which {what}. Correct the path in that file.")
+
+
+def _read_list(description: Description, path: str, allow_outside: bool) -> List[str]:
+    """Read a text file that names an image a line. An image that is not there is left for `clean` to count."""
+    lines = [line.strip().replace("\\", "/") for line in read_text(path).splitlines()]
+    images = []
+    for line in filter(None, lines):
+        if "\0" in line:
+            raise GDetKDError(f"{path!r} has a line with a zero byte: there has to be the path of one image a line.")
+        starts = (os.path.dirname(path), description.folder)
+        texts = (line, without_darknets_folder(line))
+        places = [os.path.normpath(os.path.join(start, text)) for text in texts for start in starts]
+        place = next((place for place in places if os.path.exists(place)), places[0])
+        check_inside(place, description.path, allow_outside)
+        images.append(place)
+    return images
