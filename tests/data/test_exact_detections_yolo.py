@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from gdetkd.classes import class_names
 from PIL import Image
 from test_exact_detections import COUNT, ap_of_exact_detections
 
 from conftest import make_cfg, write_coco
 from gdetkd.data import register_datasets
+from gdetkd.data.class_names import class_names
 
 CLASSES = ["class0", "class1", "class2"]
 NAMES = "names: [class0, class1, class2]\n"

@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 from detectron2.data import DatasetCatalog
-from gdetkd.classes import class_names
 from test_exact_detections import COUNT, ap_of_exact_detections
 from test_exact_detections_yolo import (
     BY_FOLDER,
@@ -20,6 +19,7 @@ from test_exact_detections_yolo import (
 )
 
 from conftest import make_cfg
+from gdetkd.data.class_names import class_names
 from gdetkd.data.clean import without_bad_images
 from gdetkd.errors import GDetKDError
 
