@@ -1,22 +1,15 @@
 """Find the names of the classes that a config trains on."""
 
-import json
-import os
 from typing import Dict, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from ..errors import GDetKDError
-from .folders import resolve
-from .register import declared_classes
+from .kinds import find_kind
 
 
 def class_names(cfg: CfgNode) -> Optional[Tuple[str, ...]]:
-    """The classes of the first set that a config trains on, in order; None where they cannot be known here.
-
-    They are known of a set whose metadata Detectron2's catalog has, and of one that DATASETS.REGISTER names.
-    """
+    """Return the class names of the first dataset in DATASETS.TRAIN in order, or None if they are not known."""
     if not cfg.DATASETS.TRAIN:
         return None
     name = cfg.DATASETS.TRAIN[0]
@@ -28,13 +21,16 @@ def names_of_dataset(name: str, entries: Sequence[Dict] = ()) -> Optional[Tuple[
 
     Args:
         name: the dataset's name in Detectron2's catalog.
-        entries: what a config's DATASETS.REGISTER says of it, for a dataset that is not in the catalog.
+        entries: the entries of that name in a config's DATASETS.REGISTER.
+
+    Raises:
+        GDetKDError: a file of the dataset exists, but its class names cannot be read.
     """
     entries = [dict(entry) for entry in entries]
     if name in MetadataCatalog.list():
         metadata = MetadataCatalog.get(name)
         if entries and metadata.get("gdetkd_entry") != entries[0]:
-            # The catalog has another dataset of that name: a teacher's file and the student's may both name one so.
+            # The catalog has another dataset of this name: student and teacher may use one name for two datasets.
             return _names_of_entry(entries[0])
         if metadata.get("thing_classes"):
             return tuple(metadata.thing_classes)
@@ -44,17 +40,10 @@ def names_of_dataset(name: str, entries: Sequence[Dict] = ()) -> Optional[Tuple[
 
 
 def _names_of_entry(entry: Dict) -> Optional[Tuple[str, ...]]:
-    declared = declared_classes(entry)
-    if declared is not None:
-        return tuple(declared)
-    if "json" not in entry:
+    if "classes" in entry:
+        return tuple(entry["classes"])
+    kind = find_kind(entry)
+    if kind is None or kind.find_problems(entry):
         return None
-    path = resolve(entry["json"])
-    if not os.path.exists(path):
-        return None
-    try:
-        with open(path, "rb") as file:
-            categories = json.load(file)["categories"]
-        return tuple(category["name"].strip() for category in sorted(categories, key=lambda each: each["id"]))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-        raise GDetKDError(f"The categories cannot be read from {path!r} ({type(e).__name__}: {e}).") from e
+    names = kind(entry, allow_outside=True).class_names()
+    return None if names is None else tuple(names)

@@ -1,30 +1,29 @@
-"""Find the annotations, images, lists and class names of a dataset in VOC's layout, or in one that tools make of it."""
+"""Find the annotations, images, lists and class names of a dataset in VOC's layout or a variant that tools write."""
 
 import os
 import re
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from ..errors import GDetKDError
-from .folders import Listing, leaves, read_text, without_image_ending
+from ...errors import GDetKDError
+from ..folders import Listing, leaves, read_text, without_image_ending
 
-# Names of the folders, in lower case, the first of which is VOC's own.
+# Names of the folders in lower case. VOC uses the first name.
 ANNOTATIONS = ("annotations", "annotation", "xmls", "xml")
 IMAGES = ("jpegimages", "images", "image", "imgs", "img")
-# Files in which tools name the classes in order: CVAT and Datumaro, VoTT, several others.
+# Files in which CVAT, Datumaro, VoTT and other tools list the class names in order.
 CLASS_FILES = ("labelmap.txt", "label_map.txt", "pascal_label_map.pbtxt", "classes.txt")
-# Says in a list of one class whether an image shows that class.
+# Flags in a list for one class. They say whether an image shows that class.
 FLAGS = ("-1", "0", "1")
-# Named in a message.
-NAMED = 5
+MOST_NAMED = 5  # files or folders that a message names
 
 
 class Layout(NamedTuple):
     """
     Attributes:
         annotations: the XML files.
-        images: the folders to look for images in, in this order.
-        names: of the XML files to read, without their ending.
-        missing: images of the list that have no XML file; None if there is no list, and all XML files are read.
+        images: the folders where images can be, in the order of search.
+        names: the names of the XML files to read, without their ending.
+        missing: names in the list that have no XML file; None if there is no list and all XML files are read.
     """
 
     annotations: Listing
@@ -36,12 +35,20 @@ class Layout(NamedTuple):
 def find_layout(root: str, split: Optional[str], allow_outside: bool = False) -> Layout:
     """Find a dataset's annotations.
 
-    The first of these counts: the list `ImageSets/Main/SPLIT.txt`; VoTT's lists `ImageSets/Main/CLASS_SPLIT.txt`; the
-    folder `SPLIT`. Without a split, these: the only list in `ImageSets/Main`; every XML file of the annotation folder;
-    every XML file in `root` itself.
+    With a split, use the first of these that exists:
+
+    1. the list `ImageSets/Main/SPLIT.txt`
+    2. VoTT's lists `ImageSets/Main/CLASS_SPLIT.txt`
+    3. the folder `SPLIT`
+
+    Without a split, use the first of these that exists:
+
+    1. the only list in `ImageSets/Main`
+    2. all XML files in the annotation folder
+    3. all XML files in `root` itself
 
     Raises:
-        GDetKDError: there is none of these, or several could be meant.
+        GDetKDError: none of these exists, or several lists could be meant.
     """
     main = os.path.join(root, _subfolder(root, ("imagesets",)) or "ImageSets", "Main")
     lists = Listing(main, recursive=False)
@@ -49,17 +56,17 @@ def find_layout(root: str, split: Optional[str], allow_outside: bool = False) ->
         texts = [name for name in lists.names if name.lower().endswith(".txt")]
         if len(texts) > 1:
             splits = ", ".join(os.path.splitext(name)[0] for name in texts)
-            raise GDetKDError(f"{root!r} has several lists: name one of them as `split` ({splits}).")
+            raise GDetKDError(f"{root!r} has several lists. Set `split` to one of them ({splits}).")
         split = os.path.splitext(texts[0])[0] if texts else None
     listed = lists.find(f"{split}.txt")
     if listed is not None:
         annotations, images = _folders(root)
         lines = read_text(os.path.join(main, listed)).splitlines()
         return _listed(os.path.join(main, listed), lines, annotations, images, allow_outside)
-    of_classes = [name for name in lists.names if name.lower().endswith(f"_{split}.txt".lower())]
-    if of_classes:
+    class_lists = [name for name in lists.names if name.lower().endswith(f"_{split}.txt".lower())]
+    if class_lists:
         annotations, images = _folders(root)
-        return _listed(main, _lines_of_classes(main, of_classes), annotations, images, allow_outside)
+        return _listed(main, _merge_class_lists(main, class_lists), annotations, images, allow_outside)
     folder = root if split is None else os.path.join(root, split)
     annotations, images = _folders(folder)
     names = [name[: -len(".xml")] for name in _xml_files(annotations)]
@@ -69,7 +76,7 @@ def find_layout(root: str, split: Optional[str], allow_outside: bool = False) ->
 
 
 def find_classes(root: str, split: Optional[str] = None) -> Optional[List[str]]:
-    """Return the class names that a tool's file lists, in order; None without such a file.
+    """Return the class names in order from a file that a tool wrote, or None if there is no such file.
 
     Raises:
         GDetKDError: two files list different classes.
@@ -81,7 +88,7 @@ def find_classes(root: str, split: Optional[str] = None) -> Optional[List[str]]:
             if os.path.isfile(path):
                 found[path] = _read_classes(path)
     if len(set(map(tuple, found.values()))) > 1:
-        raise GDetKDError(f"{' and '.join(found)} list different classes. Name them as `classes` in DATASETS.REGISTER.")
+        raise GDetKDError(f"{' and '.join(found)} list different classes. List the right ones as `classes` in DATASETS.REGISTER.")
     return next(iter(found.values()), None)
 
 
@@ -102,13 +109,13 @@ def _read_classes(path: str) -> List[str]:
 
 
 def _subfolder(root: str, names: Sequence[str]) -> Optional[str]:
-    """Return the subfolder of the first of these names that there is, in whatever case."""
-    there = {name.lower(): name for name in sorted(os.listdir(root)) if os.path.isdir(os.path.join(root, name))}
-    return next((there[name] for name in names if name in there), None)
+    """Return the first of these subfolders that exists, in upper or lower case, or None."""
+    existing = {name.lower(): name for name in sorted(os.listdir(root)) if os.path.isdir(os.path.join(root, name))}
+    return next((existing[name] for name in names if name in existing), None)
 
 
 def _folders(root: str) -> Tuple[Listing, Tuple[Listing, ...]]:
-    """Return the folder of the annotations, and those of the images. Without subfolders both are `root` itself."""
+    """Return the folder of the annotations and the folders where images can be. Use `root` if it has no subfolders."""
     if not os.path.isdir(root):
         return Listing(root), ()
     here = Listing(root, recursive=False)
@@ -133,10 +140,10 @@ def _listed(
         name = _name_in(line, annotations)
         if name is None or "\0" in name or (leaves(name) and not allow_outside):
             raise _refused(path, line, annotations.folder)
-        is_there = annotations.find(f"{name}.xml") is not None
-        if not is_there and leaves(name):
-            is_there = os.path.isfile(os.path.join(annotations.folder, f"{name}.xml"))
-        (names if is_there else missing).append(name)
+        exists = annotations.find(f"{name}.xml") is not None
+        if not exists and leaves(name):
+            exists = os.path.isfile(os.path.join(annotations.folder, f"{name}.xml"))
+        (names if exists else missing).append(name)
     seen = set()
     for name in names + missing:
         if name in seen:
@@ -147,13 +154,13 @@ def _listed(
 
 def _refused(path: str, line: str, folder: str) -> GDetKDError:
     return GDetKDError(
-        f"{path!r} has the line {line!r}: there has to be the name of one image of {folder!r} a line, and each once. "
-        "(DATASETS.ALLOW_OUTSIDE True would allow names that lead elsewhere.)"
+        f"{path!r} has the line {line!r}. A line has to name one image that has an annotation in {folder!r}, and no "
+        "image may be named twice. DATASETS.ALLOW_OUTSIDE True would allow names that lead elsewhere."
     )
 
 
 def _name_in(line: str, annotations: Listing) -> Optional[str]:
-    """Return the name that a line of a list gives, without an ending; None if it could be several."""
+    """Return the name in a line of a list without its ending, or None if the line is not one name."""
     line = line.replace("\\", "/")
     bare = line.split("#")[0].strip()
     for text in (line, line.strip('"'), bare):
@@ -164,24 +171,24 @@ def _name_in(line: str, annotations: Listing) -> Optional[str]:
     return without_image_ending(bare) if len(bare.split()) == 1 else None
 
 
-def _lines_of_classes(folder: str, lists: Sequence[str]) -> List[str]:
-    """Return the images that lists of one class each name. Every list names all images of its split."""
+def _merge_class_lists(folder: str, lists: Sequence[str]) -> List[str]:
+    """Return the images of lists for one class. A list names all images of its split, with a flag."""
     names: Dict[str, None] = {}
     for name in lists:
         path = os.path.join(folder, name)
         for line in filter(None, map(str.strip, read_text(path).splitlines())):
             parts = line.rsplit(None, 1)
             if len(parts) != 2 or parts[1] not in FLAGS:
-                raise GDetKDError(f"{path!r} has the line {line!r}, not an image's name and one of {', '.join(FLAGS)}.")
+                raise GDetKDError(f"{path!r} has the line {line!r}. Write an image's name and one of {', '.join(FLAGS)}.")
             names[parts[0]] = None
     return list(names)
 
 
 def _not_found(root: str, split: Optional[str]) -> str:
-    holding = [name for name in sorted(os.listdir(root)) if _xml_files(_folders(os.path.join(root, name))[0])]
+    candidates = [name for name in sorted(os.listdir(root)) if _xml_files(_folders(os.path.join(root, name))[0])]
     wanted = "ImageSets/Main" if split is None else f"ImageSets/Main/{split}.txt"
-    hint = f" It has the folders {', '.join(holding[:NAMED])}." if holding else ""
+    hint = f" It has the folders {', '.join(candidates[:MOST_NAMED])}." if candidates else ""
     return (
-        f"{root!r} has no {wanted}, and no XML files where this split could have them.{hint} Correct `root` or `split` "
-        "in DATASETS.REGISTER: `split` names a list, or a folder of XML files and images."
+        f"{root!r} has no {wanted}, and no XML files in a folder of this split.{hint} Correct `root` or `split` in "
+        "DATASETS.REGISTER. `split` names a list, or a folder of XML files and images."
     )

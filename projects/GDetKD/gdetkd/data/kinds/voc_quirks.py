@@ -1,6 +1,6 @@
-"""Quirks of files in VOC's layout that can be read in only one way, each with a function. docs/own-data.md lists them.
+"""Correct the quirks of VOC files that have only one possible meaning. docs/own-data.md lists them.
 
-Functions that take `counts` add to it how often a quirk was put right, by what a message calls it.
+Functions that take `counts` count there how often they corrected a quirk.
 """
 
 import math
@@ -11,11 +11,11 @@ from typing import Callable, List, Optional, Sequence, Tuple
 Corners = Tuple[float, float, float, float]  # x1, y1, x2, y2
 Size = Optional[Tuple[int, int]]  # width, height in pixels
 
-# Names of a rotated box's values, as roLabelImg writes them, and of its corners, as DIOR-R names them.
+# Tags of a rotated box: the values that roLabelImg writes, and the corners that DIOR-R writes.
 ROTATED = ("cx", "cy", "w", "h", "angle")
 SIDES = ("left_top", "right_top", "right_bottom", "left_bottom")
 FOUR_POINTS = tuple(f"{axis}_{side}" for side in SIDES for axis in "xy")
-# Share of boxes with corners in another order, from which on the corners may be widths and heights.
+# If more boxes than this share have corners in another order, the corners may be widths and heights.
 OFTEN = 0.1
 
 
@@ -32,16 +32,16 @@ def read_rotated_box(shape: ElementTree.Element) -> List[float]:
 
 
 def read_polygon(shape: ElementTree.Element) -> List[float]:
-    """Return a polygon's points. Roboflow numbers them: x1, y1, x2, y2 and so on."""
+    """Return the points of a polygon in Roboflow's format: x1, y1, x2, y2 and so on."""
     count = 0
     while shape.find(f"x{count + 1}") is not None:
         count += 1
     if not count:
-        raise ValueError("a polygon has no x1: only Roboflow's polygons are read, so export boxes")
+        raise ValueError("a polygon has no x1. Only Roboflow's polygons can be read: export boxes")
     return numbers(shape, [f"{axis}{index + 1}" for index in range(count) for axis in "xy"])
 
 
-# The tag of a shape that may stand in place of a box, the function that reads its points, and the name of the quirk.
+# Shapes that can replace a box: the tag, the function that reads the points, and the name of the quirk.
 OTHER_SHAPES: Tuple[Tuple[str, Callable[[ElementTree.Element], List[float]], str], ...] = (
     ("robndbox", read_rotated_box, "rotated boxes are read as the upright boxes around them"),
     ("polygon", read_polygon, "polygons are read as the boxes around them"),
@@ -49,10 +49,10 @@ OTHER_SHAPES: Tuple[Tuple[str, Callable[[ElementTree.Element], List[float]], str
 
 
 def numbers(element: ElementTree.Element, tags: Sequence[str]) -> List[float]:
-    """Return the numbers that children of an element hold.
+    """Return the numbers in the children of an element.
 
     Raises:
-        ValueError: a child is not there, is empty or holds no number.
+        ValueError: a child is missing, is empty or does not hold a number.
     """
     values = []
     for tag in tags:
@@ -64,7 +64,7 @@ def numbers(element: ElementTree.Element, tags: Sequence[str]) -> List[float]:
 
 
 def count_sizes_as_corners(boxes: Sequence[Tuple[Corners, Size]], counts: Counter) -> None:
-    """Count the boxes if they look like (x, y, width, height): many are out of order, and all fit into the image."""
+    """Count the boxes if they look like (x, y, width, height): many are out of order, and all would fit the image."""
     out_of_order = sum(x2 < x1 or y2 < y1 for (x1, y1, x2, y2), _ in boxes)
     fit = all(
         size is not None and x1 + x2 <= size[0] + 1 and y1 + y2 <= size[1] + 1 for (x1, y1, x2, y2), size in boxes
@@ -74,7 +74,7 @@ def count_sizes_as_corners(boxes: Sequence[Tuple[Corners, Size]], counts: Counte
 
 
 def in_order(corners: Corners, counts: Counter) -> Corners:
-    """Return the corners with the left upper one first."""
+    """Return the corners with the left upper corner first."""
     x1, y1, x2, y2 = corners
     if not (x2 < x1 or y2 < y1):
         return corners
@@ -86,16 +86,16 @@ def find_first_pixel(boxes: Sequence[Corners], counts: Counter) -> int:
     """Return 0 if a box begins in pixel 0, else 1 as in VOC. CVAT, Roboflow and VoTT count from 0."""
     at_zero = sum(0 <= min(x1, x2) < 1 or 0 <= min(y1, y2) < 1 for x1, y1, x2, y2 in boxes)
     counts[
-        "boxes begin in pixel 0, so that all corners of this split count from 0, not from 1 (`first_pixel: 0` or "
-        "`first_pixel: 1` in DATASETS.REGISTER settles it for every split)"
+        "boxes begin in pixel 0, so that all corners of this split count from 0, not from 1 (set `first_pixel` to 0 or "
+        "1 in DATASETS.REGISTER to read all splits alike)"
     ] += at_zero
     return 0 if at_zero else 1
 
 
 def cut_a_pixel(corners: Corners, size: Size, counts: Counter) -> Corners:
-    """Cut a box that reaches over the edge by up to a pixel, by which conventions differ.
+    """Cut a box that reaches over the edge by up to one pixel, because tools count pixels differently.
 
-    `clean_annotations` counts the boxes that reach farther.
+    `clean_annotations` counts boxes that reach farther.
     """
     if size is None:
         return corners

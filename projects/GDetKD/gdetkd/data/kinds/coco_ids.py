@@ -1,0 +1,115 @@
+"""Match the ids and file names of a COCO file that are written in two ways."""
+
+import os
+from typing import Any, Dict, List, Optional, Sequence
+
+from .base import Counts
+
+Item = Dict[str, Any]
+
+
+class InvalidItem(Exception):
+    """Says what is wrong with an item of the file."""
+
+
+def match_ids(annotations: Sequence[Item], key: str, items: Sequence[Item]) -> int:
+    """Correct ids in annotations that differ from an item's id only by their type. Return how many were corrected.
+
+    Args:
+        key: the key of the id in an annotation, `image_id` or `category_id`.
+        items: the images or categories that have the ids.
+    """
+    ids = {item["id"] for item in items if isinstance(item.get("id"), (int, str))}
+    by_text: Dict[str, Optional[Any]] = {}
+    for identity in ids:
+        text = str(identity).strip()
+        by_text[text] = None if text in by_text else identity  # None: the text could mean two ids
+    changed = 0
+    for annotation in annotations:
+        value = annotation.get(key)
+        if not isinstance(value, (int, str, float)) or isinstance(value, bool):
+            continue
+        if value in ids and not isinstance(value, float):
+            continue
+        text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+        if by_text.get(text) is not None:
+            annotation[key] = by_text[text]
+            changed += 1
+    return changed
+
+
+def drop_unmatched(images: Sequence[Item], annotations: List[Item], max_unmatched: float) -> Counts:
+    """Leave out annotations whose image is not in the file. Number the rest anew if their ids mislead pycocotools.
+
+    Args:
+        images: items with distinct ids.
+        annotations: changed in place.
+        max_unmatched: the share of annotations whose image may be missing.
+
+    Returns:
+        how often each quirk was corrected.
+
+    Raises:
+        InvalidItem: more annotations than `max_unmatched` allows have no image.
+    """
+    kept = _with_image(annotations, images, max_unmatched)
+    counts = {
+        "annotations are of no image and are left out": len(annotations) - len(kept),
+        "annotation ids are not distinct numbers from 1 on and are numbered anew": _renumber(kept),
+    }
+    annotations[:] = kept
+    return {name: count for name, count in counts.items() if count}
+
+
+def _with_image(annotations: List[Item], images: Sequence[Item], max_unmatched: float) -> List[Item]:
+    ids = {image["id"] for image in images if isinstance(image.get("id"), (int, str))}
+    kept = [a for a in annotations if not isinstance(a.get("image_id"), (int, str)) or a["image_id"] in ids]
+    dropped = len(annotations) - len(kept)
+    if dropped > max_unmatched * len(annotations):
+        example = next(a for a in annotations if a.get("image_id") not in ids)
+        raise InvalidItem(
+            f"{dropped} of {len(annotations)} annotations are of no image of the file, the first with image_id "
+            f"{example.get('image_id')!r}. That is more than INPUT.MAX_BAD_FRACTION {max_unmatched:g}: add the images, "
+            "or correct the ids"
+        )
+    return kept
+
+
+def _renumber(annotations: List[Item]) -> int:
+    """Number annotations from 1 on if their ids are not distinct positive numbers. Return how many were numbered.
+
+    pycocotools takes the id 0 for "no match". Nothing else refers to the id of an annotation.
+    """
+    ids = [annotation.get("id") for annotation in annotations]
+    are_numbers = all(isinstance(number, int) and not isinstance(number, bool) and number > 0 for number in ids)
+    if are_numbers and len(set(ids)) == len(ids):
+        return 0
+    for number, annotation in enumerate(annotations, start=1):
+        annotation["id"] = number
+    return len(annotations)
+
+
+def respell_file_names(images: Sequence[Item], folder: str) -> int:
+    """Correct file names that differ from a file only by upper and lower case. Return how many were corrected."""
+    listings: Dict[str, Dict[str, List[str]]] = {}
+    changed = 0
+    for image in images:
+        name = image.get("file_name")
+        is_relative = isinstance(name, str) and "\0" not in name and not os.path.isabs(name)
+        if not is_relative or os.path.exists(os.path.join(folder, name)):
+            continue
+        head, tail = os.path.split(name)
+        if head not in listings:
+            listings[head] = _by_lower_case(os.path.join(folder, head))
+        found = listings[head].get(tail.lower(), [])
+        if len(found) == 1:
+            image["file_name"] = os.path.join(head, found[0])
+            changed += 1
+    return changed
+
+
+def _by_lower_case(folder: str) -> Dict[str, List[str]]:
+    names: Dict[str, List[str]] = {}
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        names.setdefault(name.lower(), []).append(name)
+    return names
