@@ -12,17 +12,17 @@ from PIL import Image
 from torch import nn
 
 from ..errors import some
+from ..figures.page import html_figure, html_list, html_page
+from ..figures.style import STYLE, as_png, as_svg
 from ..files import written_whole
-from ..visualization import insight_charts as charts
-from ..visualization.charts import STYLE, as_png, as_svg
-from ..visualization.detections import draw_detections, pick
-from ..visualization.page import html_figure, html_list, html_page
-from .detections import Comparison, Found, compare_detectors
+from . import charts
+from .detections import DetectorComparison, Found, compare_detectors
+from .drawing import draw_detections, pick
 from .measures import correlation_gap
 from .probe import Probe, detect
 from .records import RecordFile, as_lists
 from .references import Baseline, References
-from .runs import read_curve, read_teacher_ap, read_terms
+from .run import read_curve, read_teacher_ap, read_terms
 
 PAGE = "index.html"
 # Images whose detections are shown.
@@ -179,7 +179,7 @@ def _of_detections(cfg: CfgNode, student: nn.Module, probe: Probe, references: R
     counts = [len(each["instances"]) for each in probe.inputs]
     alone = found.get("baseline", [None] * len(counts))
     rows = zip(counts, found["student"], found["teacher"], alone)
-    compared: List[Comparison] = [compare_detectors(*row) for row in rows]
+    compared: List[DetectorComparison] = [compare_detectors(*row) for row in rows]
     shown = pick(compared, SHOWN)
     figure = draw_detections(
         [probe.inputs[index] for index in shown],

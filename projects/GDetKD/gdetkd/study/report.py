@@ -7,11 +7,11 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 
-from ..comparison import Comparison
-from ..methods import BASELINE, CONFIGURED
+from ..figures.page import html_figure, html_list, html_page
 from . import charts
+from .comparison import Comparison
 from .headline import find_leader, headline
-from .page import html_figure, html_list, html_page
+from .methods import BASELINE, CONFIGURED
 from .summary import Row, as_csv, as_json, as_markdown, cells, headers, notes, summarize
 
 
