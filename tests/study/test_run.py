@@ -93,18 +93,20 @@ def test_complete_runs_are_not_repeated_and_failed_ones_are_named(tmp_path):
 def test_a_folder_of_another_config_is_refused(tmp_path):
     finished(tmp_path / "done", 10.0, 100, 20.0)
     changed = Run(tmp_path / "done", CONFIG, ["DISTILL.SGFI.WEIGHT", "9.0"], 100)
-    with pytest.raises(GDetKDError, match="holds a run of another config. Go on"):
+    with pytest.raises(GDetKDError, match="holds a run of another config. Use that"):
         run_all([changed], tmp_path / "train_net.py")
     # Once Detectron2 has written the run's config there, the keys that differ are named, and no others.
     as_run = load_config(CONFIG, ["SOLVER.MAX_ITER", 100, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "done")])
     (tmp_path / "done" / "config.yaml").write_text(as_run.dump())
-    with pytest.raises(GDetKDError, match="another config: DISTILL.SGFI.WEIGHT 6.0 -> 9.0. Go on with that, remove"):
+    with pytest.raises(
+        GDetKDError, match="another config: DISTILL.SGFI.WEIGHT 6.0 -> 9.0. Use that config"
+    ):
         run_all([changed], tmp_path / "train_net.py")
 
 
 def test_a_change_that_a_run_does_not_use_leaves_it_as_it_is():
     def print_of(*opts):
-        return Run(Path("any"), CONFIG, list(opts), 100).fingerprint()
+        return fingerprint(Run(Path("any"), CONFIG, list(opts), 100))
 
     baseline, other_teacher = PLAIN, ["DISTILL.TEACHER.WEIGHTS", "another.pth"]
     assert print_of(*baseline) == print_of(*baseline, *other_teacher, "DISTILL.SGFI.WEIGHT", "9.0")
