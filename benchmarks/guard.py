@@ -17,6 +17,8 @@ from unittest import mock
 
 from gdetkd import DistillTrainer
 from gdetkd.data.shapes import make_shapes_for
+from gdetkd.engine.guard import StepGuard
+from gdetkd.engine.optimizer_step import StepAgreement
 from gdetkd.engine.step_costs import now
 from gdetkd.errors import GDetKDError
 from gdetkd.experiments import load_config
@@ -67,9 +69,11 @@ def run(args: argparse.Namespace, folder: str) -> Dict[str, float]:
     trainer.resume_or_load(resume=False)
     whole = StepTime()
     trainer.register_hooks([whole])
-    guard, parts = trainer._guard, {"before_step": [], "check": []}
-    with mock.patch.multiple(guard, **{name: timed(getattr(guard, name), parts[name]) for name in parts}):
-        trainer.train()
+    parts: Dict[str, List[float]] = {"before_step": [], "check": []}
+    before_step, check = StepGuard.before_step, StepAgreement.after_backward
+    with mock.patch.object(StepGuard, "before_step", timed(before_step, parts["before_step"])):
+        with mock.patch.object(StepAgreement, "after_backward", timed(check, parts["check"])):
+            trainer.train()
     result = {name: statistics.median(seconds[WARM_UP:]) for name, seconds in parts.items()}
     return {**result, "step": statistics.median(whole.seconds[WARM_UP:])}
 

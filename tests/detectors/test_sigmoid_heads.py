@@ -14,7 +14,7 @@ from detectron2.utils.events import EventStorage
 
 from conftest import CASCADE, DENSE, NUM_CLASSES, WIDER, make_batch, make_cfg
 from gdetkd.detectors import build_adapter
-from gdetkd.engine.preflight import check_transfer
+from gdetkd.engine.class_checks import check_transfer
 from gdetkd.errors import GDetKDError
 from gdetkd.losses import CLS, REG, probability_weighted_localization, soft_binary_classification
 from gdetkd.recorder import Recorder

@@ -18,7 +18,8 @@ from gdetkd import DistillTrainer, add_gdetkd_config
 from gdetkd.data import register_datasets
 from gdetkd.data.shapes import CLASSES, draw_image
 from gdetkd.engine.check import Check
-from gdetkd.engine.teacher_score import USUAL, preprocessing_of, score_on_sample, with_channels_swapped
+from gdetkd.engine.preprocessing import USUAL, preprocessing_of, with_channels_swapped
+from gdetkd.engine.sample_score import score_on_sample
 from gdetkd.errors import GDetKDError
 from gdetkd.teacher import FrozenTeacher
 
@@ -98,7 +99,7 @@ def test_a_sound_run(shapes_cfg):
         "BGR, mean (103.53, 116.28, 123.675), std (57.375, 57.12, 58.395)",
         "Classes: the same 6 in the same order.",
         f"Teacher on {IMAGES} images of check_shapes, 6 classes: AP ",
-        "kept for the backward pass; the student's alone:",
+        "kept for the backward pass; of the student alone:",
         "500 iterations take",
         "from scratch",
     ):
@@ -168,7 +169,7 @@ def test_teacher_with_values_that_are_not_finite(distill_cfg, tmp_path):
 
 def test_data_sets_with_classes_in_another_order(shapes_cfg):
     with pytest.raises(
-        GDetKDError, match="'check_shapes' and 'check_backwards' have the same classes in another order"
+        GDetKDError, match="'check_shapes' and 'check_backwards' have the same classes in different orders"
     ):
         Check(shapes_cfg(DATASETS__TEST=("check_backwards",)))
 
@@ -251,7 +252,7 @@ def test_a_teacher_that_cannot_be_evaluated_is_said_at_the_end(shapes_cfg, tmp_p
     screen = check.run()
     assert check.problems == [] and "No problem found." not in screen
     last = screen.splitlines()[-2:]
-    assert last[0] == "No problem found in what could be looked at." and last[1].startswith("Not looked at: how good")
+    assert last[0] == "No problem found in what could be checked." and last[1].startswith("Not checked: how good")
     assert "a wrong one would not be noticed." in last[1] and "in DISTILL.TEACHER.CLASSES" in last[1]
 
 

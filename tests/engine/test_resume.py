@@ -54,7 +54,7 @@ def test_the_number_of_processes_is_named(distill_cfg, caplog):
         ("SOLVER.OPTIMIZER", "AdamW", "another optimizer"),
         ("SOLVER.AMP.ENABLED", True, "another precision: SOLVER.AMP.ENABLED False; now True"),
         ("SOLVER.BIAS_LR_FACTOR", 2.0, "other groups of parameters .*SOLVER.WEIGHT_DECAY"),
-        ("DISTILL.CKD.PROJECTION_DIM", 4, "other distillation losses, or other sizes of them"),
+        ("DISTILL.CKD.PROJECTION_DIM", 4, "other distillation losses, or with losses of other sizes"),
         ("MODEL.ROI_BOX_HEAD.FC_DIM", 8, "another student.*box_head"),
     ],
 )
