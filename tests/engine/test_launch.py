@@ -80,9 +80,8 @@ def _train_signalled_on_a_full_disk(rank, cfg):
 
 def test_sigterm_of_one_rank_with_no_room_to_save_is_an_error_of_all(shared_cfg, tmp_path):
     messages = run_in_processes(_train_signalled_on_a_full_disk, tmp_path, 2, shared_cfg(2, {"SOLVER.MAX_ITER": 50}))
-    assert all(
-        "after iteration 2 and could NOT be saved" in m and "continues from the beginning" in m for m in messages
-    )
+    assert all("after iteration 2 and could NOT be saved" in message for message in messages)
+    assert all("continues from the beginning" in message for message in messages)
 
 
 def test_a_rank_that_dies_ends_the_others_and_is_named(shared_cfg, tmp_path):

@@ -79,8 +79,8 @@ def warn_of_other_data(before: Dict[str, Any], now: Dict[str, Any]) -> None:
     if before != now:
         logger.warning(
             "The training images changed since the run was started: %d then, %d now%s. The run goes on, but with "
-            "another order of images than an uninterrupted run. Check whether files changed or could not be read at one "
-            "of the starts. Images that are left out now are named above.",
+            "another order of images than an uninterrupted run. Check whether files changed or could not be read at "
+            "one of the starts. Images that are left out now are named above.",
             before["images"],
             now["images"],
             "" if before["images"] != now["images"] else ", with other names",
