@@ -240,7 +240,7 @@ def test_no_checkpoint_that_can_be_read(distill_cfg):
 def test_weights_alone_are_not_resumed_from(distill_cfg, tmp_path):
     cfg = distill_cfg()
     torch.save({"model": DistillTrainer(cfg).student.state_dict()}, tmp_path / "run" / "model_0000007.pth")
-    with pytest.raises(GDetKDError, match="holds weights alone.*MODEL.WEIGHTS, without --resume"):
+    with pytest.raises(GDetKDError, match="holds weights alone.*set MODEL.WEIGHTS to this file and leave out --resume"):
         train(DistillTrainer, cfg, resume=True)
 
 
