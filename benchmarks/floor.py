@@ -12,9 +12,9 @@ import argparse
 from typing import Any, Callable, Tuple
 
 from gdetkd.config import plain_config
+from gdetkd.config_file import load_config
 from gdetkd.detectors import build_adapter
 from gdetkd.engine.step_costs import LATE, peak_memory
-from gdetkd.experiments import load_config
 from gdetkd.losses import build_losses
 from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
 from gdetkd.teacher_file import read_teacher_file

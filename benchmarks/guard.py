@@ -16,12 +16,12 @@ from typing import Any, Callable, Dict, List
 from unittest import mock
 
 from gdetkd import DistillTrainer
+from gdetkd.config_file import load_config
 from gdetkd.data.shapes import make_shapes_for
 from gdetkd.engine.guard import StepGuard
 from gdetkd.engine.optimizer_step import StepAgreement
 from gdetkd.engine.step_costs import now
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import load_config
 
 from detectron2.engine import HookBase  # isort: skip
 from timing import WARM_UP, machine

@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any, Dict
 
+from gdetkd.config_file import load_config
 from gdetkd.data import build_train_loader, register_datasets
 from gdetkd.data.shapes import make_shapes_for
 from gdetkd.distiller import GDetKD
 from gdetkd.engine.step_costs import LATE, now
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import load_config
 
 import torch  # isort: skip
 from detectron2.config import CfgNode

@@ -14,6 +14,7 @@ from detectron2.utils import comm
 
 from conftest import make_cfg
 from gdetkd.engine.folder import LOCK
+from gdetkd.engine.setup import check_device
 from gdetkd.errors import GDetKDError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,24 +112,21 @@ def test_more_gpus_than_there_are(config_file):
 
 
 def test_the_device_and_the_exchange_have_to_fit(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    from train_net import _check_device
-
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    _check_device("cpu")
-    _check_device("cuda:1")
+    check_device("cpu")
+    check_device("cuda:1")
     assert chosen == ["cuda:1"]
 
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     for backend, device in (("gloo", "cpu"), ("nccl", "cuda:1")):
         monkeypatch.setattr(torch.distributed, "get_backend", lambda backend=backend: backend)
-        _check_device(device)
+        check_device(device)
     assert chosen == ["cuda:1"]  # a process of several has its own
     with pytest.raises(GDetKDError, match="MODEL.DEVICE is 'mps'.*cpu, cuda"):
-        _check_device("mps")
+        check_device("mps")
     with pytest.raises(GDetKDError, match="MODEL.DEVICE is cpu.*NCCL.*CUDA_VISIBLE_DEVICES="):
-        _check_device("cpu")
+        check_device("cpu")
 
 
 def test_evaluates_the_teacher_alone(config_file):

@@ -15,12 +15,12 @@ from pathlib import Path
 
 warnings.filterwarnings("ignore")
 
-from gdetkd.comparison import Comparison  # noqa: E402, I001
+from gdetkd.study.comparison import Comparison  # noqa: E402, I001
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import load_config
-from gdetkd.methods import CONFIGURED, ablation
+from gdetkd.config_file import load_config
+from gdetkd.study.methods import CONFIGURED, ablation
 from gdetkd.program import explained_errors
-from gdetkd.visualization.report import describe, write_report
+from gdetkd.study.report import describe, write_report
 
 TRAIN_NET = Path(__file__).resolve().parents[1] / "train_net.py"
 

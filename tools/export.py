@@ -17,10 +17,10 @@ from typing import Tuple
 
 import gdetkd  # noqa: F401  it prepares the import of Detectron2
 from gdetkd.config import without_gdetkd_keys
+from gdetkd.config_file import load_config
 from gdetkd.engine import build_plain_student
 from gdetkd.engine.student_weights import StudentCheckpointer
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import load_config
 from gdetkd.program import explained_errors
 
 import torch  # isort: skip

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from gdetkd.config_file import load_config
 from gdetkd.data.shapes import make_shapes_for
-from gdetkd.experiments import load_config
 from gdetkd.safe_load import read_weights
 
 TRAIN_NET = Path(__file__).resolve().parents[1] / "train_net.py"

@@ -14,15 +14,15 @@ from typing import Optional
 
 warnings.filterwarnings("ignore")
 
-from gdetkd.comparison import Comparison  # noqa: E402, I001
+from gdetkd.study.comparison import Comparison  # noqa: E402, I001
 from gdetkd.errors import GDetKDError
-from gdetkd.insight.runs import FinishedRun
-from gdetkd.methods import BASELINE, CONFIGURED
+from gdetkd.insight.run import FinishedRun
+from gdetkd.study.methods import BASELINE, CONFIGURED
 from gdetkd.program import explained_errors
 from gdetkd.teacher import FrozenTeacher
-from gdetkd.visualization.comparison import draw_comparison
-from gdetkd.visualization.report import describe
-from gdetkd.visualization.summary import as_json, as_markdown, summarize
+from gdetkd.study.picture import draw_comparison
+from gdetkd.study.report import describe
+from gdetkd.study.summary import as_json, as_markdown, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -22,7 +22,7 @@ from gdetkd.insight.page import PAGE, write_page
 from gdetkd.insight.probe import Probe, load_probe
 from gdetkd.insight.records import RecordFile, make_record
 from gdetkd.insight.references import look_at_references
-from gdetkd.insight.runs import FinishedRun, load_checkpoint
+from gdetkd.insight.run import FinishedRun, load_checkpoint
 from gdetkd.program import explained_errors
 
 from detectron2.config import CfgNode

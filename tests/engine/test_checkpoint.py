@@ -11,7 +11,7 @@ from test_trainer import train
 
 from conftest import ALL_LOSSES
 from gdetkd import DistillTrainer
-from gdetkd.engine import checkpoint as module
+from gdetkd import files as file_writing
 from gdetkd.engine.catch_up import CatchUp
 from gdetkd.engine.checkpoint import DurableCheckpointer
 from gdetkd.errors import GDetKDError
@@ -97,7 +97,7 @@ def disk(monkeypatch):
         file = open(path, mode, **kwargs)
         return file if room["bytes"] is None else FullDisk(file, room["bytes"])
 
-    monkeypatch.setattr(module, "open", limited, raising=False)
+    monkeypatch.setattr(file_writing, "open", limited, raising=False)
     return room
 
 

@@ -18,7 +18,7 @@ from gdetkd.data.train_loader import images_per_process
 from gdetkd.engine import build_plain_student, evaluate_teacher
 from gdetkd.engine.hooks import RandomState
 from gdetkd.errors import GDetKDError
-from gdetkd.insight.runs import read_curve, read_teacher_ap
+from gdetkd.insight.run import read_curve, read_teacher_ap
 
 
 class Losses(HookBase):

@@ -10,7 +10,7 @@ from detectron2.data import MetadataCatalog
 from gdetkd import DistillTrainer
 from gdetkd.errors import GDetKDError
 from gdetkd.insight.records import RecordFile
-from gdetkd.insight.runs import FinishedRun
+from gdetkd.insight.run import FinishedRun
 
 ROOT = Path(__file__).resolve().parents[2]
 

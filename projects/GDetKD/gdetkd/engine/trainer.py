@@ -28,6 +28,7 @@ from ..structures import DetectorSpec
 from ..teacher import transfer_heads
 from .config_rules import check_values
 from .evaluators import DiskTolerant, build_evaluator
+from .extensions import EXTENSIONS
 from .forward_guard import ForwardGuard
 from .guard import StepGuard
 from .hook_order import order_hooks
@@ -175,22 +176,13 @@ class DistillTrainer(BareTrainer):
         random_state = RandomState(self.cfg.SOLVER.CHECKPOINT_PERIOD)
         self._guard = StepGuard(self.cfg.DISTILL.SKIP_NONFINITE, random_state)
         hooks = order_hooks(super().build_hooks(), self, self._request, random_state, self._evaluate)
-        hooks = self._with_insight(hooks)
+        extra = [hooks_of(self) for hooks_of in EXTENSIONS]
+        for hook in [hook for hooks_to_add in extra for hook in hooks_to_add.before_writers]:
+            hooks = _before_writers(hooks, hook)
         if self.distiller is not None:
             hooks = _before_writers(hooks, LossScalars(self.distiller.losses))
-        return [*hooks, self._guard, LeaveAtTheEnd(self._request)]
-
-    def _with_insight(self, hooks: List[Optional[HookBase]]) -> List[Optional[HookBase]]:
-        if self.cfg.DISTILL.VIS_PERIOD <= 0:
-            return hooks
-        if self.distiller is None or not self.distiller.losses:
-            logger.info("DISTILL.VIS_PERIOD: there is no distillation to look at.")
-            return hooks
-        from ..insight.hook import Insight, LastPage  # it brings matplotlib, which takes a second
-
-        insight = Insight(self.cfg, self.distiller, self.schedule)
-        insight.attach(self._trainer.model)
-        return [*_before_writers(hooks, insight), LastPage(insight)]
+        last = [hook for hooks_to_add in extra for hook in hooks_to_add.last]
+        return [*hooks, *last, self._guard, LeaveAtTheEnd(self._request)]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume, or load MODEL.WEIGHTS into the student and then the teacher's heads if the config asks for them."""

@@ -86,7 +86,7 @@ def best_threshold(found: Sequence[Found], objects: int) -> float:
 
 
 @dataclass
-class Comparison:
+class DetectorComparison:
     """What distillation changed on one image.
 
     Attributes:
@@ -104,7 +104,7 @@ class Comparison:
         return int(self.gained.sum() + self.lost.sum() + self.copied.sum())
 
 
-def compare_detectors(objects: int, student: Found, teacher: Found, baseline: Optional[Found]) -> Comparison:
+def compare_detectors(objects: int, student: Found, teacher: Found, baseline: Optional[Found]) -> DetectorComparison:
     """
     Args:
         objects: G, of the image.
@@ -115,7 +115,7 @@ def compare_detectors(objects: int, student: Found, teacher: Found, baseline: Op
     copied = _same_mistakes(student, teacher)
     if baseline is not None:
         copied &= ~_same_mistakes(student, baseline)
-    return Comparison(ours & ~theirs, theirs & ~ours, copied)
+    return DetectorComparison(ours & ~theirs, theirs & ~ours, copied)
 
 
 def _same_mistakes(ours: Found, theirs: Found) -> torch.Tensor:

@@ -17,7 +17,7 @@ from .page import write_page
 from .probe import Probe, load_probe
 from .records import RecordFile, make_record
 from .references import References, look_at_references
-from .runs import FinishedRun
+from .run import FinishedRun
 
 logger = logging.getLogger(__name__)
 

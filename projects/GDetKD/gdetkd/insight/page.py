@@ -1,8 +1,7 @@
 """The page that shows what distillation does during one run."""
 
 import io
-from html import escape
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -12,36 +11,21 @@ from PIL import Image
 from torch import nn
 
 from ..errors import some
+from ..figures.page import Section, render_page
+from ..figures.style import STYLE, as_png, as_svg
 from ..files import written_whole
-from ..visualization import insight_charts as charts
-from ..visualization.charts import STYLE, as_png, as_svg
-from ..visualization.detections import draw_detections, pick
-from ..visualization.page import html_figure, html_list, html_page
-from .detections import Comparison, Found, compare_detectors
+from . import charts
+from .detections import DetectorComparison, Found, compare_detectors
+from .drawing import draw_detections, pick
 from .measures import correlation_gap
 from .probe import Probe, detect
 from .records import RecordFile, as_lists
 from .references import Baseline, References
-from .runs import read_curve, read_teacher_ap, read_terms
+from .run import read_curve, read_teacher_ap, read_terms
 
 PAGE = "index.html"
 # Images whose detections are shown.
 SHOWN = 6
-
-
-class Section(NamedTuple):
-    """One figure of the page.
-
-    Attributes:
-        name: of its file.
-        image: an SVG's or PNG's content.
-    """
-
-    name: str
-    heading: str
-    image: bytes
-    caption: str
-    kind: str = "svg+xml"
 
 
 def write_page(
@@ -91,13 +75,7 @@ def _page(cfg: CfgNode, records: Sequence[Dict[str, Any]], headline: str, sectio
         "Looked at": f"{records[-1]['objects']} objects on images of {cfg.DATASETS.TEST[0]}",
         "Baseline": cfg.DISTILL.VIS_BASELINE or "none given (DISTILL.VIS_BASELINE)",
     }
-    parts = [
-        "<h1>What distillation did to the student</h1>",
-        f'<p class="lead">{escape(headline)}</p>',
-        html_list(setting),
-        *(html_figure(each.heading, each.image, each.caption, each.kind) for each in sections),
-    ]
-    return html_page("What distillation did", parts)
+    return render_page("What distillation did to the student", headline, setting, sections)
 
 
 def _of_scores(cfg: CfgNode, baseline: Optional[Baseline]) -> List[Section]:
@@ -179,7 +157,7 @@ def _of_detections(cfg: CfgNode, student: nn.Module, probe: Probe, references: R
     counts = [len(each["instances"]) for each in probe.inputs]
     alone = found.get("baseline", [None] * len(counts))
     rows = zip(counts, found["student"], found["teacher"], alone)
-    compared: List[Comparison] = [compare_detectors(*row) for row in rows]
+    compared: List[DetectorComparison] = [compare_detectors(*row) for row in rows]
     shown = pick(compared, SHOWN)
     figure = draw_detections(
         [probe.inputs[index] for index in shown],

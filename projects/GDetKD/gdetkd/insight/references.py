@@ -9,7 +9,7 @@ from ..teacher import FrozenTeacher
 from .detections import Found
 from .measures import class_correlation
 from .probe import Probe, detect, detect_by_teacher, embed_objects
-from .runs import FinishedRun
+from .run import FinishedRun
 
 
 @dataclass

@@ -10,11 +10,11 @@ import torch
 from conftest import WIDER
 from gdetkd.engine.step_costs import time_in_rounds
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import PLAIN, Run
 from gdetkd.losses.ckd import EmbeddingQueue
-from gdetkd.step_time import StepTime, _Stepper, kept_step_time, measure_in_process, measure_pair
+from gdetkd.study.run import PLAIN, Run
+from gdetkd.study.step_time import StepTime, _Stepper, kept_step_time, measure_in_process, measure_pair
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_both_train_in_turn_on_the_same_batches(pair, monkeypatch):
             weights[name] = next(student.parameters()), next(student.parameters()).detach().clone()
         return time_in_rounds(works, rounds, warm_up)
 
-    monkeypatch.setattr("gdetkd.step_time.time_in_rounds", spied)
+    monkeypatch.setattr("gdetkd.study.step_time.time_in_rounds", spied)
     found = measure_pair(*(run.config() for run in pair), rounds=2, warm_up=1)
     batches = [batch for _, batch in seen]
     assert [name for name, _ in seen] == ["baseline", "method"] * 3
@@ -61,7 +61,7 @@ def test_both_train_in_turn_on_the_same_batches(pair, monkeypatch):
 def test_the_ratio_is_the_median_over_the_rounds(pair, monkeypatch):
     # A round beside other work slows both steps, and the ratio of that round stays.
     seconds = {"baseline": [1.0, 1.0, 10.0, 1.0, 1.0], "method": [1.5, 1.5, 15.0, 9.0, 1.2]}
-    monkeypatch.setattr("gdetkd.step_time.time_in_rounds", lambda works, rounds, warm_up: seconds)
+    monkeypatch.setattr("gdetkd.study.step_time.time_in_rounds", lambda works, rounds, warm_up: seconds)
     found = measure_pair(*(run.config() for run in pair))
     assert (found.ratio, found.baseline_seconds) == (1.5, 1.0)
     assert found.low <= found.ratio <= found.high and found.high > 1.5
@@ -103,7 +103,7 @@ def test_a_failure_is_named_with_its_log(pair, tmp_path):
 def test_a_kept_time_belongs_to_its_configs(pair, tmp_path, monkeypatch):
     baseline, method = pair
     answers = [StepTime(ratio, 1.0, 3.0, 0.1, 1, "cpu") for ratio in (1.5, 2.5)]
-    monkeypatch.setattr("gdetkd.step_time.measure_in_process", lambda *args: answers.pop(0))
+    monkeypatch.setattr("gdetkd.study.step_time.measure_in_process", lambda *args: answers.pop(0))
     path = tmp_path / "step_times" / "GDetKD.json"
     assert kept_step_time(path, baseline, method, {}).ratio == 1.5
     assert kept_step_time(path, baseline, method, {}).ratio == 1.5

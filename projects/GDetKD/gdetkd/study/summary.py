@@ -3,14 +3,17 @@
 import csv
 import io
 import json
+import math
+import statistics
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from tabulate import tabulate
 
-from ..comparison import Comparison, Key
-from ..experiments import METRICS, Run, mean_and_error
-from ..methods import BASELINE
+from ..metrics_file import METRICS
+from .comparison import Comparison, Key
+from .methods import BASELINE
+from .run import Run
 
 # A mean over seeds and its standard error, None of a single seed; or None where there is nothing to average.
 Estimate = Optional[Tuple[float, Optional[float]]]
@@ -67,7 +70,7 @@ def _row(comparison: Comparison, key: Key, runs: List[Run], teacher_ap: Optional
     at_equal_time = comparison.equal_time_runs.get(key)
     gain = None if is_baseline else paired_gain(runs, baselines)
     lead = None if teacher_ap is None else teacher_ap - _estimate(baselines, "AP")[0]
-    memories = [[run.peak_megabytes() for run in each] for each in (runs, baselines)]
+    memories = [[run.metrics_file.peak_megabytes() for run in each] for each in (runs, baselines)]
     known = all(value is not None for each in memories for value in each)
     return Row(
         method,
@@ -91,7 +94,7 @@ def _mean(values: Any) -> float:
 
 
 def _estimate(runs: Sequence[Run], metric: str) -> Estimate:
-    values = [run.metrics()[metric] for run in runs]
+    values = [run.metrics_file.last()[metric] for run in runs]
     return None if None in values else mean_and_error(values)
 
 
@@ -100,7 +103,7 @@ def paired_gain(runs: Sequence[Run], references: Sequence[Run]) -> Estimate:
 
     It is paired by seed: the two runs of a seed have the same initialisation and data order.
     """
-    return mean_and_error([a.metrics()["AP"] - b.metrics()["AP"] for a, b in zip(runs, references)])
+    return mean_and_error([a.metrics_file.last()["AP"] - b.metrics_file.last()["AP"] for a, b in zip(runs, references)])
 
 
 def mean_curve(runs: Sequence[Run], step_seconds: float) -> Tuple[List[float], List[float]]:
@@ -110,7 +113,7 @@ def mean_curve(runs: Sequence[Run], step_seconds: float) -> Tuple[List[float], L
         step_seconds: the measured seconds of a step, so that the time does not depend on what else the machine did
             during a run.
     """
-    curves = [run.curve() for run in runs]
+    curves = [run.metrics_file.curve() for run in runs]
     # A run that was interrupted may have been evaluated more often than the others.
     points = list(zip(*(curve[-min(map(len, curves)) :] for curve in curves)))
     seconds = [step_seconds * sum(point.iteration for point in each) / len(each) for each in points]
@@ -226,3 +229,9 @@ def as_csv(rows: Sequence[Row]) -> str:
     writer.writeheader()
     writer.writerows(records)
     return file.getvalue()
+
+
+def mean_and_error(values: Sequence[float]) -> Tuple[float, Optional[float]]:
+    """Return the mean and its standard error. A single value has no error: None."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error

@@ -1,28 +1,27 @@
-"""The report of a comparison: a table as Markdown, CSV and JSON, and one HTML page that needs nothing beside it."""
+"""Write the report of a comparison: a table as Markdown, CSV and JSON, and one HTML page."""
 
 import platform
-from html import escape
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence
 
 import torch
 
-from ..comparison import Comparison
-from ..methods import BASELINE, CONFIGURED
+from ..figures.page import Cell, Section, Table, TableRow, render_page
 from . import charts
+from .comparison import Comparison
 from .headline import find_leader, headline
-from .page import html_figure, html_list, html_page
+from .methods import BASELINE, CONFIGURED
 from .summary import Row, as_csv, as_json, as_markdown, cells, headers, notes, summarize
 
 
 def write_report(
     folder: Path, comparison: Comparison, teacher_ap: Optional[float], setting: Dict[str, str]
 ) -> List[Row]:
-    """Writes report.md, report.csv, report.json and report.html of a comparison whose runs are complete.
+    """Write report.md, report.csv, report.json and report.html of a comparison whose runs are complete.
 
     Args:
-        folder: made where it is not there.
-        teacher_ap: percent, on the same data set; None where it is not known.
+        folder: made if it is not there.
+        teacher_ap: percent, on the same dataset; None if it is not known.
         setting: what was compared where, by a short name; shown at the top.
 
     Returns:
@@ -57,45 +56,40 @@ def _page(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optional[floa
     title = f"{len(comparison.methods) - 1} ways to distil one student"
     if len(comparison.methods) == 2:
         title = f"{comparison.methods[1]} against the student alone"
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="lead">{escape(headline(comparison, _main_rows(rows)))}</p>',
-        html_list(setting),
-        "<h2>The table</h2>",
+    return render_page(
+        title,
+        headline(comparison, _main_rows(rows)),
+        setting,
+        _figures(comparison, rows, teacher_ap),
         _table(rows, find_leader(comparison, _main_rows(rows))),
-        *(f"<p>{escape(note)}</p>" for note in notes(rows, teacher_ap)),
-        *(html_figure(heading, svg.encode(), text) for heading, svg, text in _figures(comparison, rows, teacher_ap)),
-        "<footer>Numbers: report.csv and report.json beside this page.</footer>",
-    ]
-    return html_page(title, parts)
+        notes(rows, teacher_ap),
+        "Numbers: report.csv and report.json beside this page.",
+    )
 
 
 def _main_rows(rows: Sequence[Row]) -> List[Row]:
-    """Of the longest schedule, which is nearest to the plateau."""
+    """Return the rows of the longest schedule, which is nearest to the plateau."""
     longest = max(row.schedule for row in rows)
     return [row for row in rows if row.schedule == longest]
 
 
-def _table(rows: Sequence[Row], leader: Optional[Row]) -> str:
-    names = headers(rows)
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = []
+def _table(rows: Sequence[Row], leader: Optional[Row]) -> Table:
+    names, body = headers(rows), []
     for row, texts in zip(rows, cells(rows)):
         kind = {BASELINE: "plain", CONFIGURED: "ours"}.get(row.method, "")
         if row is not rows[0] and row.method == rows[0].method:
-            kind += " next"  # the first of another schedule
+            kind += " next"  # the first row of another schedule
         columns = []
         for name, text in zip(names, texts):
             marks = ["best"] if row is leader and name in ("method", "AP") else []
             marks += ["loss"] if name.startswith("gain") and text.startswith("-") else []
-            columns.append(f'<td class="{" ".join(marks)}">{escape(text)}</td>')
-        body.append(f'<tr class="{kind}">{"".join(columns)}</tr>')
-    rows_html = "\n".join(body)
-    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows_html}\n</tbody></table></div>'
+            columns.append(Cell(text, " ".join(marks)))
+        body.append(TableRow(columns, kind))
+    return Table(names, body)
 
 
-def _figures(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optional[float]) -> List[Tuple[str, str, str]]:
-    """Heading, SVG and caption of each."""
+def _figures(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optional[float]) -> List[Section]:
+    """Return the figures of the page."""
     main = _main_rows(rows)
     several = len(comparison.schedules) > 1
     where = f" The longest schedule, {main[0].schedule:g}x." if several else ""
@@ -103,15 +97,21 @@ def _figures(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optional[f
     marks = " The dotted mark is the student alone, trained for the time of that method." if at_equal_time else ""
     hollow = " Hollow: at equal time." if at_equal_time else ""
     caption = f"Bars: mean and standard error; circles: each seed.{marks}{where}"
-    figures = [("Final AP", charts.draw_scores(comparison, main, teacher_ap), caption)]
+    figures = [_section("scores", "Final AP", charts.draw_scores(comparison, main, teacher_ap), caption)]
     if several:
         caption = "The same methods with longer schedules: a gain that shrinks is faster convergence, not a better end."
-        figures.append(("AP and the length of the schedule", charts.draw_schedules(rows), caption))
+        figures.append(_section("schedules", "AP and the length of the schedule", charts.draw_schedules(rows), caption))
     is_longer = bool(charts.longer_baselines(comparison, main))
     dotted = " Dotted: the student alone, trained for the time of a method." if is_longer else ""
     caption = f"Mean over seeds at each evaluation, over iterations times the measured time of a step.{dotted}{where}"
-    figures.append(("AP over training time", charts.draw_curves(comparison, main, teacher_ap), caption))
+    figures.append(
+        _section("curves", "AP over training time", charts.draw_curves(comparison, main, teacher_ap), caption)
+    )
     if len(main) > 1:
         caption = f"Gain over the student alone at equal iterations, with its standard error.{hollow}{where}"
-        figures.append(("What a gain costs", charts.draw_costs(main), caption))
+        figures.append(_section("costs", "What a gain costs", charts.draw_costs(main), caption))
     return figures
+
+
+def _section(name: str, heading: str, svg: str, caption: str) -> Section:
+    return Section(name, heading, svg.encode(), caption)

@@ -13,20 +13,22 @@ from pathlib import Path
 import pytest
 
 from conftest import WIDER
-from gdetkd.comparison import Comparison
+from gdetkd.config_file import load_config
 from gdetkd.data.shapes import CLASSES
 from gdetkd.engine import DistillTrainer
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import load_config, mean_and_error, stretched
-from gdetkd.methods import ablation, method_opts
-from gdetkd.step_time import StepTime
-from gdetkd.visualization.charts import longer_baselines
-from gdetkd.visualization.comparison import curves_of
-from gdetkd.visualization.headline import find_leader, headline
-from gdetkd.visualization.report import write_report
-from gdetkd.visualization.summary import as_markdown, is_told_apart, summarize
+from gdetkd.study.charts import longer_baselines
+from gdetkd.study.comparison import Comparison
+from gdetkd.study.folder import fingerprint
+from gdetkd.study.headline import find_leader, headline
+from gdetkd.study.methods import ablation, method_opts
+from gdetkd.study.picture import curves_of
+from gdetkd.study.report import write_report
+from gdetkd.study.run import stretched
+from gdetkd.study.step_time import StepTime
+from gdetkd.study.summary import as_markdown, is_told_apart, mean_and_error, summarize
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "quickstart" / "faster_rcnn-faster_rcnn.yaml")
 SETTING = {"Student": "a <small> one", "Machine": "this"}
 
@@ -130,7 +132,7 @@ def test_a_config_for_several_gpus_is_spelled_out_for_one_process(tmp_path):
         assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH) == (2000, plain.SOLVER.IMS_PER_BATCH // 4)
         assert (cfg.SOLVER.STEPS, cfg.TEST.EVAL_PERIOD, cfg.DISTILL.SGFI.WARMUP_ITERS) == ((1200, 1600), 400, 200)
     finish(run, 30.0)
-    assert run.is_complete() and run.curve()[-1].iteration == 2000
+    assert run.is_complete() and run.metrics_file.curve()[-1].iteration == 2000
 
 
 def test_the_time_of_a_step_is_measured_once_and_kept(tmp_path, monkeypatch):
@@ -140,7 +142,7 @@ def test_the_time_of_a_step_is_measured_once_and_kept(tmp_path, monkeypatch):
         measured.append((baseline.opts, method.opts, environment["OMP_NUM_THREADS"]))
         return StepTime(2.0 + len(measured), 1.0, 4.0, STEP, 1, "cpu")
 
-    monkeypatch.setattr("gdetkd.step_time.measure_in_process", measure)
+    monkeypatch.setattr("gdetkd.study.step_time.measure_in_process", measure)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
 
     def ratio(opts, seeds=(1,), schedules=(1.0,)):
@@ -169,7 +171,9 @@ def test_a_measurement_ends_with_a_signal_to_what_started_it(tmp_path, monkeypat
 
 
 def test_the_baseline_alone_is_measured_against_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr("gdetkd.step_time.measure_in_process", lambda *args: StepTime(1.04, 1.0, 1.1, STEP, 1, "cpu"))
+    monkeypatch.setattr(
+        "gdetkd.study.step_time.measure_in_process", lambda *args: StepTime(1.04, 1.0, 1.1, STEP, 1, "cpu")
+    )
     comparison = Comparison(CONFIG, [], tmp_path, [])
     comparison.measure_steps(jobs=1)
     assert comparison.step_ratio("none") == 1.0 and comparison.step_seconds("none") == STEP
@@ -183,7 +187,7 @@ def test_wall_times_of_runs_count_for_nothing(tmp_path):
         before = comparison.equal_time_runs
         for (method, _), runs in comparison.runs.items():
             for run in runs:
-                run_ap = run.curve()[-1].metrics["AP"]
+                run_ap = run.metrics_file.curve()[-1].metrics["AP"]
                 finish(run, run_ap, seconds=seconds[method])
         comparison.add_equal_time()
         iterations = {key: [run.max_iter for run in runs] for key, runs in comparison.equal_time_runs.items()}
@@ -240,7 +244,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, keys, opts, message):
 
 
 def test_a_missing_config_is_named(tmp_path):
-    with pytest.raises(GDetKDError, match="no config 'nowhere.yaml'"):
+    with pytest.raises(GDetKDError, match="config 'nowhere.yaml' .* is not there"):
         Comparison("nowhere.yaml", [], tmp_path, [])
 
 
@@ -290,7 +294,7 @@ def test_steps_of_about_the_same_cost_share_a_baseline_at_equal_time(tmp_path):
         assert {run.folder for run in each} == folders
     assert {run.max_iter for run in comparison.equal_time_runs["PKD", 1.5]} == {1125}  # 2.25 times 500
     at_equal_time, schedule = comparison.equal_time_runs["PKD", 1][0], comparison.runs["none", 1.5][0]
-    assert at_equal_time.fingerprint() == schedule.fingerprint()
+    assert fingerprint(at_equal_time) == fingerprint(schedule)
 
 
 def test_memory_where_it_was_measured(tmp_path):

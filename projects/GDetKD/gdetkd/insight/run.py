@@ -8,12 +8,13 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..config import score_prefix
+from ..config_file import load_config
 from ..detectors import DetectorAdapter, build_adapter
 from ..distiller import GDetKD
 from ..engine import build_plain_student
 from ..engine.checkpoint import NUMBERED
 from ..errors import GDetKDError
-from ..experiments import Run, load_config
+from ..metrics_file import MetricsFile
 from ..safe_load import SafeCheckpointer, read_weights
 
 
@@ -38,7 +39,7 @@ class FinishedRun:
         if not torch.cuda.is_available():
             self.cfg.MODEL.DEVICE = "cpu"
         # As many as they were: SOLVER.REFERENCE_WORLD_SIZE may have changed them after the config was written.
-        trained = [line["iteration"] for line in Run(self.folder, "", [], 0).lines() if "total_loss" in line]
+        trained = [line["iteration"] for line in MetricsFile(self.folder).lines() if "total_loss" in line]
         if trained:
             self.cfg.SOLVER.MAX_ITER = max(trained) + 1
 
@@ -80,14 +81,14 @@ def load_checkpoint(distiller: GDetKD, path: Path) -> None:
 
 def read_curve(cfg: CfgNode) -> Tuple[List[int], List[float]]:
     """Iterations and AP (percent) of a run's evaluations so far, by its config."""
-    points = Run(Path(cfg.OUTPUT_DIR), "", [], cfg.SOLVER.MAX_ITER, score_prefix(cfg)).curve()
+    points = MetricsFile(Path(cfg.OUTPUT_DIR), cfg.SOLVER.MAX_ITER, score_prefix(cfg)).curve()
     return [point.iteration for point in points], [point.metrics["AP"] for point in points]
 
 
 def read_terms(output_dir: str) -> Dict[str, Tuple[List[int], List[float]]]:
     """Iterations and weighted value of each loss in a run's metrics.json."""
     found: Dict[str, Tuple[List[int], List[float]]] = {}
-    for line in Run(Path(output_dir), "", [], 0).lines():
+    for line in MetricsFile(Path(output_dir)).lines():
         for name, value in line.items():
             if _is_loss(name):
                 iterations, values = found.setdefault(name, ([], []))
@@ -104,4 +105,4 @@ def _is_loss(name: str) -> bool:
 def read_teacher_ap(cfg: CfgNode) -> Any:
     """The teacher's AP (percent) where the run of that config evaluated it, else None."""
     name = f"teacher/{score_prefix(cfg)}bbox/AP"
-    return next((line[name] for line in Run(Path(cfg.OUTPUT_DIR), "", [], 0).lines() if name in line), None)
+    return next((line[name] for line in MetricsFile(Path(cfg.OUTPUT_DIR)).lines() if name in line), None)

@@ -8,9 +8,9 @@ from typing import List
 
 from detectron2.config import CfgNode
 
-from .errors import GDetKDError
-from .experiments import PLAIN
-from .losses import DISTILL_LOSS_REGISTRY
+from ..errors import GDetKDError
+from ..losses import DISTILL_LOSS_REGISTRY
+from .run import PLAIN
 
 BASELINE, CONFIGURED, HEAD_TRANSFER = "none", "GDetKD", "head_transfer"
 

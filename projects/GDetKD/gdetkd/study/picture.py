@@ -4,24 +4,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-import matplotlib
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from torch import nn
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.patches import Rectangle  # noqa: E402
+from ..figures.style import METHOD, PLAIN, TEACHER
+from .comparison import Comparison
+from .methods import BASELINE, CONFIGURED
+from .summary import mean_curve
 
-from ..comparison import Comparison  # noqa: E402
-from ..methods import BASELINE, CONFIGURED  # noqa: E402
-from .summary import mean_curve  # noqa: E402
-
-COLORS = {"baseline": "#8a8f98", "baseline, equal time": "#4a4f57", "distilled": "#d1495b", "teacher": "#00798c"}
+COLORS = {"baseline": PLAIN, "baseline, equal time": "#4a4f57", "distilled": METHOD, "teacher": TEACHER}
 CLASS_COLORS = plt.get_cmap("tab10")
 
 

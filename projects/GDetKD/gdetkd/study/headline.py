@@ -2,8 +2,8 @@
 
 from typing import List, Optional, Sequence, Tuple
 
-from ..comparison import Comparison
-from ..methods import BASELINE
+from .comparison import Comparison
+from .methods import BASELINE
 from .summary import ERRORS, Row, is_told_apart, paired_gain, with_error
 
 

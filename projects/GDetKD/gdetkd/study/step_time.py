@@ -26,14 +26,16 @@ from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage, EventWriter
 
-from .engine import DistillTrainer
-from .engine.checkpoint import written_whole
-from .engine.guard import StepGuard
-from .engine.hooks import RandomState
-from .engine.step_costs import LATE, time_in_rounds
-from .errors import GDetKDError
-from .experiments import Run, load_config
-from .losses.ckd import EmbeddingQueue
+from ..config_file import load_config
+from ..engine import DistillTrainer
+from ..engine.guard import StepGuard
+from ..engine.hooks import RandomState
+from ..engine.step_costs import LATE, time_in_rounds
+from ..errors import GDetKDError
+from ..files import written_whole
+from ..program import explained_errors
+from .folder import fingerprint
+from .run import Run
 
 # Rounds of one step each. The first ones allocate memory, and on a GPU choose algorithms.
 WARM_UP, ROUNDS = 5, 30
@@ -69,10 +71,8 @@ class _Stepper(DistillTrainer):
         super().__init__(cfg)
         self.resume_or_load(resume=False)
         self.iter, self.storage = LATE, EventStorage(LATE)
-        for module in self.model.modules():
-            if isinstance(module, EmbeddingQueue):
-                module.push(torch.randn_like(module.embeddings))
-                module.settle()
+        for loss in self.distiller.losses.values() if self.distiller else ():
+            loss.fill()
 
     def build_writers(self) -> List[EventWriter]:
         return []
@@ -143,7 +143,7 @@ def kept_step_time(path: Path, baseline: Run, method: Run, environment: Mapping[
     A comparison that is continued needs the same ratio, or its runs at equal time would be other runs. So the file
     counts as long as both configs and the teacher are the same.
     """
-    key = [run.fingerprint() for run in (baseline, method)]
+    key = [fingerprint(run) for run in (baseline, method)]
     kept = json.loads(path.read_text()) if path.exists() else {}
     if kept.get("key") == key:
         return StepTime(**kept["step_time"])
@@ -168,7 +168,5 @@ def _main(request: Mapping[str, Any], result: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with explained_errors():
         _main(json.loads(sys.argv[1]), Path(sys.argv[2]))
-    except GDetKDError as error:
-        sys.exit(str(error))

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from gdetkd.config_file import load_config
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import PLAIN, Run, load_config, stretched
-from gdetkd.jobs import run_all
-from gdetkd.step_time import StepTime
+from gdetkd.study.folder import claim_folder, fingerprint
+from gdetkd.study.jobs import run_all
+from gdetkd.study.run import PLAIN, Run, stretched
+from gdetkd.study.step_time import StepTime
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "quickstart" / "faster_rcnn-faster_rcnn.yaml")
 
 
@@ -34,7 +36,7 @@ def finished(folder, ap, iterations, seconds):
     (folder / "metrics.json").write_text("\n".join(json.dumps(line) for line in lines) + '\n{"iteration": 9')
     (folder / "model_final.pth").touch()
     run = Run(folder, CONFIG, [], iterations)
-    (folder / "fingerprint.txt").write_text(run.fingerprint())
+    (folder / "fingerprint.txt").write_text(fingerprint(run))
     return run
 
 
@@ -91,18 +93,20 @@ def test_complete_runs_are_not_repeated_and_failed_ones_are_named(tmp_path):
 def test_a_folder_of_another_config_is_refused(tmp_path):
     finished(tmp_path / "done", 10.0, 100, 20.0)
     changed = Run(tmp_path / "done", CONFIG, ["DISTILL.SGFI.WEIGHT", "9.0"], 100)
-    with pytest.raises(GDetKDError, match="holds a run of another config. Go on"):
+    with pytest.raises(GDetKDError, match="holds a run of another config. Use that"):
         run_all([changed], tmp_path / "train_net.py")
     # Once Detectron2 has written the run's config there, the keys that differ are named, and no others.
     as_run = load_config(CONFIG, ["SOLVER.MAX_ITER", 100, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "done")])
     (tmp_path / "done" / "config.yaml").write_text(as_run.dump())
-    with pytest.raises(GDetKDError, match="another config: DISTILL.SGFI.WEIGHT 6.0 -> 9.0. Go on with that, remove"):
+    with pytest.raises(
+        GDetKDError, match="another config: DISTILL.SGFI.WEIGHT 6.0 -> 9.0. Use that config"
+    ):
         run_all([changed], tmp_path / "train_net.py")
 
 
 def test_a_change_that_a_run_does_not_use_leaves_it_as_it_is():
     def print_of(*opts):
-        return Run(Path("any"), CONFIG, list(opts), 100).fingerprint()
+        return fingerprint(Run(Path("any"), CONFIG, list(opts), 100))
 
     baseline, other_teacher = PLAIN, ["DISTILL.TEACHER.WEIGHTS", "another.pth"]
     assert print_of(*baseline) == print_of(*baseline, *other_teacher, "DISTILL.SGFI.WEIGHT", "9.0")
@@ -123,14 +127,14 @@ def test_another_teacher_at_the_same_path_is_another_run(tmp_path):
     distilled = ["DISTILL.TEACHER.WEIGHTS", str(weights)]
     weights.write_bytes(b"one")
     run, alone = Run(folder, CONFIG, distilled, 100), Run(folder, CONFIG, [*PLAIN, *distilled], 100)
-    before, before_alone = run.fingerprint(), alone.fingerprint()
-    run.claim_folder()
+    before, before_alone = fingerprint(run), fingerprint(alone)
+    claim_folder(run)
     (folder / "config.yaml").write_text(run.config().dump())
     weights.write_bytes(b"another")
     os.utime(weights, ns=(1, 1))
-    assert run.fingerprint() != before and alone.fingerprint() == before_alone
+    assert fingerprint(run) != before and fingerprint(alone) == before_alone
     with pytest.raises(GDetKDError, match="another config: the weights of the teacher, or what its file says, are no"):
-        run.claim_folder()
+        claim_folder(run)
 
 
 def test_a_teacher_whose_file_has_changed_is_another_run(tmp_path):
@@ -144,7 +148,7 @@ def test_a_teacher_whose_file_has_changed_is_another_run(tmp_path):
         "MODEL: {WEIGHTS: one.pth}\nINPUT: {FORMAT: RGB}",
     ):
         teacher.write_text(content)
-        found.add((run.fingerprint(), alone.fingerprint()))
+        found.add((fingerprint(run), fingerprint(alone)))
     assert len(found) == 3 and len({of_alone for _, of_alone in found}) == 1
 
 
@@ -198,7 +202,7 @@ def test_a_run_that_is_named_twice_is_trained_once(tmp_path):
 
 def test_a_student_that_finds_nothing_has_no_ap_rather_than_nan(tmp_path):
     nothing = finished(tmp_path / "b", float("nan"), 100, 20.0)
-    assert nothing.metrics()["AP"] == nothing.curve()[-1].metrics["AP"] == 0
+    assert nothing.metrics_file.last()["AP"] == nothing.metrics_file.curve()[-1].metrics["AP"] == 0
 
 
 @pytest.mark.parametrize("visible, expected", [(None, {"0", "1"}), ("4,7", {"4", "7"})])

@@ -15,18 +15,20 @@ import torch
 from detectron2.config import CfgNode
 from tqdm import tqdm
 
-from .config import flat_config
-from .data import register_datasets
-from .data.shapes import make_shapes_for
-from .distiller import GDetKD
-from .engine import DistillTrainer, evaluate_teacher
-from .engine.preflight import check_student
-from .errors import GDetKDError
-from .experiments import Run, load_config, stretched
+from ..config import flat_config
+from ..config_file import load_config
+from ..data import register_datasets
+from ..data.shapes import make_shapes_for
+from ..distiller import GDetKD
+from ..engine import DistillTrainer, evaluate_teacher
+from ..engine.preflight import check_student
+from ..errors import GDetKDError
+from ..teacher import FrozenTeacher, transfer_heads
+from .folder import claim_folder
 from .jobs import exit_on_signals, run_all, run_environment, seed_by_seed
 from .methods import BASELINE, CONFIGURED, configured_parts, method_opts
+from .run import Run, stretched
 from .step_time import StepTime, kept_step_time
-from .teacher import FrozenTeacher, transfer_heads
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +164,7 @@ class Comparison:
             GDetKDError: a run failed, or a folder holds a run of another config.
         """
         for run in seed_by_seed(self.runs):
-            run.claim_folder()  # before anything that takes time
+            claim_folder(run)  # before anything that takes time
         self.measure_steps(jobs)
         if self.equal_time:
             self.add_equal_time()

@@ -10,15 +10,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from ..insight.detections import Comparison, Found
-from .charts import OURS, PLAIN, TEACHER
+from ..figures.style import METHOD, PLAIN, TEACHER
+from .detections import DetectorComparison, Found
 
 RIGHT, WRONG, MISSED = "#5aa469", "#e9a23b", "#9aa0a6"
 GAINED, LOST, COPIED = "#1d6fd1", "#d1495b", "#b5179e"
-TITLES = {"teacher": TEACHER, "baseline": PLAIN, "student": OURS}
+TITLES = {"teacher": TEACHER, "baseline": PLAIN, "student": METHOD}
 
 
-def pick(compared: Sequence[Comparison], count: int) -> List[int]:
+def pick(compared: Sequence[DetectorComparison], count: int) -> List[int]:
     """Indices of the images on which most is to be seen, most first; of equals the earlier."""
     return sorted(range(len(compared)), key=lambda index: -len(compared[index]))[:count]
 
@@ -26,7 +26,7 @@ def pick(compared: Sequence[Comparison], count: int) -> List[int]:
 def draw_detections(
     inputs: Sequence[Dict[str, Any]],
     detectors: Dict[str, Sequence[Found]],
-    compared: Sequence[Comparison],
+    compared: Sequence[DetectorComparison],
     class_names: Sequence[str],
     input_format: str,
 ) -> Figure:
@@ -58,14 +58,14 @@ def draw_detections(
     return figure
 
 
-def _draw_objects(axis: Axes, objects: Any, comparison: Comparison, class_names: Sequence[str]) -> None:
+def _draw_objects(axis: Axes, objects: Any, comparison: DetectorComparison, class_names: Sequence[str]) -> None:
     for index, (box, label) in enumerate(zip(objects.gt_boxes.tensor.tolist(), objects.gt_classes.tolist())):
         color = GAINED if comparison.gained[index] else LOST if comparison.lost[index] else "white"
         _box(axis, box, color, class_names[label], strong=color != "white")
 
 
 def _draw_found(
-    axis: Axes, found: Found, objects: Any, comparison: Optional[Comparison], class_names: Sequence[str]
+    axis: Axes, found: Found, objects: Any, comparison: Optional[DetectorComparison], class_names: Sequence[str]
 ) -> None:
     missed = ~found.finds(len(objects))
     for index in missed.nonzero().flatten().tolist():

@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .charts import OTHERS, OURS, PLAIN, TEACHER, finish_legend
+from ..figures.style import METHOD, OTHERS, PLAIN, TEACHER, finish_legend
 
 Record = Dict[str, Any]
 Curve = Tuple[Sequence[int], Sequence[float]]
@@ -53,7 +53,7 @@ def draw_level_history(records: Sequence[Record]) -> Figure:
     axes[0][0].set_ylabel("mean alpha")
     finish_legend(axes[0][len(levels) - 1], title="student's")
     axis = axes[0][-1]
-    axis.plot(iterations, [record["tau"] for record in records], color=OURS, linewidth=1.8)
+    axis.plot(iterations, [record["tau"] for record in records], color=METHOD, linewidth=1.8)
     axis.set(xlabel="iterations", ylim=(0, None))
     axis.set_title("tau", loc="left")
     axis.grid(alpha=0.25)
@@ -71,7 +71,7 @@ def draw_correlation(matrices: Dict[str, List[List[Optional[float]]]], classes: 
     figure, axes = plt.subplots(1, len(arrays), figsize=(size * len(arrays) + 1.2, size), squeeze=False)
     for axis, (name, array) in zip(axes[0], arrays.items()):
         drawn = axis.imshow(array, vmin=least, vmax=1, cmap="viridis")
-        axis.set_title(name, loc="left", color={"teacher": TEACHER, "student": OURS}.get(name, PLAIN))
+        axis.set_title(name, loc="left", color={"teacher": TEACHER, "student": METHOD}.get(name, PLAIN))
         if len(classes) <= NAMED_CLASSES:
             for (row, column), value in np.ndenumerate(array):
                 _write(axis, row, column, "–" if np.isnan(value) else f"{value:.2f}", dark=value < (1 + least) / 2)
@@ -87,7 +87,7 @@ def draw_correlation_history(records: Sequence[Record], baseline_gap: Optional[f
     """How far the student's correlations of classes are from the teacher's, over training."""
     figure, axis = plt.subplots(figsize=(8.6, 3.2))
     points = [(r["iterations"], r["correlation_gap"]) for r in records if r["correlation_gap"] is not None]
-    axis.plot(*zip(*points), color=OURS, linewidth=2, marker="o", markersize=4, label="student")
+    axis.plot(*zip(*points), color=METHOD, linewidth=2, marker="o", markersize=4, label="student")
     if baseline_gap is not None:
         axis.axhline(baseline_gap, color=PLAIN, linestyle="--", label="baseline, at its end")
         finish_legend(axis)
@@ -101,7 +101,7 @@ def draw_gradients(records: Sequence[Record]) -> Figure:
     records = [record for record in records if record.get("gradients")]
     iterations = [record["iterations"] for record in records]
     names = list(records[-1]["gradients"])
-    colors = {name: color for name, color in zip(names, (PLAIN, OURS, *OTHERS))}
+    colors = {name: color for name, color in zip(names, (PLAIN, METHOD, *OTHERS))}
     norms = np.array([[record["gradients"][name]["norm"] for name in names] for record in records])
     shares = (norms / np.maximum(norms.sum(axis=1, keepdims=True), 1e-30)).T
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 3.6))
@@ -138,7 +138,7 @@ def draw_terms(terms: Dict[str, Curve]) -> Figure:
 def draw_ap(student: Curve, baseline: Optional[Curve], teacher_ap: Optional[float]) -> Figure:
     """Box AP of the evaluations during training."""
     figure, axis = plt.subplots(figsize=(8.6, 3.8))
-    for name, curve, color in (("student", student, OURS), ("baseline", baseline, PLAIN)):
+    for name, curve, color in (("student", student, METHOD), ("baseline", baseline, PLAIN)):
         if curve is not None and curve[0]:
             axis.plot([0, *curve[0]], [0, *curve[1]], color=color, linewidth=2, marker="o", markersize=4, label=name)
     if teacher_ap is not None:

@@ -1,43 +1,20 @@
 """The figures of a comparison's report, as SVG."""
 
-import io
 from typing import Dict, List, Optional, Sequence
 
-import matplotlib
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-
-from ..comparison import Comparison  # noqa: E402
-from ..experiments import Run  # noqa: E402
-from ..methods import BASELINE, CONFIGURED  # noqa: E402
-from .summary import Row, mean_curve  # noqa: E402
-
-TEACHER, PLAIN, OURS = "#00798c", "#7b818a", "#d1495b"
-# Of the other methods, in their order; told apart by markers, too.
-OTHERS = (
-    *("#3d5a80", "#edae49", "#66a182", "#8d5a97", "#b5651d", "#2e4057"),
-    *("#c97b84", "#5c8001", "#e07a1f", "#0081a7", "#a8577e", "#4f772d"),
-)
-MARKERS = "sD^vP*Xhp<>"
-STYLE = {
-    "font.size": 10,
-    "svg.fonttype": "none",  # text as text: smaller, and it can be searched
-    "font.family": "sans-serif",
-    "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans", "sans-serif"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.axisbelow": True,
-    "svg.hashsalt": "gdetkd",  # the same figure is the same file
-}
+from ..figures.style import MARKERS, METHOD, OTHERS, PLAIN, STYLE, TEACHER, as_svg, finish_legend
+from .comparison import Comparison
+from .methods import BASELINE, CONFIGURED
+from .run import Run
+from .summary import Row, mean_curve
 
 
 def styles(methods: Sequence[str]) -> Dict[str, Dict[str, str]]:
     """Color and marker of each method, the same in every figure; none is grey and the configured one red."""
-    fixed = {BASELINE: {"color": PLAIN, "marker": "o"}, CONFIGURED: {"color": OURS, "marker": "o"}}
+    fixed = {BASELINE: {"color": PLAIN, "marker": "o"}, CONFIGURED: {"color": METHOD, "marker": "o"}}
     others = [method for method in methods if method not in fixed]
     found = {
         method: {"color": OTHERS[place % len(OTHERS)], "marker": MARKERS[place % len(MARKERS)]}
@@ -56,7 +33,7 @@ def draw_scores(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optiona
             axis.barh(
                 place, mean, 0.62, color=style[row.method]["color"], alpha=0.85, xerr=error, ecolor="#333333", capsize=3
             )
-            seeds = [run.metrics()["AP"] for run in comparison.runs[row.method, row.schedule]]
+            seeds = [run.metrics_file.last()["AP"] for run in comparison.runs[row.method, row.schedule]]
             axis.plot(seeds, [place] * len(seeds), "o", color="white", markeredgecolor="#333333", markersize=4)
             axis.annotate(
                 f"{mean:.1f}",
@@ -173,24 +150,3 @@ def draw_schedules(rows: Sequence[Row]) -> str:
         axis.grid(alpha=0.25)
         finish_legend(axis)
         return as_svg(figure)
-
-
-def finish_legend(axis: Axes, title: str = "") -> None:
-    """The legend, on the right of the axis."""
-    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, title=title or None)
-
-
-def as_svg(figure: Figure) -> str:
-    """The figure's text, and closes it."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
-    return file.getvalue()
-
-
-def as_png(figure: Figure) -> bytes:
-    """The figure's pixels, and closes it."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=90, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
-    return file.getvalue()
