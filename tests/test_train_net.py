@@ -41,7 +41,7 @@ def test_trains_and_evaluates_without_cuda_and_without_teacher(config_file, tmp_
     assert result.returncode == 0, result.stderr[-2000:]
     assert "There is no CUDA device: running on the CPU" in result.stderr
     for text in (result.stdout, (tmp_path / "run" / "log.txt").read_text()):
-        assert text.count("Evaluating the teacher.") == 1 and "gdetkd.engine.teacher_score" in text
+        assert text.count("Evaluating the teacher.") == 1 and "gdetkd.engine.teacher_evaluation" in text
     assert "Evaluating the teacher." not in result.stderr
     weights = str(tmp_path / "run" / "model_final.pth")
     (tmp_path / "teacher.pth").unlink()

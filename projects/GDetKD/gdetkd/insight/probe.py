@@ -18,7 +18,8 @@ from torch import nn
 from ..detectors import DetectorAdapter
 from ..distiller import GDetKD
 from ..engine.preflight import load_dataset
-from ..engine.teacher_score import evenly_spread, renumbered, teachers_classes_in
+from ..engine.sample_score import evenly_spread
+from ..engine.teacher_evaluation import renumbered, teachers_classes_in
 from ..errors import GDetKDError
 from ..structures import DetectorOutputs, Regions
 from ..teacher import FrozenTeacher
