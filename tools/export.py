@@ -3,8 +3,8 @@
 
 python tools/export.py --config-file FILE --weights model_final.pth --output student.ts [--image-size 800 1216]
 
-student.ts and student.onnx take an image of any size, (3, H, W) float32, with pixels of 0 to 255 in the channel order of
-INPUT.FORMAT. They return boxes (N, 4) xyxy in pixels of that image, scores (N,) and classes (N,).
+student.ts and student.onnx take an image of any size, (3, H, W) float32, with pixels of 0 to 255 in the channel order
+of INPUT.FORMAT. They return boxes (N, 4) xyxy in pixels of that image, scores (N,) and classes (N,).
 
 - TorchScript needs torch and torchvision to run.
 - ONNX needs only a runtime. The export needs the package onnx.
@@ -71,7 +71,7 @@ def _to_torchscript(model: nn.Module, example: torch.Tensor, output: Path) -> No
     except RuntimeError as e:
         output.unlink(missing_ok=True)  # torch has written a part of the file
         raise GDetKDError(
-            "The student has an operation that TorchScript cannot save. Cascades of Detectron2 v0.6 have such an operation. "
+            "The student has an operation that TorchScript cannot save, as cascades of Detectron2 v0.6 have. "
             "Export it to ONNX."
         ) from e
 

@@ -4,8 +4,8 @@
 python tools/visualize.py RUN [--baseline RUN] [--images 32]
 
 RUN is the OUTPUT_DIR of a distillation. Start the tool in the folder where the training was started. It writes
-RUN/visualization/index.html from the records of DISTILL.VIS_PERIOD. If there are none, it reads the checkpoints instead;
-then the page has no gradients. See docs/visualization.md.
+RUN/visualization/index.html from the records of DISTILL.VIS_PERIOD. If there are none, it reads the checkpoints, and
+the page has no gradients. See docs/visualization.md.
 """
 
 import argparse

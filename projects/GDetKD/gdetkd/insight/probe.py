@@ -79,8 +79,8 @@ def load_probe(cfg: CfgNode, teacher: FrozenTeacher) -> Probe:
     labelled = [sample for sample in load_dataset(name) if _annotations(sample)]
     if not labelled:
         raise GDetKDError(
-            f"DISTILL.VIS_PERIOD needs labelled images, and {name!r} in DATASETS.TEST has none. Set it to 0, or name a "
-            "labelled dataset first."
+            f"DISTILL.VIS_PERIOD needs labelled images, and {name!r} in DATASETS.TEST has none. Set "
+            "DISTILL.VIS_PERIOD to 0, or name a labelled dataset first."
         )
     names = MetadataCatalog.get(name).get("thing_classes")
     if not names:

@@ -82,7 +82,7 @@ class Comparison:
         if not self.seeds or not self.schedules or min(self.schedules) <= 0:
             raise GDetKDError(
                 f"A comparison needs a seed and positive schedules, not seeds {list(self.seeds)} and schedules "
-                f"{self.schedules}. Give at least one of both, such as --seeds 3 --schedules 1."
+                f"{self.schedules}. Give at least one seed and one schedule, such as --seeds 3 --schedules 1."
             )
         self.opts = [*self.opts, *for_one_process(load_config(self.config_file, self.opts))]
         self.cfg = load_config(self.config_file, self.opts)
@@ -217,7 +217,8 @@ class Comparison:
 def _check(cfg: CfgNode, config_file: str, methods: Sequence[str]) -> None:
     if len(cfg.DATASETS.TEST) != 1:
         raise GDetKDError(
-            f"A comparison needs one test dataset. DATASETS.TEST of {config_file} names {len(cfg.DATASETS.TEST)}. Name one."
+            f"DATASETS.TEST of {config_file} names {len(cfg.DATASETS.TEST)} datasets, but a comparison needs one. "
+            "Name one."
         )
     if cfg.MODEL.META_ARCHITECTURE != "GDetKD":
         raise GDetKDError(

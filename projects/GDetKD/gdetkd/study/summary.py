@@ -117,9 +117,9 @@ def mean_curve(runs: Sequence[Run], step_seconds: float) -> Tuple[List[float], L
     """
     curves = [run.metrics_file.curve() for run in runs]
     # A run that was interrupted may have been evaluated more often than the others.
-    points = list(zip(*(curve[-min(map(len, curves)) :] for curve in curves)))
-    seconds = [step_seconds * sum(point.iteration for point in seeds) / len(seeds) for seeds in points]
-    return seconds, [sum(point.metrics["AP"] for point in seeds) / len(seeds) for seeds in points]
+    evaluations = list(zip(*(curve[-min(map(len, curves)) :] for curve in curves)))
+    seconds = [step_seconds * sum(point.iteration for point in points) / len(points) for points in evaluations]
+    return seconds, [sum(point.metrics["AP"] for point in points) / len(points) for points in evaluations]
 
 
 def is_told_apart(difference: Estimate) -> bool:
@@ -179,7 +179,7 @@ def notes(rows: Sequence[Row], teacher_ap: Optional[float]) -> List[str]:
     texts = [
         f"AP in percent, {spread}. Gains are over the student alone (none) with the same seeds, at equal iterations. "
         "Time and memory of a training step are relative to a step of none. A step includes the loading of its batch. "
-        "The steps of the two were timed in turn in one process.",
+        "Both were timed in turn in one process.",
     ]
     if teacher_ap is None:
         texts.append(
