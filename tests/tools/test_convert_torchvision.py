@@ -55,7 +55,7 @@ def test_another_file_is_refused(tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
     command = [sys.executable, TOOL, "resnet18", tmp_path / "out.pth", "--input", tmp_path / "other.pth"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1 and "does not hold a ResNet" in result.stderr
+    assert result.returncode == 1 and "does not hold a torchvision ResNet" in result.stderr
     assert not (tmp_path / "out.pth").exists()
 
 
