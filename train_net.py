@@ -1,17 +1,17 @@
 #!/usr/bin/env python
-"""Distil, train or evaluate a detector:
+"""Distil, train or evaluate a detector.
 
 python train_net.py --config-file FILE [--num-gpus N] [--resume | --overwrite] [KEY VALUE ...]
 python train_net.py --config-file FILE --check | --eval-only | --eval-teacher [KEY VALUE ...]
 torchrun --nproc-per-node N train_net.py --config-file FILE ...
 
-SIGTERM saves and ends a training with exit code 75; --resume goes on with it.
+On SIGTERM a training saves its state and ends with exit code 75. --resume continues it.
 """
 
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-import gdetkd  # noqa: F401  first: it prepares the import of Detectron2
+import gdetkd  # noqa: F401  imported first, because it prepares the import of Detectron2
 from gdetkd.engine import commands
 from gdetkd.engine.launch import run_everywhere
 from gdetkd.engine.setup import read_config
@@ -23,10 +23,14 @@ from detectron2.engine import default_argument_parser  # isort: skip
 def parser() -> ArgumentParser:
     parser = default_argument_parser(__doc__)
     parser.add_argument("--eval-teacher", action="store_true", help="evaluate the teacher alone on DATASETS.TEST")
-    parser.add_argument("--overwrite", action="store_true", help="start anew although OUTPUT_DIR holds checkpoints")
-    parser.add_argument("--check", action="store_true", help="report what a training would be, and do not train")
-    parser.add_argument("--check-images", type=int, default=50, help="how many images --check evaluates the teacher on")
-    parser.add_argument("--timeout", type=float, default=30, help="minutes that a process waits for the others")
+    parser.add_argument("--overwrite", action="store_true", help="start again even if OUTPUT_DIR holds checkpoints")
+    parser.add_argument("--check", action="store_true", help="report what a training would do, without training")
+    parser.add_argument(
+        "--check-images", type=int, default=50, help="number of images on which --check evaluates the teacher"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=30, help="minutes that a process waits for the other processes"
+    )
     return parser
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains a teacher and writes its weights alone: tensors, which load without running code.
+"""Train a teacher, and write a file with only the weights, which loads without running code.
 
 python tools/make_teacher.py --config-file configs/quickstart/teacher-FasterRCNN.yaml --output teacher.pth
 """

@@ -1,4 +1,4 @@
-"""Runs of train_net.py, how they are started and read again; and the quickstart that is made of them."""
+"""Test how runs of train_net.py are started and read, and the quickstart, which consists of such runs."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ def finished(folder, ap, iterations, seconds):
     lines = [{"iteration": 19, "train_seconds": 1.0, "total_loss": 3.0}]
     metrics = {"bbox/AP": ap, "bbox/AP50": ap + 20, "bbox/AP75": ap + 5}
     lines.append({"iteration": iterations - 1, "train_seconds": seconds, "total_loss": 2.0})
-    lines.append({"iteration": iterations, **metrics})  # as Detectron2 writes the last evaluation
+    lines.append({"iteration": iterations, **metrics})  # Detectron2 writes the last evaluation like this
     (folder / "metrics.json").write_text("\n".join(json.dumps(line) for line in lines) + '\n{"iteration": 9')
     (folder / "model_final.pth").touch()
     run = Run(folder, CONFIG, [], iterations)
@@ -41,8 +41,8 @@ def finished(folder, ap, iterations, seconds):
 
 
 def test_a_longer_run_is_evaluated_as_often(tmp_path):
-    longer = stretched(tmp_path / "e", finished(tmp_path / "b", 10.0, 100, 20.0), 1.6)
-    assert longer.max_iter == 160 and longer.config().TEST.EVAL_PERIOD == 280  # 180 * 1.6, in twenties
+    longer = stretched(tmp_path / "longer", finished(tmp_path / "b", 10.0, 100, 20.0), 1.6)
+    assert longer.max_iter == 160 and longer.config().TEST.EVAL_PERIOD == 280  # 180 * 1.6, rounded to a multiple of 20
 
 
 def test_unknown_pair_names_the_known_ones(monkeypatch):
@@ -67,7 +67,9 @@ def test_the_quickstart_is_a_comparison_with_one_seed_at_equal_time(tmp_path, mo
 
     monkeypatch.setattr("sys.argv", ["quickstart.py", "--seed", "7", "--output", str(tmp_path)])
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(quickstart.Comparison, "prepare", lambda it: setattr(it.cfg.MODEL, "DEVICE", "cpu"))
+    monkeypatch.setattr(
+        quickstart.Comparison, "prepare", lambda comparison: setattr(comparison.cfg.MODEL, "DEVICE", "cpu")
+    )
     monkeypatch.setattr(quickstart.Comparison, "score_teacher", lambda comparison: 60.0)
     monkeypatch.setattr(quickstart.Comparison, "train", train)
     monkeypatch.setattr(quickstart, "draw", lambda *args: drawn.append(args))
@@ -82,7 +84,7 @@ def test_the_quickstart_is_a_comparison_with_one_seed_at_equal_time(tmp_path, mo
     assert "+25.0" in printed and "50 %" in printed and "1.58x" in printed and "summary.json" in printed
 
 
-def test_complete_runs_are_not_repeated_and_failed_ones_are_named(tmp_path):
+def test_complete_runs_are_not_repeated_and_failed_runs_are_named(tmp_path):
     program = tmp_path / "train_net.py"
     program.write_text("import sys; print('the reason'); sys.exit(1)")
     run_all([finished(tmp_path / "done", 10.0, 100, 20.0)], program)
@@ -95,29 +97,31 @@ def test_a_folder_of_another_config_is_refused(tmp_path):
     changed = Run(tmp_path / "done", CONFIG, ["DISTILL.SGFI.WEIGHT", "9.0"], 100)
     with pytest.raises(GDetKDError, match="holds a run of another config. Use that"):
         run_all([changed], tmp_path / "train_net.py")
-    # Once Detectron2 has written the run's config there, the keys that differ are named, and no others.
+    # If Detectron2 has written the config, the message names only the keys that differ.
     as_run = load_config(CONFIG, ["SOLVER.MAX_ITER", 100, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "done")])
     (tmp_path / "done" / "config.yaml").write_text(as_run.dump())
-    with pytest.raises(GDetKDError, match="another config: DISTILL.SGFI.WEIGHT 6.0 -> 9.0. Use that config"):
+    with pytest.raises(
+        GDetKDError, match="another config: DISTILL.SGFI.WEIGHT 6.0 -> 9.0. Use that config again, remove"
+    ):
         run_all([changed], tmp_path / "train_net.py")
 
 
-def test_a_change_that_a_run_does_not_use_leaves_it_as_it_is():
-    def print_of(*opts):
+def test_keys_that_a_run_does_not_use_do_not_change_its_fingerprint():
+    def digest(*opts):
         return fingerprint(Run(Path("any"), CONFIG, list(opts), 100))
 
     baseline, other_teacher = PLAIN, ["DISTILL.TEACHER.WEIGHTS", "another.pth"]
-    assert print_of(*baseline) == print_of(*baseline, *other_teacher, "DISTILL.SGFI.WEIGHT", "9.0")
+    assert digest(*baseline) == digest(*baseline, *other_teacher, "DISTILL.SGFI.WEIGHT", "9.0")
     transfer = ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "True"]
-    assert print_of(*transfer) == print_of(*transfer, "DISTILL.SGFI.WEIGHT", "9.0")
-    assert print_of(*transfer) != print_of(*transfer, *other_teacher)
+    assert digest(*transfer) == digest(*transfer, "DISTILL.SGFI.WEIGHT", "9.0")
+    assert digest(*transfer) != digest(*transfer, *other_teacher)
     sgfi = ["DISTILL.LOSSES", "('SGFI',)", "DISTILL.HEAD_TRANSFER", "False"]
-    assert print_of(*sgfi) == print_of(*sgfi, "DISTILL.CKD.GAMMA", "0.1", "SOLVER.CHECKPOINT_PERIOD", "7")
+    assert digest(*sgfi) == digest(*sgfi, "DISTILL.CKD.GAMMA", "0.1", "SOLVER.CHECKPOINT_PERIOD", "7")
     for key, value in (("DISTILL.SGFI.WEIGHT", "9.0"), ("DISTILL.REGIONS.NMS_THRESH", "0.5"), ("SEED", "3")):
-        assert print_of(*sgfi) != print_of(*sgfi, key, value)
-    assert print_of(*baseline) != print_of(*sgfi)
+        assert digest(*sgfi) != digest(*sgfi, key, value)
+    assert digest(*baseline) != digest(*sgfi)
     for key, value in (("SOLVER.BASE_LR", "1.0"), ("SEED", "3")):
-        assert print_of(*baseline) != print_of(*baseline, key, value)
+        assert digest(*baseline) != digest(*baseline, key, value)
 
 
 def test_another_teacher_at_the_same_path_is_another_run(tmp_path):
@@ -131,7 +135,7 @@ def test_another_teacher_at_the_same_path_is_another_run(tmp_path):
     weights.write_bytes(b"another")
     os.utime(weights, ns=(1, 1))
     assert fingerprint(run) != before and fingerprint(alone) == before_alone
-    with pytest.raises(GDetKDError, match="another config: the weights of the teacher, or what its file says, are no"):
+    with pytest.raises(GDetKDError, match="another config: the weights or the config file of the teacher have changed"):
         claim_folder(run)
 
 
@@ -147,10 +151,10 @@ def test_a_teacher_whose_file_has_changed_is_another_run(tmp_path):
     ):
         teacher.write_text(content)
         found.add((fingerprint(run), fingerprint(alone)))
-    assert len(found) == 3 and len({of_alone for _, of_alone in found}) == 1
+    assert len(found) == 3 and len({digest_alone for _, digest_alone in found}) == 1
 
 
-def test_trainings_end_with_what_started_them(tmp_path):
+def test_trainings_end_if_another_training_fails(tmp_path):
     program = tmp_path / "train_net.py"
     program.write_text(
         "import pathlib, signal, sys, time\n"
@@ -168,7 +172,7 @@ def test_trainings_end_with_what_started_them(tmp_path):
     assert (tmp_path / "two" / "stopped").exists() and not (tmp_path / "one" / "stopped").exists()
 
 
-def test_trainings_end_with_a_signal_to_what_started_them(tmp_path):
+def test_trainings_end_if_the_comparison_gets_a_signal(tmp_path):
     program = tmp_path / "train_net.py"
     program.write_text(
         "import os, pathlib, signal, sys, time\n"
@@ -204,7 +208,7 @@ def test_a_student_that_finds_nothing_has_no_ap_rather_than_nan(tmp_path):
 
 
 @pytest.mark.parametrize("visible, expected", [(None, {"0", "1"}), ("4,7", {"4", "7"})])
-def test_each_job_has_a_gpu_of_its_own(tmp_path, monkeypatch, visible, expected):
+def test_each_job_has_its_own_gpu(tmp_path, monkeypatch, visible, expected):
     program = tmp_path / "train_net.py"
     program.write_text(
         "import json, os, pathlib, sys, time\n"
@@ -228,7 +232,7 @@ def test_each_job_has_a_gpu_of_its_own(tmp_path, monkeypatch, visible, expected)
 
 @pytest.mark.parametrize("given, cores, expected", [(None, 4, "2"), (None, 1, "1"), ("3", 4, "3")])
 def test_jobs_share_the_cores_that_this_process_may_use(tmp_path, monkeypatch, given, cores, expected):
-    """A container or SLURM gives a process fewer cores than the machine has. What the user set counts."""
+    """Count only the cores that a container or SLURM gives to the process. A value that the user set wins."""
     program = tmp_path / "train_net.py"
     program.write_text(
         "import json, os, pathlib, sys\n"

@@ -1,4 +1,4 @@
-"""The time of a step: what is measured, and what the measurement leaves behind. No test is about how long it takes."""
+"""Test how the time of a step is measured, and that the measurement leaves no files. No test checks durations."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def pair(distill_cfg, tiny_dataset, tmp_path):
-    """The run of a baseline and of a distillation, with a config file that a process of its own can read."""
+    """Return the runs of a baseline and a distillation, with a config file that another process can read."""
     entry = {"name": "tiny2", "kind": "coco", "json": str(tiny_dataset / "tiny.json"), "images": str(tiny_dataset)}
     keys = {"DATASETS.REGISTER": [entry], "DATASETS.TRAIN": ("tiny2",), "DISTILL.VIS_PERIOD": 1}
     cfg = distill_cfg({**keys, "DISTILL.LOSSES": ("SGFI", "CKD")}, teacher=WIDER)
@@ -37,8 +37,8 @@ def environment():
 def test_both_train_in_turn_on_the_same_batches(pair, monkeypatch):
     seen, weights = [], {}
 
-    def spied(works, rounds, warm_up):
-        for name, step in works.items():
+    def spied(steps, rounds, warm_up):
+        for name, step in steps.items():
 
             def note(module, inputs, name=name):
                 seen.append((name, [(sample["file_name"], sample["image"].sum().item()) for sample in inputs[0]]))
@@ -46,7 +46,7 @@ def test_both_train_in_turn_on_the_same_batches(pair, monkeypatch):
             student = step.__self__.student
             student.register_forward_pre_hook(note)
             weights[name] = next(student.parameters()), next(student.parameters()).detach().clone()
-        return time_in_rounds(works, rounds, warm_up)
+        return time_in_rounds(steps, rounds, warm_up)
 
     monkeypatch.setattr("gdetkd.study.step_time.time_in_rounds", spied)
     found = measure_pair(*(run.config() for run in pair), rounds=2, warm_up=1)
@@ -59,9 +59,9 @@ def test_both_train_in_turn_on_the_same_batches(pair, monkeypatch):
 
 
 def test_the_ratio_is_the_median_over_the_rounds(pair, monkeypatch):
-    # A round beside other work slows both steps, and the ratio of that round stays.
+    # Other work slows both steps of a round, so the ratio of that round stays.
     seconds = {"baseline": [1.0, 1.0, 10.0, 1.0, 1.0], "method": [1.5, 1.5, 15.0, 9.0, 1.2]}
-    monkeypatch.setattr("gdetkd.study.step_time.time_in_rounds", lambda works, rounds, warm_up: seconds)
+    monkeypatch.setattr("gdetkd.study.step_time.time_in_rounds", lambda steps, rounds, warm_up: seconds)
     found = measure_pair(*(run.config() for run in pair))
     assert (found.ratio, found.baseline_seconds) == (1.5, 1.0)
     assert found.low <= found.ratio <= found.high and found.high > 1.5

@@ -1,4 +1,4 @@
-"""Read the metrics.json that Detectron2 writes in the folder of a training."""
+"""Read the metrics.json that Detectron2 writes in a run's OUTPUT_DIR."""
 
 import json
 import math
@@ -11,19 +11,19 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 @dataclass
 class Point:
-    """An evaluation during training: AP, AP50, AP75 in percent."""
+    """Hold AP, AP50 and AP75 (percent) of an evaluation during training."""
 
     iteration: int
     metrics: Dict[str, float]
 
 
 class MetricsFile:
-    """What a training has logged so far.
+    """Read what a run has logged so far.
 
     Args:
-        folder: the OUTPUT_DIR of the training.
-        max_iter: the iterations of the training.
-        prefix: what the names of its metrics begin with; see `config.score_prefix`.
+        folder: the run's OUTPUT_DIR.
+        max_iter: the number of iterations of the run.
+        prefix: the beginning of the names of the run's metrics; see `config.score_prefix`.
     """
 
     def __init__(self, folder: Path, max_iter: int = 0, prefix: str = "") -> None:
@@ -38,6 +38,7 @@ class MetricsFile:
         return [json.loads(line) for line in self._path.read_text().splitlines() if line.endswith("}")]
 
     def iterations_done(self) -> int:
+        """Return the number of iterations that the file records."""
         return max((line["iteration"] + 1 for line in self.lines() if "iteration" in line), default=0)
 
     def evaluations(self) -> List[Dict[str, Any]]:
@@ -48,9 +49,9 @@ class MetricsFile:
         """Return the evaluations in order."""
         points = []
         for line in self.evaluations():
-            # Detectron2 writes the last evaluation one iteration after the last, on a line of its own.
+            # Detectron2 writes the last evaluation on a separate line, one iteration after the last.
             iteration = min(line["iteration"] + 1, self._max_iter)
-            # Detectron2 gives NaN to a detector that finds nothing at all. There are objects, so its AP is 0.
+            # Detectron2 gives NaN to a detector that finds nothing. There are objects, so the AP is 0.
             values = {name: line[f"{self._prefix}bbox/{name}"] for name in METRICS[:3]}
             metrics = {name: 0.0 if math.isnan(value) else value for name, value in values.items()}
             points.append(Point(iteration, metrics))
@@ -59,7 +60,7 @@ class MetricsFile:
     def last(self) -> Dict[str, Optional[float]]:
         """Return AP, AP50, AP75, APs, APm and APl of the last evaluation, in percent.
 
-        The AP of a size that no object has is None.
+        The AP of an object size is None if no object has that size.
         """
         line = self.evaluations()[-1]
         values = {name: line.get(f"{self._prefix}bbox/{name}", math.nan) for name in METRICS}
@@ -67,5 +68,5 @@ class MetricsFile:
         return {**known, **self.curve()[-1].metrics}
 
     def peak_megabytes(self) -> Optional[float]:
-        """Return the peak of GPU memory. Detectron2 records none on a CPU: None."""
+        """Return the peak GPU memory in MB, or None on a CPU, where Detectron2 records no peak."""
         return max((line["max_mem"] for line in self.lines() if "max_mem" in line), default=None)

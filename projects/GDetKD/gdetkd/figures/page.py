@@ -12,14 +12,14 @@ TEMPLATES = Environment(
 
 
 class Section(NamedTuple):
-    """A figure of the page.
+    """Hold a figure of the page.
 
     Attributes:
-        name: name of the figure's own file, without its ending.
+        name: name of the figure's file, without its ending.
         heading: text above the figure.
         image: content of an SVG or PNG file.
         caption: text below the figure.
-        kind: "svg+xml", or "png" for photographs.
+        kind: image type, "svg+xml" or "png".
     """
 
     name: str
@@ -30,19 +30,19 @@ class Section(NamedTuple):
 
     @property
     def source(self) -> str:
-        """Return the image as a data URL. Names inside one SVG image cannot collide with those of another."""
+        """Return the image as a data URL, so that ids in two SVG images cannot collide."""
         return f"data:image/{self.kind};base64,{base64.b64encode(self.image).decode()}"
 
 
 class Cell(NamedTuple):
-    """A cell of the table. `kind` is its CSS classes: "best", "loss"."""
+    """Hold a cell of the table. `kind` lists the CSS classes "best" and "loss"."""
 
     text: str
     kind: str = ""
 
 
 class TableRow(NamedTuple):
-    """A row of the table. `kind` is its CSS classes: "plain", "ours", "next"."""
+    """Hold a row of the table. `kind` lists the CSS classes "plain", "configured" and "next"."""
 
     cells: Sequence[Cell]
     kind: str = ""
@@ -62,11 +62,11 @@ def render_page(
     notes: Sequence[str] = (),
     footer: str = "",
 ) -> str:
-    """Return the HTML of a page. All texts are escaped.
+    """Return the HTML of a page, with all texts escaped.
 
     Args:
-        lead: the sentence that says the main result.
-        setting: what was compared or looked at, by a short name.
+        lead: the main result in a sentence.
+        setting: what was compared or shown, by a short name.
         notes: paragraphs below the table.
     """
     return TEMPLATES.get_template("page.html").render(

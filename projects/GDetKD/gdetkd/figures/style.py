@@ -1,4 +1,4 @@
-"""Colors, fonts and file formats of every figure."""
+"""Set the colors and fonts of every figure, and save figures as files."""
 
 import io
 
@@ -10,22 +10,19 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 TEACHER, PLAIN, METHOD = "#00798c", "#7b818a", "#d1495b"
-# The other methods have these colors, in this order. Markers tell them apart, too.
-OTHERS = (
-    *("#3d5a80", "#edae49", "#66a182", "#8d5a97", "#b5651d", "#2e4057"),
-    *("#c97b84", "#5c8001", "#e07a1f", "#0081a7", "#a8577e", "#4f772d"),
-)
+# Colors of all other curves, in this order.
+PALETTE = "#3d5a80 #edae49 #66a182 #8d5a97 #b5651d #2e4057 #c97b84 #5c8001 #e07a1f #0081a7 #a8577e #4f772d".split()
 MARKERS = "sD^vP*Xhp<>"
 STYLE = {
     "font.size": 10,
-    "svg.fonttype": "none",  # text as text: smaller, and it can be searched
+    "svg.fonttype": "none",  # keep text as text, which is smaller and can be searched
     "font.family": "sans-serif",
     "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans", "sans-serif"],
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#888888",
     "axes.axisbelow": True,
-    "svg.hashsalt": "gdetkd",  # the same figure is the same file
+    "svg.hashsalt": "gdetkd",  # the same figure gives the same file
 }
 
 

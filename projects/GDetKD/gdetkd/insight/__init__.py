@@ -1,4 +1,4 @@
-"""What distillation does to a student, measured: which levels match, which classes are alike, who finds what."""
+"""Show what distillation does to a student: which levels match, which classes look alike, who finds which object."""
 
 import logging
 from typing import Any
@@ -9,11 +9,11 @@ logger = logging.getLogger(__name__)
 
 
 def hooks_of(trainer: Any) -> ExtraHooks:
-    """Return the hooks of DISTILL.VIS_PERIOD for a `DistillTrainer`."""
+    """Return the hooks that DISTILL.VIS_PERIOD adds to a `DistillTrainer`."""
     if trainer.cfg.DISTILL.VIS_PERIOD <= 0:
         return ExtraHooks()
     if trainer.distiller is None or not trainer.distiller.losses:
-        logger.info("DISTILL.VIS_PERIOD: there is no distillation to look at.")
+        logger.info("DISTILL.VIS_PERIOD has no effect: this run trains without distillation losses.")
         return ExtraHooks()
     from .hook import Insight, LastPage  # imports matplotlib, which takes a second
 

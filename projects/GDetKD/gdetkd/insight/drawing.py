@@ -1,4 +1,4 @@
-"""Images with what several detectors find in them, side by side."""
+"""Draw images with the detections of several detectors side by side."""
 
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from ..figures.style import METHOD, PLAIN, TEACHER
-from .detections import DetectorComparison, Found
+from .detections import DetectorComparison, MatchedDetections
 
 RIGHT, WRONG, MISSED = "#5aa469", "#e9a23b", "#9aa0a6"
 GAINED, LOST, COPIED = "#1d6fd1", "#d1495b", "#b5179e"
@@ -19,39 +19,39 @@ TITLES = {"teacher": TEACHER, "baseline": PLAIN, "student": METHOD}
 
 
 def pick(compared: Sequence[DetectorComparison], count: int) -> List[int]:
-    """Indices of the images on which most is to be seen, most first; of equals the earlier."""
+    """Return the indices of the images with the most changes, most first. On a tie the earlier image is first."""
     return sorted(range(len(compared)), key=lambda index: -len(compared[index]))[:count]
 
 
 def draw_detections(
     inputs: Sequence[Dict[str, Any]],
-    detectors: Dict[str, Sequence[Found]],
+    detectors: Dict[str, Sequence[MatchedDetections]],
     compared: Sequence[DetectorComparison],
     class_names: Sequence[str],
     input_format: str,
 ) -> Figure:
-    """A row for each image: its objects, then each detector's detections.
+    """Draw a row for each image: the objects, then the detections of each detector.
 
     Args:
-        inputs: images and objects as a `Probe` has them.
-        detectors: by name ("teacher", "baseline", "student"), what each takes for objects on each image.
-        compared: what distillation changed on each.
-        input_format: of the pixels, Detectron2's INPUT.FORMAT.
+        inputs: images and objects as in `Probe.inputs`.
+        detectors: detections by image, by the name of the detector: "teacher", "baseline", "student".
+        compared: what distillation changed on each image.
+        input_format: channel order of the pixels, Detectron2's INPUT.FORMAT.
     """
     columns = ["objects", *detectors]
     figure, axes = plt.subplots(
         len(inputs), len(columns), figsize=(3.3 * len(columns), 3.3 * len(inputs) + 0.5), squeeze=False
     )
-    for row, each, comparison, *found in zip(axes, inputs, compared, *detectors.values()):
-        pixels = _as_rgb(each["image"], input_format)
-        objects = each["instances"]
-        for axis, name, its in zip(row, columns, [None, *found]):
+    for row, image, comparison, *detections in zip(axes, inputs, compared, *detectors.values()):
+        pixels = _as_rgb(image["image"], input_format)
+        objects = image["instances"]
+        for axis, name, matched in zip(row, columns, [None, *detections]):
             axis.imshow(pixels)
             axis.set(xticks=[], yticks=[], xlim=(-0.5, pixels.shape[1] - 0.5), ylim=(pixels.shape[0] - 0.5, -0.5))
-            if its is None:
+            if matched is None:
                 _draw_objects(axis, objects, comparison, class_names)
             else:
-                _draw_found(axis, its, objects, comparison if name == "student" else None, class_names)
+                _draw_matched(axis, matched, objects, comparison if name == "student" else None, class_names)
     for axis, name in zip(axes[0], columns):
         axis.set_title(name, color=TITLES.get(name, "#222222"), fontsize=12, loc="left")
     _legend(figure, has_baseline="baseline" in detectors)
@@ -64,18 +64,21 @@ def _draw_objects(axis: Axes, objects: Any, comparison: DetectorComparison, clas
         _box(axis, box, color, class_names[label], strong=color != "white")
 
 
-def _draw_found(
-    axis: Axes, found: Found, objects: Any, comparison: Optional[DetectorComparison], class_names: Sequence[str]
+def _draw_matched(
+    axis: Axes,
+    matched: MatchedDetections,
+    objects: Any,
+    comparison: Optional[DetectorComparison],
+    class_names: Sequence[str],
 ) -> None:
-    missed = ~found.finds(len(objects))
+    missed = ~matched.finds(len(objects))
     for index in missed.nonzero().flatten().tolist():
         lost = comparison is not None and bool(comparison.lost[index])
         _box(axis, objects.gt_boxes.tensor[index].tolist(), LOST if lost else MISSED, "", strong=lost, dashed=True)
-    for index, (box, label, object_) in enumerate(
-        zip(found.boxes.tolist(), found.classes.tolist(), found.objects.tolist())
-    ):
-        color, strong = (RIGHT, False) if object_ >= 0 else (WRONG, False)
-        if comparison is not None and object_ >= 0 and comparison.gained[object_]:
+    columns = (matched.boxes.tolist(), matched.classes.tolist(), matched.objects.tolist())
+    for index, (box, label, object_index) in enumerate(zip(*columns)):
+        color, strong = (RIGHT, False) if object_index >= 0 else (WRONG, False)
+        if comparison is not None and object_index >= 0 and comparison.gained[object_index]:
             color, strong = GAINED, True
         if comparison is not None and comparison.copied[index]:
             color, strong = COPIED, True
@@ -94,15 +97,15 @@ def _box(axis: Axes, box: Sequence[float], color: str, text: str, strong: bool, 
 
 
 def _legend(figure: Figure, has_baseline: bool) -> None:
-    than = "the baseline" if has_baseline else "the teacher"
-    also = ", the baseline does not" if has_baseline else ""
+    reference = "the baseline" if has_baseline else "the teacher"
+    copied = "a mistake that the teacher makes too" + (", but not the baseline" if has_baseline else "")
     entries: List[Tuple[str, str, str]] = [
         (RIGHT, "-", "found"),
         (WRONG, "-", "a mistake"),
         (MISSED, "--", "missed"),
-        (GAINED, "-", f"found by the student, not by {than}"),
-        (LOST, "--", f"found by {than}, not by the student"),
-        (COPIED, "-", f"a mistake that the teacher makes, too{also}"),
+        (GAINED, "-", f"found by the student, not by {reference}"),
+        (LOST, "--", f"found by {reference}, not by the student"),
+        (COPIED, "-", copied),
     ]
     handles = [
         Line2D([], [], color=color, linestyle=style, linewidth=2.4, label=text) for color, style, text in entries
@@ -115,6 +118,6 @@ def _legend(figure: Figure, has_baseline: bool) -> None:
 
 
 def _as_rgb(image: torch.Tensor, input_format: str) -> np.ndarray:
-    """(H, W, 3) uint8 of a (3, H, W) image in an order of Detectron2's."""
+    """Return a (3, H, W) image, whose channels are in the order INPUT.FORMAT, as (H, W, 3) uint8."""
     pixels = image.numpy().transpose(1, 2, 0)
     return pixels[:, :, ::-1] if input_format == "BGR" else pixels

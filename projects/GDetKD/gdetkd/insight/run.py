@@ -1,4 +1,4 @@
-"""The folder of a run that train_net.py has written, read again."""
+"""Read the folder of a finished run: its config, its checkpoints and its metrics."""
 
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
@@ -19,39 +19,44 @@ from ..safe_load import SafeCheckpointer, read_weights
 
 
 class FinishedRun:
-    """
+    """Give access to a finished run.
+
     Args:
-        folder: an OUTPUT_DIR.
+        folder: the OUTPUT_DIR of the run.
 
     Attributes:
-        cfg: the run's, on the CPU where there is no GPU here.
+        cfg: the run's config, with device "cpu" if this machine has no GPU.
 
     Raises:
-        GDetKDError: it holds no config or no model_final.pth.
+        GDetKDError: the folder has no config.yaml or no model_final.pth.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
         for name in ("config.yaml", "model_final.pth"):
             if not (self.folder / name).is_file():
-                raise GDetKDError(f"{folder!r} is not the OUTPUT_DIR of a finished run: it has no {name}.")
+                raise GDetKDError(
+                    f"{folder!r} is not the OUTPUT_DIR of a finished run: it has no {name}. Name the folder of a run "
+                    "that has ended."
+                )
         self.cfg: CfgNode = load_config(str(self.folder / "config.yaml"), ["OUTPUT_DIR", str(folder)])
         if not torch.cuda.is_available():
             self.cfg.MODEL.DEVICE = "cpu"
-        # As many as they were: SOLVER.REFERENCE_WORLD_SIZE may have changed them after the config was written.
+        # SOLVER.REFERENCE_WORLD_SIZE may have changed the number of iterations after the config was written.
         trained = [line["iteration"] for line in MetricsFile(self.folder).lines() if "total_loss" in line]
         if trained:
             self.cfg.SOLVER.MAX_ITER = max(trained) + 1
 
     def checkpoints(self) -> List[Tuple[int, Path]]:
-        """Iterations done and the file, of each that was kept; the last is model_final.pth."""
-        numbered = [path for path in sorted(self.folder.glob("model_*.pth")) if NUMBERED.fullmatch(path.name)]
-        kept = [(int(NUMBERED.fullmatch(path.name)[1]) + 1, path) for path in numbered]
-        last = self.cfg.SOLVER.MAX_ITER
-        return [*(each for each in kept if each[0] < last), (last, self.folder / "model_final.pth")]
+        """Return the iterations done and the file of each checkpoint in order. The last is model_final.pth."""
+        paths = [path for path in sorted(self.folder.glob("model_*.pth")) if NUMBERED.fullmatch(path.name)]
+        numbered = [(int(NUMBERED.fullmatch(path.name)[1]) + 1, path) for path in paths]
+        end = self.cfg.SOLVER.MAX_ITER
+        earlier = [(iterations, path) for iterations, path in numbered if iterations < end]
+        return [*earlier, (end, self.folder / "model_final.pth")]
 
     def student(self) -> nn.Module:
-        """The plain detector, with its last weights."""
+        """Return the plain detector with the weights of model_final.pth, in eval mode."""
         model = build_plain_student(self.cfg)
         SafeCheckpointer(model).load(str(self.folder / "model_final.pth"))
         return model.eval()
@@ -64,14 +69,17 @@ class FinishedRun:
 
 
 def load_checkpoint(distiller: GDetKD, path: Path) -> None:
-    """The student and the losses as a distillation has saved them.
+    """Load the student and the losses from a checkpoint of a distillation.
 
     Raises:
-        GDetKDError: it is not a distillation's, or of another student or other losses.
+        GDetKDError: the file holds no distillation, or it belongs to another student or to other losses.
     """
     content = read_weights(str(path))
     if "distill" not in content:
-        raise GDetKDError(f"{str(path)!r} holds a student alone, not what distillation learned beside it.")
+        raise GDetKDError(
+            f"{str(path)!r} holds a student alone, without the state of the distillation losses. Use a checkpoint of a "
+            "distillation."
+        )
     try:
         distiller.student.load_state_dict(content["model"])
         distiller.losses.load_state_dict(content["distill"]["losses"])
@@ -80,29 +88,37 @@ def load_checkpoint(distiller: GDetKD, path: Path) -> None:
 
 
 def read_curve(cfg: CfgNode) -> Tuple[List[int], List[float]]:
-    """Iterations and AP (percent) of a run's evaluations so far, by its config."""
+    """Return the iterations and AP (percent) of a run's evaluations so far.
+
+    Args:
+        cfg: the run's config.
+    """
     points = MetricsFile(Path(cfg.OUTPUT_DIR), cfg.SOLVER.MAX_ITER, score_prefix(cfg)).curve()
     return [point.iteration for point in points], [point.metrics["AP"] for point in points]
 
 
 def read_terms(output_dir: str) -> Dict[str, Tuple[List[int], List[float]]]:
-    """Iterations and weighted value of each loss in a run's metrics.json."""
-    found: Dict[str, Tuple[List[int], List[float]]] = {}
+    """Return the iterations and weighted values of each loss in a run's metrics.json."""
+    curves: Dict[str, Tuple[List[int], List[float]]] = {}
     for line in MetricsFile(Path(output_dir)).lines():
         for name, value in line.items():
             if _is_loss(name):
-                iterations, values = found.setdefault(name, ([], []))
+                iterations, values = curves.setdefault(name, ([], []))
                 iterations.append(line["iteration"])
                 values.append(value)
-    return found
+    return curves
 
 
 def _is_loss(name: str) -> bool:
-    # Detectron2 demands of its detectors that losses have "loss" in their name; "raw/" and "share/" are ours.
+    # Detectron2 requires "loss" in the name of a detector's loss. GDetKD also logs "raw/..." and "share/..." values.
     return "loss" in name and name != "total_loss" and "/" not in name
 
 
 def read_teacher_ap(cfg: CfgNode) -> Any:
-    """The teacher's AP (percent) where the run of that config evaluated it, else None."""
+    """Return the teacher's AP (percent) if the run evaluated the teacher, else None.
+
+    Args:
+        cfg: the run's config.
+    """
     name = f"teacher/{score_prefix(cfg)}bbox/AP"
     return next((line[name] for line in MetricsFile(Path(cfg.OUTPUT_DIR)).lines() if name in line), None)

@@ -1,11 +1,11 @@
-"""The figures of a comparison's report, as SVG."""
+"""Draw the figures of a comparison's report as SVG."""
 
 from typing import Dict, List, Optional, Sequence
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from ..figures.style import MARKERS, METHOD, OTHERS, PLAIN, STYLE, TEACHER, as_svg, finish_legend
+from ..figures.style import MARKERS, METHOD, PALETTE, PLAIN, STYLE, TEACHER, as_svg, finish_legend
 from .comparison import Comparison
 from .methods import BASELINE, CONFIGURED
 from .run import Run
@@ -13,18 +13,18 @@ from .summary import Row, mean_curve
 
 
 def styles(methods: Sequence[str]) -> Dict[str, Dict[str, str]]:
-    """Color and marker of each method, the same in every figure; none is grey and the configured one red."""
+    """Return the color and marker of each method. The baseline is grey, the configured method is red."""
     fixed = {BASELINE: {"color": PLAIN, "marker": "o"}, CONFIGURED: {"color": METHOD, "marker": "o"}}
-    others = [method for method in methods if method not in fixed]
-    found = {
-        method: {"color": OTHERS[place % len(OTHERS)], "marker": MARKERS[place % len(MARKERS)]}
-        for place, method in enumerate(others)
+    added = [method for method in methods if method not in fixed]
+    drawn = {
+        method: {"color": PALETTE[place % len(PALETTE)], "marker": MARKERS[place % len(MARKERS)]}
+        for place, method in enumerate(added)
     }
-    return {**fixed, **found}
+    return {**fixed, **drawn}
 
 
 def draw_scores(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optional[float]) -> str:
-    """AP of each method on one schedule: mean, standard error, every seed, and the baseline at equal time."""
+    """Draw the AP of each method on one schedule: mean, standard error, every seed, and the baseline at equal time."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(8.6, 1.1 + 0.42 * len(rows)))
         style = styles([row.method for row in rows])
@@ -46,9 +46,9 @@ def draw_scores(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optiona
             if row.equal_time_ap is not None:
                 at = row.equal_time_ap[0]
                 axis.plot([at, at], [place - 0.4, place + 0.4], color="black", linewidth=1.6, linestyle=(0, (2, 1.2)))
-        _reference(axis, rows[0].metrics["AP"][0], PLAIN, "none")
+        _draw_reference(axis, rows[0].metrics["AP"][0], PLAIN, "none")
         if teacher_ap is not None:
-            _reference(axis, teacher_ap, TEACHER, f"teacher {teacher_ap:.1f}")
+            _draw_reference(axis, teacher_ap, TEACHER, f"teacher {teacher_ap:.1f}")
         axis.set_yticks(range(len(rows)), [row.method for row in rows])
         axis.invert_yaxis()
         axis.set_xlabel("box AP, percent")
@@ -57,13 +57,13 @@ def draw_scores(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optiona
         return as_svg(figure)
 
 
-def _reference(axis: Axes, value: float, color: str, label: str) -> None:
+def _draw_reference(axis: Axes, value: float, color: str, label: str) -> None:
     axis.axvline(value, color=color, linestyle="--", linewidth=1.2, zorder=0.5)
     axis.text(value, 1.01, label, color=color, transform=axis.get_xaxis_transform(), ha="center", va="bottom")
 
 
 def draw_curves(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optional[float]) -> str:
-    """AP over training time, mean over seeds, of each method on one schedule."""
+    """Draw the AP of each method on one schedule over training time, as a mean over seeds."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(8.6, 4.4))
         style = styles([row.method for row in rows])
@@ -94,18 +94,18 @@ def draw_curves(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optiona
 
 
 def longer_baselines(comparison: Comparison, rows: Sequence[Row]) -> List[List[Run]]:
-    """Return the baselines at equal time, but for the baseline itself. Methods of about one cost share one."""
+    """Return the longer baselines, trained for the time of a method. Methods with similar costs share a baseline."""
     shown = {comparison.runs[row.method, row.schedule][0].folder for row in rows}
-    found = {}
+    longer = {}
     for row in rows:
         runs = comparison.equal_time_runs.get((row.method, row.schedule), [])
         if runs and runs[0].folder not in shown:
-            found[runs[0].folder] = runs
-    return list(found.values())
+            longer[runs[0].folder] = runs
+    return list(longer.values())
 
 
 def draw_costs(rows: Sequence[Row]) -> str:
-    """Gain of each method on one schedule over what a step costs, at equal iterations and, hollow, at equal time."""
+    """Draw each method's gain over the time of a step. Filled marks are at equal iterations, hollow at equal time."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(8.6, 4.0))
         style = styles([row.method for row in rows])
@@ -117,7 +117,7 @@ def draw_costs(rows: Sequence[Row]) -> str:
                 ends = [row.gain[0], row.equal_time_gain[0]]
                 axis.plot([row.step_time] * 2, ends, color=style[row.method]["color"], alpha=0.4, linewidth=1)
         axis.axhline(0, color="#333333", linewidth=0.8)
-        axis.set(xlabel="time of a training step, the student's alone = 1", ylabel="gain in AP, points")
+        axis.set(xlabel="time of a training step, relative to the student alone", ylabel="gain in AP, points")
         axis.margins(x=0.08)
         axis.grid(alpha=0.25)
         finish_legend(axis)
@@ -125,18 +125,21 @@ def draw_costs(rows: Sequence[Row]) -> str:
 
 
 def draw_schedules(rows: Sequence[Row]) -> str:
-    """AP of each method over the length of the schedule: a gain that shrinks is faster convergence alone."""
+    """Draw the AP of each method over the length of the schedule.
+
+    A gain that shrinks on longer schedules is only faster convergence.
+    """
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(8.6, 4.0))
         by_method: Dict[str, List[Row]] = {}
         for row in sorted(rows, key=lambda row: row.schedule):
             by_method.setdefault(row.method, []).append(row)
         style = styles(list(by_method))
-        for method, its in by_method.items():
+        for method, method_rows in by_method.items():
             axis.errorbar(
-                [row.schedule for row in its],
-                [row.metrics["AP"][0] for row in its],
-                yerr=None if its[0].metrics["AP"][1] is None else [row.metrics["AP"][1] for row in its],
+                [row.schedule for row in method_rows],
+                [row.metrics["AP"][0] for row in method_rows],
+                yerr=None if method_rows[0].metrics["AP"][1] is None else [row.metrics["AP"][1] for row in method_rows],
                 **style[method],
                 capsize=3,
                 linewidth=2.4 if method in (BASELINE, CONFIGURED) else 1.5,

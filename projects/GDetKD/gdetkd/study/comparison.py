@@ -1,4 +1,4 @@
-"""Several methods on one config, with one teacher: which runs that takes, and training them."""
+"""List the runs of a comparison of several methods on one config and teacher, and train them."""
 
 import contextlib
 import hashlib
@@ -32,17 +32,19 @@ from .step_time import StepTime, kept_step_time
 
 logger = logging.getLogger(__name__)
 
-# A method whose steps take as long as the baseline's, but for this share, needs no baseline of its own.
+# If a method's step takes at most this share longer than the baseline's step, no longer baseline is trained.
 SAME_TIME = 0.05
-# Otherwise the baseline has its time, rounded up to a tenth of the baseline's own: never less than the method.
+# The time of a longer baseline is the method's time, rounded up to a tenth of the baseline's time.
 TIME_STEPS = 10
-# A method, and how many times the config's iterations.
+# A method, and its schedule as a multiple of the config's iterations.
 Key = Tuple[str, float]
 
 
 def for_one_process(cfg: CfgNode) -> List[str]:
-    """KEY VALUE changes that spell out what a config with a SOLVER.REFERENCE_WORLD_SIZE is in one process, which each
-    run of a comparison is."""
+    """Return the KEY VALUE changes that scale a config with SOLVER.REFERENCE_WORLD_SIZE to one process.
+
+    Every run of a comparison is one process.
+    """
     scaled = flat_config(DistillTrainer.auto_scale_workers(cfg, 1).dump())
     before = flat_config(cfg.dump())
     return [part for key, value in scaled.items() if value != before[key] for part in (key, str(value))]
@@ -50,19 +52,20 @@ def for_one_process(cfg: CfgNode) -> List[str]:
 
 @dataclass
 class Comparison:
-    """
+    """Compare methods with the same student, teacher, seeds and data order.
+
     Attributes:
-        config_file: of the configured method, GDetKD; the others change its DISTILL.LOSSES and HEAD_TRANSFER.
-        opts: KEY VALUE changes to it, for every run.
+        config_file: config of the configured method, GDetKD. Other methods change DISTILL.LOSSES and HEAD_TRANSFER.
+        opts: KEY VALUE changes to the config, for every run.
         output: the folder of all runs.
-        methods: what is compared; the baseline is always among them.
-        seeds: of each; a seed has one initialisation and order of the data, whatever the method.
+        methods: the compared methods. The baseline is always among them.
+        seeds: the seeds of each method. A seed sets the initialisation and the data order for every method alike.
         schedules: multiples of the config's iterations.
         equal_time: whether the baseline is also trained for the time that each method takes.
 
     Raises:
-        GDetKDError: a method is unknown, a schedule is not positive, or the config is not of a distillation that is
-            evaluated on one data set.
+        GDetKDError: a method is unknown, a schedule is not positive, or the config does not distil or is not evaluated
+            on one dataset.
     """
 
     config_file: str
@@ -78,7 +81,8 @@ class Comparison:
         self.schedules = list(dict.fromkeys(self.schedules))
         if not self.seeds or not self.schedules or min(self.schedules) <= 0:
             raise GDetKDError(
-                f"A comparison needs a seed and positive schedules, not {list(self.seeds)} and {self.schedules}."
+                f"A comparison needs a seed and positive schedules, not seeds {list(self.seeds)} and schedules "
+                f"{self.schedules}. Give at least one seed and one schedule, such as --seeds 3 --schedules 1."
             )
         self.opts = [*self.opts, *for_one_process(load_config(self.config_file, self.opts))]
         self.cfg = load_config(self.config_file, self.opts)
@@ -88,9 +92,9 @@ class Comparison:
             for schedule in self.schedules
             for method in self.methods
         }
-        # Measured once for each method but the baseline; see `measure_steps`.
+        # The step time of every method except the baseline; see `measure_steps`.
         self.step_times: Dict[str, StepTime] = {}
-        # The baseline for the time of a method, by the method's key; see `add_equal_time`.
+        # The baseline that trains as long as a method, by the method's key; see `add_equal_time`.
         self.equal_time_runs: Dict[Key, List[Run]] = {}
 
     def _run(self, method: str, schedule: float, seed: int) -> Run:
@@ -105,7 +109,7 @@ class Comparison:
         """Draw or register the datasets, check that every method can be trained, and make the output folder.
 
         Raises:
-            GDetKDError: a dataset or a method cannot be had.
+            GDetKDError: a dataset cannot be read, or a method cannot be trained.
         """
         if not torch.cuda.is_available():
             self.cfg.MODEL.DEVICE = "cpu"
@@ -116,15 +120,15 @@ class Comparison:
         self.cfg.OUTPUT_DIR = str(self.output)
 
     def check_methods(self) -> None:
-        """Builds each method's detectors and losses, so that one that cannot be had is not found out after hours.
+        """Build each method's detectors and losses, so that an error shows before hours of training.
 
         Raises:
-            GDetKDError: one cannot; the message names it.
+            GDetKDError: a method cannot be built; the message names it.
         """
-        teacher = None  # the same for all, and may be large
+        teacher = None  # shared by all methods, because it may be large
         for method in self.methods:
             cfg = self.runs[method, self.schedules[0]][0].config()
-            cfg.MODEL.DEVICE, cfg.DISTILL.TEACHER.DTYPE = "cpu", "float32"  # half precision may want a GPU
+            cfg.MODEL.DEVICE, cfg.DISTILL.TEACHER.DTYPE = "cpu", "float32"  # half precision may need a GPU
             try:
                 distiller = GDetKD(cfg, teacher)
                 teacher = distiller.teacher or teacher
@@ -149,7 +153,9 @@ class Comparison:
             with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
                 ap = evaluate_teacher(self.cfg, teacher)["bbox"]["AP"]
         except GDetKDError as e:
-            logger.warning("The teacher was not evaluated, so the report has no share of its lead. %s", e)
+            logger.warning(
+                "The teacher was not evaluated, so the report cannot show the share of its lead closed. %s", e
+            )
             return None
         path.write_text(json.dumps({**key, "AP": ap}) + "\n")
         return ap
@@ -157,49 +163,49 @@ class Comparison:
     def train(self, train_net: Path, jobs: int = 2) -> None:
         """Measure the steps, then train the runs that are not complete.
 
-        The runs are trained seed by seed, so that a comparison that is stopped has whole seeds. The baselines at equal
-        time come last.
+        The runs are trained seed by seed, so that stopping early leaves complete seeds. The baselines at equal time
+        come last.
 
         Raises:
             GDetKDError: a run failed, or a folder holds a run of another config.
         """
         for run in seed_by_seed(self.runs):
-            claim_folder(run)  # before anything that takes time
+            claim_folder(run)  # a wrong folder is reported before the long measurement
         self.measure_steps(jobs)
         if self.equal_time:
             self.add_equal_time()
         run_all([*seed_by_seed(self.runs), *seed_by_seed(self.equal_time_runs)], train_net, jobs)
 
     def measure_steps(self, jobs: int) -> None:
-        """Fill `step_times`, with as many threads as one of `jobs` trainings has.
+        """Measure `step_times`, with the number of threads that a training has if `jobs` run at once.
 
-        A step takes as long with any seed and schedule, so it is measured once for each method. With the baseline
-        alone it is measured against itself, to know its seconds.
+        The time of a step does not depend on seed and schedule, so each method is measured once. If there is only the
+        baseline, it is measured against itself to learn its seconds.
         """
         methods = self.methods[1:] or [BASELINE]
         with exit_on_signals(), tqdm(methods, desc="measuring the time of a step", unit="method") as bar:
             for method in bar:
                 bar.set_postfix_str(method)
                 kept = self.output / "step_times" / f"{method}.json"
-                baseline, other = (self._run(name, 1, seed=0) for name in (BASELINE, method))
-                self.step_times[method] = kept_step_time(kept, baseline, other, run_environment(jobs))
+                baseline_run, method_run = (self._run(name, 1, seed=0) for name in (BASELINE, method))
+                self.step_times[method] = kept_step_time(kept, baseline_run, method_run, run_environment(jobs))
 
     def step_ratio(self, method: str) -> float:
-        """Return how many times as long as the baseline's a step of the method takes."""
+        """Return the time of the method's step over the time of the baseline's step."""
         return 1.0 if method == BASELINE else self.step_times[method].ratio
 
     def step_seconds(self, method: str) -> float:
-        """Return the seconds of a step. Charts and tables take training time as iterations times these seconds."""
-        seconds = statistics.median(each.baseline_seconds for each in self.step_times.values())
+        """Return the seconds of a step. Training times in charts and tables are iterations times these seconds."""
+        seconds = statistics.median(step_time.baseline_seconds for step_time in self.step_times.values())
         return seconds * self.step_ratio(method)
 
     def add_equal_time(self) -> None:
-        """Fill `equal_time_runs` from the measured steps."""
+        """Set `equal_time_runs` from the measured steps."""
         for method, schedule in self.runs:
             if method == BASELINE:
                 continue
             ratio = self.step_ratio(method)
-            # Steps of about the same cost share a baseline, and so does a schedule of that length.
+            # Rounding lets methods of similar cost share a baseline, also with a schedule of that length.
             longer = round(schedule * math.ceil(ratio * TIME_STEPS - 1e-6) / TIME_STEPS, 6)
             self.equal_time_runs[method, schedule] = (
                 self.runs[BASELINE, schedule]
@@ -211,15 +217,16 @@ class Comparison:
 def _check(cfg: CfgNode, config_file: str, methods: Sequence[str]) -> None:
     if len(cfg.DATASETS.TEST) != 1:
         raise GDetKDError(
-            f"A comparison is on one data set; DATASETS.TEST of {config_file} names {len(cfg.DATASETS.TEST)}. Name one."
+            f"DATASETS.TEST of {config_file} names {len(cfg.DATASETS.TEST)} datasets, but a comparison needs one. "
+            "Name one."
         )
     if cfg.MODEL.META_ARCHITECTURE != "GDetKD":
         raise GDetKDError(
-            f"{config_file} trains a {cfg.MODEL.META_ARCHITECTURE}, on which no method has an effect: set "
+            f"{config_file} trains a {cfg.MODEL.META_ARCHITECTURE}, on which no method has an effect. Set "
             'MODEL.META_ARCHITECTURE to "GDetKD" and name a teacher in DISTILL.TEACHER.'
         )
     if not configured_parts(cfg) and any(CONFIGURED in method.split("+") for method in methods):
         raise GDetKDError(
-            f"{CONFIGURED} is what {config_file} asks for, and that is nothing: name losses in DISTILL.LOSSES, or take "
-            f"{CONFIGURED} out of the methods."
+            f"The method {CONFIGURED} takes its losses from {config_file}, but DISTILL.LOSSES is empty there and "
+            f"DISTILL.HEAD_TRANSFER is off. Name losses, or remove {CONFIGURED} from the methods."
         )

@@ -1,4 +1,4 @@
-"""The folder of a run belongs to one config and one teacher. Refuse a folder that holds another run's results."""
+"""Keep the folder of a run for one config and one teacher, and refuse a folder with another run's results."""
 
 import functools
 import hashlib
@@ -23,7 +23,7 @@ WITHOUT_EFFECT = (
     "SOLVER.CHECKPOINT_PERIOD",
     "TEST.KEEP_BEST",
 )
-# Marks a folder as a run's.
+# File that marks a folder as belonging to a run.
 MARK = "fingerprint.txt"
 
 
@@ -47,7 +47,7 @@ def deciding_keys(dump: str) -> Dict[str, Any]:
 
 @functools.lru_cache(maxsize=None)
 def _digest(path: str, modified: int) -> str:
-    """Return the SHA-256 of a file. All runs of a comparison ask for that of the same teacher.
+    """Return the SHA-256 of a file. It is cached, because all runs of a comparison have the same teacher.
 
     Args:
         modified: when the file was last modified, so that a changed file is read again.
@@ -59,7 +59,7 @@ def fingerprint(run: Run) -> str:
     """Return a digest of what determines a run, except the images: its config, the teacher's file and its weights.
 
     Raises:
-        GDetKDError: the teacher's file is not there.
+        GDetKDError: the teacher's file does not exist.
     """
     cfg = run.config()
     keys = deciding_keys(cfg.dump())
@@ -93,5 +93,5 @@ def _differences(run: Run) -> str:
     if not path.exists():
         return ""
     changes = changed_keys(deciding_keys(path.read_text()), deciding_keys(run.config().dump()))
-    same = "the weights of the teacher, or what its file says, are no longer the same"
+    same = "the weights or the config file of the teacher have changed"
     return f": {'; '.join(changes.values()) or same}"

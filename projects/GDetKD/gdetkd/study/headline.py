@@ -1,4 +1,4 @@
-"""Say in one sentence which method leads, if the seeds tell the methods apart."""
+"""Write the sentence that says which method leads, or that the seeds cannot tell the methods apart."""
 
 from typing import List, Optional, Sequence, Tuple
 

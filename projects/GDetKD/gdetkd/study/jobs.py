@@ -37,7 +37,7 @@ def run_all(runs: Iterable[Run], train_net: Path, jobs: int = 2) -> None:
     """Train the runs that are not complete, with a progress bar.
 
     `jobs` runs train at once, each on its own GPU if there are several. If this function ends early, it also ends the
-    trainings. They save their state, and go on from there the next time.
+    trainings. They save their state and resume the next time.
 
     Raises:
         GDetKDError: a folder holds a run of another config, or a run failed. Then the message names the log of the run
@@ -58,7 +58,7 @@ def run_all(runs: Iterable[Run], train_net: Path, jobs: int = 2) -> None:
 
 
 def _train(waiting: List[Run], train_net: Path, jobs: int, bar: tqdm) -> None:
-    running: Dict[int, Training] = {}  # by the place, of `jobs` places, that the training takes
+    running: Dict[int, Training] = {}  # by place: 0 to `jobs` - 1
     done = 0
     try:
         while waiting or running:
@@ -72,7 +72,7 @@ def _train(waiting: List[Run], train_net: Path, jobs: int, bar: tqdm) -> None:
                     done += training.run.max_iter
             bar.update(done + sum(t.run.metrics_file.iterations_done() for t in running.values()) - bar.n)
     finally:
-        # A second training in the same folder would spoil both.
+        # A training that stays alive would write to the same folder as its successor.
         for training in running.values():
             training.process.terminate()
         for training in running.values():
@@ -81,8 +81,8 @@ def _train(waiting: List[Run], train_net: Path, jobs: int, bar: tqdm) -> None:
 
 @contextmanager
 def exit_on_signals() -> Iterator[None]:
-    """Raise SystemExit inside on SIGTERM and SIGHUP, so that the processes that were started inside can be ended."""
-    # nohup ignores SIGHUP, and it stays ignored.
+    """Raise SystemExit on SIGTERM and SIGHUP, so that the code inside can end the processes that it started."""
+    # Under nohup SIGHUP is ignored, and stays ignored.
     numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     handlers = {number: signal.signal(number, _end) for number in numbers}
     try:
@@ -93,7 +93,7 @@ def exit_on_signals() -> Iterator[None]:
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use: in a container or under SLURM fewer than the machine has."""
+    """Return how many cores this process may use. A container or SLURM can give fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -107,7 +107,7 @@ def _names(runs: Sequence[Run]) -> str:
 
 def run_environment(jobs: int, place: int = 0) -> Dict[str, str]:
     """Return the environment variables of the training at one of the `jobs` places: its threads and its GPU."""
-    # Keep the user's value. Otherwise the trainings share the cores that this process may use.
+    # A value that the user set wins. Otherwise the trainings share the usable cores.
     environment = {"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs)), **os.environ}
     count = torch.cuda.device_count()
     if count > 1:
@@ -119,7 +119,7 @@ def run_environment(jobs: int, place: int = 0) -> Dict[str, str]:
 
 def _start(run: Run, train_net: Path, jobs: int, place: int) -> Training:
     with open(run.folder / "stdout.txt", "a") as log:
-        # The terminal's Ctrl-C does not reach a session of its own: the training gets SIGTERM, and saves.
+        # In a new session the training does not get the terminal's Ctrl-C. It gets SIGTERM, and saves.
         process = subprocess.Popen(
             run.command(train_net),
             stdout=log,
@@ -135,4 +135,7 @@ def _check(training: Training) -> None:
     if training.process.returncode != 0 or not run.is_complete():
         log = run.folder / "stdout.txt"
         last = (log.read_text().strip().splitlines() or ["no output"])[-1]
-        raise GDetKDError(f"The run in {run.folder} failed; its log is {log}, which ends with: {last}")
+        raise GDetKDError(
+            f"The run in {run.folder} failed. Correct the cause and start again: complete runs are kept. The log {log} "
+            f"ends with: {last}"
+        )

@@ -1,7 +1,11 @@
-"""The methods of a comparison, by their names.
+"""Turn the name of a method into config changes. A method is:
 
-A method is "none" (the student alone, the baseline), the name of a loss, "head_transfer", or "GDetKD": what the config
-itself asks for. All but the first may be joined by "+": "GDetKD+PKD" is what the config asks for, and PKD.
+- "none": the student alone, the baseline;
+- the name of a loss;
+- "head_transfer";
+- "GDetKD": the losses and head transfer that the config asks for.
+
+All except "none" can be joined by "+". "GDetKD+PKD" is what the config asks for, and PKD.
 """
 
 from typing import List
@@ -16,13 +20,13 @@ BASELINE, CONFIGURED, HEAD_TRANSFER = "none", "GDetKD", "head_transfer"
 
 
 def method_opts(method: str, cfg: CfgNode) -> List[str]:
-    """Return the KEY VALUE changes that turn a config into that of a method.
+    """Return the KEY VALUE changes that turn a config into the config of a method.
 
     Args:
-        cfg: the config, which says what "GDetKD" is.
+        cfg: the config that defines "GDetKD".
 
     Raises:
-        GDetKDError: it names something that is no loss, or the same twice.
+        GDetKDError: a part of the name is not a loss, or appears twice.
     """
     if method == BASELINE:
         return list(PLAIN)
@@ -33,8 +37,8 @@ def method_opts(method: str, cfg: CfgNode) -> List[str]:
     for part in parts:
         if part not in (*known, HEAD_TRANSFER) or parts.count(part) > 1:
             raise GDetKDError(
-                f"There is no method {method!r}: {part!r} is no loss, or stands twice. There are {BASELINE}, "
-                f"{CONFIGURED}, {HEAD_TRANSFER}, {', '.join(known)}, and all but the first joined by '+'."
+                f"There is no method {method!r}: {part!r} is not a loss, or appears twice. Choose from {BASELINE}, "
+                f"{CONFIGURED}, {HEAD_TRANSFER}, {', '.join(known)}; all except {BASELINE} can be joined by '+'."
             )
     losses = tuple(part for part in parts if part != HEAD_TRANSFER)
     return ["DISTILL.LOSSES", str(losses), "DISTILL.HEAD_TRANSFER", str(HEAD_TRANSFER in parts)]
@@ -46,13 +50,15 @@ def configured_parts(cfg: CfgNode) -> List[str]:
 
 
 def ablation(cfg: CfgNode) -> List[str]:
-    """Return the components of the configured method: each alone, then one after another added, up to all of them.
+    """Return the methods of an ablation: the baseline, each component alone, then components added one by one.
 
     Raises:
         GDetKDError: the config asks for no component.
     """
     parts = configured_parts(cfg)
     if not parts:
-        raise GDetKDError("There is nothing to ablate: DISTILL.LOSSES is empty and DISTILL.HEAD_TRANSFER is off.")
+        raise GDetKDError(
+            "There is nothing to ablate: DISTILL.LOSSES is empty and DISTILL.HEAD_TRANSFER is off. Name losses."
+        )
     joined = ["+".join(parts[:count]) for count in range(2, len(parts))]
     return [BASELINE, *parts, *joined, *([CONFIGURED] if len(parts) > 1 else [])]

@@ -1,20 +1,19 @@
-"""Draw one picture of a comparison with one method: AP over training time, and what the detectors see."""
+"""Draw a picture of a comparison with one method: AP over training time, and the detections on some images."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
-from detectron2.data import transforms as T
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import nn
 
 from ..figures.style import METHOD, PLAIN, TEACHER
+from ..insight.probe import read_at_test_size
 from .comparison import Comparison
 from .methods import BASELINE, CONFIGURED
 from .summary import mean_curve
@@ -25,7 +24,7 @@ CLASS_COLORS = plt.get_cmap("tab10")
 
 @dataclass
 class Curve:
-    """The AP (percent) over the training time (seconds), mean over the seeds."""
+    """Hold the AP (percent) over the training time (seconds), as a mean over the seeds."""
 
     label: str
     seconds: List[float]
@@ -35,17 +34,17 @@ class Curve:
 def curves_of(comparison: Comparison) -> List[Curve]:
     """Return the curves of the baseline, of the baseline at equal time and of the configured method.
 
-    The time is iterations times the measured time of a step. So the baseline at equal time ends where the method ends,
-    or up to a tenth of the baseline's time later, because its iterations are rounded up to such a tenth.
+    The time is iterations times the measured time of a step. The iterations of the baseline at equal time are rounded
+    up, so it ends where the method ends, or up to a tenth of the baseline's time later.
     """
     schedule = comparison.schedules[0]
     baseline, method = (BASELINE, schedule), (CONFIGURED, schedule)
-    found = [("baseline", comparison.runs[baseline], BASELINE)]
+    shown = [("baseline", comparison.runs[baseline], BASELINE)]
     longer = comparison.equal_time_runs.get(method, comparison.runs[baseline])
-    if longer is not comparison.runs[baseline]:  # it is if a step of the method costs no more
-        found.append(("baseline, equal time", longer, BASELINE))
-    found.append(("distilled", comparison.runs[method], CONFIGURED))
-    return [Curve(label, *mean_curve(runs, comparison.step_seconds(name))) for label, runs, name in found]
+    if longer is not comparison.runs[baseline]:  # they are equal if a step of the method costs no more
+        shown.append(("baseline, equal time", longer, BASELINE))
+    shown.append(("distilled", comparison.runs[method], CONFIGURED))
+    return [Curve(label, *mean_curve(runs, comparison.step_seconds(name))) for label, runs, name in shown]
 
 
 def draw_comparison(
@@ -55,10 +54,10 @@ def draw_comparison(
 
     Args:
         path: file of the PNG.
-        comparison: its runs are complete, and GDetKD is among its methods.
+        comparison: a comparison with complete runs and the method GDetKD.
         teacher_ap: percent; None if it is not known.
-        detectors: by title, a detector in eval mode and its config. Each has one row of images. Every image shows as
-            many detections as it has objects. The images are the first of the test set with at least three objects.
+        detectors: by title, a detector in eval mode and its config. Each detector has a row of images, the first images
+            of the test set with at least three objects. Every image shows as many detections as it has objects.
     """
     dataset = comparison.cfg.DATASETS.TEST[0]
     images = [image for image in DatasetCatalog.get(dataset) if len(image.get("annotations", ())) >= 3][:5]
@@ -84,7 +83,7 @@ def _draw_curves(axis: Axes, curves: Sequence[Curve], teacher_ap: Optional[float
         axis.text(0, teacher_ap + 0.8, f"teacher {teacher_ap:.1f}", color=COLORS["teacher"], fontsize=11)
     for curve in curves:
         color = COLORS[curve.label]
-        # Right of a curve that ends early there is room; a label above or below the others' ends hides no curve.
+        # The label of a short curve fits on its right. The labels of long curves are above or below their ends.
         is_short = curve.seconds[-1] < 0.8 * end
         offset = (8, -11) if is_short else (2, -18) if curve.label == "baseline" else (2, 9)
         axis.plot([0, *curve.seconds], [0, *curve.ap], color=color, linewidth=2, marker="o", markersize=4)
@@ -107,20 +106,13 @@ def _draw_curves(axis: Axes, curves: Sequence[Curve], teacher_ap: Optional[float
     axis.grid(axis="y", alpha=0.25)
 
 
-def detect(model: nn.Module, cfg: Any, pixels: np.ndarray) -> Any:
-    """A detector's `Instances` for one image (H, W, 3) in the channel order of its config."""
-    resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-    image = resize.get_transform(pixels).apply_image(pixels).astype("float32").transpose(2, 0, 1)
-    height, width = pixels.shape[:2]
-    with torch.no_grad():
-        return model([{"image": torch.as_tensor(image), "height": height, "width": width}])[0]["instances"].to("cpu")
-
-
 def _draw_detections(axis: Axes, image: Dict[str, Any], model: nn.Module, cfg: Any) -> None:
     axis.imshow(utils.read_image(image["file_name"], "RGB"))
-    found = detect(model, cfg, utils.read_image(image["file_name"], cfg.INPUT.FORMAT))
-    # The best ones, not those above a score: a dense detector's scores are lower than a two-stage one's.
-    best = found[found.scores.argsort(descending=True)[: len(image["annotations"])]]
+    inputs, _ = read_at_test_size(image["file_name"], cfg)
+    with torch.no_grad():
+        instances = model([inputs])[0]["instances"].to("cpu")
+    # A score threshold would not suit all: a dense detector scores lower than a two-stage detector.
+    best = instances[instances.scores.argsort(descending=True)[: len(image["annotations"])]]
     for (x1, y1, x2, y2), label in zip(best.pred_boxes.tensor.tolist(), best.pred_classes.tolist()):
         color = CLASS_COLORS(label % 10)
         axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=3.2))

@@ -20,9 +20,9 @@ def write_report(
     """Write report.md, report.csv, report.json and report.html of a comparison whose runs are complete.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
         teacher_ap: percent, on the same dataset; None if it is not known.
-        setting: what was compared where, by a short name; shown at the top.
+        setting: what was compared and on which machine, by a short name; shown at the top.
 
     Returns:
         the rows of the table.
@@ -37,7 +37,7 @@ def write_report(
 
 
 def describe(comparison: Comparison) -> Dict[str, str]:
-    """Return what is compared where, by a short name. The steps are measured."""
+    """Return what is compared and on which machine, by a short name. The steps must be measured."""
     cfg = comparison.cfg
     device = torch.cuda.get_device_name() if cfg.MODEL.DEVICE != "cpu" else f"{platform.machine()} CPU"
     return {
@@ -63,7 +63,7 @@ def _page(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optional[floa
         _figures(comparison, rows, teacher_ap),
         _table(rows, find_leader(comparison, _main_rows(rows))),
         notes(rows, teacher_ap),
-        "Numbers: report.csv and report.json beside this page.",
+        "The numbers are in report.csv and report.json beside this page.",
     )
 
 
@@ -76,7 +76,7 @@ def _main_rows(rows: Sequence[Row]) -> List[Row]:
 def _table(rows: Sequence[Row], leader: Optional[Row]) -> Table:
     names, body = headers(rows), []
     for row, texts in zip(rows, cells(rows)):
-        kind = {BASELINE: "plain", CONFIGURED: "ours"}.get(row.method, "")
+        kind = {BASELINE: "plain", CONFIGURED: "configured"}.get(row.method, "")
         if row is not rows[0] and row.method == rows[0].method:
             kind += " next"  # the first row of another schedule
         columns = []
@@ -92,18 +92,22 @@ def _figures(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optional[f
     """Return the figures of the page."""
     main = _main_rows(rows)
     several = len(comparison.schedules) > 1
-    where = f" The longest schedule, {main[0].schedule:g}x." if several else ""
+    where = f" This is the longest schedule, {main[0].schedule:g}x." if several else ""
     at_equal_time = any(row.equal_time_gain is not None for row in main)
-    marks = " The dotted mark is the student alone, trained for the time of that method." if at_equal_time else ""
-    hollow = " Hollow: at equal time." if at_equal_time else ""
-    caption = f"Bars: mean and standard error; circles: each seed.{marks}{where}"
+    marks = " The dotted marks show the student alone, trained for the time of that method." if at_equal_time else ""
+    hollow = " Hollow marks: at equal time." if at_equal_time else ""
+    caption = f"Bars show the mean and the standard error, circles the single seeds.{marks}{where}"
     figures = [_section("scores", "Final AP", charts.draw_scores(comparison, main, teacher_ap), caption)]
     if several:
-        caption = "The same methods with longer schedules: a gain that shrinks is faster convergence, not a better end."
+        caption = (
+            "The same methods with longer schedules. A gain that shrinks is faster convergence, not a better final AP."
+        )
         figures.append(_section("schedules", "AP and the length of the schedule", charts.draw_schedules(rows), caption))
     is_longer = bool(charts.longer_baselines(comparison, main))
     dotted = " Dotted: the student alone, trained for the time of a method." if is_longer else ""
-    caption = f"Mean over seeds at each evaluation, over iterations times the measured time of a step.{dotted}{where}"
+    caption = (
+        f"AP at each evaluation, mean over seeds. Time is iterations times the measured time of a step.{dotted}{where}"
+    )
     figures.append(
         _section("curves", "AP over training time", charts.draw_curves(comparison, main, teacher_ap), caption)
     )

@@ -4,11 +4,11 @@ The wall time of a run depends on what else the machine does meanwhile, so the w
 compared. Here the baseline and the method take steps in turn, in one process, so that other work slows both alike. A
 step is all that a training run times: loading the batch, forward and backward pass, guard and optimizer.
 
-Both start as a run starts, on the same batches, but in the state that lasts: every term has its full weight and CKD's
-queue is full. Nothing is written to the folder of a run.
+Both start as a run starts, on the same batches, but as in the later part of a run: every term has its full weight, and
+CKD's queue is full. Nothing is written to the folder of a run.
 
-One limit: if workers load the batches (DATALOADER.NUM_WORKERS), those of one config also load while the other takes its
-step. The time that a step waits for a loader that is slower than the step is then underestimated, of both.
+One limit: if workers load the batches (DATALOADER.NUM_WORKERS), the workers of one config also load while the other
+config takes a step. If the loader is slower than the step, the waiting time of both is then underestimated.
 """
 
 import json
@@ -37,13 +37,13 @@ from ..program import explained_errors
 from .folder import fingerprint
 from .run import Run
 
-# Rounds of one step each. The first ones allocate memory, and on a GPU choose algorithms.
+# A round has a step of each config. The warm-up rounds allocate memory, and on a GPU choose algorithms.
 WARM_UP, ROUNDS = 5, 30
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Hold what was measured of a method's step.
+    """Hold the measured time of a method's step.
 
     Attributes:
         ratio: time of the method's step over that of the baseline's step, median over the rounds.
@@ -66,7 +66,7 @@ class _Stepper(DistillTrainer):
 
     def __init__(self, cfg: CfgNode, folder: str) -> None:
         cfg = cfg.clone()
-        cfg.OUTPUT_DIR = folder  # a step that is not finite leaves a report there
+        cfg.OUTPUT_DIR = folder  # StepGuard writes a report there if a step is not finite
         cfg.DISTILL.VIS_PERIOD = 0
         super().__init__(cfg)
         self.resume_or_load(resume=False)
@@ -98,8 +98,8 @@ def measure_pair(baseline: CfgNode, method: CfgNode, rounds: int = ROUNDS, warm_
         GDetKDError: one of the two cannot be trained.
     """
     with tempfile.TemporaryDirectory() as folder:
-        works = {"baseline": _Stepper(baseline, folder).step, "method": _Stepper(method, folder).step}
-        seconds = time_in_rounds(works, rounds, warm_up)
+        steps = {"baseline": _Stepper(baseline, folder).step, "method": _Stepper(method, folder).step}
+        seconds = time_in_rounds(steps, rounds, warm_up)
     ratios = [method / baseline for baseline, method in zip(seconds["baseline"], seconds["method"])]
     low, ratio, high = statistics.quantiles(ratios, n=4)
     return StepTime(
@@ -113,11 +113,11 @@ def measure_pair(baseline: CfgNode, method: CfgNode, rounds: int = ROUNDS, warm_
 
 
 def measure_in_process(baseline: Run, method: Run, environment: Mapping[str, str], log: Path) -> StepTime:
-    """Measure the steps of two runs in a process of their own, which ends with all the memory that they take.
+    """Measure the steps of two runs in a separate process, which frees all their memory when it ends.
 
     Args:
         environment: the environment of the runs, with their number of threads and their GPU.
-        log: file that gets what the process prints.
+        log: file for the output of the process.
 
     Raises:
         GDetKDError: the process fails; the message gives the last line of its log.
@@ -138,10 +138,10 @@ def measure_in_process(baseline: Run, method: Run, environment: Mapping[str, str
 
 
 def kept_step_time(path: Path, baseline: Run, method: Run, environment: Mapping[str, str]) -> StepTime:
-    """Return the step time that a file keeps, or measure it and keep it there.
+    """Return the step time that a file keeps, or measure it and write the file.
 
-    A comparison that is continued needs the same ratio, or its runs at equal time would be other runs. So the file
-    counts as long as both configs and the teacher are the same.
+    A comparison that continues needs the same ratio, because the ratio sets the length of the runs at equal time. So
+    the file is used as long as both configs and the teacher are the same.
     """
     key = [fingerprint(run) for run in (baseline, method)]
     kept = json.loads(path.read_text()) if path.exists() else {}
@@ -161,7 +161,7 @@ def _main(request: Mapping[str, Any], result: Path) -> None:
             cfg.MODEL.DEVICE = "cpu"
     if configs[0].MODEL.DEVICE.startswith("cuda:"):
         torch.cuda.set_device(configs[0].MODEL.DEVICE)  # the clock waits for the current GPU
-    # As Detectron2 does at the start of a training run.
+    # Detectron2 does the same at the start of a training run.
     torch.backends.cudnn.benchmark = configs[0].CUDNN_BENCHMARK
     seed_all_rng(configs[0].SEED)
     result.write_text(json.dumps(asdict(measure_pair(*configs))))

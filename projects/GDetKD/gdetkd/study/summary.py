@@ -1,4 +1,4 @@
-"""What the runs of a comparison came to, as rows of numbers, and as Markdown, CSV and JSON."""
+"""Summarize the runs of a comparison as rows of numbers, and write the rows as Markdown, CSV and JSON."""
 
 import csv
 import io
@@ -15,29 +15,30 @@ from .comparison import Comparison, Key
 from .methods import BASELINE
 from .run import Run
 
-# A mean over seeds and its standard error, None of a single seed; or None where there is nothing to average.
+# A mean over seeds and its standard error. The error of a single seed is None. Without values the estimate is None.
 Estimate = Optional[Tuple[float, Optional[float]]]
-# A difference counts when it is larger than so many of its standard errors.
+# A difference is told apart from 0 if it is larger than this many standard errors.
 ERRORS = 2
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one schedule.
+    """Hold the results of a method on a schedule.
 
     Attributes:
-        method, schedule: which; the schedule in multiples of the config's iterations.
-        iterations: of each run.
-        seeds: how many.
+        method: name of the method.
+        schedule: multiple of the config's iterations.
+        iterations: iterations of each run.
+        seeds: number of seeds.
         metrics: AP, AP50, AP75, APs, APm, APl in percent.
-        gain: AP over the baseline of the same schedule and seed; None of the baseline itself.
-        equal_time_gain: AP over the baseline trained for the same time; None where that was not trained.
-        equal_time_ap: that baseline's AP.
-        lead_closed: `gain` as a share of the teacher's AP over the baseline's; None where the teacher has no lead.
-        seconds: of training a run, without evaluations: iterations times the measured seconds of a step.
-        step_time: time of a step over that of the baseline's, as measured side by side.
-        step_time_range: lower and upper quartile of that ratio over the measured steps; None of the baseline itself.
-        step_memory: peak memory over the baseline's; None where it was not measured.
+        gain: AP over the baseline with the same schedule and seed; None for the baseline.
+        equal_time_gain: AP over the baseline that trained for the same time; None if there is no such baseline.
+        equal_time_ap: AP of the baseline that trained for the same time; None if there is no such baseline.
+        lead_closed: `gain` as a share of the teacher's lead over the baseline; None if the teacher has no lead.
+        seconds: training time of a run without evaluations: iterations times the measured seconds of a step.
+        step_time: time of a step over the time of the baseline's step, measured side by side.
+        step_time_range: lower and upper quartile of that ratio over the measured steps; None for the baseline.
+        step_memory: peak memory over the baseline's peak memory; None if it was not measured.
     """
 
     method: str
@@ -56,10 +57,10 @@ class Row:
 
 
 def summarize(comparison: Comparison, teacher_ap: Optional[float]) -> List[Row]:
-    """A row of each method and schedule; all runs are complete.
+    """Return a row for each method and schedule. All runs must be complete.
 
     Args:
-        teacher_ap: in percent, on the same data set; None where it is not known.
+        teacher_ap: percent, on the same dataset; None if it is not known.
     """
     return [_row(comparison, key, runs, teacher_ap) for key, runs in comparison.runs.items()]
 
@@ -70,8 +71,9 @@ def _row(comparison: Comparison, key: Key, runs: List[Run], teacher_ap: Optional
     at_equal_time = comparison.equal_time_runs.get(key)
     gain = None if is_baseline else paired_gain(runs, baselines)
     lead = None if teacher_ap is None else teacher_ap - _estimate(baselines, "AP")[0]
-    memories = [[run.metrics_file.peak_megabytes() for run in each] for each in (runs, baselines)]
-    known = all(value is not None for each in memories for value in each)
+    memory = [run.metrics_file.peak_megabytes() for run in runs]
+    baseline_memory = [run.metrics_file.peak_megabytes() for run in baselines]
+    measured = None not in memory and None not in baseline_memory
     return Row(
         method,
         schedule,
@@ -85,7 +87,7 @@ def _row(comparison: Comparison, key: Key, runs: List[Run], teacher_ap: Optional
         runs[0].max_iter * comparison.step_seconds(method),
         comparison.step_ratio(method),
         None if is_baseline else (comparison.step_times[method].low, comparison.step_times[method].high),
-        _mean(memories[0]) / _mean(memories[1]) if known else None,
+        _mean(memory) / _mean(baseline_memory) if measured else None,
     )
 
 
@@ -99,25 +101,25 @@ def _estimate(runs: Sequence[Run], metric: str) -> Estimate:
 
 
 def paired_gain(runs: Sequence[Run], references: Sequence[Run]) -> Estimate:
-    """Return by how much the AP of some runs is above that of others.
+    """Return the gain in AP of runs over reference runs, paired by seed.
 
-    It is paired by seed: the two runs of a seed have the same initialisation and data order.
+    Two runs with the same seed have the same initialisation and data order.
     """
-    return mean_and_error([a.metrics_file.last()["AP"] - b.metrics_file.last()["AP"] for a, b in zip(runs, references)])
+    pairs = zip(runs, references)
+    return mean_and_error([run.metrics_file.last()["AP"] - ref.metrics_file.last()["AP"] for run, ref in pairs])
 
 
 def mean_curve(runs: Sequence[Run], step_seconds: float) -> Tuple[List[float], List[float]]:
     """Return the training time in seconds and the AP in percent of each evaluation, as means over the seeds.
 
     Args:
-        step_seconds: the measured seconds of a step, so that the time does not depend on what else the machine did
-            during a run.
+        step_seconds: the measured seconds of a step. The wall time of a run would depend on the load of the machine.
     """
     curves = [run.metrics_file.curve() for run in runs]
     # A run that was interrupted may have been evaluated more often than the others.
-    points = list(zip(*(curve[-min(map(len, curves)) :] for curve in curves)))
-    seconds = [step_seconds * sum(point.iteration for point in each) / len(each) for each in points]
-    return seconds, [sum(point.metrics["AP"] for point in each) / len(each) for each in points]
+    evaluations = list(zip(*(curve[-min(map(len, curves)) :] for curve in curves)))
+    seconds = [step_seconds * sum(point.iteration for point in points) / len(points) for points in evaluations]
+    return seconds, [sum(point.metrics["AP"] for point in points) / len(points) for points in evaluations]
 
 
 def is_told_apart(difference: Estimate) -> bool:
@@ -128,7 +130,7 @@ def is_told_apart(difference: Estimate) -> bool:
 
 
 def with_error(estimate: Estimate, sign: str = "") -> str:
-    """ "31.1 ± 0.4"; without the error where there is none, and a dash for nothing."""
+    """Return an estimate as text, such as "31.1 ± 0.4". Leave out a missing error; None becomes a dash."""
     if estimate is None:
         return "–"
     mean, error = estimate
@@ -136,7 +138,7 @@ def with_error(estimate: Estimate, sign: str = "") -> str:
 
 
 def headers(rows: Sequence[Row]) -> List[str]:
-    """Of `cells`."""
+    """Return the headers of the table that `cells` returns."""
     several = len({row.schedule for row in rows}) > 1
     timed = any(row.equal_time_gain is not None for row in rows)
     return [
@@ -152,7 +154,7 @@ def headers(rows: Sequence[Row]) -> List[str]:
 
 
 def cells(rows: Sequence[Row]) -> List[List[str]]:
-    """The table as text, by row."""
+    """Return the texts of the table, row by row."""
     names = headers(rows)
     table = []
     for row in rows:
@@ -171,23 +173,27 @@ def cells(rows: Sequence[Row]) -> List[List[str]]:
 
 
 def notes(rows: Sequence[Row], teacher_ap: Optional[float]) -> List[str]:
-    """What has to be known to read the table."""
+    """Return the notes that explain the table."""
     seeds = rows[0].seeds
-    spread = f"mean ± standard error over {seeds} seeds" if seeds > 1 else "one seed, so that nothing tells the spread"
-    found = [
+    spread = f"mean ± standard error over {seeds} seeds" if seeds > 1 else "from one seed, so the spread is not known"
+    texts = [
         f"AP in percent, {spread}. Gains are over the student alone (none) with the same seeds, at equal iterations. "
-        "Time and memory of a training step are relative to a step of none. The times were measured in turn in one "
-        "process, with the loading of the batch.",
+        "Time and memory of a training step are relative to a step of none. A step includes the loading of its batch. "
+        "Both were timed in turn in one process.",
     ]
     if teacher_ap is None:
-        found.append("The teacher's AP on this data set is not known, and so neither is the share of its lead.")
+        texts.append(
+            "The teacher's AP on this dataset is not known, so the share of the lead closed is not known either."
+        )
     else:
-        found.append(f"The teacher has AP {teacher_ap:.1f}; the share of its lead over none that a gain closes.")
+        texts.append(
+            f"The teacher has AP {teacher_ap:.1f}. Lead closed is the gain as a share of the teacher's lead over none."
+        )
     if any(row.step_memory is None for row in rows):
-        found.append("Memory was not measured: Detectron2 records its peak on GPUs alone.")
+        texts.append("Memory was not measured, because Detectron2 records the peak only on GPUs.")
     if all(row.equal_time_gain is None for row in rows):
-        found.append("A distilled step costs more than a plain one: --equal-time also trains none for as long.")
-    return found
+        texts.append("A distilled step costs more than a plain step. Use --equal-time to train none for the same time.")
+    return texts
 
 
 def as_markdown(rows: Sequence[Row], teacher_ap: Optional[float]) -> str:
@@ -198,7 +204,7 @@ def as_markdown(rows: Sequence[Row], teacher_ap: Optional[float]) -> str:
 
 
 def as_records(rows: Sequence[Row]) -> List[Dict[str, Any]]:
-    """Flat dictionaries of numbers, for JSON and CSV; None where there is none."""
+    """Return the rows as flat dictionaries for JSON and CSV. A missing number is None."""
     records = []
     for row in rows:
         estimates = {**row.metrics, "gain": row.gain}
@@ -219,7 +225,7 @@ def _rounded(value: Optional[float]) -> Optional[float]:
 
 
 def as_json(rows: Sequence[Row], teacher_ap: Optional[float], setting: Dict[str, str]) -> str:
-    """Return all numbers, with what was compared where."""
+    """Return all numbers and the setting of the comparison as JSON."""
     return json.dumps({"setting": setting, "teacher_AP": teacher_ap, "rows": as_records(rows)}, indent=2) + "\n"
 
 
@@ -232,6 +238,6 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def mean_and_error(values: Sequence[float]) -> Tuple[float, Optional[float]]:
-    """Return the mean and its standard error. A single value has no error: None."""
+    """Return the mean and its standard error. The error of a single value is None."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return statistics.fmean(values), error
