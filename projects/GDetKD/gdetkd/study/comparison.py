@@ -25,9 +25,10 @@ from ..engine.preflight import check_student
 from ..errors import GDetKDError
 from ..teacher import FrozenTeacher, transfer_heads
 from .folder import claim_folder
-from .jobs import exit_on_signals, run_all, run_environment, seed_by_seed
+from .jobs import run_all, run_environment, seed_by_seed
 from .methods import BASELINE, CONFIGURED, configured_parts, method_opts
 from .run import Run, stretched
+from .signals import exit_on_signals
 from .step_time import StepTime, kept_step_time
 
 logger = logging.getLogger(__name__)

@@ -1,14 +1,11 @@
 """Train several runs at once, each in its own process with its share of the cores."""
 
 import os
-import signal
 import subprocess
-import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Sequence
+from typing import Any, Dict, Iterable, List, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
@@ -16,6 +13,7 @@ from tqdm import tqdm
 from ..errors import GDetKDError
 from .folder import claim_folder
 from .run import Run
+from .signals import exit_on_signals, starting
 
 POLL_SECONDS = 1.0
 
@@ -63,7 +61,8 @@ def _train(waiting: List[Run], train_net: Path, jobs: int, bar: tqdm) -> None:
     try:
         while waiting or running:
             for place in [place for place in range(jobs) if place not in running][: len(waiting)]:
-                running[place] = _start(waiting.pop(0), train_net, jobs, place)
+                with starting():
+                    running[place] = _start(waiting.pop(0), train_net, jobs, place)
             time.sleep(POLL_SECONDS)
             for place, training in list(running.items()):
                 if training.process.poll() is not None:
@@ -79,26 +78,9 @@ def _train(waiting: List[Run], train_net: Path, jobs: int, bar: tqdm) -> None:
             training.process.wait()
 
 
-@contextmanager
-def exit_on_signals() -> Iterator[None]:
-    """Raise SystemExit on SIGTERM and SIGHUP, so that the code inside can end the processes that it started."""
-    # Under nohup SIGHUP is ignored, and stays ignored.
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    handlers = {number: signal.signal(number, _end) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-
 def usable_cores() -> int:
     """Return how many cores this process may use. A container or SLURM can give fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _end(number: int, frame: Any) -> None:
-    sys.exit(128 + number)
 
 
 def _names(runs: Sequence[Run]) -> str:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, List, Mapping
+from typing import Any, List, Mapping, Optional, TextIO
 
 import torch
 from detectron2.config import CfgNode
@@ -36,6 +36,7 @@ from ..files import written_whole
 from ..program import explained_errors
 from .folder import fingerprint
 from .run import Run
+from .signals import starting
 
 # A round has a step of each config. The warm-up rounds allocate memory, and on a GPU choose algorithms.
 WARM_UP, ROUNDS = 5, 30
@@ -127,7 +128,7 @@ def measure_in_process(baseline: Run, method: Run, environment: Mapping[str, str
         result = Path(folder) / "step_time.json"
         command = [sys.executable, "-m", __name__, json.dumps(request), str(result)]
         with open(log, "w") as file:
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+            code = _run_to_the_end(command, file, environment)
         if code != 0:
             last = (log.read_text().strip().splitlines() or ["no output"])[-1]
             raise GDetKDError(
@@ -135,6 +136,19 @@ def measure_in_process(baseline: Run, method: Run, environment: Mapping[str, str
                 f"{code}. Correct the cause and start again. Its log is {log}, which ends with: {last}"
             )
         return StepTime(**json.loads(result.read_text()))
+
+
+def _run_to_the_end(command: List[str], log: TextIO, environment: Mapping[str, str]) -> int:
+    """Return the exit code of a command. End its process if this function ends early."""
+    process: Optional[subprocess.Popen] = None
+    try:
+        with starting():
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        return process.wait()
+    finally:
+        if process is not None and process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def kept_step_time(path: Path, baseline: Run, method: Run, environment: Mapping[str, str]) -> StepTime:
