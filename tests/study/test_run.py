@@ -98,9 +98,7 @@ def test_a_folder_of_another_config_is_refused(tmp_path):
     # Once Detectron2 has written the run's config there, the keys that differ are named, and no others.
     as_run = load_config(CONFIG, ["SOLVER.MAX_ITER", 100, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "done")])
     (tmp_path / "done" / "config.yaml").write_text(as_run.dump())
-    with pytest.raises(
-        GDetKDError, match="another config: DISTILL.SGFI.WEIGHT 6.0 -> 9.0. Use that config"
-    ):
+    with pytest.raises(GDetKDError, match="another config: DISTILL.SGFI.WEIGHT 6.0 -> 9.0. Use that config"):
         run_all([changed], tmp_path / "train_net.py")
 
 
