@@ -39,7 +39,7 @@ def config_file(distill_cfg, tmp_path):
 def test_trains_and_evaluates_without_cuda_and_without_teacher(config_file, tmp_path):
     result = run("train_net.py", "--config-file", config_file, "DISTILL.EVAL_TEACHER", "True")
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "There is no CUDA device: running on the CPU" in result.stderr
+    assert "There is no CUDA device. The run uses the CPU" in result.stderr
     for text in (result.stdout, (tmp_path / "run" / "log.txt").read_text()):
         assert text.count("Evaluating the teacher.") == 1 and "gdetkd.engine.teacher_evaluation" in text
     assert "Evaluating the teacher." not in result.stderr

@@ -81,7 +81,7 @@ class Check:
             dicts, classes = load_dataset(name), MetadataCatalog.get(name).get("thing_classes") or ()
             annotations = sum(len(image.get("annotations", ())) for image in dicts)
             rows.append([name, len(dicts), annotations, len(classes), some(classes, 5)])
-        return tabulate(rows, ["data set", "images", "objects", "classes", ""])
+        return tabulate(rows, ["dataset", "images", "objects", "classes", ""])
 
     def _detectors(self) -> str:
         columns = {"student": _describe(self._student, self._trainer.student_spec, self._cfg.INPUT.FORMAT)}

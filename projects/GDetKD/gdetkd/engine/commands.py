@@ -1,4 +1,4 @@
-"""What `train_net.py` can do with a config: train, evaluate the student or the teacher, and check."""
+"""Train, evaluate the student or the teacher, or check a config: the commands of `train_net.py`."""
 
 import sys
 from argparse import Namespace
@@ -14,15 +14,15 @@ from .preflight import check_student_classes, check_test_sets
 from .quiet import quiet
 from .setup import kept_config, start
 from .student_weights import StudentCheckpointer
-from .teacher_score import evaluate_teacher
+from .teacher_evaluation import evaluate_teacher
 from .trainer import DistillTrainer, build_plain_student
 
 
 def train(cfg: CfgNode, args: Namespace) -> Any:
-    """Train, or go on with a training. Return the results of the last evaluation."""
+    """Train, or continue a training. Return the results of the last evaluation."""
     with only_training_in(cfg.OUTPUT_DIR):
         check_earlier_run(cfg.OUTPUT_DIR, args.resume, args.overwrite)
-        with kept_config(cfg.OUTPUT_DIR, False):  # a run that is refused leaves the folder as it was
+        with kept_config(cfg.OUTPUT_DIR, False):  # if the run is refused, the folder stays unchanged
             start(cfg, args)
             trainer = DistillTrainer(cfg)
             if args.resume:
@@ -34,7 +34,7 @@ def train(cfg: CfgNode, args: Namespace) -> Any:
 
 
 def evaluate(cfg: CfgNode, args: Namespace) -> Any:
-    """Evaluate the student on DATASETS.TEST. The weights must set all of it."""
+    """Evaluate the student on DATASETS.TEST. The weights must set all of its tensors."""
     with kept_config(cfg.OUTPUT_DIR, True):
         start(cfg, args)
     check_parts(cfg)

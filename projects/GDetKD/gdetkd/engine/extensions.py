@@ -1,4 +1,4 @@
-"""Hooks that a package above the engine adds to every `DistillTrainer`."""
+"""Let packages above the engine add hooks to every `DistillTrainer`."""
 
 from typing import Any, Callable, List, NamedTuple, Sequence
 
@@ -6,11 +6,11 @@ from detectron2.engine import HookBase
 
 
 class ExtraHooks(NamedTuple):
-    """Hooks to add.
+    """Hold the hooks to add.
 
     Attributes:
-        before_writers: run before the hook that writes metrics.
-        last: run after it.
+        before_writers: hooks that run before the hook that writes metrics.
+        last: hooks that run after all of Detectron2's hooks.
     """
 
     before_writers: Sequence[HookBase] = ()

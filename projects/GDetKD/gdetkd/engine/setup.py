@@ -28,7 +28,7 @@ def read_config(args: Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-        logging.warning("There is no CUDA device: running on the CPU, which is much slower.")
+        logging.warning("There is no CUDA device. The run uses the CPU, which is much slower.")
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         raise GDetKDError("SOLVER.AMP.ENABLED needs a CUDA device. Set it to False, or train on a GPU.")
     check_device(cfg.MODEL.DEVICE)
@@ -49,7 +49,7 @@ def check_device(device: str) -> None:
             "CUDA_VISIBLE_DEVICES=, or train on them."
         )
     if device.startswith("cuda:") and comm.get_world_size() == 1:
-        torch.cuda.set_device(device)  # random states are saved of the current GPU
+        torch.cuda.set_device(device)  # a checkpoint holds the random state of the current GPU
 
 
 @contextmanager
