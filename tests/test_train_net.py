@@ -108,7 +108,7 @@ def test_a_finished_training_is_not_overwritten(config_file, tmp_path):
 def test_more_gpus_than_there_are(config_file):
     result = run("train_net.py", "--config-file", config_file, "--num-gpus", "64")
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "--num-gpus 64" in result.stderr and "leave --num-gpus out" in result.stderr
+    assert "--num-gpus is 64" in result.stderr and "leave --num-gpus out" in result.stderr
 
 
 def test_the_device_and_the_exchange_have_to_fit(monkeypatch):
