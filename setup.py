@@ -18,9 +18,9 @@ setup(
     python_requires=">=3.8",
     package_dir={"": PACKAGES},
     packages=find_packages(PACKAGES),
-    package_data={"gdetkd": ["py.typed"]},
+    package_data={"gdetkd": ["py.typed", "figures/*.html"]},
     # Both are needed, but how to get them differs between machines: `import gdetkd` says what is missing.
-    install_requires=["tqdm", "matplotlib"],
+    install_requires=["jinja2", "matplotlib", "tqdm"],
     extras_require={
         "quickstart": ["opencv-python-headless"],
         "instaboost": ["instaboostfast"],

@@ -1,20 +1,21 @@
 #!/usr/bin/env python
-"""Counts what a distillation step has to compute at least: the student's step and the teacher's forward pass, and what
-the losses add. Nothing is timed.
+"""Count what a distillation step has to compute at least: the student's step, the teacher's forward pass, the losses.
+
+Nothing is timed.
 
 python benchmarks/floor.py [--config-file FILE] [--image-size 800 1333] [--images 1] [--regions 512] [--queue N]
 
-FLOPs are torch's count, two for a multiply-add, of matrix products and convolutions. MB kept is what the forward pass
-leaves for the backward pass, in float32: written once and read once at least.
+FLOPs are torch's count for matrix products and convolutions: two for each multiply-add. "MB kept" is the memory that
+the forward pass keeps for the backward pass, in float32.
 """
 
 import argparse
 from typing import Any, Callable, Tuple
 
 from gdetkd.config import plain_config
+from gdetkd.config_file import load_config
 from gdetkd.detectors import build_adapter
 from gdetkd.engine.step_costs import LATE, peak_memory
-from gdetkd.experiments import load_config
 from gdetkd.losses import build_losses
 from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
 from gdetkd.teacher_file import read_teacher_file
@@ -33,35 +34,40 @@ PAIR = "configs/COCO-Detection/faster_rcnn_R_50-faster_rcnn_R_18_1x.yaml"
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", default=PAIR, help="of a two-stage pair")
+    parser.add_argument("--config-file", default=PAIR, help="a pair of two-stage detectors")
     parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), default=(800, 1333))
     parser.add_argument("--images", type=int, default=1)
-    parser.add_argument("--regions", type=int, default=512, help="of an image")
-    parser.add_argument("--queue", type=int, help="embeddings in CKD's queue; default: of the config")
+    parser.add_argument("--regions", type=int, default=512, help="regions of each image")
+    parser.add_argument("--queue", type=int, help="embeddings in CKD's queue; default: the config's")
     return parser.parse_args()
 
 
 def count(work: Callable[[], Any]) -> Tuple[float, float]:
-    """GFLOP and MB kept of a piece of work."""
+    """Return the GFLOP and the MB kept of a piece of work."""
     with FlopCounterMode(display=False) as counter:
         megabytes = peak_memory(work)
     return counter.get_total_flops() / 1e9, megabytes
 
 
 def weights(*modules: nn.Module) -> float:
-    """MB, in float32."""
+    """Return the size of the modules' parameters in MB, in float32."""
     return sum(parameter.numel() for module in modules for parameter in module.parameters()) * 4 / 1e6
 
 
-def outputs_of(spec: DetectorSpec, regions: Regions, levels: int) -> DetectorOutputs:
-    count = len(regions)
+def made_up_embeddings(spec: DetectorSpec, regions: Regions, train: bool) -> DetectorOutputs:
+    """Return outputs that hold a random embedding of each region, (N, D)."""
     outputs = DetectorOutputs({}, {}, regions)
-    outputs.pooled = torch.randn(count, spec.channels, *spec.pooled_size)
-    outputs.embeddings = torch.randn(count, spec.embedding_dim, requires_grad=levels > 0)
-    if levels:
-        cells = torch.randn(count, levels, *spec.pooled_size, spec.channels, requires_grad=True)
-        outputs.level_pooled = cells.permute(0, 1, 4, 2, 3)
+    outputs.embeddings = torch.randn(len(regions), spec.embedding_dim, requires_grad=train)
     return outputs
+
+
+def made_up_regions(student: DetectorSpec, teacher: DetectorSpec, count: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return the student's random regions on all levels, (N, L, C_S, H, W), and the teacher's, (N, C_T, H, W).
+
+    The student's are channels last in memory, as RoIAlign returns them. RoIAlign itself is not counted.
+    """
+    cells = torch.randn(count, len(student.strides), *teacher.pooled_size, student.channels, requires_grad=True)
+    return cells.permute(0, 1, 4, 2, 3), torch.randn(count, teacher.channels, *teacher.pooled_size)
 
 
 def main() -> None:
@@ -74,7 +80,8 @@ def main() -> None:
     batch = make_batch(args.images, *args.image_size)
     specs = tuple(build_adapter(model, "student", cfg).spec for model in (student, teacher))
     regions = Regions([Boxes(torch.rand(args.regions, 4)) for _ in range(args.images)])
-    pair = outputs_of(specs[0], regions, len(specs[0].strides)), outputs_of(specs[1], regions, 0)
+    pair = made_up_embeddings(specs[0], regions, train=True), made_up_embeddings(specs[1], regions, train=False)
+    student_rois, teacher_rois = made_up_regions(*specs, len(regions))
     cfg.DISTILL.LOSSES = ("SGFI", "CKD")
     losses = build_losses(cfg, *specs)
     queue = losses["CKD"].queue
@@ -87,13 +94,15 @@ def main() -> None:
     @torch.no_grad()
     def look() -> None:
         teacher.backbone(teacher.preprocess_image(batch).tensor)
-        teacher.roi_heads.box_predictor(teacher.roi_heads.box_head(pair[1].pooled))
+        teacher.roi_heads.box_predictor(teacher.roi_heads.box_head(teacher_rois))
 
     rows = [("student's step", *count(step), weights(student)), ("teacher's forward", *count(look), weights(teacher))]
     floor = rows[0][1] + rows[1][1]
-    rows += [
-        (name, *count(lambda loss=loss: loss.compute(*pair).backward()), weights(loss)) for name, loss in losses.items()
-    ]
+    works = {
+        "SGFI": lambda: losses["SGFI"].imitate(student_rois, teacher_rois).backward(),
+        "CKD": lambda: losses["CKD"].compute(*pair).backward(),
+    }
+    rows += [(name, *count(work), weights(losses[name])) for name, work in works.items()]
     table = [
         [name, f"{flop:.1f}", f"{100 * flop / floor:.1f} %", f"{kept:.0f}", f"{mb:.0f}"]
         for name, flop, kept, mb in rows

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 from unittest import mock
 
+from gdetkd.config_file import load_config
 from gdetkd.distiller import GDetKD
 from gdetkd.engine.step_costs import LATE, now, peak_memory, time_in_rounds
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import load_config
 from gdetkd.teacher_file import read_teacher_file
 
 import torch  # isort: skip

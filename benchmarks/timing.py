@@ -1,4 +1,4 @@
-"""What the benchmarks share beside `gdetkd.engine.step_costs`."""
+"""Helpers that several benchmarks use, beside `gdetkd.engine.step_costs`."""
 
 import platform
 import statistics
@@ -10,15 +10,16 @@ WARM_UP = 3
 
 
 def quartiles(values: List[float]) -> List[float]:
-    """Lower quartile, median, upper quartile."""
+    """Return the lower quartile, the median and the upper quartile."""
     return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
 
 
 def machine(device: str) -> str:
+    """Return one line that says on which machine a figure was measured."""
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     return f"{platform.machine()}, {name}, torch {torch.__version__}, {device}"
 
 
 def numbers(text: str) -> List[int]:
-    """Of an argument such as "64,256"."""
+    """Parse an argument such as "64,256"."""
     return [int(number) for number in text.split(",")]

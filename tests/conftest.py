@@ -137,9 +137,9 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def tiny_dataset(tmp_path_factory) -> Path:
-    """Twelve images with up to three boxes each, registered as "tiny"; returns the folder."""
+    """Twelve images with up to three objects each, registered as "tiny"; returns the folder."""
     folder = tmp_path_factory.mktemp("tiny")
-    write_coco(folder, count=12)
+    write_coco(folder, count=12, masks=True)
     entry = {"name": "tiny", "kind": "coco", "json": str(folder / "tiny.json"), "images": str(folder)}
     cfg = make_cfg({"DATASETS.REGISTER": [entry]})
     gdetkd.data.register_datasets(cfg)

@@ -27,7 +27,7 @@ from detectron2.utils import comm, events
 from detectron2.utils import logger as detectron2_logger
 from fvcore.common.registry import Registry
 
-from gdetkd._compat import forget_process_groups
+from gdetkd._compat.processes import forget_process_groups
 from gdetkd.detectors import DETECTOR_ADAPTER_REGISTRY
 from gdetkd.engine.launch import leave_process_groups
 from gdetkd.losses.build import DISTILL_LOSS_REGISTRY

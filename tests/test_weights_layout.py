@@ -61,5 +61,5 @@ def test_arrays_are_tensors():
 def test_weights_that_set_nothing_of_the_student_are_refused(tmp_path):
     path = str(tmp_path / "weights.pth")
     torch.save({"model": {"other.weight": torch.zeros(3)}}, path)
-    with pytest.raises(GDetKDError, match="set none of the student's 2 tensors"):
+    with pytest.raises(GDetKDError, match="fits none of the student's 2 tensors"):
         StudentCheckpointer(nn.Linear(2, 3), str(tmp_path)).resume_or_load(path, resume=False)

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Writes BDD100K's detection labels, as its authors distribute them, in COCO's format.
+"""Convert BDD100K's detection labels, as the authors distribute them, to COCO's format.
 
 python tools/bdd100k_to_coco.py det_train.json datasets/bdd100k/det_train_coco.json
 
-Reads the labels of 2020 (det_20/det_train.json) and those of 2018 (bdd100k_labels_images_train.json), whose classes had
-other names. Labels without a box (lanes, drivable areas) or of a class that is not one of the ten are left out.
+The tool reads the labels of 2020 (det_20/det_train.json) and of 2018 (bdd100k_labels_images_train.json), which has
+different class names. It leaves out labels without a box (lanes, drivable areas) and labels of a class that is not one
+of the ten.
 """
 
 import argparse
@@ -30,12 +31,12 @@ CLASSES = [
     "traffic sign",
 ]
 NAMES_OF_2018 = {"person": "pedestrian", "motor": "motorcycle", "bike": "bicycle"}
-# Every image of the set has this size, in pixels; the labels do not say it.
+# Size of every image in pixels. The labels do not contain it.
 WIDTH, HEIGHT = 1280, 720
 
 
 def convert(frames: Iterable[Dict[str, Any]]) -> Tuple[Dict[str, Any], Counter]:
-    """COCO's dictionary, and how many labels were left out, by reason."""
+    """Return COCO's dictionary, and the number of labels left out, by reason."""
     images, annotations, left_out = [], [], Counter()
     for image_id, frame in enumerate(frames, start=1):
         images.append({"id": image_id, "file_name": frame["name"], "width": WIDTH, "height": HEIGHT})
@@ -52,7 +53,7 @@ def convert(frames: Iterable[Dict[str, Any]]) -> Tuple[Dict[str, Any], Counter]:
 
 
 def _box(label: Dict[str, Any]) -> Tuple[Optional[List[float]], str]:
-    """[x, y, width, height] in pixels inside the image; or None, and why."""
+    """Return [x, y, width, height] in pixels, clipped to the image; or None and the reason to leave the label out."""
     corners, name = label.get("box2d"), label["category"]
     if not corners:
         return None, "without a box"
@@ -66,23 +67,26 @@ def _box(label: Dict[str, Any]) -> Tuple[Optional[List[float]], str]:
 
 
 def read_frames(path: Path) -> List[Dict[str, Any]]:
+    """Return the frames of a labels file. Exit with a message if the file cannot be used."""
     try:
         frames = json.loads(path.read_text())
     except FileNotFoundError:
-        sys.exit(f"{path} is not there. BDD100K's labels are to be had from its authors (bdd100k.com).")
+        sys.exit(f"{path} does not exist. Download the labels from the authors of BDD100K (bdd100k.com).")
     except json.JSONDecodeError as e:
         sys.exit(f"{path} is not complete JSON ({e}). Download it again.")
     if isinstance(frames, dict) and "frames" in frames:
         frames = frames["frames"]
     if not isinstance(frames, list) or not frames or "name" not in frames[0]:
-        sys.exit(f"{path} is not BDD100K's: a list of frames with a name and labels is expected.")
+        sys.exit(
+            f"{path} is not a BDD100K file: it has to be a list of frames with a name and labels. Choose another file."
+        )
     return frames
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("labels", type=Path)
-    parser.add_argument("output", type=Path)
+    parser.add_argument("labels", type=Path, help="BDD100K's JSON file")
+    parser.add_argument("output", type=Path, help="the COCO file to write")
     args = parser.parse_args()
     coco, left_out = convert(tqdm(read_frames(args.labels), unit="image"))
     args.output.parent.mkdir(parents=True, exist_ok=True)

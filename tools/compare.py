@@ -1,12 +1,11 @@
 #!/usr/bin/env python
-"""Trains and evaluates several methods on one config, data set and teacher, and writes a report.
+"""Train and evaluate several methods on one config, dataset and teacher, and write a report.
 
 python tools/compare.py --config-file FILE [--methods none,SGFI,CKD,GDetKD,PKD] [--seeds 3] [--jobs N] [--equal-time]
     [--schedules 1,2,4] [--ablate] [--output DIR] [KEY VALUE ...]
 
-Every method has the same seeds, data order, iterations and initialisation. Complete runs are not repeated and
-interrupted ones resume, so a comparison may be stopped and started again, and methods and seeds added. See
-docs/compare.md.
+Every method has the same seeds, data order, iterations and initialisation. You can stop a comparison and start it
+again, or add methods and seeds: complete runs are not repeated, and interrupted runs resume. See docs/compare.md.
 """
 
 import argparse
@@ -15,26 +14,28 @@ from pathlib import Path
 
 warnings.filterwarnings("ignore")
 
-from gdetkd.comparison import Comparison  # noqa: E402, I001
+from gdetkd.study.comparison import Comparison  # noqa: E402, I001
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import load_config
-from gdetkd.methods import CONFIGURED, ablation
+from gdetkd.config_file import load_config
+from gdetkd.study.methods import CONFIGURED, ablation
 from gdetkd.program import explained_errors
-from gdetkd.visualization.report import describe, write_report
+from gdetkd.study.report import describe, write_report
 
 TRAIN_NET = Path(__file__).resolve().parents[1] / "train_net.py"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, help="of the distillation that GDetKD names")
-    parser.add_argument("--methods", help="by commas; none is always among them. Default: none,SGFI,CKD,GDetKD")
-    parser.add_argument("--seeds", type=int, default=3, help="how many; they are 1, 2, ...")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
+    parser.add_argument("--config-file", required=True, help="config of the distillation that GDetKD stands for")
+    parser.add_argument("--methods", help="separated by commas; none is always included. Default: none,SGFI,CKD,GDetKD")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds; the seeds are 1, 2, ...")
+    parser.add_argument("--jobs", type=int, default=1, help="number of trainings that run at once")
     parser.add_argument("--equal-time", action="store_true", help="also train none for the time of each method")
-    parser.add_argument("--schedules", default="1", help="multiples of the config's iterations, by commas")
-    parser.add_argument("--ablate", action="store_true", help="the config's components, alone and in conjunction")
-    parser.add_argument("--output", type=Path, help="default: output/compare/NAME-OF-FILE")
+    parser.add_argument("--schedules", default="1", help="multiples of the config's iterations, separated by commas")
+    parser.add_argument("--ablate", action="store_true", help="compare the config's components, alone and joined")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the runs and the report; default: output/compare/NAME-OF-FILE"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE changes to the config, for every run")
     return parser.parse_args()
 
@@ -44,11 +45,11 @@ def make_comparison(args: argparse.Namespace) -> Comparison:
     if args.ablate:
         methods = [*ablation(load_config(args.config_file, args.opts)), *methods]
     try:
-        schedules = [float(each) for each in args.schedules.split(",")]
+        schedules = [float(number) for number in args.schedules.split(",")]
     except ValueError as e:
-        raise GDetKDError(f"--schedules wants numbers by commas, not {args.schedules!r}.") from e
+        raise GDetKDError(f"--schedules is {args.schedules!r}. Give numbers separated by commas, such as 1,2,4.") from e
     if args.jobs < 1:
-        raise GDetKDError(f"--jobs is how many trainings run at once, at least 1, not {args.jobs}.")
+        raise GDetKDError(f"--jobs is {args.jobs}. Give the number of trainings that run at once, at least 1.")
     output = args.output or Path("output/compare") / Path(args.config_file).stem
     methods = methods or ["SGFI", "CKD", CONFIGURED]
     seeds = range(1, args.seeds + 1)
@@ -60,7 +61,7 @@ def main() -> None:
     comparison = make_comparison(args)
     comparison.prepare()
     teacher_ap = comparison.score_teacher()
-    runs = [run for each in comparison.runs.values() for run in each]
+    runs = [run for seeds in comparison.runs.values() for run in seeds]
     print(f"{len(runs)} runs, {sum(run.is_complete() for run in runs)} of them complete, in {comparison.output}/runs")
     comparison.train(TRAIN_NET, args.jobs)
     report = comparison.output / "report"

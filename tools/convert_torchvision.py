@@ -1,12 +1,15 @@
 #!/usr/bin/env python
-"""Writes torchvision's ImageNet weights of a ResNet as the backbone of a Detectron2 detector with an FPN.
+"""Convert torchvision's ImageNet weights of a ResNet to the backbone of a Detectron2 detector with an FPN.
 
 python tools/convert_torchvision.py resnet18 weights/R-18.pth [--input resnet18.pth]
 
-Detectron2's model zoo has no ResNet-18 or 34. The weights come over the network unless --input names a file of
-torchvision's. The detector that reads the result needs torchvision's preprocessing: INPUT.FORMAT "RGB",
-MODEL.PIXEL_MEAN [123.675, 116.280, 103.530], MODEL.PIXEL_STD [58.395, 57.120, 57.375]; and, from ResNet-50 on,
-MODEL.RESNETS.STRIDE_IN_1X1 False.
+Detectron2's model zoo has no ResNet-18 or 34. The tool downloads the weights unless --input names a torchvision file.
+The detector that reads the result needs torchvision's preprocessing:
+
+- INPUT.FORMAT "RGB"
+- MODEL.PIXEL_MEAN [123.675, 116.280, 103.530]
+- MODEL.PIXEL_STD [58.395, 57.120, 57.375]
+- from ResNet-50 on also MODEL.RESNETS.STRIDE_IN_1X1 False
 """
 
 import argparse
@@ -18,9 +21,9 @@ from typing import Dict, Optional
 import torch
 import torchvision
 
-# Detectron2 keeps an FPN's ResNet here.
+# Name of an FPN's ResNet in Detectron2.
 PREFIX = "backbone.bottom_up."
-# torchvision's names and Detectron2's, in this order.
+# Patterns of torchvision's names and the replacements for Detectron2, applied in this order.
 RENAMES = [
     (r"^(conv|bn)1\.", r"stem.\g<1>1."),
     (r"^layer(\d)\.", lambda match: f"res{int(match[1]) + 1}."),
@@ -31,7 +34,7 @@ RENAMES = [
 
 
 def convert(weights: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Detectron2's names for a torchvision ResNet's tensors, without the classifier."""
+    """Return the tensors of a torchvision ResNet under Detectron2's names, without the classifier."""
     converted = {}
     for name, tensor in weights.items():
         if name.startswith("fc.") or name.endswith("num_batches_tracked"):
@@ -43,6 +46,7 @@ def convert(weights: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
 
 
 def load(architecture: str, path: Optional[Path]) -> Dict[str, torch.Tensor]:
+    """Return torchvision's weights from a file, or download them if there is no file."""
     if path is not None:
         return torch.load(path, map_location="cpu", weights_only=True)
     return torchvision.models.get_model(architecture, weights="IMAGENET1K_V1").state_dict()
@@ -51,12 +55,12 @@ def load(architecture: str, path: Optional[Path]) -> Dict[str, torch.Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architecture", help="such as resnet18, resnet34, resnet50, resnext101_32x8d")
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--input", type=Path, help="a weights file of torchvision's instead of the network")
+    parser.add_argument("output", type=Path, help="the weights file to write")
+    parser.add_argument("--input", type=Path, help="a torchvision weights file, instead of a download")
     args = parser.parse_args()
     weights = load(args.architecture, args.input)
     if "conv1.weight" not in weights or "layer4.0.conv1.weight" not in weights:
-        sys.exit(f"{args.input or args.architecture} does not hold a ResNet of torchvision's.")
+        sys.exit(f"{args.input or args.architecture} does not hold a torchvision ResNet. Choose one, such as resnet18.")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model": convert(weights)}, args.output)
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")

@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""Exports a trained student: TorchScript, ONNX or plain Detectron2's config, as the output's ending says.
+"""Export a trained student as TorchScript, ONNX or a plain Detectron2 config, chosen by the ending of the output.
 
 python tools/export.py --config-file FILE --weights model_final.pth --output student.ts [--image-size 800 1216]
 
-student.ts and student.onnx take one image, (3, H, W) float32 pixels of 0 to 255 in the channel order of INPUT.FORMAT,
-of any size, and return boxes (N, 4) xyxy in pixels of that image, scores (N,) and classes (N,). TorchScript needs torch
-and torchvision to run, ONNX a runtime alone; exporting to it wants the package onnx. student.yaml is a config for
-Detectron2 without this package.
+student.ts and student.onnx take an image of any size, (3, H, W) float32, with pixels of 0 to 255 in the channel order
+of INPUT.FORMAT. They return boxes (N, 4) xyxy in pixels of that image, scores (N,) and classes (N,).
+
+- TorchScript needs torch and torchvision to run.
+- ONNX needs only a runtime. The export needs the package onnx.
+- student.yaml is a config for Detectron2 without this package.
 """
 
 import argparse
@@ -15,51 +17,51 @@ import warnings
 from pathlib import Path
 from typing import Tuple
 
-import gdetkd  # noqa: F401  it prepares the import of Detectron2
+import gdetkd  # noqa: F401  imported first, because it prepares the import of Detectron2
 from gdetkd.config import without_gdetkd_keys
+from gdetkd.config_file import load_config
 from gdetkd.engine import build_plain_student
 from gdetkd.engine.student_weights import StudentCheckpointer
 from gdetkd.errors import GDetKDError
-from gdetkd.experiments import load_config
 from gdetkd.program import explained_errors
 
 import torch  # isort: skip
-import torchvision  # noqa: F401  its operators are part of what is exported
+import torchvision  # noqa: F401  registers operators that the exported model uses
 from detectron2.config import CfgNode
 from torch import nn
 
-OPSET = 16  # the first with RoIAlign as Detectron2 means it
+OPSET = 16  # the first version whose RoIAlign is the one of Detectron2
 OUTPUTS = ["boxes", "scores", "classes"]
 
 
 class TensorsOnly(nn.Module):
-    """A Detectron2 detector with a tensor for an argument and tensors for a result."""
+    """Wrap a Detectron2 detector, so that it takes a tensor and returns tensors."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
         self.detector = detector.eval()
 
     def forward(self, image: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        found = self.detector([{"image": image}])[0]["instances"]
-        return found.pred_boxes.tensor, found.scores, found.pred_classes
+        instances = self.detector([{"image": image}])[0]["instances"]
+        return instances.pred_boxes.tensor, instances.scores, instances.pred_classes
 
 
 def export(detector: nn.Module, output: Path, height: int, width: int) -> None:
-    """Traces a detector on one made-up image.
+    """Trace a detector on a random image, and write the file.
 
     Raises:
-        GDetKDError: the ending is not one of those, a package is missing, or TorchScript cannot hold the model.
+        GDetKDError: the ending is unknown, a package is missing, or TorchScript cannot save the model.
     """
     model = TensorsOnly(detector)
     example = torch.randint(0, 256, (3, height, width)).float()
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing warns of each size that it takes for a constant
+        warnings.simplefilter("ignore")  # tracing warns about every size that becomes a constant
         if output.suffix in (".ts", ".pt"):
             _to_torchscript(model, example, output)
         elif output.suffix == ".onnx":
             _to_onnx(model, example, output)
         else:
-            raise GDetKDError(f"{output}: the ending has to be .ts or .pt (TorchScript), .onnx or .yaml.")
+            raise GDetKDError(f"{output} has an unknown ending. Use .ts or .pt (TorchScript), .onnx or .yaml.")
 
 
 def _to_torchscript(model: nn.Module, example: torch.Tensor, output: Path) -> None:
@@ -67,9 +69,9 @@ def _to_torchscript(model: nn.Module, example: torch.Tensor, output: Path) -> No
     try:
         traced.save(str(output))
     except RuntimeError as e:
-        output.unlink(missing_ok=True)  # torch has written the part before the operation
+        output.unlink(missing_ok=True)  # torch has written a part of the file
         raise GDetKDError(
-            "The student holds an operation that TorchScript cannot save, as the cascades of Detectron2 v0.6 do. "
+            "The student has an operation that TorchScript cannot save, as cascades of Detectron2 v0.6 have. "
             "Export it to ONNX."
         ) from e
 
@@ -87,18 +89,21 @@ def _to_onnx(model: nn.Module, example: torch.Tensor, output: Path) -> None:
             dynamo=False,
         )
     except (ImportError, torch.onnx.OnnxExporterError) as e:
-        raise GDetKDError(f"Exporting to ONNX needs packages that are not here ({e}): pip install onnx") from e
+        raise GDetKDError(
+            f"The export to ONNX needs a package that is not installed ({e}). Run: pip install onnx"
+        ) from e
 
 
 def write_plain_config(cfg: CfgNode, weights: str, output: Path) -> None:
-    """
+    """Write the student's config for plain Detectron2, with the path of the weights.
+
     Raises:
-        GDetKDError: plain Detectron2 cannot name the detector in a yaml file.
+        GDetKDError: plain Detectron2 cannot build the detector from a yaml file.
     """
     plain = without_gdetkd_keys(cfg)
     if plain.MODEL.META_ARCHITECTURE == "FCOS":
         raise GDetKDError(
-            "Plain Detectron2 cannot name FCOS in a yaml file: see docs/deploy.md, or export to .ts or .onnx."
+            "Plain Detectron2 cannot build FCOS from a yaml file. See docs/deploy.md, or export to .ts or .onnx."
         )
     plain.MODEL.WEIGHTS = os.path.abspath(weights)
     output.write_text(plain.dump())
@@ -107,9 +112,9 @@ def write_plain_config(cfg: CfgNode, weights: str, output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, help="the student's, or of its distillation")
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--config-file", required=True, help="config of the student or of the distillation")
+    parser.add_argument("--weights", required=True, help="the student's model_final.pth")
+    parser.add_argument("--output", type=Path, required=True, help="the file to write")
     parser.add_argument("--image-size", type=int, nargs=2, default=(800, 1216), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE changes to the config")
     args = parser.parse_args()

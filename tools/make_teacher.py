@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains a teacher and writes its weights alone: tensors, which load without running code.
+"""Train a teacher, and write a file with only the weights, which loads without running code.
 
 python tools/make_teacher.py --config-file configs/quickstart/teacher-FasterRCNN.yaml --output teacher.pth
 """
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from gdetkd.config_file import load_config
 from gdetkd.data.shapes import make_shapes_for
-from gdetkd.experiments import load_config
 from gdetkd.safe_load import read_weights
 
 TRAIN_NET = Path(__file__).resolve().parents[1] / "train_net.py"

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Distils a student on generated data: a comparison with the student alone, with one seed and at equal time.
+"""Distil a student on generated data, and compare it with the student alone: one seed, also at equal time.
 
 python tools/quickstart.py [--pair faster_rcnn-faster_rcnn] [--seed 1] [--output FOLDER]
 
-It prints a table and writes summary.json and comparison.png. Like any comparison it continues where it was stopped.
+The tool prints a table and writes summary.json and comparison.png. Start it again to continue where it was stopped.
 """
 
 import argparse
@@ -14,22 +14,24 @@ from typing import Optional
 
 warnings.filterwarnings("ignore")
 
-from gdetkd.comparison import Comparison  # noqa: E402, I001
+from gdetkd.study.comparison import Comparison  # noqa: E402, I001
 from gdetkd.errors import GDetKDError
-from gdetkd.insight.runs import FinishedRun
-from gdetkd.methods import BASELINE, CONFIGURED
+from gdetkd.insight.run import FinishedRun
+from gdetkd.study.methods import BASELINE, CONFIGURED
 from gdetkd.program import explained_errors
 from gdetkd.teacher import FrozenTeacher
-from gdetkd.visualization.comparison import draw_comparison
-from gdetkd.visualization.report import describe
-from gdetkd.visualization.summary import as_json, as_markdown, summarize
+from gdetkd.study.picture import draw_comparison
+from gdetkd.study.report import describe
+from gdetkd.study.summary import as_json, as_markdown, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", default="faster_rcnn-faster_rcnn", help="teacher-student, of configs/quickstart")
+    parser.add_argument(
+        "--pair", default="faster_rcnn-faster_rcnn", help="teacher-student, a file in configs/quickstart"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, help="default: output/quickstart/PAIR")
     return parser.parse_args()
@@ -40,7 +42,7 @@ def find_config(pair: str) -> str:
     if not os.path.exists(path):
         files = Path("configs/quickstart").glob("*-*.yaml")
         pairs = sorted(file.stem for file in files if not file.stem.startswith(("Base-", "teacher-")))
-        raise GDetKDError(f"There is no pair {pair!r}. There are: {', '.join(pairs)}.")
+        raise GDetKDError(f"There is no pair {pair!r}. Choose from: {', '.join(pairs)}.")
     return path
 
 

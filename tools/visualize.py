@@ -1,12 +1,11 @@
 #!/usr/bin/env python
-"""Shows what distillation did in a finished run: levels, classes, terms, AP, and who finds what.
+"""Show what distillation did in a finished run: levels, classes, loss terms, AP and detections.
 
 python tools/visualize.py RUN [--baseline RUN] [--images 32]
 
-RUN is the OUTPUT_DIR of a distillation, seen from the folder that it was started in; the page is
-RUN/visualization/index.html. What DISTILL.VIS_PERIOD recorded during the training is shown; where it was 0, the
-checkpoints that were kept are looked at instead, which tells all but the gradients of the terms. See
-docs/visualization.md.
+RUN is the OUTPUT_DIR of a distillation. Start the tool in the folder where the training was started. It writes
+RUN/visualization/index.html from the records of DISTILL.VIS_PERIOD. If there are none, it reads the checkpoints, and
+the page has no gradients. See docs/visualization.md.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from gdetkd.insight.page import PAGE, write_page
 from gdetkd.insight.probe import Probe, load_probe
 from gdetkd.insight.records import RecordFile, make_record
 from gdetkd.insight.references import look_at_references
-from gdetkd.insight.runs import FinishedRun, load_checkpoint
+from gdetkd.insight.run import FinishedRun, load_checkpoint
 from gdetkd.program import explained_errors
 
 from detectron2.config import CfgNode
@@ -33,14 +32,18 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="the OUTPUT_DIR of a finished distillation")
     parser.add_argument("--baseline", default="", help="the OUTPUT_DIR of the student trained alone")
-    parser.add_argument("--images", type=int, help="labelled images of DATASETS.TEST to look at; default: the run's")
+    parser.add_argument(
+        "--images", type=int, help="number of labelled images of DATASETS.TEST; default: DISTILL.VIS_IMAGES of the run"
+    )
     return parser.parse_args()
 
 
 def configure(run: FinishedRun, args: argparse.Namespace) -> CfgNode:
     cfg = run.cfg
     if cfg.MODEL.META_ARCHITECTURE != "GDetKD" or not cfg.DISTILL.LOSSES:
-        raise GDetKDError(f"{args.run!r} is a run without distillation losses: there is nothing to look at.")
+        raise GDetKDError(
+            f"{args.run!r} is a run without distillation losses, so there is nothing to show. Name a distillation."
+        )
     cfg.DISTILL.VIS_BASELINE = args.baseline or cfg.DISTILL.VIS_BASELINE
     cfg.DISTILL.VIS_IMAGES = args.images or cfg.DISTILL.VIS_IMAGES
     make_shapes_for(cfg)
@@ -49,10 +52,10 @@ def configure(run: FinishedRun, args: argparse.Namespace) -> CfgNode:
 
 
 def look_at_checkpoints(run: FinishedRun, distiller: GDetKD, probe: Probe, file: RecordFile) -> None:
-    """Makes records where the training made none; the distiller has the last weights afterwards."""
+    """Make the records if the training made none, and leave the distiller with the last weights."""
     checkpoints = run.checkpoints()
     if not file.read():
-        for iterations, path in tqdm(checkpoints, desc="looking at checkpoints"):
+        for iterations, path in tqdm(checkpoints, desc="reading checkpoints"):
             load_checkpoint(distiller, path)
             file.add({**make_record(distiller, probe, iterations), "gradients": None})
     load_checkpoint(distiller, checkpoints[-1][1])

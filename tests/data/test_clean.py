@@ -193,7 +193,7 @@ def test_images_alone_are_predicted_on_but_not_trained_on(tmp_path):
     assert {detection["image_id"] for detection in written} == {"a.png", "b.JPG"}
     assert set(written[0]) == {"image_id", "category_id", "bbox", "score"}
     cfg.DATASETS.TRAIN = ("mine",)
-    with pytest.raises(GDetKDError, match="'mine' is of images alone"):
+    with pytest.raises(GDetKDError, match="'mine' in DATASETS.TRAIN has images without labels"):
         check_datasets(cfg)
 
 

@@ -8,7 +8,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from conftest import DENSE, make_cfg, write_coco
 from gdetkd.data import register_datasets
 from gdetkd.engine import DistillTrainer
-from gdetkd.engine.preflight import check_classes, check_datasets, check_test_sets
+from gdetkd.engine.class_checks import check_classes
+from gdetkd.engine.preflight import check_datasets, check_test_sets
 from gdetkd.errors import GDetKDError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -72,12 +73,12 @@ def test_entries_that_are_refused(entry, match):
 
 
 def test_sets_that_are_not_registered_or_empty(tmp_path):
-    with pytest.raises(GDetKDError, match="'tinny' is not registered: add it to DATASETS.REGISTER"):
+    with pytest.raises(GDetKDError, match="'tinny' is not registered. Add it to DATASETS.REGISTER"):
         check_datasets(make_cfg({"DATASETS.TRAIN": ("tinny",)}))
     with pytest.raises(GDetKDError, match="DATASETS.TRAIN is empty"):
         check_datasets(make_cfg({"DATASETS.TRAIN": ()}))
     write_coco(tmp_path, 0, name="mine")
-    with pytest.raises(GDetKDError, match="'mine' holds no image"):
+    with pytest.raises(GDetKDError, match="'mine' has no image"):
         check_datasets(
             make_cfg({"DATASETS.TRAIN": ("mine",), "DATASETS.REGISTER": register(coco(tmp_path)).DATASETS.REGISTER})
         )
@@ -127,13 +128,13 @@ def sets_of_classes(folder, *names):
 
 def test_classes_in_another_order_are_refused_whatever_their_case(tmp_path):
     cfg = sets_of_classes(tmp_path, "xyz", ["x", "Z", "Y"])
-    with pytest.raises(GDetKDError, match="'set0' and 'set1' have the same classes in another order"):
+    with pytest.raises(GDetKDError, match="'set0' and 'set1' have the same classes in different orders"):
         check_datasets(cfg)
 
 
 def test_classes_of_other_names_are_named(tmp_path, caplog):
     check_datasets(sets_of_classes(tmp_path, "xyz", "XYZ", ["x", "person", "z"]))
-    assert caplog.text.count("have classes of other names") == 1
+    assert caplog.text.count("name their classes differently") == 1
     assert "'y' is 'person' in the second" in caplog.text
 
 
@@ -150,7 +151,7 @@ def test_a_test_set_without_an_object(tmp_path, caplog, crowds):
             check_test_sets(cfg)
     else:
         check_test_sets(cfg)
-        assert "mine has no annotation: no AP can be told" in caplog.text
+        assert "mine has no annotation, so there is no AP" in caplog.text
 
 
 @pytest.mark.skipif(not (SHARED / "BCCD").exists(), reason="the BCCD photographs are not beside this checkout")

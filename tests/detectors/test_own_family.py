@@ -13,7 +13,7 @@ from torch import nn
 
 from conftest import make_batch, make_cfg, plain_keys_of
 from gdetkd import DistillTrainer
-from gdetkd.engine.teacher_score import preprocessing_of
+from gdetkd.engine.preprocessing import preprocessing_of
 from gdetkd.errors import GDetKDError
 from gdetkd.safe_load import read_weights
 

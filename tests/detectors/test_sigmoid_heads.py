@@ -14,7 +14,7 @@ from detectron2.utils.events import EventStorage
 
 from conftest import CASCADE, DENSE, NUM_CLASSES, WIDER, make_batch, make_cfg
 from gdetkd.detectors import build_adapter
-from gdetkd.engine.preflight import check_transfer
+from gdetkd.engine.class_checks import check_transfer
 from gdetkd.errors import GDetKDError
 from gdetkd.losses import CLS, REG, probability_weighted_localization, soft_binary_classification
 from gdetkd.recorder import Recorder
@@ -172,7 +172,9 @@ def test_cls_between_sigmoid_and_softmax_is_refused(student, teacher):
 def test_head_transfer_between_sigmoid_and_softmax_warns(caplog):
     specs = [build({}, "student", sigmoid)[1].spec for sigmoid in (True, False)]
     check_transfer(make_cfg({}), *specs)
-    assert "layer with a sigmoid, and head transfer starts it from one trained with a softmax" in caplog.text
+    assert (
+        "layer with a sigmoid, and head transfer starts it from a layer that was trained with a softmax" in caplog.text
+    )
     caplog.clear()
     check_transfer(make_cfg({}), specs[0], specs[0])
     assert "trained with" not in caplog.text

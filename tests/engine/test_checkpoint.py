@@ -11,7 +11,7 @@ from test_trainer import train
 
 from conftest import ALL_LOSSES
 from gdetkd import DistillTrainer
-from gdetkd.engine import checkpoint as module
+from gdetkd import files as file_writing
 from gdetkd.engine.catch_up import CatchUp
 from gdetkd.engine.checkpoint import DurableCheckpointer
 from gdetkd.errors import GDetKDError
@@ -97,7 +97,7 @@ def disk(monkeypatch):
         file = open(path, mode, **kwargs)
         return file if room["bytes"] is None else FullDisk(file, room["bytes"])
 
-    monkeypatch.setattr(module, "open", limited, raising=False)
+    monkeypatch.setattr(file_writing, "open", limited, raising=False)
     return room
 
 
@@ -166,7 +166,7 @@ def test_detections_that_the_disk_does_not_take_end_no_training(distill_cfg, tmp
 
     _, steps = train(Full, cfg)
     assert list(steps) == [0, 1, 2] and len(scores) == 2
-    assert caplog.text.count("What the evaluation of tiny found could not be written (No space left on device)") == 2
+    assert caplog.text.count("Could not write the detections on tiny (No space left on device)") == 2
     assert read_weights(str(tmp_path / "run" / "model_best.pth"))["record"]["metric"] == 5.0
     assert not list((tmp_path / "run" / "inference").iterdir())
 
@@ -215,7 +215,8 @@ def test_a_damaged_last_checkpoint_is_passed_over_for_the_one_before(distill_cfg
     (folder / "model_0000003.pth.partial").write_bytes(b"half")
     _, steps = train(DistillTrainer, cfg, resume=True)
     assert steps == {iteration: uninterrupted[iteration] for iteration in (2, 3, 4)}
-    assert "model_0000002.pth' cannot be read" in caplog.text and "passed over for the checkpoint before" in caplog.text
+    assert "model_0000002.pth' cannot be read" in caplog.text
+    assert "resumes from an earlier checkpoint instead" in caplog.text
     assert not list(folder.glob("*.partial"))
 
 
@@ -239,7 +240,7 @@ def test_no_checkpoint_that_can_be_read(distill_cfg):
 def test_weights_alone_are_not_resumed_from(distill_cfg, tmp_path):
     cfg = distill_cfg()
     torch.save({"model": DistillTrainer(cfg).student.state_dict()}, tmp_path / "run" / "model_0000007.pth")
-    with pytest.raises(GDetKDError, match="holds weights alone.*MODEL.WEIGHTS, without --resume"):
+    with pytest.raises(GDetKDError, match="holds weights alone.*set MODEL.WEIGHTS to this file and leave out --resume"):
         train(DistillTrainer, cfg, resume=True)
 
 
@@ -320,4 +321,4 @@ def test_metrics_that_the_disk_does_not_take_end_no_training(distill_cfg, caplog
 
     monkeypatch.setattr(JSONWriter, "write", full)
     _, steps = train(DistillTrainer, distill_cfg({"SOLVER.MAX_ITER": 2}))
-    assert list(steps) == [0, 1] and "Metrics could not be written (JSONWriter: No space left" in caplog.text
+    assert list(steps) == [0, 1] and "Could not write metrics (JSONWriter: No space left" in caplog.text

@@ -215,10 +215,12 @@ def _train_broken_off(rank, cfg, in_a_loss):
 
 def _evaluate_on_a_full_disk(rank, cfg):
     """The main process can first not convert the set's annotations, and then not write what was found."""
+    from detectron2.evaluation import coco_evaluation
+
     from gdetkd.engine import evaluators  # here, for each process has a module of its own
 
     calls, written_whole = iter(range(10)), evaluators.written_whole
-    convert = evaluators.coco_evaluation.convert_to_coco_json
+    convert = coco_evaluation.convert_to_coco_json
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -228,7 +230,7 @@ def _evaluate_on_a_full_disk(rank, cfg):
         def test(cls, *args):
             call = next(calls)
             if rank == 0:
-                evaluators.coco_evaluation.convert_to_coco_json = full if call == 0 else convert
+                coco_evaluation.convert_to_coco_json = full if call == 0 else convert
                 evaluators.written_whole = full if call == 1 else written_whole
             results.append(super().test(*args))
             return results[-1]
@@ -352,4 +354,4 @@ def test_all_ranks_resume_from_the_main_ones_checkpoint_or_none_does(tmp_path):
     calls = [(function, (str(folder),)) for function in functions]
     same, with_an_old_look, lacking = zip(*run_in_processes(_one_after_the_other, tmp_path, 2, calls))
     assert same == with_an_old_look == (3, 3)
-    assert all("model_0000003.pth' is not there for the process of rank 1" in message for message in lacking)
+    assert all("model_0000003.pth', but the process of rank 1 does not" in message for message in lacking)

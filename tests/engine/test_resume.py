@@ -18,12 +18,15 @@ from gdetkd.errors import GDetKDError
 def test_changes_of_the_config_are_named(distill_cfg, caplog):
     cfg = distill_cfg({"SOLVER.MAX_ITER": 2})
     train(DistillTrainer, cfg)
-    assert "has changed" not in caplog.text
+    assert "changed since the checkpoint" not in caplog.text
     train(DistillTrainer, cfg, resume=True)
-    assert "has changed" not in caplog.text
+    assert "changed since the checkpoint" not in caplog.text
     cfg.SOLVER.MAX_ITER, cfg.DISTILL.CKD.WEIGHT = 3, 0.25
     train(DistillTrainer, cfg, resume=True)
-    assert "has changed: DISTILL.CKD.WEIGHT 0.5 -> 0.25; SOLVER.MAX_ITER 2 -> 3." in caplog.text
+    assert (
+        "changed since the checkpoint was written: DISTILL.CKD.WEIGHT 0.5 -> 0.25; SOLVER.MAX_ITER 2 -> 3."
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
@@ -33,7 +36,7 @@ def test_what_the_optimizer_keeps_is_said_to_be_without_effect(distill_cfg, capl
     cfg.SOLVER.BASE_LR, cfg.SOLVER.MOMENTUM, cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.GAMMA = 1e-7, 0.5, 0.3, 0.2
     after, _ = train(DistillTrainer, cfg, resume=True)
     assert "SOLVER.BASE_LR 0.0005 -> 1e-07" in caplog.text and "SOLVER.GAMMA 0.1 -> 0.2" in caplog.text
-    kept = "goes on as it was: SOLVER.BASE_LR, SOLVER.MOMENTUM, SOLVER.WEIGHT_DECAY. To train"
+    kept = "a resumed run keeps its optimizer: SOLVER.BASE_LR, SOLVER.MOMENTUM, SOLVER.WEIGHT_DECAY. To train"
     assert kept in caplog.text
     names = ("lr", "initial_lr", "weight_decay", "momentum", "betas")
     groups = [t.optimizer.param_groups for t in (before, after)]
@@ -44,7 +47,7 @@ def test_what_the_optimizer_keeps_is_said_to_be_without_effect(distill_cfg, capl
 def test_the_number_of_processes_is_named(distill_cfg, caplog):
     record = RunRecord(distill_cfg(), ("cat", "dog"))
     record.load_state_dict({**record.state_dict(), "processes": 4})
-    assert "has changed: number of processes 4 -> 1." in caplog.text
+    assert "changed since the checkpoint was written: number of processes 4 -> 1." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -54,7 +57,7 @@ def test_the_number_of_processes_is_named(distill_cfg, caplog):
         ("SOLVER.OPTIMIZER", "AdamW", "another optimizer"),
         ("SOLVER.AMP.ENABLED", True, "another precision: SOLVER.AMP.ENABLED False; now True"),
         ("SOLVER.BIAS_LR_FACTOR", 2.0, "other groups of parameters .*SOLVER.WEIGHT_DECAY"),
-        ("DISTILL.CKD.PROJECTION_DIM", 4, "other distillation losses, or other sizes of them"),
+        ("DISTILL.CKD.PROJECTION_DIM", 4, "other distillation losses, or with losses of other sizes"),
         ("MODEL.ROI_BOX_HEAD.FC_DIM", 8, "another student.*box_head"),
     ],
 )
@@ -111,9 +114,9 @@ def test_images_that_are_not_as_they_were_are_spoken_of(distill_cfg, tmp_path, c
     register()
     cfg.SOLVER.MAX_ITER = 2
     train(DistillTrainer, cfg, resume=True)
-    said = {"unread": "4 then, 3 now.", "renamed": "4 then, 4 now, of other names.", "moved": None}[how]
-    assert (f"are not those that the run was started with: {said}" in caplog.text) == (said is not None)
-    assert ("are not those that" in caplog.text) == (said is not None)
+    said = {"unread": "4 then, 3 now.", "renamed": "4 then, 4 now, with other names.", "moved": None}[how]
+    assert (f"images changed since the run was started: {said}" in caplog.text) == (said is not None)
+    assert ("images changed since" in caplog.text) == (said is not None)
 
 
 def test_a_teacher_that_moved_is_known_by_its_hash(distill_cfg, tmp_path, caplog):
@@ -125,9 +128,9 @@ def test_a_teacher_that_moved_is_known_by_its_hash(distill_cfg, tmp_path, caplog
         train(DistillTrainer, cfg, resume=True)
     cfg.DISTILL.TEACHER.WEIGHTS = str(tmp_path / "moved.pth")
     _, steps = train(DistillTrainer, cfg, resume=True)
-    assert steps == {2: uninterrupted[2], 3: uninterrupted[3]} and "teaches something else" not in caplog.text
+    assert steps == {2: uninterrupted[2], 3: uninterrupted[3]} and "gives other targets" not in caplog.text
     (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
     cfg.DISTILL.TEACHER.OPTS = ["MODEL.PIXEL_STD", [2.0, 2.0, 2.0]]
     train(DistillTrainer, cfg, resume=True)
     assert "pixel_std [1.0, 1.0, 1.0] when the checkpoint was written" in caplog.text
-    assert "pixel_std [2.0, 2.0, 2.0] now: it teaches something else" in caplog.text
+    assert "pixel_std [2.0, 2.0, 2.0] now, so it gives other targets" in caplog.text

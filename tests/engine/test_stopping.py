@@ -82,7 +82,7 @@ def test_a_stop_that_cannot_be_saved_does_not_pretend_to_be(distill_cfg, tmp_pat
                 monkeypatch.setattr(checkpoint, "written_whole", full)
             super().run_step()
 
-    with pytest.raises(GDetKDError, match="iteration 2 and could NOT be saved.*goes on from model_0000001.pth"):
+    with pytest.raises(GDetKDError, match="iteration 2 and could NOT be saved.*continues from model_0000001.pth"):
         train(Full, distill_cfg({"SOLVER.MAX_ITER": 6, "SOLVER.CHECKPOINT_PERIOD": 2}))
 
 

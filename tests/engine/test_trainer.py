@@ -18,7 +18,7 @@ from gdetkd.data.train_loader import images_per_process
 from gdetkd.engine import build_plain_student, evaluate_teacher
 from gdetkd.engine.hooks import RandomState
 from gdetkd.errors import GDetKDError
-from gdetkd.insight.runs import read_curve, read_teacher_ap
+from gdetkd.insight.run import read_curve, read_teacher_ap
 
 
 class Losses(HookBase):
@@ -299,7 +299,7 @@ def test_distillation_that_would_have_no_effect_is_refused(distill_cfg, keys):
 
 def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(distill_cfg):
     cfg = distill_cfg({"SOLVER.REFERENCE_WORLD_SIZE": 8, "SOLVER.IMS_PER_BATCH": 12})
-    with pytest.raises(GDetKDError, match="IMS_PER_BATCH 12 .*REFERENCE_WORLD_SIZE 8.*multiple of 8"):
+    with pytest.raises(GDetKDError, match="IMS_PER_BATCH is 12.*REFERENCE_WORLD_SIZE 8.*multiple of 8"):
         DistillTrainer.auto_scale_workers(cfg, 4)
     with pytest.raises(GDetKDError, match="IMS_PER_BATCH 16 does not divide by 3 processes: set it to 15"):
         images_per_process(make_cfg({"SOLVER.IMS_PER_BATCH": 16}), 3)

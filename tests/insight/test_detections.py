@@ -1,8 +1,8 @@
-"""Who finds what: matching, thresholds, and what distillation changed."""
+"""Test matching, score thresholds, and what distillation changed on an image."""
 
 import torch
 
-from gdetkd.insight.detections import Found, best_threshold, compare_detectors, match_objects
+from gdetkd.insight.detections import MatchedDetections, best_threshold, compare_detectors, match_objects
 
 OBJECTS = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]])
 CLASSES = torch.tensor([0, 1, 1])
@@ -13,7 +13,7 @@ def shifted(index, by=0.0):
 
 
 def find(*detections):
-    """From (box, score, class)."""
+    """Match detections, each a (box, score, class), with the objects."""
     boxes, scores, classes = zip(*detections) if detections else ([], [], [])
     boxes = torch.tensor(boxes).reshape(-1, 4)
     return match_objects(boxes, torch.tensor(scores), torch.tensor(classes, dtype=torch.long), OBJECTS, CLASSES)
@@ -46,24 +46,24 @@ def test_threshold_is_that_of_the_best_f1():
 
 def test_equal_scores_are_taken_together():
     found = find((shifted(0), 0.9, 0), (shifted(1), 0.5, 1), (shifted(2, 30.0), 0.5, 0), (shifted(2, 60.0), 0.5, 0))
-    # After the first 2/4; with all of score 0.5 4/7, though 4/5 if it could stop at the right one of them.
+    # F1 is 2/4 after the first and 4/7 with all of score 0.5. A cut between equal scores would give 4/5.
     assert abs(best_threshold([found], objects=3) - 0.5) < 1e-6
     assert len(found.above(0.5).boxes) == 4
 
 
 def test_what_distillation_changed():
-    mistake, other = shifted(0, 60.0), shifted(0, 90.0)
-    student = find((shifted(0), 0.9, 0), (mistake, 0.8, 1), (other, 0.7, 1))
-    teacher = find((shifted(0), 0.9, 0), (shifted(1), 0.9, 1), (mistake, 0.8, 1), (other, 0.7, 1))
-    baseline = find((shifted(2), 0.9, 1), (other, 0.8, 1))
+    copied, shared = shifted(0, 60.0), shifted(0, 90.0)
+    student = find((shifted(0), 0.9, 0), (copied, 0.8, 1), (shared, 0.7, 1))
+    teacher = find((shifted(0), 0.9, 0), (shifted(1), 0.9, 1), (copied, 0.8, 1), (shared, 0.7, 1))
+    baseline = find((shifted(2), 0.9, 1), (shared, 0.8, 1))
     compared = compare_detectors(3, student, teacher, baseline)
     assert compared.gained.tolist() == [True, False, False]
     assert compared.lost.tolist() == [False, False, True]
-    assert compared.copied.tolist() == [False, True, False]  # the baseline makes the other one by itself
+    assert compared.copied.tolist() == [False, True, False]  # the baseline makes the second mistake too
     assert len(compared) == 3
 
 
-def test_without_a_baseline_the_teacher_is_what_is_compared_with():
+def test_without_a_baseline_the_teacher_is_the_reference():
     student, teacher = find((shifted(0), 0.9, 0)), find((shifted(1), 0.9, 1))
     compared = compare_detectors(3, student, teacher, None)
     assert compared.gained.tolist() == [True, False, False] and compared.lost.tolist() == [False, True, False]
@@ -72,4 +72,4 @@ def test_without_a_baseline_the_teacher_is_what_is_compared_with():
 def test_a_mistake_of_another_class_is_not_copied():
     box = shifted(0, 60.0)
     assert not compare_detectors(3, find((box, 0.9, 0)), find((box, 0.9, 1)), None).copied.any()
-    assert isinstance(find(), Found)
+    assert isinstance(find(), MatchedDetections)

@@ -1,4 +1,4 @@
-"""DISTILL.VIS_PERIOD: what it writes, and that the training does not notice."""
+"""Test what DISTILL.VIS_PERIOD writes, and that it does not change the training."""
 
 import json
 
@@ -28,7 +28,7 @@ def losses_of(folder):
     return [{k: v for k, v in line.items() if "loss" in k and "gradient" not in k} for line in lines]
 
 
-def test_the_training_is_the_same_and_all_is_written(distill_cfg, tmp_path):
+def test_the_training_is_bit_identical_and_all_files_are_written(distill_cfg, tmp_path):
     weights = []
     for name, changes in (("plain", {**SEEN, "DISTILL.VIS_PERIOD": 0}), ("seen", SEEN)):
         cfg = distill_cfg({**changes, "OUTPUT_DIR": str(tmp_path / name)})
@@ -48,7 +48,7 @@ def test_the_training_is_the_same_and_all_is_written(distill_cfg, tmp_path):
     assert records[0]["gradients"] is None
     assert set(records[1]["gradients"]) == {
         "student",
-        *(f"loss_distill_{each}" for each in ("sgfi", "ckd", "cls", "reg")),
+        *(f"loss_distill_{name}" for name in ("sgfi", "ckd", "cls", "reg")),
     }
     assert all(gradient["norm"] > 0 for gradient in records[1]["gradients"].values())
     alphas = [row for row in records[2]["levels"]["all"]["alpha"] if row is not None]
@@ -58,22 +58,21 @@ def test_the_training_is_the_same_and_all_is_written(distill_cfg, tmp_path):
         assert name in events
 
 
-def test_a_resumed_run_sees_all_once(distill_cfg):
+def test_a_resumed_run_records_each_iteration_once(distill_cfg):
     cfg = distill_cfg({**SEEN, "SOLVER.MAX_ITER": 6, "SOLVER.CHECKPOINT_PERIOD": 2})
     train(cfg, stop_at=5)
     file = RecordFile(cfg.OUTPUT_DIR)
     before = file.read()
     assert [record["iterations"] for record in before] == [0, 2, 4, 5]
     lines = (file.folder / "records.jsonl").read_text().splitlines()
-    (file.folder / "records.jsonl").write_text(
-        "\n".join([lines[0], *lines[2:]]) + "\n"
-    )  # a kill came before the second
+    # The run was killed after the checkpoint of iteration 2 and before that record.
+    (file.folder / "records.jsonl").write_text("\n".join([lines[0], *lines[2:]]) + "\n")
     (file.folder.parent / "last_checkpoint").write_text("model_0000001.pth")
     train(cfg, resume=True)
     after = file.read()
     assert [record["iterations"] for record in after] == [0, 2, 4, 6]
     assert after[1] == {**before[1], "gradients": None} and after[2] == before[2]
-    train(cfg, stop_at=1)  # anew
+    train(cfg, stop_at=1)  # starts again
     assert [record["iterations"] for record in file.read()] == [0, 1]
 
 
@@ -93,7 +92,7 @@ def test_without_sgfi_there_are_no_levels(distill_cfg):
     assert "levels" not in record and "tau" not in record and record["correlation_gap"] is not None
 
 
-def test_without_losses_nothing_is_looked_at(distill_cfg):
+def test_without_losses_nothing_is_recorded(distill_cfg):
     cfg = distill_cfg({**SEEN, "DISTILL.LOSSES": (), "SOLVER.MAX_ITER": 2})
     train(cfg)
     assert RecordFile(cfg.OUTPUT_DIR).read() == []
@@ -106,6 +105,6 @@ def test_without_losses_nothing_is_looked_at(distill_cfg):
         ({"DISTILL.VIS_BASELINE": "nowhere"}, "no config.yaml"),
     ],
 )
-def test_what_cannot_be_looked_at_is_said_before_training(distill_cfg, changes, message):
+def test_missing_images_or_baseline_are_reported_before_training(distill_cfg, changes, message):
     with pytest.raises(GDetKDError, match=message):
         DistillTrainer(distill_cfg({**SEEN, **changes}))

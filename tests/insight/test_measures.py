@@ -1,4 +1,4 @@
-"""Closed-form values of what is drawn of levels, classes and gradients."""
+"""Test the numbers about levels, classes and gradients against closed forms."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_no_object_at_all():
 def test_correlation_is_that_of_the_classes_means():
     embeddings = torch.rand(12, 7)
     classes = torch.arange(12) % 3
-    means = np.stack([embeddings[classes == each].double().mean(dim=0).numpy() for each in range(3)])
+    means = np.stack([embeddings[classes == index].double().mean(dim=0).numpy() for index in range(3)])
     np.testing.assert_allclose(class_correlation(embeddings, classes, 3).numpy(), np.corrcoef(means), atol=1e-12)
 
 
@@ -45,9 +45,9 @@ def test_a_class_without_objects_is_unknown_and_leaves_the_others():
 
 
 def test_gap_is_over_known_pairs_of_different_classes():
-    one = torch.tensor([[1.0, 0.5, math.nan], [0.5, 1.0, 0.1], [math.nan, 0.1, 1.0]])
-    other = torch.tensor([[0.0, 0.1, 0.3], [0.1, 0.0, 0.3], [0.3, 0.3, 0.0]])
-    assert correlation_gap(one, other) == pytest.approx((0.4 + 0.4 + 0.2 + 0.2) / 4)
+    first = torch.tensor([[1.0, 0.5, math.nan], [0.5, 1.0, 0.1], [math.nan, 0.1, 1.0]])
+    second = torch.tensor([[0.0, 0.1, 0.3], [0.1, 0.0, 0.3], [0.3, 0.3, 0.0]])
+    assert correlation_gap(first, second) == pytest.approx((0.4 + 0.4 + 0.2 + 0.2) / 4)
     assert correlation_gap(torch.eye(1), torch.eye(1)) is None
 
 

@@ -1,4 +1,4 @@
-"""BDD100K's labels in COCO's format, on hand-made frames of both of its formats."""
+"""Test tools/bdd100k_to_coco.py on hand-made labels of 2020 and of 2018."""
 
 import json
 import subprocess
@@ -74,8 +74,12 @@ def test_detectron2_reads_the_result(tmp_path):
 
 
 def test_other_files_are_refused(tmp_path):
-    for content, word in (("[{", "not complete JSON"), ({"images": []}, "is not BDD100K's"), ([], "is not BDD100K's")):
+    for content, word in (
+        ("[{", "not complete JSON"),
+        ({"images": []}, "is not a BDD100K file"),
+        ([], "is not a BDD100K file"),
+    ):
         result = run(content, tmp_path)
         assert result.returncode == 1 and word in result.stderr
     missing = subprocess.run([sys.executable, TOOL, tmp_path / "none.json", "x"], capture_output=True, text=True)
-    assert missing.returncode == 1 and "is not there" in missing.stderr
+    assert missing.returncode == 1 and "does not exist" in missing.stderr

@@ -1,4 +1,4 @@
-"""A converted ResNet of torchvision's computes what torchvision's does."""
+"""Test that a converted torchvision ResNet computes the same features as the original."""
 
 import importlib.util
 import subprocess
@@ -30,24 +30,24 @@ ARCHITECTURES = {
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_features_are_torchvisions(architecture, tmp_path):
+def test_features_equal_those_of_torchvision(architecture, tmp_path):
     torch.manual_seed(0)
-    theirs = torchvision.models.get_model(architecture, weights=None).eval()
-    for module in theirs.modules():
+    original = torchvision.models.get_model(architecture, weights=None).eval()
+    for module in original.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
-    command = [sys.executable, TOOL, architecture, tmp_path / "ours.pth", "--input", tmp_path / "theirs.pth"]
+    torch.save(original.state_dict(), tmp_path / "original.pth")
+    command = [sys.executable, TOOL, architecture, tmp_path / "converted.pth", "--input", tmp_path / "original.pth"]
     subprocess.run(command, check=True, capture_output=True)
 
-    ours = build_model(make_cfg(ARCHITECTURES[architecture])).eval()
-    DetectionCheckpointer(ours).load(str(tmp_path / "ours.pth"))
+    converted = build_model(make_cfg(ARCHITECTURES[architecture])).eval()
+    DetectionCheckpointer(converted).load(str(tmp_path / "converted.pth"))
     image = torch.randn(1, 3, 64, 64)
-    features = ours.backbone.bottom_up(image)
-    x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image))))
+    features = converted.backbone.bottom_up(image)
+    x = original.maxpool(original.relu(original.bn1(original.conv1(image))))
     for index in range(1, 5):
-        x = getattr(theirs, f"layer{index}")(x)
+        x = getattr(original, f"layer{index}")(x)
         torch.testing.assert_close(features[f"res{index + 1}"], x, rtol=1e-4, atol=1e-4)
 
 
@@ -55,14 +55,14 @@ def test_another_file_is_refused(tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
     command = [sys.executable, TOOL, "resnet18", tmp_path / "out.pth", "--input", tmp_path / "other.pth"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1 and "does not hold a ResNet" in result.stderr
+    assert result.returncode == 1 and "does not hold a torchvision ResNet" in result.stderr
     assert not (tmp_path / "out.pth").exists()
 
 
-def test_every_tensor_of_the_backbone_has_its_name():
+def test_every_tensor_of_the_backbone_is_converted():
     spec = importlib.util.spec_from_file_location("convert_torchvision", TOOL)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    ours = build_model(make_cfg(ARCHITECTURES["resnet18"])).state_dict()
-    backbone = {name for name in ours if name.startswith(tool.PREFIX) and not name.endswith("num_batches_tracked")}
+    keys = build_model(make_cfg(ARCHITECTURES["resnet18"])).state_dict()
+    backbone = {name for name in keys if name.startswith(tool.PREFIX) and not name.endswith("num_batches_tracked")}
     assert set(tool.convert(torchvision.models.resnet18(weights=None).state_dict())) == backbone

@@ -1,4 +1,4 @@
-"""A distilled student leaves this package: plain Detectron2, TorchScript and ONNX give the boxes that it gives here."""
+"""Test that an exported student gives the same boxes in plain Detectron2, TorchScript and ONNX."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ from gdetkd.errors import GDetKDError
 
 TOOLS = Path(__file__).parents[2] / "tools"
 SIZES = [(64, 80), (96, 64)]
-# As a user's script, but for what this machine lacks: compiled operators and names that Pillow has dropped since.
+# A user's script. It also replaces compiled operators and names of Pillow and NumPy that may be missing here.
 PLAIN_SCRIPT = """
 import importlib.util, json, sys, types
 assert importlib.util.find_spec("gdetkd") is None
@@ -44,7 +44,7 @@ THRESHOLDS = {"MODEL.RETINANET.SCORE_THRESH_TEST": 0.005, "MODEL.FCOS.SCORE_THRE
 
 @pytest.fixture
 def trained(pair_cfg, tmp_path):
-    """Distils a tiny student of a family for two steps; returns its distillation's config and its weights."""
+    """Return a function that distils a tiny student for two steps, and returns the config and the weights."""
 
     def make(student):
         cfg = pair_cfg(f"faster_rcnn-{student}", {"SOLVER.MAX_ITER": 2, **THRESHOLDS})
@@ -55,7 +55,10 @@ def trained(pair_cfg, tmp_path):
 
 
 def spread_scores(weights):
-    """An untrained classifier scores everything alike, and rounding would decide which boxes suppress which."""
+    """Scale the classifier of a checkpoint.
+
+    An untrained classifier gives all boxes similar scores. Rounding would then decide which box suppresses another.
+    """
     checkpoint = torch.load(weights, weights_only=False)
     for name, tensor in checkpoint["model"].items():
         if name.endswith("cls_score.weight"):
@@ -70,14 +73,14 @@ def student_of(cfg, weights):
 
 
 def in_score_order(boxes, scores, classes):
-    """Exported sorting may order equal scores otherwise: compare what scores apart."""
+    """Sort by score, then class and box, because an export may order equal scores differently."""
     order = np.lexsort((*np.asarray(boxes).round(2).T, np.asarray(classes), -np.asarray(scores).round(4)))
     return np.asarray(boxes)[order], np.asarray(scores)[order], np.asarray(classes)[order]
 
 
 def assert_same(found, expected):
-    for ours, theirs in zip(in_score_order(*found), in_score_order(*expected)):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-2)
+    for actual, desired in zip(in_score_order(*found), in_score_order(*expected)):
+        np.testing.assert_allclose(actual, desired, rtol=1e-3, atol=1e-2)
 
 
 def test_plain_detectron2_without_this_package(trained, tmp_path):
@@ -85,7 +88,9 @@ def test_plain_detectron2_without_this_package(trained, tmp_path):
     cfg.MODEL.DEVICE = "cuda"
     (tmp_path / "distill.yaml").write_text(cfg.dump())
     assert run_tool(tmp_path / "distill.yaml", weights, tmp_path / "plain.yaml").returncode == 0
-    assert "DEVICE: cuda" in (tmp_path / "plain.yaml").read_text()  # the config's, not the exporting machine's
+    assert (
+        "DEVICE: cuda" in (tmp_path / "plain.yaml").read_text()
+    )  # the device of the config, not of the exporting machine
     cfg.MODEL.DEVICE = "cpu"
     image = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
     np.save(tmp_path / "image.npy", image)
@@ -95,13 +100,13 @@ def test_plain_detectron2_without_this_package(trained, tmp_path):
     environment = {**os.environ, "PYTHONPATH": packages}
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
-    theirs = json.loads(result.stdout.splitlines()[-1])
+    printed = json.loads(result.stdout.splitlines()[-1])
     pixels = torch.as_tensor(image.transpose(2, 0, 1).astype(np.float32))
     with torch.no_grad():
-        [ours] = student_of(cfg, weights)([{"image": pixels, "height": 64, "width": 80}])
-    assert len(theirs["boxes"]) > 5
-    assert theirs["boxes"] == ours["instances"].pred_boxes.tensor.tolist()
-    assert theirs["scores"] == ours["instances"].scores.tolist()
+        [expected] = student_of(cfg, weights)([{"image": pixels, "height": 64, "width": 80}])
+    assert len(printed["boxes"]) > 5
+    assert printed["boxes"] == expected["instances"].pred_boxes.tensor.tolist()
+    assert printed["scores"] == expected["instances"].scores.tolist()
 
 
 @pytest.mark.parametrize("student", ["faster_rcnn", "cascade_rcnn", "retinanet", "fcos"])
@@ -120,7 +125,7 @@ def test_exported(trained, student, ending, tmp_path):
     detector = student_of(cfg, weights)
     session = runtime.InferenceSession(str(output), providers=["CPUExecutionProvider"]) if runtime else None
     script = None if runtime else torch.jit.load(str(output))
-    for seed, size in enumerate(SIZES):  # the first is the one that it was traced with
+    for seed, size in enumerate(SIZES):  # the first size is the size of the trace
         image = torch.randint(0, 256, (3, *size), generator=torch.Generator().manual_seed(seed)).float()
         with torch.no_grad():
             found = session.run(None, {"image": image.numpy()}) if session else [t.numpy() for t in script(image)]
@@ -137,7 +142,7 @@ def run_tool(config_file, weights, output):
 
 
 class Doubled(torch.autograd.Function):
-    """An operation written in Python, as the one in the cascades of Detectron2 v0.6."""
+    """Define an operation in Python, as the cascades of Detectron2 v0.6 do."""
 
     @staticmethod
     def forward(ctx, image):
@@ -149,7 +154,7 @@ class UsesDoubled(torch.nn.Module):
         return Doubled.apply(image)
 
 
-def test_what_torchscript_cannot_save_is_said(tmp_path):
+def test_a_model_that_torchscript_cannot_save_is_refused(tmp_path):
     spec = importlib.util.spec_from_file_location("export", TOOLS / "export.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
@@ -158,7 +163,7 @@ def test_what_torchscript_cannot_save_is_said(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_exported_is_said(trained, tmp_path):
+def test_incomplete_weights_and_unknown_endings_are_refused(trained, tmp_path):
     cfg, weights = trained("faster_rcnn")
     (tmp_path / "distill.yaml").write_text(cfg.dump())
     torch.save({"model": {"backbone.fpn_output2.bias": torch.zeros(8)}}, tmp_path / "few.pth")
@@ -169,7 +174,7 @@ def test_what_cannot_be_exported_is_said(trained, tmp_path):
     assert result.returncode == 1 and ".ts or .pt (TorchScript), .onnx or .yaml" in result.stderr.splitlines()[-1]
 
 
-def test_fcos_cannot_be_named_in_plain_detectron2s_yaml(trained, tmp_path):
+def test_fcos_is_refused_for_plain_detectron2(trained, tmp_path):
     cfg, weights = trained("fcos")
     (tmp_path / "distill.yaml").write_text(cfg.dump())
     result = run_tool(tmp_path / "distill.yaml", weights, tmp_path / "plain.yaml")

@@ -1,4 +1,4 @@
-"""tools/visualize.py on the folders of finished runs."""
+"""Test tools/visualize.py on the folders of finished runs."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from detectron2.data import MetadataCatalog
 from gdetkd import DistillTrainer
 from gdetkd.errors import GDetKDError
 from gdetkd.insight.records import RecordFile
-from gdetkd.insight.runs import FinishedRun
+from gdetkd.insight.run import FinishedRun
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +22,7 @@ def visualize(*args):
 
 @pytest.fixture
 def finished(distill_cfg, tmp_path):
-    """Trains for two iterations, and returns the run's folder."""
+    """Return a function that trains for two iterations and returns the run's folder."""
 
     def make(name, changes):
         keys = {"DATASETS.REGISTER": [dict(MetadataCatalog.get("tiny").gdetkd_entry)], "DATASETS.TEST": ("tiny",)}
@@ -38,7 +38,7 @@ def finished(distill_cfg, tmp_path):
     return make
 
 
-def test_a_run_that_recorded_nothing_is_seen_by_its_checkpoints(finished):
+def test_a_run_without_records_is_shown_from_its_checkpoints(finished):
     distilled, alone = finished("distilled", {}), finished("alone", {"DISTILL.LOSSES": ()})
     seen = visualize(distilled, "--baseline", alone)
     assert seen.returncode == 0, seen.stderr
@@ -50,7 +50,7 @@ def test_a_run_that_recorded_nothing_is_seen_by_its_checkpoints(finished):
     assert refused.returncode != 0 and "without distillation losses" in refused.stderr
 
 
-def test_a_run_of_fewer_processes_than_its_config_is_for_is_seen_to_its_end(finished):
+def test_a_run_on_fewer_processes_than_its_config_is_for_is_shown_to_its_end(finished):
     folder = finished("distilled", {"SOLVER.REFERENCE_WORLD_SIZE": 2, "SOLVER.IMS_PER_BATCH": 4})
     run = FinishedRun(str(folder))
     assert run.cfg.SOLVER.MAX_ITER == 4
@@ -58,6 +58,6 @@ def test_a_run_of_fewer_processes_than_its_config_is_for_is_seen_to_its_end(fini
     assert run.curve()[0][-1] == 4
 
 
-def test_a_folder_that_is_no_finished_run_is_refused(tmp_path):
+def test_a_folder_without_a_finished_run_is_refused(tmp_path):
     with pytest.raises(GDetKDError, match="is not the OUTPUT_DIR of a finished run: it has no config.yaml"):
         FinishedRun(str(tmp_path))

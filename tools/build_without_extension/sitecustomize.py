@@ -1,7 +1,7 @@
-"""Lets the packaged Detectron2 v0.6, which lacks its C++ sources, build without its extension.
+"""Build the packaged Detectron2 v0.6, which lacks its C++ sources, without its extension.
 
-Python imports this file at start-up when its folder is on PYTHONPATH; the Makefile puts it there for the one
-command that installs, and nowhere else. What the extension would give comes from torchvision.
+Python imports this file at start-up if the folder is on PYTHONPATH. The Makefile sets PYTHONPATH only for the command
+that installs Detectron2. torchvision provides the operators of the extension.
 """
 
 from setuptools.command import build_ext

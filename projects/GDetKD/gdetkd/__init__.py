@@ -4,6 +4,7 @@ from ._compat import require_detectron2
 
 require_detectron2()
 
+from . import insight  # noqa: E402, F401, I001  adds its hooks to the trainer
 from .config import add_gdetkd_config  # noqa: E402
 from .distiller import GDetKD  # noqa: E402
 from .engine import DistillTrainer  # noqa: E402

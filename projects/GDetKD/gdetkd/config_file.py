@@ -6,11 +6,11 @@ from contextlib import suppress
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import yaml
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.config.compat import guess_version
 from detectron2.utils.file_io import PathManager
 
-from .config import flat_config
+from .config import add_gdetkd_config, flat_config
 from .errors import GDetKDError
 
 BASE = "_BASE_"
@@ -26,6 +26,19 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.file!r}, line {self.line}"
+
+
+def load_config(config_file: str, opts: Sequence[Any]) -> CfgNode:
+    """Return the config of a file with KEY VALUE changes.
+
+    Raises:
+        GDetKDError: as `merge_config_file` and `merge_words`.
+    """
+    cfg = get_cfg()
+    add_gdetkd_config(cfg)
+    merge_config_file(cfg, config_file)
+    merge_words(cfg, list(opts))
+    return cfg
 
 
 def merge_config_file(cfg: CfgNode, path: str) -> None:

@@ -1,4 +1,4 @@
-from .teacher_score import evaluate_teacher
+from .teacher_evaluation import evaluate_teacher
 from .trainer import DistillTrainer, build_plain_student
 
 __all__ = ["DistillTrainer", "build_plain_student", "evaluate_teacher"]

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from typing import Optional
+from contextlib import contextmanager
+from typing import Iterator, Optional
 
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class CatchUp(HookBase):
-    """Runs a missed evaluation on resume, and a missed estimate of BatchNorm's statistics before it.
+    """Run a missed evaluation on resume, and a missed estimate of BatchNorm's statistics before it.
 
     A checkpoint is written before the evaluation of the same iteration, so a kill can come between the two. The hook
     must stand after the hooks that evaluate and that keep the best.
@@ -26,8 +27,8 @@ class CatchUp(HookBase):
         period: iterations between two evaluations.
         output_dir: the folder in which the hook notes the last evaluation that was made.
         evaluation: Detectron2's hook.
-        best: keeps the best checkpoint; None where none is kept, or by another process.
-        precise: estimates BatchNorm's statistics; None where that is off.
+        best: keeps the best checkpoint. None if this process keeps none.
+        precise: estimates BatchNorm's statistics. None if that is off.
         request: interrupts the missed evaluation if the run is asked to stop.
         random_state: collects the state of each process for a checkpoint.
     """
@@ -57,7 +58,7 @@ class CatchUp(HookBase):
         done = self.trainer.start_iter
         if done == 0:
             if comm.is_main_process() and os.path.exists(self._note):
-                os.remove(self._note)  # of another run in this folder
+                os.remove(self._note)  # another run in this folder left it
             return
         self._estimate(done)
         # The main process's note counts, because all have to evaluate together.
@@ -72,27 +73,35 @@ class CatchUp(HookBase):
         if done >= self.trainer.max_iter:
             self._save_final(done)
 
-    def _save_final(self, done: int) -> None:
-        """Write what the last iteration would have written; a checkpoint's iteration is the last that was done."""
+    @contextmanager
+    def _in_last_iteration(self, done: int) -> Iterator[None]:
+        """Let the trainer be in the last iteration that was done, as it was when the work was missed."""
         iteration, self.trainer.iter = self.trainer.iter, done - 1
         try:
-            self._random_state.keep()
-            self.trainer.checkpointer.save("model_final", iteration=done - 1)
+            yield
         finally:
             self.trainer.iter = iteration
+
+    def _save_final(self, done: int) -> None:
+        """Write model_final.pth, as the last iteration would have done."""
+        with self._in_last_iteration(done):
+            self._random_state.keep()
+            self.trainer.checkpointer.save("model_final", iteration=done - 1)
 
     def _evaluate(self, done: int) -> None:
         storage = self.trainer.storage
         storage.iter = done - 1
-        self._evaluation._do_eval()
+        with self._in_last_iteration(done):
+            self._evaluation.after_step()
         self._exit_if_left()
         if self._best is not None:
-            self._best._best_checking()
+            with self._in_last_iteration(done):
+                self._best.after_step()
         self._write(done)
         storage.iter = done
 
     def _exit_if_left(self) -> None:
-        """The checkpoint that the run was resumed from still stands."""
+        """End the process if the run is asked to stop. The checkpoint that the run was resumed from is still valid."""
         if self._request.has_left:
             logger.warning("SIGTERM: the run stops before iteration %d. Continue it with --resume.", self.trainer.iter)
             raise SystemExit(EXIT_STOPPED)

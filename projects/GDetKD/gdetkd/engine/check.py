@@ -1,4 +1,4 @@
-"""`train_net.py --check`: one screen on what a training would be, and named reasons for what would ruin it."""
+"""Describe a training on one screen before it starts, and name its problems: `train_net.py --check`."""
 
 import math
 from itertools import islice
@@ -15,34 +15,28 @@ from ..losses.classes import match_classes, other_names
 from ..structures import DetectorSpec
 from .forward_guard import BROKEN
 from .preflight import load_dataset
+from .preprocessing import USUAL, Preprocessing, preprocessing_of, with_channels_swapped
+from .sample_score import SampleScore, score_on_sample
 from .step_costs import StepCost, TermCost, measure_steps, measure_terms
 from .student_weights import backbone_message
-from .teacher_score import (
-    USUAL,
-    Preprocessing,
-    SampleScore,
-    preprocessing_of,
-    score_on_sample,
-    with_channels_swapped,
-)
 from .trainer import DistillTrainer
 
 BATCHES = 4
-# AP (points) by which other preprocessing has to beat the teacher's own on the sample to be taken for the right one.
+# Other preprocessing counts as right if it beats the teacher's own on the sample by so many points of AP.
 NOTABLE_GAIN = 2.0
 
 
 class Check:
-    """Builds everything as training would and looks at it; nothing is saved.
+    """Build everything as training would, and look at it. Nothing is saved.
 
     Args:
         cfg: the config of the run.
-        images: of the sample that the teacher is evaluated on.
-        processes: that the training will have; the check is one of them.
+        images: number of images that the teacher is evaluated on.
+        processes: number of processes of the training. The check stands for one of them.
 
     Attributes:
-        problems: reasons not to start, each with its remedy.
-        unknown: what could not be looked at, each with the reason.
+        problems: reasons not to start, with remedies.
+        unknown: parts that could not be checked, with reasons.
 
     Raises:
         GDetKDError: the run could not be built at all.
@@ -63,7 +57,7 @@ class Check:
         """Return the screen. Afterwards `problems` is complete.
 
         Args:
-            warnings: what was logged meanwhile. It is read at the end, so it may grow until then.
+            warnings: the warnings that were logged meanwhile. They are read at the end, so the list may grow.
         """
         parts = [self._data(), self._detectors(), self._weights()]
         if self._teacher is not None:
@@ -87,7 +81,7 @@ class Check:
             dicts, classes = load_dataset(name), MetadataCatalog.get(name).get("thing_classes") or ()
             annotations = sum(len(image.get("annotations", ())) for image in dicts)
             rows.append([name, len(dicts), annotations, len(classes), some(classes, 5)])
-        return tabulate(rows, ["data set", "images", "objects", "classes", ""])
+        return tabulate(rows, ["dataset", "images", "objects", "classes", ""])
 
     def _detectors(self) -> str:
         columns = {"student": _describe(self._student, self._trainer.student_spec, self._cfg.INPUT.FORMAT)}
@@ -114,7 +108,7 @@ class Check:
     def _classes(self) -> str:
         student, teacher = self._trainer.student_spec, self._teacher.spec
         if student is None or student.class_names is None or teacher.class_names is None:
-            return "Classes: the names of both sides' are not known; they are taken to be the same in the same order."
+            return "Classes: the names are not known on both sides. They are taken to be the same in the same order."
         try:
             other_names(self._cfg, student.class_names, teacher.class_names)
         except GDetKDError as e:
@@ -123,14 +117,14 @@ class Check:
         try:
             classes = match_classes("the check", self._cfg, student, teacher)
         except GDetKDError:
-            return "Classes: student and teacher have none in common; SGFI and CKD do not need any."
+            return "Classes: student and teacher have none in common. SGFI and CKD need none."
         if classes.student is None:
             return f"Classes: the same {student.num_classes} in the same order."
-        both = [student.class_names[index] for index in classes.student]
-        alone = [name for name in student.class_names if name not in both]
+        shared = [student.class_names[index] for index in classes.student]
+        alone = [name for name in student.class_names if name not in shared]
         return (
-            f"Classes: {len(both)} of the student's {student.num_classes} are among the {teacher.num_classes} of the "
-            f"teacher: {some(both)}. The student's alone: {some(alone) or 'none'}."
+            f"Classes: {len(shared)} of the student's {student.num_classes} are among the {teacher.num_classes} of the "
+            f"teacher: {some(shared)}. The student alone has: {some(alone) or 'none'}."
         )
 
     def _teacher_score(self) -> str:
@@ -140,19 +134,19 @@ class Check:
         try:
             score = score_on_sample(cfg, teacher, dataset, count)
         except GDetKDError as e:
-            self.unknown.append(f"how good the teacher is, so that a wrong one would not be noticed. {e}")
+            self.unknown.append(f"how good the teacher is, so a wrong teacher would not be noticed. {e}")
             return "The teacher was not evaluated."
-        # All of them only where there is something to find: each costs as much as the first.
+        # Each preprocessing takes as long as the first evaluation, so all are tried only for a weak teacher.
         weak = score.ap < cfg.DISTILL.TEACHER.MIN_AP
         text = f"Teacher on {score.images} images of {dataset}, {score.classes} classes: AP {score.ap:.1f}"
         if own is None:
             self._judge(score, None, score)
             return f"{text}."
         candidates = [usual for usual in USUAL if usual != own] if weak else [with_channels_swapped(own)]
-        others = {other: score_on_sample(cfg, teacher, dataset, count, other) for other in candidates}
-        best = max(others, key=lambda other: others[other].ap)
-        self._judge(score, best, others[best])
-        return f"{text}; it would be {others[best].ap:.1f} with {best}."
+        scores = {candidate: score_on_sample(cfg, teacher, dataset, count, candidate) for candidate in candidates}
+        best = max(scores, key=lambda candidate: scores[candidate].ap)
+        self._judge(score, best, scores[best])
+        return f"{text}; it would be {scores[best].ap:.1f} with {best}."
 
     def _judge(self, score: SampleScore, best: Optional[Preprocessing], best_score: SampleScore) -> None:
         weak = score.ap < self._cfg.DISTILL.TEACHER.MIN_AP
@@ -161,14 +155,14 @@ class Check:
             found += f", less than DISTILL.TEACHER.MIN_AP {self._cfg.DISTILL.TEACHER.MIN_AP:g}"
         if best_score.ap > score.ap + NOTABLE_GAIN:
             self.problems.append(
-                f"{found}, and {best_score.ap:.1f} with images in {best}: set INPUT.FORMAT, MODEL.PIXEL_MEAN and "
-                "MODEL.PIXEL_STD as it was trained, in its file or by DISTILL.TEACHER.OPTS."
+                f"{found}, and {best_score.ap:.1f} with images in {best}. Set INPUT.FORMAT, MODEL.PIXEL_MEAN and "
+                "MODEL.PIXEL_STD as the teacher was trained, in its config file or by DISTILL.TEACHER.OPTS."
             )
         elif weak:
             tried = ", and no usual preprocessing makes it better" if best else ""
             self.problems.append(
-                f"{found}{tried}. Are its weights trained ones, with classes in the order of the set that it was "
-                "trained on? One that is meant to be so weak needs a lower MIN_AP."
+                f"{found}{tried}. Check that its weights are trained and that its classes are in the order of the "
+                "dataset that it was trained on. If it is meant to be so weak, lower MIN_AP."
             )
 
     def _batches(self) -> List[Any]:
@@ -188,13 +182,13 @@ class Check:
     def _judge_term(self, name: str, term: TermCost, is_distillation: bool) -> None:
         if not (math.isfinite(term.weighted) and math.isfinite(term.gradient)):
             self.problems.append(
-                f"{name} is {term.weighted} and its gradient {term.gradient}: the student's starting weights, the "
-                "teacher's or the data hold something that is not finite."
+                f"{name} is {term.weighted} and its gradient {term.gradient}. Check that the student's starting "
+                "weights, the teacher's weights and the data are finite."
             )
         elif is_distillation and term.gradient == 0:
             self.problems.append(
                 f"{name} sends no gradient to the student: its WEIGHT is 0, or {BATCHES} batches had no region for it. "
-                "Raise the weight, look at the data, or take the term out of DISTILL.LOSSES."
+                "Raise the weight, check the data, or remove the loss from DISTILL.LOSSES."
             )
 
     def _costs(self) -> str:
@@ -204,15 +198,15 @@ class Check:
         hours = step.seconds * cfg.SOLVER.MAX_ITER / 3600
         end = f"{hours:.1f} h" if hours >= 2 else f"{60 * hours:.0f} min"
         lines = [
-            f"A step of {cfg.SOLVER.IMS_PER_BATCH} images: {_cost(step)}; the student's alone: {_cost(plain)}.",
+            f"A step of {cfg.SOLVER.IMS_PER_BATCH} images: {_cost(step)}; of the student alone: {_cost(plain)}.",
             f"{cfg.SOLVER.MAX_ITER} iterations take {end}, without loading data and evaluating.",
         ]
         return "\n".join(lines)
 
     def _verdict(self) -> str:
-        unknown = "".join(f"\nNot looked at: {each}" for each in self.unknown)
+        unknown = "".join(f"\nNot checked: {part}" for part in self.unknown)
         if not self.problems:
-            return f"No problem found in what could be looked at.{unknown}" if unknown else "No problem found."
+            return f"No problem found in what could be checked.{unknown}" if unknown else "No problem found."
         return f"PROBLEMS: {len(self.problems)}\n{_numbered(self.problems)}{unknown}"
 
 
@@ -221,9 +215,9 @@ def _numbered(lines: Sequence[str]) -> str:
 
 
 def _of_one_process(cfg: CfgNode, processes: int) -> CfgNode:
-    """What one of several processes trains: its share of the images, and the learning rate of all.
+    """Return the config of one of several processes: its share of the images, and the learning rate of all.
 
-    A queue that holds what all processes gather in a number of steps keeps its length, and so its memory.
+    A queue holds the embeddings that all processes gather in a number of steps. It keeps its length and its memory.
     """
     cfg = DistillTrainer.auto_scale_workers(cfg, processes).clone()
     cfg.defrost()
@@ -237,7 +231,7 @@ def _of_one_process(cfg: CfgNode, processes: int) -> CfgNode:
 
 
 def _describe(model: nn.Module, spec: Optional[DetectorSpec], input_format: str) -> Dict[str, str]:
-    """A column of the table."""
+    """Return a column of the table of detectors."""
     column = {
         "detector": type(model).__name__,
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M",

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and resuming from the last one that can be read."""
+"""Write each checkpoint as a whole file, and resume from the newest checkpoint that can be read."""
 
 import logging
 import os
@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 from detectron2.utils import comm
 from torch import nn
 
+from .._compat.checkpoint import CheckpointSteps
 from ..errors import GDetKDError
 from ..files import PARTIAL, written_whole
 from ..safe_load import DamagedFileError, SafeCheckpointer, UnreadableFileError, read_weights
@@ -18,7 +19,7 @@ NUMBERED = re.compile(r"model_(\d{7})\.pth")
 
 
 class _WholeFiles:
-    """Detectron2's path manager, whose local files are written whole."""
+    """Open files as Detectron2's path manager does, but write each local file as a whole."""
 
     def __init__(self, files: Any) -> None:
         self._files = files
@@ -32,10 +33,10 @@ class _WholeFiles:
         return getattr(self._files, name)
 
 
-class DurableCheckpointer(SafeCheckpointer):
-    """Writes a checkpoint to a temporary file, syncs and renames it, and goes on when the disk is full.
+class DurableCheckpointer(CheckpointSteps, SafeCheckpointer):
+    """Write a checkpoint to a temporary file, sync and rename it, and go on when the disk is full.
 
-    Resuming takes the checkpoint that `last_checkpoint` names and, where that one is damaged, the one before.
+    Resuming takes the checkpoint that `last_checkpoint` names, or an earlier checkpoint if that file is damaged.
 
     Attributes:
         failed: names of checkpoints that could not be written.
@@ -49,14 +50,14 @@ class DurableCheckpointer(SafeCheckpointer):
         self._already_read: Optional[Tuple[str, Dict[str, Any]]] = None
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Writes NAME.pth and makes it the checkpoint to resume from; an error of the disk is logged, not raised."""
+        """Write NAME.pth, the checkpoint to resume from. An error of the disk is logged, not raised."""
         try:
             super().save(name, **kwargs)
         except OSError as e:
             self.failed.append(name)
             last = os.path.basename(self.get_checkpoint_file()) or "none"
             logger.error(
-                "The checkpoint %s.pth could NOT be written (%s). Training goes on; the last that can be resumed from "
+                "The checkpoint %s.pth could NOT be written (%s). Training goes on. The last checkpoint to resume from "
                 "is %s. Make room in %s.",
                 name,
                 e.strerror or e,
@@ -65,7 +66,7 @@ class DurableCheckpointer(SafeCheckpointer):
             )
 
     def save_aside(self, name: str, **kwargs: Any) -> None:
-        """Writes NAME.pth, which is not resumed from unless `last_checkpoint` is made to name it."""
+        """Write NAME.pth, which a run resumes from only if a user writes its name into `last_checkpoint`."""
         self._tagging = False
         try:
             self.save(name, **kwargs)
@@ -77,13 +78,13 @@ class DurableCheckpointer(SafeCheckpointer):
             super().tag_last_checkpoint(last_filename_basename)
 
     def has_checkpoint(self) -> bool:
-        """Whether the main process sees one to resume from; every process has to ask at once."""
+        """Return whether the main process sees a checkpoint to resume from. All processes must call this together."""
         return bool(self._candidates())
 
     def _candidates(self) -> List[str]:
-        """Paths of the checkpoints to resume from, the first choice first: the main process's, everywhere.
+        """Return the paths of the checkpoints to resume from, the first choice first.
 
-        Another may see the folder of a moment before, on a file system that they share.
+        The list of the main process counts. On a shared file system another process may see an older folder.
         """
         return comm.all_gather(self._candidates_seen_here() if comm.is_main_process() else [])[0]
 
@@ -93,7 +94,7 @@ class DurableCheckpointer(SafeCheckpointer):
         tagged = os.path.basename(self.get_checkpoint_file())
         numbered = sorted(filter(NUMBERED.fullmatch, os.listdir(self.save_dir)), reverse=True)
         match = NUMBERED.fullmatch(tagged)
-        # One later than the tagged is of another attempt, or was set aside by hand.
+        # A checkpoint later than the tagged file is of another attempt, or a user set it aside.
         older = [name for name in numbered if name < tagged or match is None]
         path = [self.get_checkpoint_file()] if tagged else []
         return path + [os.path.join(self.save_dir, name) for name in older]
@@ -101,12 +102,12 @@ class DurableCheckpointer(SafeCheckpointer):
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
         """
         Raises:
-            GDetKDError: none of the checkpoints can be read, the one to resume from is not of a training, or a process
-                does not see the one that the main process does, or cannot read it for a reason that is not the file's.
+            GDetKDError: no checkpoint can be read; or the checkpoint to resume from holds weights alone; or a process
+                cannot see or read a file that the main process sees.
         """
         if not resume or not self.has_checkpoint():
             return self.load(path, checkpointables=[])
-        # An evaluation may look into the folder of a training that is just writing.
+        # An evaluation has no "trainer": it may look into the folder of a training that is writing.
         if self.save_to_disk and "trainer" in self.checkpointables:
             for name in os.listdir(self.save_dir):
                 if name.endswith(PARTIAL):
@@ -114,7 +115,7 @@ class DurableCheckpointer(SafeCheckpointer):
         return self.load(self._read_newest())
 
     def _read_newest(self) -> str:
-        """Reads the first candidate that every process can read; its path."""
+        """Read the first candidate that every process can read. Return its path."""
         damages = []
         for path in self._candidates():
             _check_seen_by_all(path)
@@ -126,39 +127,39 @@ class DurableCheckpointer(SafeCheckpointer):
             except UnreadableFileError as e:
                 trouble = str(e)
             damage, trouble = map(max, zip(*comm.all_gather((damage, trouble))))
-            if trouble:  # of whichever process, it ends all
+            if trouble:  # on one process, it ends all processes
                 raise UnreadableFileError(trouble)
             if damage:
-                logger.warning("%s It is passed over for the checkpoint before.", damage)
+                logger.warning("%s The run resumes from an earlier checkpoint instead.", damage)
                 damages.append(damage)
                 continue
             if "trainer" in self.checkpointables and "trainer" not in content:
                 raise GDetKDError(
-                    f"{path!r} holds weights alone, from which no training can be resumed. Start from it with "
-                    "MODEL.WEIGHTS, without --resume."
+                    f"{path!r} holds weights alone, so no training can be resumed from it. To start from them, "
+                    "set MODEL.WEIGHTS to this file and leave out --resume."
                 )
             self._already_read = (path, content)
             return path
         raise GDetKDError(
-            f"No checkpoint in {self.save_dir!r} can be resumed from: {' '.join(damages)} Remove them to start anew."
+            f"No checkpoint in {self.save_dir!r} can be read: {' '.join(damages)} Remove them to start anew."
         )
 
-    def _load_file(self, filename: str) -> Dict[str, Any]:
+    def read_file(self, filename: str) -> Dict[str, Any]:
         path, content = self._already_read or ("", {})
         self._already_read = None
-        return content if path == filename else super()._load_file(filename)
+        return content if path == filename else super().read_file(filename)
 
 
 def _check_seen_by_all(path: str) -> None:
-    """A file that is gone is passed over by all; one that is there for the main process alone can be no shared start.
+    """Check that all processes see a file that the main process sees. All processes must call this together.
 
     Raises:
-        GDetKDError: on every process, some do not see the file.
+        GDetKDError: on every process, a process does not see the file.
     """
     is_seen = comm.all_gather(os.path.isfile(path))
     blind = [rank for rank, seen in enumerate(is_seen) if not seen]
     if is_seen[0] and blind:
         raise GDetKDError(
-            f"The checkpoint {path!r} is not there for the process of rank {', '.join(map(str, blind))}, though it is "
-            "for the main one. OUTPUT_DIR has to be on a file system that all processes share, or copy the file there."
+            f"The main process sees the checkpoint {path!r}, but the process of rank {', '.join(map(str, blind))} does "
+            "not. Put OUTPUT_DIR on a file system that all processes share, or copy the file there."
         )

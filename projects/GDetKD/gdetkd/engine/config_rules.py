@@ -12,7 +12,7 @@ from .._compat import has_compiled_ops
 from ..config_file import get_key
 from ..errors import GDetKDError
 
-# Levels of the pyramids that Detectron2's and our backbones build from res2 to res5, by MODEL.BACKBONE.NAME.
+# Levels that Detectron2's and GDetKD's pyramids add to those of res2 to res5, by MODEL.BACKBONE.NAME.
 TOP_LEVELS = {
     "build_resnet_fpn_backbone": ("p6",),
     "build_retinanet_resnet_fpn_backbone": ("p6", "p7"),
@@ -24,7 +24,7 @@ PRECOMPUTED = "PrecomputedProposals"
 READERS_OF_ANCHORS = ("RPN", "RRPN")
 ANCHOR_GENERATORS = ("DefaultAnchorGenerator", "RotatedAnchorGenerator")
 READERS_OF_LEVELS = ("StandardROIHeads", "CascadeROIHeads", "Res5ROIHeads", "RROIHeads")
-# Where a meta-architecture names the levels that it reads. The first has anchors on them.
+# The keys in which a meta-architecture names the levels that it reads. Anchors lie on the levels of the first key.
 LEVEL_KEYS = {
     "GeneralizedRCNN": ("MODEL.RPN.IN_FEATURES", "MODEL.ROI_HEADS.IN_FEATURES"),
     "RetinaNet": ("MODEL.RETINANET.IN_FEATURES",),
@@ -33,7 +33,7 @@ LEVEL_KEYS = {
 
 
 class Rule(NamedTuple):
-    """A key, what its value must satisfy, and how that is said."""
+    """Hold a key, a test of its value, and a description of valid values."""
 
     key: str
     holds: Callable[[Any], bool]
@@ -85,7 +85,7 @@ RULES = (
 def check_values(cfg: CfgNode) -> None:
     """
     Raises:
-        GDetKDError: a value is invalid. The message names all of them.
+        GDetKDError: a value is invalid. The message names all invalid values.
     """
     wrong = [
         f"{rule.key} is {get_key(cfg, rule.key)!r} and must be {rule.wanted}"
@@ -96,10 +96,10 @@ def check_values(cfg: CfgNode) -> None:
 
 
 def check_parts(cfg: CfgNode) -> None:
-    """Check what an evaluation needs, too: names of parts, levels, and what GDetKD does not support.
+    """Check the names of parts, the levels, and what GDetKD does not support. An evaluation needs these checks, too.
 
     Raises:
-        GDetKDError: one of them is invalid. The message names all of them.
+        GDetKDError: a value is invalid. The message names all invalid values.
     """
     _refuse(_wrong_parts(cfg))
 
@@ -125,7 +125,7 @@ def _wrong_weights(cfg: CfgNode) -> List[str]:
 
 
 def _unknown_names(cfg: CfgNode) -> List[str]:
-    """Compare the names of parts with Detectron2's registries. Their own error does not name the config's key."""
+    """Compare the names of parts with Detectron2's registries, whose errors do not name the config's key."""
     key = "DISTILL.STUDENT_META_ARCHITECTURE" if cfg.MODEL.META_ARCHITECTURE == "GDetKD" else "MODEL.META_ARCHITECTURE"
     parts = [(key, META_ARCH_REGISTRY), ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY)]
     if get_key(cfg, key) == "GeneralizedRCNN":
@@ -158,7 +158,7 @@ def _unsupported(cfg: CfgNode) -> List[str]:
 def _wrong_levels(cfg: CfgNode) -> List[str]:
     """Compare the levels that the heads read with those of the pyramid, and the anchors with the levels.
 
-    Backbones, heads and generators that are not Detectron2's are left alone: they may read other keys.
+    Only Detectron2's backbones, heads and generators are checked, because other parts may read other keys.
     """
     keys = _level_keys(cfg)
     wrong = []

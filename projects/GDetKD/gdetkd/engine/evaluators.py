@@ -1,4 +1,4 @@
-"""Which metrics a data set is evaluated with."""
+"""Build the evaluators of a dataset, and keep them from ending a run when the disk is full."""
 
 import json
 import logging
@@ -8,46 +8,48 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
-    COCOEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
     PascalVOCDetectionEvaluator,
-    coco_evaluation,
 )
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
 
 from .._compat import has_compiled_ops
+from .._compat.evaluation import CocoSteps, coco_eval_made_by, parts_of
 from ..errors import GDetKDError
 from ..files import written_whole
 
 logger = logging.getLogger(__name__)
 
-# What TEST.COCO_EVAL may say.
+# The values of TEST.COCO_EVAL.
 COCO_EVAL = ("", "pycocotools", "faster-coco-eval")
-# How many detections of an image COCO's metrics count.
+# COCO's metrics count so many detections of an image.
 COCOS_DETECTIONS = 100
 
 
-class CocoMetrics(COCOEvaluator):
-    """Detectron2's, but the detections are written when the metrics are known, whole, and once.
+class CocoMetrics(CocoSteps):
+    """Compute COCO's metrics, and write the detections afterwards, once and as a whole file.
 
-    Detectron2 writes them before, and a second time in torch's format, whose writer hides the errors of the disk.
+    Detectron2 writes them before, and a second time in torch's format, whose writer hides errors of the disk.
+
+    Args:
+        output_dir: folder of the detections.
 
     Attributes:
-        metrics: of the last evaluation, also where its detections could not be written.
+        metrics: results of the last evaluation, even if its detections could not be written.
     """
 
     def __init__(self, *args: Any, output_dir: str, **kwargs: Any) -> None:
         super().__init__(*args, output_dir=output_dir, **kwargs)
-        self._folder, self._output_dir = output_dir, None
+        self._folder = output_dir
         self._detections: Optional[str] = None
         self.metrics: Dict[str, Any] = {}
 
     def evaluate(self, img_ids: Optional[List[int]] = None) -> Dict[str, Any]:
         """
         Raises:
-            OSError: on the main process, when no other waits for it: the detections cannot be written.
+            OSError: the main process cannot write the detections. No other process waits for it then.
         """
         self.metrics, self._detections = {}, None
         self.metrics = super().evaluate(img_ids)
@@ -59,32 +61,32 @@ class CocoMetrics(COCOEvaluator):
                 file.write(self._detections)
         return self.metrics
 
-    def _tasks_from_predictions(self, predictions: List[Dict[str, Any]]) -> List[str]:
-        """Leave out masks and keypoints that the dataset has no labels of."""
-        truth = list(self._coco_api.anns.values())
+    def choose_tasks(self, predictions: List[Dict[str, Any]]) -> List[str]:
+        """Leave out masks and keypoints if the dataset has no labels of them."""
+        truth = self.annotations()
         lacking = {
             task
             for task, key in (("segm", "segmentation"), ("keypoints", "keypoints"))
             if truth and not any(annotation.get(key) for annotation in truth)
         }
-        return [task for task in super()._tasks_from_predictions(predictions) if task not in lacking]
+        return [task for task in super().choose_tasks(predictions) if task not in lacking]
 
-    def _eval_predictions(self, predictions: List[Dict[str, Any]], img_ids: Optional[List[int]] = None) -> None:
-        found = [detection for of_image in predictions for detection in of_image["instances"]]
-        # Meanwhile Detectron2 gives them the file's category ids, and pycocotools keys of its own.
-        own_keys = list(found[0]) if found else []
-        super()._eval_predictions(predictions, img_ids=img_ids)
-        self._detections = json.dumps([{key: detection[key] for key in own_keys} for detection in found])
+    def compute(self, predictions: List[Dict[str, Any]], img_ids: Optional[List[int]] = None) -> None:
+        found = [detection for prediction in predictions for detection in prediction["instances"]]
+        # Detectron2 replaces the category ids by those of the file, and pycocotools adds keys.
+        keys = list(found[0]) if found else []
+        super().compute(predictions, img_ids)
+        self._detections = json.dumps([{key: detection[key] for key in keys} for detection in found])
 
 
 class FasterCOCOEvaluator(CocoMetrics):
-    """COCO's metrics as the package faster-coco-eval computes them, where it can, else as pycocotools does.
+    """Compute COCO's metrics with the package faster-coco-eval, or with pycocotools if the package cannot.
 
-    The package takes keypoints only from its own class of ground truth, which Detectron2 does not use. It does not take
-    image ids that are text, such as VOC's.
+    The package takes keypoints only with its own class of ground truth, which Detectron2 does not use. It does not take
+    image ids that are text, such as those of VOC.
 
     Raises:
-        GDetKDError: it is not installed.
+        GDetKDError: the package is not installed.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -92,21 +94,15 @@ class FasterCOCOEvaluator(CocoMetrics):
             from faster_coco_eval import COCOeval_faster
         except ImportError as e:
             raise GDetKDError(
-                "TEST.COCO_EVAL faster-coco-eval needs that package: pip install 'gdetkd[eval]', or set it to ''."
+                "TEST.COCO_EVAL is 'faster-coco-eval', but that package is not installed. Install it with pip install "
+                "'gdetkd[eval]', or set TEST.COCO_EVAL to ''."
             ) from e
         super().__init__(*args, use_fast_impl=False, **kwargs)
         self._faster = COCOeval_faster
 
-    def _eval_predictions(self, *args: Any, **kwargs: Any) -> None:
-        # Detectron2 names pycocotools' class in its module, and has no place to give it another.
-        official = coco_evaluation.COCOeval
-        coco_evaluation.COCOeval = lambda truth, found, task: (self._faster if _is_fast(truth, task) else official)(
-            truth, found, task
-        )
-        try:
-            super()._eval_predictions(*args, **kwargs)
-        finally:
-            coco_evaluation.COCOeval = official
+    def compute(self, predictions: List[Dict[str, Any]], img_ids: Optional[List[int]] = None) -> None:
+        with coco_eval_made_by(lambda truth, task: self._faster if _is_fast(truth, task) else None):
+            super().compute(predictions, img_ids)
 
 
 def _is_fast(truth: Any, task: str) -> bool:
@@ -115,7 +111,7 @@ def _is_fast(truth: Any, task: str) -> bool:
 
 
 class VOCMetric(PascalVOCDetectionEvaluator):
-    """VOC's metric, under `voc` instead of `bbox`, which is COCO's."""
+    """Compute VOC's metric, and name it `voc`: COCO's metric is already named `bbox`."""
 
     def evaluate(self) -> Optional[Dict[str, Any]]:
         results = super().evaluate()
@@ -123,7 +119,11 @@ class VOCMetric(PascalVOCDetectionEvaluator):
 
 
 class DetectionWriter(DatasetEvaluator):
-    """Writes detections in COCO's result format, with file names for image ids."""
+    """Write detections in COCO's result format, with file names as image ids.
+
+    Args:
+        path: file to write.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -142,20 +142,21 @@ class DetectionWriter(DatasetEvaluator):
             return None
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
         with open(self._path, "w") as file:
-            json.dump([detection for of_rank in gathered for detection in of_rank], file)
+            json.dump([detection for detections in gathered for detection in detections], file)
         logger.info("Detections: %s", self._path)
         return {}
 
 
 class DiskTolerant(DatasetEvaluator):
-    """An evaluator during training, which an error of the disk does not end: it is logged.
+    """Evaluate during training, and log errors of the disk instead of ending the run.
 
-    It is built when the turn of its set comes, and forgotten with it. What fails on the main process alone comes after
-    the last exchange of its evaluator, so that the processes stay together; what may fail on any is agreed upon.
+    The evaluator is built when the evaluation of its dataset begins. An error while it is built can come on any
+    process, so the processes agree on it. Later errors come on the main process alone, after the last exchange of the
+    evaluator. So the processes stay together.
 
     Args:
-        build: makes the evaluator.
-        dataset_name: of the registered set that it is for.
+        build: returns the evaluator.
+        dataset_name: name of the registered dataset.
     """
 
     def __init__(self, build: Callable[[], DatasetEvaluator], dataset_name: str) -> None:
@@ -171,13 +172,15 @@ class DiskTolerant(DatasetEvaluator):
         except OSError as e:
             error = f"{type(e).__name__}: {e}"
         if error := max(comm.all_gather(error)):
-            logger.error("%s cannot be evaluated now (%s); the training goes on.", self._name, error)
+            logger.error("Could not evaluate %s (%s). The training goes on. Make room on the disk.", self._name, error)
             self._evaluators = []
             if is_converted and metadata.get("json_file") is not None:
-                del metadata.json_file  # Detectron2 names the file before it is there; the next time it is made anew
+                del (
+                    metadata.json_file
+                )  # Detectron2 names the file before it writes it. Let it write the file next time.
             return
-        # One after the other: an error of the first would keep the main process from the exchange of the second.
-        self._evaluators = list(built._evaluators) if isinstance(built, DatasetEvaluators) else [built]
+        # They run one by one. An error of the first would keep the main process from the exchange of the second.
+        self._evaluators = parts_of(built)
         for evaluator in self._evaluators:
             evaluator.reset()
 
@@ -194,7 +197,7 @@ class DiskTolerant(DatasetEvaluator):
             return evaluator.evaluate() or {}
         except OSError as e:
             logger.error(
-                "What the evaluation of %s found could not be written (%s); the training goes on.",
+                "Could not write the detections on %s (%s). The training goes on. Make room on the disk.",
                 self._name,
                 e.strerror or e,
             )
@@ -202,16 +205,18 @@ class DiskTolerant(DatasetEvaluator):
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, tasks: Optional[Tuple[str, ...]] = None) -> DatasetEvaluator:
-    """COCO's metrics for every data set, under `bbox`; for Detectron2's VOC sets also VOC's, under `voc`.
+    """Build the evaluator of a dataset.
 
-    A set of mere images has none; its detections are written down.
-    COCO's count objects that VOC marks as difficult; VOC's does not.
+    - Every dataset with labels gets COCO's metrics, under `bbox`.
+    - Detectron2's VOC datasets also get VOC's metric, under `voc`. It leaves out objects that VOC marks as difficult,
+      and COCO's metrics count them.
+    - A dataset without labels has no metrics. Its detections are written to a file.
 
     Args:
-        tasks: of COCO's "bbox", "segm" and "keypoints"; None: all that the detector predicts.
+        tasks: any of COCO's "bbox", "segm" and "keypoints". None stands for all that the detector predicts.
 
     Raises:
-        GDetKDError: TEST.COCO_EVAL names no implementation, or one that is not installed.
+        GDetKDError: TEST.COCO_EVAL names an unknown implementation, or one that is not installed.
     """
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
     if MetadataCatalog.get(dataset_name).get("evaluator_type") == "images":
@@ -226,15 +231,18 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, tasks: Optional[Tuple[str, 
 def _coco_evaluator(cfg: CfgNode, dataset_name: str, tasks: Optional[Tuple[str, ...]], folder: str) -> CocoMetrics:
     implementation, options = cfg.TEST.COCO_EVAL, {"kpt_oks_sigmas": cfg.TEST.KEYPOINT_OKS_SIGMAS}
     if cfg.TEST.DETECTIONS_PER_IMAGE > COCOS_DETECTIONS:
-        # COCO counts 100. Objects that a detector finds beyond that would count as missed.
+        # Objects that a detector finds beyond COCO's 100 detections would count as missed.
         options["max_dets_per_image"] = cfg.TEST.DETECTIONS_PER_IMAGE
         logger.info(
-            "AP of %s counts up to %d detections an image (TEST.DETECTIONS_PER_IMAGE); COCO's own is of 100.",
+            "AP on %s counts up to %d detections an image (TEST.DETECTIONS_PER_IMAGE). COCO's own AP counts 100.",
             dataset_name,
             cfg.TEST.DETECTIONS_PER_IMAGE,
         )
     if implementation not in COCO_EVAL:
-        raise GDetKDError(f"TEST.COCO_EVAL is {implementation!r}; there are {', '.join(map(repr, COCO_EVAL))}.")
+        raise GDetKDError(
+            f"TEST.COCO_EVAL is {implementation!r}, which is unknown. Set it to one of "
+            f"{', '.join(map(repr, COCO_EVAL))}."
+        )
     if implementation == "faster-coco-eval":
         return FasterCOCOEvaluator(dataset_name, tasks, output_dir=folder, **options)
     fast = implementation == "" and has_compiled_ops()
@@ -242,9 +250,9 @@ def _coco_evaluator(cfg: CfgNode, dataset_name: str, tasks: Optional[Tuple[str, 
 
 
 def _forget_converted(folder: str, dataset_name: str) -> None:
-    """Detectron2 converts a set without a JSON file once and would evaluate against that although the set changes."""
+    """Remove the JSON file that Detectron2 made of a dataset in an earlier run: the dataset may have changed."""
     converted = os.path.join(folder, f"{dataset_name}_coco_format.json")
-    # Within a run it is converted once, and its metadata then names the file.
+    # Detectron2 converts a dataset once in a run. Then the metadata name the file.
     is_new = MetadataCatalog.get(dataset_name).get("json_file") is None
     try:
         if is_new and comm.is_main_process() and os.path.exists(converted):

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
-from .._compat import default_store
+from .._compat.processes import cpu_group, default_store
 
 
 def on_any_process(*flags: bool) -> List[bool]:
@@ -14,12 +14,12 @@ def on_any_process(*flags: bool) -> List[bool]:
     if comm.get_world_size() == 1:
         return list(flags)
     together = torch.tensor(flags, dtype=torch.int32)
-    dist.all_reduce(together, op=dist.ReduceOp.MAX, group=comm._get_global_gloo_group())
+    dist.all_reduce(together, op=dist.ReduceOp.MAX, group=cpu_group())
     return together.bool().tolist()
 
 
 class Notice:
-    """A note that one process leaves and the others can look for. Nobody waits for anybody.
+    """Leave a note that the other processes can look for. No process waits for another.
 
     Args:
         name: the same on every process, and unique to this notice.

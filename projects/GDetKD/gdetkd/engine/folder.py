@@ -1,4 +1,4 @@
-"""OUTPUT_DIR belongs to one training at a time."""
+"""Reserve OUTPUT_DIR for one training at a time, and protect the checkpoints of an earlier training."""
 
 import fcntl
 import logging
@@ -17,10 +17,10 @@ LOCK = ".training"
 
 @contextmanager
 def only_training_in(folder: str) -> Iterator[None]:
-    """Holds the folder inside, until this process ends at the latest, however it does. Every process has to enter.
+    """Reserve the folder inside, at the latest until this process ends in any way. All processes must enter together.
 
     Raises:
-        GDetKDError: on every process, another training writes there.
+        GDetKDError: on every process, another training writes to the folder.
     """
     lock, error = _lock(folder) if comm.is_main_process() else (None, "")
     if error := comm.all_gather(error)[0]:
@@ -37,8 +37,8 @@ def check_earlier_run(folder: str, resume: bool, overwrite: bool) -> None:
 
     Args:
         folder: OUTPUT_DIR.
-        resume: the run goes on with what is there.
-        overwrite: the run may replace what is there.
+        resume: the run continues the training in the folder.
+        overwrite: the run may replace the training in the folder.
 
     Raises:
         GDetKDError: on every process, the folder holds checkpoints that the run would overwrite.
@@ -54,9 +54,9 @@ def check_earlier_run(folder: str, resume: bool, overwrite: bool) -> None:
 
 
 def remove_earlier_run(folder: str) -> None:
-    """Remove the checkpoints of an earlier training, or --resume of an early end of the new one would continue the old.
+    """Remove the checkpoints of an earlier training. All processes must call this together.
 
-    All processes must call this together.
+    If the new training ended before its first checkpoint, --resume would continue the earlier training.
     """
     if comm.is_main_process():
         for name in [*_checkpoints(folder), "last_checkpoint"]:
@@ -66,7 +66,7 @@ def remove_earlier_run(folder: str) -> None:
 
 
 def warn_of_a_fresh_start(folder: str, has_checkpoint: bool) -> None:
-    """Warn of a run that is to be resumed where there is nothing to resume."""
+    """Warn that --resume finds no checkpoint in the folder."""
     if not has_checkpoint:
         logger.warning("--resume: %r holds no checkpoint. THE TRAINING STARTS FROM THE BEGINNING.", folder)
 
@@ -77,17 +77,21 @@ def _checkpoints(folder: str) -> List[str]:
 
 
 def _lock(folder: str) -> Tuple[IO[str], str]:
-    """An open file that is locked, and what is wrong."""
+    """Return an open file that is locked, and an error message, empty if there is none."""
     os.makedirs(folder, exist_ok=True)
     lock = open(os.path.join(folder, LOCK), "w")
     try:
-        # Not flock: the workers that load data would inherit it, and outlive a process that is killed.
+        # The workers that load data would inherit an flock, and they outlive a process that is killed.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         lock.close()
         return lock, (
-            f"Another training is writing to {folder!r}: wait until it has ended, end it, or choose another OUTPUT_DIR."
+            f"Another training is writing to {folder!r}. Wait until it has ended, end it, or choose another OUTPUT_DIR."
         )
-    except OSError as e:  # of file systems that know no locks
-        logger.warning("Whether another training writes to %s cannot be seen there (%s).", folder, e.strerror or e)
+    except OSError as e:  # some file systems have no locks
+        logger.warning(
+            "The file system of %s has no locks (%s). Make sure that no other training writes there.",
+            folder,
+            e.strerror or e,
+        )
     return lock, ""

@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import GDetKDError
 from ..losses.build import sum_of_zeros
 
-# The key among the losses under which a forward pass says that it failed.
+# A forward pass that failed returns a loss of this name.
 BROKEN = "loss_forward"
 
 
@@ -19,7 +19,7 @@ class NonFiniteError(GDetKDError):
 
 
 class ForwardGuard(nn.Module):
-    """The model that the trainer drives: a detector, or a `GDetKD` model, whose forward pass may fail.
+    """Wrap the model that is trained, a detector or a `GDetKD` model, so that its forward pass may fail.
 
     Detectron2 and fvcore end a forward pass by an exception when boxes or scores are not finite. Another process does
     not see that and would wait in the backward pass. So this module returns losses that are not a number instead, with
@@ -27,8 +27,8 @@ class ForwardGuard(nn.Module):
     these losses and decides for all processes.
 
     Args:
-        model: what is trained.
-        student: the plain detector in it, or `model` itself.
+        model: the model that is trained.
+        student: the plain detector in the model, or `model` itself.
         terms: names of the distillation terms among the losses.
 
     Attributes:
@@ -52,10 +52,11 @@ class ForwardGuard(nn.Module):
     def forward(self, batched_inputs: List[Dict[str, Any]]) -> Any:
         """
         Returns:
-            what the model returns, or losses that are not a number where the forward pass fails in training.
+            the model's output, or losses that are not a number if the forward pass fails in training.
 
         Raises:
-            NonFiniteError: it fails, and this process cannot take part in the exchanges that the others wait for.
+            NonFiniteError: the forward pass fails, and this process cannot take part in the exchanges that the other
+                processes wait for.
         """
         self.failure = ""
         if not (self.training and torch.is_grad_enabled()):
@@ -79,7 +80,7 @@ class ForwardGuard(nn.Module):
     def _broken_losses(self) -> Dict[str, torch.Tensor]:
         if hasattr(self.model, "join_exchanges"):
             self.model.join_exchanges()
-        # The features too: the backward pass of SyncBN in the backbone waits for every process.
+        # The loss includes the features: the backward pass of SyncBN in the backbone waits for every process.
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         loss = sum_of_zeros([*parameters, *self._features]) + float("nan")
         return {name: loss for name in [BROKEN, *self._terms]}
@@ -88,8 +89,8 @@ class ForwardGuard(nn.Module):
 def is_about_nonfinite(error: Exception) -> bool:
     """Return whether an exception is about values that are infinite or not a number.
 
-    Detectron2 raises `FloatingPointError` for some. fvcore and `Boxes.clip` assert instead: then the function that
-    raised holds such a value.
+    Detectron2 raises `FloatingPointError` in some places. fvcore and `Boxes.clip` assert instead: then the function
+    that raised holds such a value.
     """
     if isinstance(error, FloatingPointError):
         return True

@@ -5,10 +5,11 @@ from typing import Dict, List, Mapping, Optional, Tuple
 import torch
 from torch import nn
 
+from .._compat.training import batch_norms, keeps_moving_average
 from ..losses import DistillLoss
 
-# Detectron2's dense detectors divide their losses by a moving average of this name. It is a plain number, in no
-# `state_dict`.
+# Detectron2's dense detectors divide their losses by a moving average of this name. It is a plain number that no
+# `state_dict` holds.
 NORMALIZER = "loss_normalizer"
 
 
@@ -20,15 +21,15 @@ class ForwardState:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        self._dense = [module for module in model.modules() if _has_average(module)]
+        self._norms = batch_norms(model)
+        self._dense = [module for module in model.modules() if keeps_moving_average(module)]
         self._losses = [module for module in model.modules() if isinstance(module, DistillLoss)]
         self._statistics: List[Tuple[nn.Module, str, torch.Tensor]] = []
         self._normalizers: List[Optional[float]] = []
 
     def save(self) -> None:
         """Remember the present state."""
-        # Looked up by name: PreciseBN puts new tensors in the place of the old ones.
+        # `restore` looks buffers up by name, because PreciseBN replaces the tensors.
         self._statistics = [
             (module, name, buffer.clone())
             for module in self._norms
@@ -47,7 +48,7 @@ class ForwardState:
             if before is not None:
                 setattr(module, NORMALIZER, before)
             elif hasattr(module, NORMALIZER):
-                delattr(module, NORMALIZER)  # the first forward pass makes it
+                delattr(module, NORMALIZER)  # the first forward pass made it
         for loss in self._losses:
             loss.undo_step()
 
@@ -57,7 +58,7 @@ def normalizers(model: nn.Module) -> Dict[str, float]:
     return {
         name: getattr(module, NORMALIZER)
         for name, module in model.named_modules()
-        if _has_average(module) and hasattr(module, NORMALIZER)
+        if keeps_moving_average(module) and hasattr(module, NORMALIZER)
     }
 
 
@@ -65,10 +66,5 @@ def set_normalizers(model: nn.Module, values: Mapping[str, float]) -> None:
     """Set the moving averages that `normalizers` returned."""
     modules = dict(model.named_modules())
     for name, value in values.items():
-        if name in modules and _has_average(modules[name]):
+        if name in modules and keeps_moving_average(modules[name]):
             setattr(modules[name], NORMALIZER, value)
-
-
-def _has_average(module: nn.Module) -> bool:
-    """Return whether a module keeps the moving average. Keypoint heads have a constant of that name."""
-    return hasattr(module, "_ema_update")

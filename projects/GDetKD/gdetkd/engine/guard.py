@@ -1,48 +1,42 @@
-"""Check the losses of every step before the optimizer takes it."""
+"""Find losses that are not finite, and leave out the step or stop the run."""
 
 import json
 import logging
 import math
 import os
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
-from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
+from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
 from ..files import written_whole
 from ..random_state import get_random_state
-from .exchange import on_any_process
 from .forward_guard import ForwardGuard, NonFiniteError
 from .forward_state import ForwardState
 from .hooks import RandomState
-from .schedule import LossSchedule
-from .stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 
 
 class StepSkipped(Exception):
-    """Ends a step before the optimizer's."""
+    """Ends a step before the optimizer changes a parameter."""
 
 
 class StepGuard(HookBase):
-    """Stops a run, or leaves a step out, before a loss that is not finite reaches a parameter.
+    """Keep a loss that is not finite from reaching a parameter. `StepAgreement` asks the guard before each step.
 
-    Every process comes to the same decision. The hook must come after the other hooks of a step, so that it sees the
-    state before each step.
+    The hook must come after the other hooks of a step, so that it sees the state before each step.
 
     Args:
-        tolerated: steps that may be left out over the whole run.
+        tolerated: number of steps that may be left out over the whole run.
         random_state: the hook that keeps the random states for the checkpoint.
-        request: the exchange before each optimizer step also tells every process whether to stop.
     """
 
-    def __init__(self, tolerated: int, random_state: RandomState, request: StopRequest) -> None:
+    def __init__(self, tolerated: int, random_state: RandomState) -> None:
         self._tolerated = tolerated
         self._random_state = random_state
-        self._request = request
         self._skipped = 0
         self._files: List[str] = []
         self._random_before: Dict[str, Any] = {}
@@ -62,22 +56,24 @@ class StepGuard(HookBase):
         self._state.save()
         self._random_before = get_random_state()
 
-    def check(self, losses: Dict[str, torch.Tensor]) -> None:
-        """Look at the losses between the backward pass and the optimizer's step, where Detectron2 fetches them anyway.
+    def find(self, losses: Mapping[str, torch.Tensor]) -> Dict[str, str]:
+        """Return the losses of this process that are not finite, as text. This waits for the device."""
+        values = dict(zip(losses, torch.stack([loss.float().sum() for loss in losses.values()]).tolist()))
+        if self._model.failure:
+            return {"the forward pass": f"not finite ({self._model.failure})"}
+        return {name: str(value) for name, value in values.items() if not math.isfinite(value)}
+
+    def skip_or_stop(self, terms: Mapping[str, str]) -> None:
+        """Undo the forward pass, and end the step or the run. All processes must call this together.
+
+        Args:
+            terms: what `find` returned on this process.
 
         Raises:
-            StepSkipped: a loss of some process is not finite, and that is tolerated.
-            NonFiniteError: a loss of some process is not finite, and that is not tolerated.
+            StepSkipped: one more step may be left out.
+            NonFiniteError: no more step may be left out. The state before the step is saved.
         """
-        values = dict(zip(losses, torch.stack([loss.detach().float().sum() for loss in losses.values()]).tolist()))
-        terms = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
-        if self._model.failure:
-            terms = {"the forward pass": f"not finite ({self._model.failure})"}
-        some_not_finite, self._request.is_agreed = on_any_process(bool(terms), self._request.is_asked)
-        if some_not_finite:
-            self._skip_or_stop(comm.all_gather({"terms": terms, "files": self._files}))
-
-    def _skip_or_stop(self, found: List[Dict[str, Any]]) -> None:
+        found = comm.all_gather({"terms": terms, "files": self._files})
         self._state.restore()
         message = self._message(found)
         if self._skipped < self._tolerated:
@@ -94,16 +90,16 @@ class StepGuard(HookBase):
         if comm.is_main_process():
             self._write_report(name, found)
             self._save_before_step(name)
-        comm.synchronize()  # or the error of another would make the launcher end the one that writes
+        comm.synchronize()  # an error of another process would make the launcher end the process that writes
         raise NonFiniteError(
-            f"{message} The optimizer did not take that step. The batch's files are in {name}.json and the state "
-            f"before the step in {name}.pth, in {self.trainer.cfg.OUTPUT_DIR}. Look at these images and at the weight "
-            "of that term, let DISTILL.SKIP_NONFINITE leave such steps out, or start anew with a lower "
-            "SOLVER.BASE_LR: a run that is resumed keeps its own."
+            f"{message} The optimizer did not take that step. {name}.json in {self.trainer.cfg.OUTPUT_DIR} lists the "
+            f"files of the batch, and {name}.pth holds the state before the step. Check these images and the weight of "
+            "that term, set DISTILL.SKIP_NONFINITE to leave out such steps, or start anew with a lower SOLVER.BASE_LR: "
+            "a resumed run keeps its learning rate."
         )
 
     def _save_before_step(self, name: str) -> None:
-        """A checkpoint's iteration is the last that was done, and resuming takes the one after: this one, again."""
+        """Save the state so that a resumed run repeats this step. It starts after the iteration in the checkpoint."""
         self.trainer.iter -= 1
         try:
             self.trainer.checkpointer.save_aside(name, iteration=self.trainer.iter)
@@ -116,15 +112,15 @@ class StepGuard(HookBase):
             with written_whole(os.path.join(self.trainer.cfg.OUTPUT_DIR, f"{name}.json")) as file:
                 file.write(report)
         except OSError as e:
-            logger.error("%s.json could not be written (%s); it would say: %s", name, e.strerror or e, report)
+            logger.error("Could not write %s.json (%s). Its content: %s", name, e.strerror or e, report)
 
     def _message(self, found: List[Dict[str, Any]]) -> str:
-        of_ranks = {rank: of_rank for rank, of_rank in enumerate(found) if of_rank["terms"]}
-        parts = [f"{name} is {value}" for of_rank in of_ranks.values() for name, value in of_rank["terms"].items()]
-        files = [name for of_rank in of_ranks.values() for name in of_rank["files"]]
+        broken = {rank: report for rank, report in enumerate(found) if report["terms"]}
+        parts = [f"{name} is {value}" for report in broken.values() for name, value in report["terms"].items()]
+        files = [name for report in broken.values() for name in report["files"]]
         return (
             f"At iteration {self.trainer.iter} {'; '.join(dict.fromkeys(parts))} (process "
-            f"{', '.join(map(str, of_ranks))}; images {', '.join(files)})."
+            f"{', '.join(map(str, broken))}; images {', '.join(files)})."
         )
 
     def state_dict(self) -> Dict[str, Any]:
@@ -132,29 +128,3 @@ class StepGuard(HookBase):
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         self._skipped = state["skipped"]
-
-
-class _Guarded:
-    """Detectron2's step, looked at by a `StepGuard` before the optimizer's part; and the terms' values are logged."""
-
-    guard: StepGuard
-    schedule: LossSchedule
-
-    def run_step(self) -> None:
-        try:
-            super().run_step()
-        except StepSkipped:
-            self.optimizer.zero_grad()
-
-    def _write_metrics(self, loss_dict: Dict[str, torch.Tensor], data_time: float, *args: Any, **kwargs: Any) -> None:
-        self.guard.check(loss_dict)
-        self.schedule.log()
-        super()._write_metrics(loss_dict, data_time, *args, **kwargs)
-
-
-class GuardedTrainer(_Guarded, SimpleTrainer):
-    pass
-
-
-class GuardedAMPTrainer(_Guarded, AMPTrainer):
-    pass

@@ -20,13 +20,13 @@ def order_hooks(
     random_state: RandomState,
     evaluate: Callable[[], Dict[str, Any]],
 ) -> List[HookBase]:
-    """Return Detectron2's hooks with ours at their places.
+    """Return Detectron2's hooks with the hooks of GDetKD at their places.
 
-    The main process has hooks that the others lack: those that write files. No place may depend on them. A hook that
-    exchanges something would else come at another time on the main process, and the processes would wait for ever.
+    The main process alone has hooks that write files, and no place may depend on them. Otherwise a hook that exchanges
+    something would run at another time on the main process, and the processes would wait for ever.
 
     Args:
-        detectron2_hooks: what `DefaultTrainer.build_hooks` returns.
+        detectron2_hooks: the hooks that `DefaultTrainer.build_hooks` returns.
         trainer: a `DistillTrainer`.
         request: tells whether the run is asked to stop.
         random_state: collects the state of each process for a checkpoint.

@@ -1,4 +1,4 @@
-"""What the trainer does beside the steps: random states for resume, time, and the best checkpoint."""
+"""Keep random states for resume, the training time and the best checkpoint, and survive a full disk."""
 
 import logging
 import os
@@ -20,10 +20,13 @@ logger = logging.getLogger(__name__)
 
 
 class RandomState(HookBase):
-    """Keeps what is a process's own for the checkpoint that the main process is about to write.
+    """Collect the state of every process for the checkpoint that the main process is about to write.
 
-    This is the random state, and the moving average that a dense detector divides its losses by. The hook must stand
+    This is the random state, and the moving average that a dense detector divides its losses by. The hook must come
     before the hook that writes. On resume the states are set when training begins.
+
+    Args:
+        period: iterations between two checkpoints.
     """
 
     def __init__(self, period: int) -> None:
@@ -68,9 +71,9 @@ class RandomState(HookBase):
 
 
 class Stopwatch(HookBase):
-    """Logs `train_seconds`: time in training steps so far, without evaluations and checkpoints, kept across resumes.
+    """Log `train_seconds`: the time in training steps so far, without evaluations and checkpoints, kept on resume.
 
-    It must stand first, before the hooks that take time.
+    The hook must come first, before the hooks that take time.
     """
 
     def __init__(self) -> None:
@@ -92,33 +95,40 @@ class Stopwatch(HookBase):
 
 
 class _WeightsOnly(DurableCheckpointer):
-    """Writes a model without naming it the checkpoint to resume from."""
+    """Write a model that is not the checkpoint to resume from."""
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         pass
 
 
 class KeepBest(BestCheckpointer):
-    """Detectron2's best checkpoint, but resumed with its record, and never resumed from.
+    """Keep the best checkpoint as Detectron2 does. A resumed run knows the best score, but never starts from its file.
 
-    The record is kept in model_best.pth itself: the checkpoint to resume from is written before the evaluation of the
-    same iteration, and would forget it.
+    model_best.pth holds the score, because the checkpoint to resume from is written before the evaluation of the same
+    iteration.
     """
 
     def __init__(self, period: int, student: torch.nn.Module, output_dir: str, metric: str = "bbox/AP") -> None:
         self._metric = metric
         self._path = os.path.join(output_dir, "model_best.pth")
         self._record = _Record()
-        super().__init__(period, _WeightsOnly(student, output_dir, record=self._record), metric)
+        self._weights = _WeightsOnly(student, output_dir, record=self._record)
+        super().__init__(period, self._weights, metric)
 
-    def _best_checking(self) -> None:
+    def after_step(self) -> None:
+        self._check_with(super().after_step)
+
+    def after_train(self) -> None:
+        self._check_with(super().after_train)
+
+    def _check_with(self, check: Callable[[], None]) -> None:
         self._record.metric, iteration = self.trainer.storage.latest().get(self._metric, (None, None))
         if self._record.metric is not None and iteration != self.trainer.storage.iter:
-            return  # an earlier evaluation's: this one did not come to a score
-        before, failed = (self.best_metric, self.best_iter), len(self._checkpointer.failed)
-        super()._best_checking()
-        if len(self._checkpointer.failed) > failed:
-            self.best_metric, self.best_iter = before  # of the file that is still there
+            return  # the score is of an earlier evaluation
+        before, failed = (self.best_metric, self.best_iter), len(self._weights.failed)
+        check()
+        if len(self._weights.failed) > failed:
+            self.best_metric, self.best_iter = before  # the file of the earlier score is still there
 
     def state_dict(self) -> Dict[str, Any]:
         return {"path": os.path.basename(self._path)}
@@ -129,13 +139,13 @@ class KeepBest(BestCheckpointer):
         try:
             best = read_weights(self._path)
         except DamagedFileError as e:
-            logger.warning("%s The best score so far is forgotten.", e)
+            logger.warning("%s The best score so far is lost, so the next evaluation writes a new model_best.pth.", e)
             return
         self.best_metric, self.best_iter = best["record"]["metric"], best["iteration"]
 
 
 class _Record:
-    """The score of the weights that it is written beside."""
+    """Hold the score of the weights in the same file."""
 
     metric: Optional[float] = None
 
@@ -144,7 +154,7 @@ class _Record:
 
 
 class TolerantWriter(EventWriter):
-    """A writer of metrics that logs what the disk does not take, where Detectron2's would end the training."""
+    """Write metrics with another writer, and log an error of the disk. Detectron2 would end the training."""
 
     def __init__(self, writer: EventWriter) -> None:
         self._writer = writer
@@ -159,4 +169,4 @@ class TolerantWriter(EventWriter):
         try:
             action()
         except OSError as e:
-            logger.error("Metrics could not be written (%s: %s).", type(self._writer).__name__, e.strerror or e)
+            logger.error("Could not write metrics (%s: %s).", type(self._writer).__name__, e.strerror or e)

@@ -1,4 +1,4 @@
-"""Starts a function in every process of a run: alone, by Detectron2's launcher, or as torchrun has it."""
+"""Run a function in every process of a run: in one process, by Detectron2's launcher or under torchrun."""
 
 import functools
 import gc
@@ -16,29 +16,30 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from .._compat import forget_process_groups
+from .._compat.processes import exchanging_in, forget_process_groups, make_local_group
 from ..errors import GDetKDError
 from ..program import message_in
 from .stopping import EXIT_STOPPED
 
-# What torchrun tells each process that it starts.
+# torchrun gives these variables to each process that it starts.
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
 def is_under_torchrun() -> bool:
+    """Return whether torchrun started this process."""
     return set(os.environ) >= TORCHRUN
 
 
 def run_everywhere(main: Callable[[Namespace], Any], args: Namespace) -> None:
-    """Calls `main(args)` in as many processes as the arguments or torchrun ask for.
+    """Call `main(args)` in as many processes as the arguments or torchrun ask for.
 
     Args:
-        main: what each process does.
-        args: of Detectron2's argument parser, with `check` and `timeout` (minutes).
+        main: the function that each process calls.
+        args: arguments of Detectron2's parser, with `check` and `timeout` (minutes).
 
     Raises:
-        GDetKDError: more GPUs are asked for than there are, or a process ended before its time; then the others have
-            been ended as well, and the message says which it was.
+        GDetKDError: there are fewer GPUs than asked for. Or a process ended too early: then the other processes have
+            been ended as well, and the message names the first.
         SystemExit: with EXIT_STOPPED, all processes saved and stopped because of SIGTERM.
     """
     timeout = timedelta(minutes=args.timeout)
@@ -47,7 +48,7 @@ def run_everywhere(main: Callable[[Namespace], Any], args: Namespace) -> None:
         _run_in_group(timeout, main, args)
         return
     _check_gpus(args)
-    processes, machines = (0, 1) if args.check else (args.num_gpus, args.num_machines)  # a check needs but one process
+    processes, machines = (0, 1) if args.check else (args.num_gpus, args.num_machines)  # a check runs in one process
     before = signal.signal(signal.SIGTERM, _pass_on) if processes * machines > 1 else None
     try:
         everywhere = functools.partial(_run_in_group, timeout, main)
@@ -103,58 +104,58 @@ def _exchange_within(timeout: timedelta, main: Callable[[Namespace], Any], args:
     """Call `main(args)`. Detectron2's exchanges on the CPU beside NCCL get the same timeout as all other exchanges."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"):
         return main(args)
-    group, original = dist.new_group(backend="gloo", timeout=timeout), comm._get_global_gloo_group
-    comm._get_global_gloo_group = lambda: group
-    try:
+    with exchanging_in(dist.new_group(backend="gloo", timeout=timeout)):
         return main(args)
-    finally:
-        comm._get_global_gloo_group = original
 
 
 def which_ended(error: Any, first_rank: int = 0) -> str:
-    """What torch's launcher knows of the process that ended first, for a message."""
+    """Return a message that names the process which ended first, and why.
+
+    Args:
+        error: exception of torch's launcher.
+        first_rank: rank of the first process on this machine.
+    """
     rank = first_rank + error.error_index
     if isinstance(error, ProcessRaisedException):
         if message := message_in(str(error)):
-            return f"{message} (So says the process of rank {rank}. The others were ended.)"
-        return f"The process of rank {rank} failed, and the others were ended:\n{error}"
+            return f"{message} (The process of rank {rank} reports this. The other processes were ended.)"
+        return f"The process of rank {rank} failed, and the other processes were ended:\n{error}"
     name = signal.Signals(-error.exit_code).name if error.exit_code < 0 else ""
     how = f"was killed by {name}" if name else f"ended with exit code {error.exit_code}"
-    memory = " A process that the system runs out of memory for is killed so." if name == "SIGKILL" else ""
-    return f"The process of rank {rank} {how}, and the others were ended.{memory} --resume goes on with the run."
+    memory = " The system does this to a process when memory runs out." if name == "SIGKILL" else ""
+    return f"The process of rank {rank} {how}, and the other processes were ended.{memory} Continue with --resume."
 
 
 def _pass_on(number: int, frame: Any) -> None:
-    """The launching process only waits; those that train save when they get the signal."""
+    """Pass SIGTERM on to the processes that train. They save the run. The process that launched them only waits."""
     for child in multiprocessing.active_children():
         child.terminate()
 
 
 def _join_torchrun(args: Namespace, timeout: timedelta) -> None:
     if args.check:
-        raise GDetKDError("--check looks at a run in one process: start it without torchrun.")
+        raise GDetKDError("--check needs one process, but torchrun started this one. Start it without torchrun.")
     if args.num_gpus > 1 or args.num_machines > 1:
-        raise GDetKDError("torchrun starts the processes itself: leave --num-gpus and --num-machines out.")
+        raise GDetKDError(
+            f"--num-gpus {args.num_gpus} and --num-machines {args.num_machines} have no effect under torchrun, which "
+            "starts the processes itself. Leave them out."
+        )
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         if local_size > torch.cuda.device_count():
-            raise GDetKDError(f"torchrun started {local_size} processes here for {torch.cuda.device_count()} GPUs.")
+            raise GDetKDError(
+                f"torchrun started {local_size} processes on this machine, which has {torch.cuda.device_count()} GPUs. "
+                "Give --nproc_per_node the number of GPUs."
+            )
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if has_gpu else "gloo", timeout=timeout)
-    if hasattr(comm, "create_local_process_group"):
-        comm.create_local_process_group(local_size)
-        return
-    for first in range(0, dist.get_world_size(), local_size):  # v0.6 has but the variable; all make all groups
-        ranks = list(range(first, first + local_size))
-        group = dist.new_group(ranks)
-        if dist.get_rank() in ranks:
-            comm._LOCAL_PROCESS_GROUP = group
+    make_local_group(local_size)
 
 
 def _check_gpus(args: Namespace) -> None:
     if args.num_gpus > max(1, torch.cuda.device_count()):
         raise GDetKDError(
-            f"--num-gpus {args.num_gpus}, but there are {torch.cuda.device_count()} CUDA devices here. Without any, "
-            "the run goes to the CPU in one process: leave --num-gpus out."
+            f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} CUDA devices. Give at "
+            "most that number, or leave --num-gpus out to train in one process."
         )

@@ -1,4 +1,4 @@
-"""Log what each distillation loss says of itself."""
+"""Log the scalars that each distillation loss reports."""
 
 from typing import Mapping
 
@@ -6,7 +6,7 @@ from detectron2.engine import HookBase
 
 from ..losses import DistillLoss
 
-# Steps between two looks, as many as Detectron2 has between two lines of metrics. Each look waits for the device.
+# Steps between two logs, as for Detectron2's metrics. Each log waits for the device.
 PERIOD = 20
 
 

@@ -1,4 +1,4 @@
-"""Detectron2's optimizer, or AdamW with the same parameter groups and gradient clipping."""
+"""Build Detectron2's optimizer, or AdamW with the same parameter groups and gradient clipping."""
 
 from typing import Sequence
 
@@ -19,7 +19,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if cfg.SOLVER.OPTIMIZER == "SGD":
         return build_sgd(cfg, model)
     if cfg.SOLVER.OPTIMIZER != "AdamW":
-        raise GDetKDError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}; there are SGD and AdamW.")
+        raise GDetKDError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}. Set it to 'SGD' or 'AdamW'.")
     params = get_default_optimizer_params(
         model,
         base_lr=cfg.SOLVER.BASE_LR,
@@ -34,8 +34,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 def exempt_from_decay(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
     """Move the parameters into groups of their own that have no weight decay, in place.
 
-    All else of their groups stays as it is. It is done to the built optimizer, so that it also holds for a trainer that
-    builds another one.
+    The other settings of their groups stay. This works on the built optimizer, so it also works for a trainer that
+    builds another optimizer.
     """
     exempt = set(parameters)
     for group in list(optimizer.param_groups):

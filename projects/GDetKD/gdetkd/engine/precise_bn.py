@@ -1,4 +1,4 @@
-"""Detectron2's PreciseBN, which can be interrupted and resumed."""
+"""Interrupt and resume Detectron2's PreciseBN."""
 
 from typing import Any, Dict, Iterable, Iterator
 
@@ -6,6 +6,7 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import PreciseBN
 from torch import nn
 
+from .._compat.training import NormSettings, loader_of, update_statistics
 from ..data import ResumableLoader
 from ..random_state import get_random_state, set_random_state
 from .forward_state import ForwardState
@@ -13,9 +14,9 @@ from .stopping import LeftEarly, StopRequest
 
 
 class PreciseStatistics(HookBase):
-    """Runs Detectron2's PreciseBN on batches that depend on the seed and the iteration alone.
+    """Run Detectron2's PreciseBN on batches that depend only on the seed and the iteration.
 
-    Detectron2's hook goes on in a stream of batches of its own, so a resumed run would get other statistics.
+    Detectron2's hook keeps a stream of batches over the whole run, so a resumed run would get other statistics.
 
     Args:
         hook: Detectron2's hook.
@@ -43,32 +44,28 @@ class PreciseStatistics(HookBase):
             self.estimate(self.trainer.iter + 1)
 
     def estimate(self, iterations: int) -> None:
-        """Estimate the statistics after so many iterations, or leave it if the run is asked to stop."""
+        """Estimate the statistics after so many iterations, or leave the estimate if the run is asked to stop."""
         model: nn.Module = self.trainer.model
-        state, random_before = ForwardState(model), get_random_state()
-        layers = _LayersAsTheyAre(model)
+        state, random_before, settings = ForwardState(model), get_random_state(), NormSettings(model)
         state.save()
-        self._hook._data_iter = self._batches(iterations)
         try:
-            self._hook.update_stats()
+            update_statistics(self._hook, self._batches(iterations))
             self._done = iterations
         except LeftEarly:
-            layers.restore()
+            settings.restore()
             state.restore()
             set_random_state(random_before)
             self._request.has_left = True
-        finally:
-            self._hook._data_iter = None
 
     def _batches(self, iterations: int) -> Iterator[Any]:
-        # All decide together before each batch, because SyncBN needs all of them.
+        # All processes decide together before each batch, because SyncBN needs all of them.
         for batch in self._loader_at(iterations):
             if self._request.agree():
                 raise LeftEarly
             yield batch
 
     def _loader_at(self, iterations: int) -> Iterable[Any]:
-        loader = self._hook._data_loader
+        loader = loader_of(self._hook)
         if isinstance(loader, ResumableLoader):
             loader.seed, loader.start_iter = self.trainer.data_loader.seed, iterations
         return loader
@@ -78,17 +75,3 @@ class PreciseStatistics(HookBase):
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         self._done = state["done"]
-
-
-class _LayersAsTheyAre:
-    """Keeps settings of BatchNorm's layers that fvcore's estimate restores only when it completes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        self._before = [(norm, norm.momentum, list(norm._forward_pre_hooks)) for norm in norms]
-
-    def restore(self) -> None:
-        for norm, momentum, hooks in self._before:
-            norm.momentum = momentum
-            for added in set(norm._forward_pre_hooks) - set(hooks):
-                del norm._forward_pre_hooks[added]

@@ -11,7 +11,7 @@ def quiet() -> Iterator[List[str]]:
     """Print nothing to stdout inside. Loggers that are set up inside still write to their files.
 
     Yields:
-        the warnings that GDetKD logs inside, each once; the list grows while the code runs.
+        the warnings that GDetKD logs inside, without repetitions. The list grows while the code runs.
     """
     collector = _Collector()
     logger = logging.getLogger("gdetkd")
@@ -26,6 +26,8 @@ def quiet() -> Iterator[List[str]]:
 
 
 class _Collector(logging.Handler):
+    """Collect warnings without repetitions."""
+
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.messages: List[str] = []
@@ -36,7 +38,7 @@ class _Collector(logging.Handler):
 
 
 class _Nowhere(io.TextIOBase):
-    """Takes text and forgets it. Loggers keep it as their stream, so unlike a file it is never closed."""
+    """Take text and forget it. Loggers keep this stream, so unlike a file it is never closed."""
 
     def write(self, text: str) -> int:
         return len(text)

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of the run that wrote it, and what may not have changed when the run goes on."""
+"""Keep a description of the run in its checkpoints, and compare it with the run that resumes."""
 
 import logging
 from typing import Any, Dict, Optional, Tuple
@@ -12,14 +12,14 @@ from ..errors import GDetKDError, some
 
 logger = logging.getLogger(__name__)
 
-# With another value, what the checkpoint holds would be given to parameters that it does not belong to.
+# If such a key changes, the checkpoint's state would go to parameters that it does not belong to.
 FIXED = {
     "DISTILL.LOSSES": "other distillation losses",
     "DISTILL.STUDENT_META_ARCHITECTURE": "another student",
     "SOLVER.OPTIMIZER": "another optimizer",
     "SOLVER.AMP.ENABLED": "another precision",
 }
-# What the checkpoint's optimizer and schedule bring along. STEPS, GAMMA, MAX_ITER and the warm-up are the config's.
+# The checkpoint's optimizer keeps its values of these keys. STEPS, GAMMA, MAX_ITER and the warm-up follow the config.
 KEPT = (
     "SOLVER.BASE_LR",
     "SOLVER.BIAS_LR_FACTOR",
@@ -32,11 +32,11 @@ KEPT = (
 
 
 class RunRecord:
-    """Config, classes and number of processes.
+    """Keep the config, the classes and the number of processes of a run.
 
     Args:
-        cfg: the run's.
-        classes: the student's, in order; None where they are not known.
+        cfg: config of the run.
+        classes: names of the student's classes, in order. None if they are not known.
     """
 
     def __init__(self, cfg: CfgNode, classes: Optional[Tuple[str, ...]]) -> None:
@@ -47,10 +47,10 @@ class RunRecord:
         return {"config": self._config, "classes": self._classes, "processes": comm.get_world_size()}
 
     def load_state_dict(self, then: Dict[str, Any]) -> None:
-        """Logs what is not as it was.
+        """Log what has changed since the checkpoint was written.
 
         Raises:
-            GDetKDError: the classes or their order, the losses, the student, the optimizer or the precision are others.
+            GDetKDError: the classes, their order, the losses, the student, the optimizer or the precision changed.
         """
         before, now = flat_config(then["config"]), flat_config(self._config)
         for key, what in FIXED.items():
@@ -65,37 +65,37 @@ class RunRecord:
         if then["processes"] != comm.get_world_size():
             changes.append(f"number of processes {then['processes']} -> {comm.get_world_size()}")
         if changes:
-            logger.warning("Since the checkpoint was written this has changed: %s.", "; ".join(changes))
+            logger.warning("These values changed since the checkpoint was written: %s.", "; ".join(changes))
         if kept := [key for key in changed if key in KEPT]:
             logger.warning(
-                "Of these WITHOUT EFFECT on a run that is resumed, for its optimizer goes on as it was: %s. To train "
-                "with others, start from the checkpoint by MODEL.WEIGHTS, without --resume, in a new OUTPUT_DIR.",
+                "These changes have NO EFFECT, because a resumed run keeps its optimizer: %s. To train with the new "
+                "values, set MODEL.WEIGHTS to the checkpoint and start without --resume in a new OUTPUT_DIR.",
                 ", ".join(kept),
             )
 
 
 def warn_of_other_data(before: Dict[str, Any], now: Dict[str, Any]) -> None:
-    """Compares what `ResumableLoader.description` was then and is now: by one image more the order is another."""
+    """Warn if the training images changed, by `ResumableLoader.description`. One more image changes the whole order."""
     if before != now:
         logger.warning(
-            "The images to train on are not those that the run was started with: %d then, %d now%s. It goes on, but in "
-            "another order of images than uninterrupted. Was an image changed, or could one not be read at one of the "
-            "starts? Those that are left out are named above.",
+            "The training images changed since the run was started: %d then, %d now%s. The run goes on, but with "
+            "another order of images than an uninterrupted run. Check whether files changed or could not be read at "
+            "one of the starts. Images that are left out now are named above.",
             before["images"],
             now["images"],
-            "" if before["images"] != now["images"] else ", of other names",
+            "" if before["images"] != now["images"] else ", with other names",
         )
 
 
 def _refusal(what: str, before: str, now: str) -> str:
     return (
-        f"This run was started with {what}: {before}; now {now}. Resume it with the config and data it was started "
-        "with, or start in a new OUTPUT_DIR."
+        f"This run was started with {what}: {before}; now {now}. Resume it with the config and the data that started "
+        "it, or use a new OUTPUT_DIR."
     )
 
 
 class DistillState:
-    """What a checkpoint keeps under `distill`: the losses' parameters and queue, and which teacher it was."""
+    """Keep under `distill` in a checkpoint: the losses' parameters and queue, and a description of the teacher."""
 
     def __init__(self, distiller: GDetKD) -> None:
         self._distiller = distiller
@@ -106,27 +106,30 @@ class DistillState:
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """
         Raises:
-            GDetKDError: the teacher is another one, by its hash, or a loss has another size.
+            GDetKDError: the teacher's hash or the size of a loss changed.
         """
         now, then = self._distiller.teacher.describe(), state["teacher"]
         if now["sha256"] != then["sha256"]:
             raise GDetKDError(
                 f"This run was started with another teacher: {then['weights']!r} (SHA-256 {then['sha256'][:12]}), now "
-                f"{now['weights']!r} ({now['sha256'][:12]}). Resume with the first, or start in a new OUTPUT_DIR."
+                f"{now['weights']!r} ({now['sha256'][:12]}). Resume with the first teacher, or use a new OUTPUT_DIR."
             )
         if now["images"] != then.get("images", now["images"]):  # older checkpoints do not say
             logger.warning(
-                "The teacher saw images as %s when the checkpoint was written, and sees them as %s now: it teaches "
-                "something else.",
+                "The teacher saw images as %s when the checkpoint was written, and sees them as %s now, so it gives "
+                "other targets. If you did not intend that, set its INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD "
+                "back.",
                 then["images"],
                 now["images"],
             )
         if now["weights"] != then["weights"]:
-            logger.info("The teacher was %s and is now %s; it is the same.", then["weights"], now["weights"])
+            logger.info(
+                "The teacher's file was %s and is now %s. Its weights are the same.", then["weights"], now["weights"]
+            )
         try:
             self._distiller.losses.load_state_dict(state["losses"])
         except RuntimeError as e:
             raise GDetKDError(
-                f"This run was started with other distillation losses, or other sizes of them ({e}). Resume it with "
-                "the config it was started with, or start in a new OUTPUT_DIR."
+                f"This run was started with other distillation losses, or with losses of other sizes ({e}). Resume it "
+                "with the config that started it, or use a new OUTPUT_DIR."
             ) from e

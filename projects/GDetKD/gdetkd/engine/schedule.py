@@ -1,4 +1,4 @@
-"""Weights of the distillation terms over training, and what is logged of them."""
+"""Weight the distillation terms over the training, and log their values."""
 
 from typing import Any, Dict, List, Optional
 
@@ -12,58 +12,64 @@ from ..distiller import term_name
 
 
 class LossSchedule:
-    """Weights the distillation terms among a model's losses and leaves the student's own as they are.
+    """Weight the distillation terms among a model's losses, and leave the student's losses unchanged.
 
     Args:
-        cfg: DISTILL.<loss>.WEIGHT and WARMUP_ITERS of each loss in DISTILL.LOSSES, and DISTILL.WARMUP_ITERS.
+        cfg: gives DISTILL.WARMUP_ITERS, and WEIGHT and WARMUP_ITERS of each loss in DISTILL.LOSSES.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         self._warmup_iters = cfg.DISTILL.WARMUP_ITERS
         self._nodes = {term_name(name): cfg.DISTILL[name] for name in cfg.DISTILL.LOSSES}
-        self._waiting: Dict[str, torch.Tensor] = {}  # what is to be logged of the step
+        self._waiting: Dict[str, torch.Tensor] = {}  # the values of this step, for `log`
 
     @property
     def terms(self) -> List[str]:
-        """The distillation terms' names among a model's losses."""
+        """Names of the distillation terms among a model's losses."""
         return list(self._nodes)
 
     def full_weight(self, term: str) -> float:
-        """The factor on a term after its warm-up."""
+        """Return the factor on a term after its warm-up."""
         return self._nodes[term].WEIGHT
 
     def weight(self, term: str, iteration: int) -> float:
-        """The factor on a term at an iteration; it rises linearly from the first to iteration WARMUP_ITERS."""
+        """Return the factor on a term at an iteration. It rises linearly until iteration WARMUP_ITERS."""
         node = self._nodes[term]
         length = max(1, node.WARMUP_ITERS, self._warmup_iters)
         return node.WEIGHT * min(1.0, (iteration + 1) / length)
 
     def __call__(self, losses: Dict[str, torch.Tensor], iteration: int) -> Dict[str, torch.Tensor]:
-        """The losses with each distillation term times its weight."""
+        """Return the losses, with each distillation term times its weight."""
         return {
             name: loss * self.weight(name, iteration) if name in self._nodes else loss for name, loss in losses.items()
         }
 
     def attach(self, model: nn.Module) -> Any:
-        """Weights what `model` returns in training, and keeps it for `log`. Returns the handle that undoes this."""
+        """Weight the losses that `model` returns in training, and keep them for `log`.
+
+        Returns:
+            the handle that undoes this.
+        """
         return model.register_forward_hook(self._hook)
 
     def _hook(self, model: nn.Module, inputs: Any, output: Any) -> Optional[Dict[str, torch.Tensor]]:
-        # Without gradients (PreciseBN's forward passes) there is no distillation.
+        # There is no distillation without gradients, as in PreciseBN's forward passes.
         if not model.training or not self._nodes or not torch.is_grad_enabled():
             return None
         storage = get_event_storage()
         weighted = self(output, storage.iter)
-        # Summed: a student's own loss may have the shape (1,).
+        # A student's loss may have the shape (1,), so it is summed.
         total = torch.stack([loss.detach().sum() for loss in weighted.values()]).sum()
         self._waiting = {f"raw/{name}": output[name].detach().sum() for name in self._nodes}
         self._waiting.update({f"share/{name}": weighted[name].detach().sum() / total for name in self._nodes})
         return weighted
 
     def log(self) -> None:
-        """Raw values and shares of the total, into the storage of the step, on every process or on none; the trainer
-        logs the weighted ones under the terms' own names. After the backward pass, for it waits for the device and for
-        the other processes."""
+        """Log each term's raw value and its share of the total loss. All processes must call this together.
+
+        Call it after the backward pass: it waits for the device and for the other processes. The trainer logs the
+        weighted values.
+        """
         waiting, self._waiting = self._waiting, {}
         if not waiting:
             return

@@ -1,4 +1,4 @@
-"""Time pieces of work in turn, and measure what a step costs and what each term sends to the student."""
+"""Time pieces of work in turn, and measure the cost of a step and the gradient of each loss."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ from torch import nn
 
 # An iteration after every warm-up.
 LATE = 10**9
-# Factors on a loss in half precision, where a small gradient is 0 without one, and a large one infinite with it.
+# Factors on a loss in half precision. A small gradient is 0 without a factor, and a large gradient infinite with it.
 SCALES = (2.0**16, 2.0**8, 1.0)
 
 
@@ -21,8 +21,8 @@ SCALES = (2.0**16, 2.0**8, 1.0)
 class TermCost:
     """
     Attributes:
-        weighted: value of the loss as it is added to the total, mean over the batches.
-        gradient: norm of its gradient in the student's parameters, mean over the batches.
+        weighted: value of the weighted loss, mean over the batches.
+        gradient: norm of the loss's gradient in the student's parameters, mean over the batches.
     """
 
     weighted: float
@@ -34,9 +34,9 @@ class StepCost:
     """
     Attributes:
         seconds: median over the batches, forward and backward.
-        megabytes: of memory.
-        kind: on a GPU the peak beyond what was allocated before the step; on a CPU, where that is not known, what the
-            backward pass needs.
+        megabytes: memory.
+        kind: which memory. On a GPU it is the peak beyond what was allocated before the step. On a CPU that is not
+            known, so it is what the backward pass needs.
     """
 
     seconds: float
@@ -99,12 +99,12 @@ def _step(model: nn.Module, batch: Any, autocast: bool) -> None:
 
 
 def _is_on_gpu() -> bool:
-    """Whether anything is: a GPU may be there, and MODEL.DEVICE be the CPU."""
+    """Return whether any tensor is on a GPU. A machine with a GPU may train on the CPU (MODEL.DEVICE)."""
     return torch.cuda.is_initialized() and torch.cuda.memory_allocated() > 0
 
 
 def peak_memory(step: Callable[[], None]) -> float:
-    """MB: on a GPU the most that a step allocates at once, on a CPU what it keeps for its backward pass."""
+    """Return the MB that a step allocates at once on a GPU, or keeps for its backward pass on a CPU."""
     if _is_on_gpu():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -123,7 +123,7 @@ def peak_memory(step: Callable[[], None]) -> float:
 
 
 def measure_terms(model: nn.Module, student: nn.Module, batches: List[Any], autocast: bool) -> Dict[str, TermCost]:
-    """Each loss that a model returns, weighted as it is, and the gradient that it sends to the student."""
+    """Return the value of each loss that a model returns, and the norm of its gradient in the student."""
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     seen: Dict[str, List[Tuple[float, float]]] = {}
     for batch in batches:

@@ -19,7 +19,7 @@ from .hooks import RandomState
 
 logger = logging.getLogger(__name__)
 
-# Exit code of a run that SIGTERM ended after it saved: sysexits.h's "try again", here with --resume.
+# Exit code of a run that saved and ended because of SIGTERM: "try again" in sysexits.h, here with --resume.
 EXIT_STOPPED = 75
 # Seconds between two looks for a request that reached another process alone.
 LOOK_EVERY = 1.0
@@ -30,7 +30,7 @@ class LeftEarly(Exception):
 
 
 class StopRequest:
-    """Knows whether the run is asked to stop, by SIGTERM to this process or to another one.
+    """Know whether the run is asked to stop, by SIGTERM to this process or to another process.
 
     Attributes:
         is_asked: this process got SIGTERM.
@@ -70,9 +70,9 @@ class StopRequest:
         return self.is_agreed
 
     def leave_if_asked(self) -> None:
-        """Raise `LeftEarly` if this process or another one is asked to stop. Call it as often as you like.
+        """Raise `LeftEarly` if this process or another process is asked to stop.
 
-        The processes need not call this equally often. `agree` has to follow, also on those that were not interrupted.
+        The processes need not call this equally often. `agree` must follow on every process, interrupted or not.
         """
         if self.is_asked:
             self._notice.leave()
@@ -87,12 +87,12 @@ class StopRequest:
 
 
 class Interruptible(DatasetEvaluator):
-    """An evaluator that leaves the evaluation between two images when the run is asked to stop.
+    """Leave an evaluation between two images when the run is asked to stop.
 
-    All processes leave it, before the evaluator exchanges anything.
+    All processes leave it before the evaluator exchanges anything.
 
     Raises:
-        LeftEarly: by `process`, or by `evaluate` on every process.
+        LeftEarly: `process` raises it, or `evaluate` on every process.
     """
 
     def __init__(self, evaluator: DatasetEvaluator, request: StopRequest) -> None:
@@ -113,7 +113,7 @@ class Interruptible(DatasetEvaluator):
 
 
 class AgreedStop(HookBase):
-    """Saves and ends a run that all processes agreed to stop.
+    """Save and end a run that all processes agreed to stop.
 
     The hook stands at two places: after the work that belongs to a step, and after the evaluation, which may have been
     interrupted. `CatchUp` repeats on resume what was interrupted.
@@ -128,27 +128,27 @@ class AgreedStop(HookBase):
         self._random_state = random_state
 
     def _must_stop(self) -> bool:
-        # The last iteration goes on to write model_final.pth. Nothing but an evaluation is left to do then.
+        # The last iteration still writes model_final.pth. After that only an evaluation is left.
         is_last = self.trainer.iter + 1 >= self.trainer.max_iter
         return self._request.has_left or (self._request.is_agreed and not is_last)
 
     def after_step(self) -> None:
         """
         Raises:
-            SystemExit: with EXIT_STOPPED; the run is saved and can go on.
-            GDetKDError: the run ends and could not be saved.
+            SystemExit: with EXIT_STOPPED. The run is saved, and --resume continues it.
+            GDetKDError: the run could not be saved, and ends.
         """
         if not self._must_stop():
             return
         iteration = self.trainer.iter
         self._random_state.keep()
-        # The exchange also makes all wait for the save: a launcher ends the others as soon as one process ends.
+        # The exchange also makes all processes wait for the save: a launcher ends all processes as soon as one ends.
         is_saved, last = comm.all_gather(self._save(iteration) if comm.is_main_process() else None)[0]
         if not is_saved:
             raise GDetKDError(
                 f"SIGTERM: the run stops after iteration {iteration} and could NOT be saved. Make room in "
-                f"{self.trainer.cfg.OUTPUT_DIR}. --resume goes on from {last or 'nothing'} and repeats the later "
-                "iterations."
+                f"{self.trainer.cfg.OUTPUT_DIR}. --resume continues from {last or 'the beginning'} and repeats the "
+                "later iterations."
             )
         logger.warning(
             "SIGTERM: the run stops after iteration %d, with exit code %d. Continue it with --resume.",
@@ -158,7 +158,7 @@ class AgreedStop(HookBase):
         raise SystemExit(EXIT_STOPPED)
 
     def _save(self, iteration: int) -> Tuple[bool, str]:
-        """Return whether the run is saved, and the name of the file that it would be resumed from."""
+        """Save the run. Return whether that worked, and the name of the file that --resume continues from."""
         checkpointer, name = self.trainer.checkpointer, f"model_{iteration:07d}"
         before = len(checkpointer.failed)
         checkpointer.save(name, iteration=iteration)
@@ -166,17 +166,17 @@ class AgreedStop(HookBase):
 
 
 class LeaveAtTheEnd(HookBase):
-    """Ends a run with EXIT_STOPPED if its final evaluation was interrupted.
+    """End a run with EXIT_STOPPED if its final evaluation was interrupted.
 
-    The hook must come last, so that the others end properly. model_final.pth is written by then, and --resume evaluates
-    it.
+    The hook must come last, so that all other hooks end properly. model_final.pth is written by then, and --resume
+    evaluates it.
     """
 
     def __init__(self, request: StopRequest) -> None:
         self._request = request
 
     def after_train(self) -> None:
-        # A run that failed before its end has an error of its own to show.
+        # A run that failed before its end already shows an error.
         if self._request.has_left and self.trainer.iter >= self.trainer.max_iter:
             logger.warning(
                 "SIGTERM: the final evaluation was interrupted. Run again with --resume to evaluate model_final.pth."

@@ -1,4 +1,4 @@
-"""Detectron2's default training, with a teacher."""
+"""Train a student with a teacher, as Detectron2's `DefaultTrainer` trains a detector."""
 
 import logging
 import weakref
@@ -10,13 +10,13 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import PeriodicWriter
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .._compat.training import BareTrainer
 from ..config import plain_config
 from ..data import ResumableLoader, build_train_loader, register_datasets
 from ..data.class_names import class_names
@@ -28,36 +28,36 @@ from ..structures import DetectorSpec
 from ..teacher import transfer_heads
 from .config_rules import check_values
 from .evaluators import DiskTolerant, build_evaluator
+from .extensions import EXTENSIONS
 from .forward_guard import ForwardGuard
-from .guard import GuardedAMPTrainer, GuardedTrainer, StepGuard
+from .guard import StepGuard
 from .hook_order import order_hooks
 from .hooks import RandomState, TolerantWriter
 from .loss_scalars import LossScalars
 from .optimizer import build_optimizer, exempt_from_decay
+from .optimizer_step import GuardedAMPTrainer, GuardedTrainer, StepAgreement
 from .preflight import check_architecture, check_datasets, check_student, check_student_classes
 from .resume import DistillState, RunRecord, warn_of_other_data
 from .schedule import LossSchedule
 from .stopping import Interruptible, LeaveAtTheEnd, LeftEarly, StopRequest
 from .student_weights import StudentCheckpointer
-from .teacher_score import evaluate_teacher
+from .teacher_evaluation import TeacherScore, evaluate_teacher
 
 logger = logging.getLogger(__name__)
 
 
-class DistillTrainer(DefaultTrainer):
-    """Trains the student of a `GDetKD` model, or any plain Detectron2 detector.
+class DistillTrainer(BareTrainer):
+    """Train the student of a `GDetKD` model, or any plain Detectron2 detector.
 
-    A checkpoint's `model` is the plain student; what distillation learns beside it lies under `distill`. A run that is
-    resumed gives the losses, bit for bit on a CPU, that it would have given uninterrupted.
+    A checkpoint holds the plain student under `model`, and the losses' parameters under `distill`. On a CPU a resumed
+    run gives, bit for bit, the losses of an uninterrupted run.
 
     Raises:
-        GDetKDError: a data set, the teacher, or how they fit together is wrong.
+        GDetKDError: a dataset or the teacher is wrong, or they do not fit together.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        # Not DefaultTrainer's: that saves the whole model, puts a CPU model on a GPU under DDP, and in v0.6 leaves the
-        # optimizer out of the checkpoint.
-        super(DefaultTrainer, self).__init__()
+        super().__init__()
         check_values(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         check_values(cfg)  # scaling rounds
@@ -69,7 +69,6 @@ class DistillTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         self.student: nn.Module = model.student if isinstance(model, GDetKD) else model
         self.distiller: Optional[GDetKD] = model if isinstance(model, GDetKD) else None
-        # Without losses any detector can be trained.
         teacher = None if self.distiller is None else self.distiller.teacher
         self.student_spec: Optional[DetectorSpec] = check_student(cfg, self.student, teacher)
         optimizer = self.build_optimizer(cfg, model)
@@ -81,9 +80,10 @@ class DistillTrainer(DefaultTrainer):
         model = _distributed(self.guarded_model)
         self.schedule.attach(model)
         trainer_class = GuardedAMPTrainer if cfg.SOLVER.AMP.ENABLED else GuardedTrainer
-        self._trainer = trainer_class(model, data_loader, optimizer)
+        step_trainer = trainer_class(model, data_loader, optimizer)
+        self.run_steps_with(step_trainer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        # Loaded in this order: what is under `distill` can say what differs, the optimizer's state cannot.
+        # They are loaded in this order: `distill` can tell what differs, and the optimizer's state cannot.
         beside: Dict[str, Any] = {"run": RunRecord(cfg, class_names(cfg))}
         if self.distiller and self.distiller.teacher:
             beside["distill"] = DistillState(self.distiller)
@@ -93,22 +93,23 @@ class DistillTrainer(DefaultTrainer):
         self.cfg = cfg
         self._request = StopRequest()
         self.register_hooks(self.build_hooks())
-        self._trainer.guard, self._trainer.schedule = self._guard, self.schedule
         self._guard.attach(self.guarded_model)
+        agreement = StepAgreement(self._guard, self._request, self.schedule)
+        agreement.attach(model)
+        step_trainer.register_hooks([agreement])
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
-        """Detectron2's rule (SOLVER.REFERENCE_WORLD_SIZE), and the warm-up of the terms by the factor of MAX_ITER.
+        """Scale a config by Detectron2's rule (SOLVER.REFERENCE_WORLD_SIZE), and the warm-up of the losses with it.
 
         Raises:
-            GDetKDError: SOLVER.IMS_PER_BATCH does not divide by SOLVER.REFERENCE_WORLD_SIZE.
+            GDetKDError: SOLVER.IMS_PER_BATCH is not a multiple of SOLVER.REFERENCE_WORLD_SIZE.
         """
         images, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
         if reference and images % reference:
             raise GDetKDError(
-                f"SOLVER.IMS_PER_BATCH {images} is the batch of SOLVER.REFERENCE_WORLD_SIZE {reference} processes and "
-                f"does not divide by them. Give a multiple of {reference}, from which that of other "
-                "numbers of processes follows, or set SOLVER.REFERENCE_WORLD_SIZE to 0."
+                f"SOLVER.IMS_PER_BATCH is {images}, but SOLVER.REFERENCE_WORLD_SIZE {reference} needs a multiple of "
+                f"{reference}. Give a multiple, or set SOLVER.REFERENCE_WORLD_SIZE to 0."
             )
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if scaled is not cfg:
@@ -121,29 +122,29 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """Detectron2's, or AdamW where SOLVER.OPTIMIZER says so."""
+        """Build Detectron2's optimizer, or AdamW if SOLVER.OPTIMIZER asks for it."""
         return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """A `ResumableLoader`; any iterable of batches does where resuming need not be exact."""
+        """Build a `ResumableLoader`. A subclass may return any iterable of batches if resuming need not be exact."""
         return build_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Build Detectron2's loader, whose workers ignore a SIGTERM to all processes, as those of training do."""
+        """Build Detectron2's loader. As in training, its workers ignore a SIGTERM that all processes get."""
         loader = super().build_test_loader(cfg, dataset_name)
         loader.worker_init_fn = outlive_warning
         return loader
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """COCO's metrics for every data set, and VOC's for Detectron2's VOC sets."""
+        """Build COCO's metrics, and VOC's metric for Detectron2's VOC datasets."""
         return build_evaluator(cfg, dataset_name)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Optional[List[DatasetEvaluator]] = None) -> Dict:
-        """Detectron2's evaluation; it leaves the random state of training alone."""
+        """Evaluate as Detectron2 does, and leave the random state of training alone."""
         with random_state((0,)):
             return super().test(cfg, model, evaluators)
 
@@ -157,42 +158,34 @@ class DistillTrainer(DefaultTrainer):
         ]
         training = self.model.training
         try:
-            self._last_eval_results = self.test(self.cfg, self.model, evaluators)
+            results = self.test(self.cfg, self.model, evaluators)
         except LeftEarly:
-            request.agree()  # the other processes call it after their last image
+            request.agree()  # the other processes call this after their last image
             request.has_left = True
             self.model.train(training)
             return {}
-        return self._last_eval_results
+        self.keep_results(results)
+        return results
 
     def build_writers(self) -> List[EventWriter]:
-        """Detectron2's, which a full disk does not end the training through."""
+        """Build Detectron2's writers. A full disk does not end the training."""
         return [TolerantWriter(writer) for writer in super().build_writers()]
 
     def build_hooks(self) -> List[HookBase]:
-        """Return Detectron2's hooks with ours among them."""
+        """Build Detectron2's hooks and the hooks of GDetKD, in order."""
         random_state = RandomState(self.cfg.SOLVER.CHECKPOINT_PERIOD)
-        self._guard = StepGuard(self.cfg.DISTILL.SKIP_NONFINITE, random_state, self._request)
+        self._guard = StepGuard(self.cfg.DISTILL.SKIP_NONFINITE, random_state)
         hooks = order_hooks(super().build_hooks(), self, self._request, random_state, self._evaluate)
-        hooks = self._with_insight(hooks)
+        extra = [hooks_of(self) for hooks_of in EXTENSIONS]
+        for hook in [hook for hooks_to_add in extra for hook in hooks_to_add.before_writers]:
+            hooks = _before_writers(hooks, hook)
         if self.distiller is not None:
             hooks = _before_writers(hooks, LossScalars(self.distiller.losses))
-        return [*hooks, self._guard, LeaveAtTheEnd(self._request)]
-
-    def _with_insight(self, hooks: List[Optional[HookBase]]) -> List[Optional[HookBase]]:
-        if self.cfg.DISTILL.VIS_PERIOD <= 0:
-            return hooks
-        if self.distiller is None or not self.distiller.losses:
-            logger.info("DISTILL.VIS_PERIOD: there is no distillation to look at.")
-            return hooks
-        from ..insight.hook import Insight, LastPage  # it brings matplotlib, which takes a second
-
-        insight = Insight(self.cfg, self.distiller, self.schedule)
-        insight.attach(self._trainer.model)
-        return [*_before_writers(hooks, insight), LastPage(insight)]
+        last = [hook for hooks_to_add in extra for hook in hooks_to_add.last]
+        return [*hooks, *last, self._guard, LeaveAtTheEnd(self._request)]
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Resumes, or loads MODEL.WEIGHTS into the student and then the teacher's heads where they are asked for."""
+        """Resume, or load MODEL.WEIGHTS into the student and then the teacher's heads if the config asks for them."""
         super().resume_or_load(resume)
         if self.start_iter > 0:
             if isinstance(self.data_loader, ResumableLoader):
@@ -204,19 +197,18 @@ class DistillTrainer(DefaultTrainer):
 
     def train(self) -> Any:
         if self.cfg.DISTILL.EVAL_TEACHER and self.distiller is not None and self.start_iter == 0:
-            self.register_hooks([_TeacherScore(evaluate_teacher(self.cfg, self.distiller.teacher))])
+            self.register_hooks([TeacherScore(evaluate_teacher(self.cfg, self.distiller.teacher))])
         with self._request.listening():
             results = super().train()
         if "model_final" in self.checkpointer.failed:
             raise GDetKDError(
                 f"The training is done, but model_final.pth could not be written. Make room in {self.cfg.OUTPUT_DIR} "
-                "and go on with --resume."
+                "and run again with --resume."
             )
         return results
 
     def state_dict(self) -> Dict[str, Any]:
         state = super().state_dict()
-        state["_trainer"] = self._trainer.state_dict()
         if isinstance(self.data_loader, ResumableLoader):
             state["data_seed"] = self.data_loader.seed
             state["data"] = self.data_loader.description
@@ -225,13 +217,11 @@ class DistillTrainer(DefaultTrainer):
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         try:
             super().load_state_dict(state_dict)
-            # v0.6 leaves the optimizer out; later versions have loaded it by now, which is done again without harm.
-            self._trainer.load_state_dict(state_dict["_trainer"])
-        except ValueError as e:  # the optimizer's
+        except ValueError as e:  # the optimizer raises it
             raise GDetKDError(
-                f"This run was started with other groups of parameters ({e}). SOLVER.WEIGHT_DECAY, WEIGHT_DECAY_NORM, "
-                "WEIGHT_DECAY_BIAS and BIAS_LR_FACTOR decide about them, and so does the version of GDetKD. Resume "
-                "with the config and the version that started the run, or use a new OUTPUT_DIR."
+                f"This run was started with other groups of parameters ({e}). They depend on SOLVER.WEIGHT_DECAY, "
+                "WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS and BIAS_LR_FACTOR, and on the version of GDetKD. Resume with "
+                "the config and the version that started the run, or use a new OUTPUT_DIR."
             ) from e
         if "data_seed" in state_dict and isinstance(self.data_loader, ResumableLoader):
             self.data_loader.seed = state_dict["data_seed"]
@@ -240,12 +230,12 @@ class DistillTrainer(DefaultTrainer):
 
 
 def build_plain_student(cfg: CfgNode) -> nn.Module:
-    """The student alone, for evaluation: it needs no teacher."""
+    """Build the student alone, for evaluation. This needs no teacher."""
     return build_model(plain_config(cfg))
 
 
 def _before_writers(hooks: List[Optional[HookBase]], hook: HookBase) -> List[Optional[HookBase]]:
-    writers = [i for i, each in enumerate(hooks) if isinstance(each, PeriodicWriter)]
+    writers = [index for index, other in enumerate(hooks) if isinstance(other, PeriodicWriter)]
     place = writers[0] if writers else len(hooks)
     return [*hooks[:place], hook, *hooks[place:]]
 
@@ -257,18 +247,3 @@ def _distributed(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(
         model, device_ids=[comm.get_local_rank()] if on_gpu else None, broadcast_buffers=False
     )
-
-
-class _TeacherScore(HookBase):
-    """Keeps the teacher's metrics in the logs, beside the student's."""
-
-    def __init__(self, metrics: Dict[str, float]) -> None:
-        self._metrics = {f"teacher/{name}": value for name, value in flatten_results_dict(metrics).items()}
-
-    def before_train(self) -> None:
-        self.trainer.storage.put_scalars(smoothing_hint=False, **self._metrics)
-
-    def after_step(self) -> None:
-        period = self.trainer.cfg.TEST.EVAL_PERIOD
-        if period > 0 and (self.trainer.iter + 1) % period == 0:
-            self.trainer.storage.put_scalars(smoothing_hint=False, **self._metrics)

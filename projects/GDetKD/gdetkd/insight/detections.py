@@ -1,4 +1,4 @@
-"""Which objects a detector finds, which of its detections are mistakes, and how that differs between detectors."""
+"""Match detections with objects, choose a score threshold, and compare what several detectors find."""
 
 from dataclasses import dataclass
 from typing import Optional, Sequence
@@ -6,19 +6,19 @@ from typing import Optional, Sequence
 import torch
 from torchvision.ops import box_iou
 
-# Overlap from which on a detection is of an object, or two detections are of the same thing.
+# Two boxes with at least this IoU show the same thing.
 IOU_THRESHOLD = 0.5
 
 
 @dataclass
-class Found:
-    """One detector's detections on one image, best first.
+class MatchedDetections:
+    """Hold a detector's detections on one image, the best first, and the objects that they match.
 
     Attributes:
         boxes: (K, 4) xyxy in pixels.
         scores: (K,) descending.
         classes: (K,)
-        objects: (K,) index of the object that each is of, -1 of a mistake.
+        objects: (K,) index of the object that the detection matches; -1 if the detection is a mistake.
     """
 
     boxes: torch.Tensor
@@ -26,13 +26,13 @@ class Found:
     classes: torch.Tensor
     objects: torch.Tensor
 
-    def above(self, score: float) -> "Found":
-        """Those of at least this score."""
+    def above(self, score: float) -> "MatchedDetections":
+        """Return the detections with at least this score."""
         kept = self.scores >= score
-        return Found(self.boxes[kept], self.scores[kept], self.classes[kept], self.objects[kept])
+        return MatchedDetections(self.boxes[kept], self.scores[kept], self.classes[kept], self.objects[kept])
 
     def finds(self, count: int) -> torch.Tensor:
-        """(count,) which of that many objects are found."""
+        """Return (count,): which of the image's `count` objects are found."""
         found = torch.zeros(count, dtype=torch.bool)
         found[self.objects[self.objects >= 0]] = True
         return found
@@ -44,12 +44,15 @@ def match_objects(
     classes: torch.Tensor,
     gt_boxes: torch.Tensor,
     gt_classes: torch.Tensor,
-) -> Found:
-    """As COCO matches at one IoU: the best detection first takes the free object of its class that it overlaps most.
+) -> MatchedDetections:
+    """Match the detections on one image with its objects, as COCO does at one IoU.
+
+    The detection with the highest score chooses first. It takes the object that it overlaps most, among the objects of
+    its class that are not taken yet.
 
     Args:
-        boxes, scores, classes: (K, 4), (K,), (K,) of one image, in any order.
-        gt_boxes, gt_classes: (G, 4), (G,)
+        boxes, scores, classes: (K, 4), (K,), (K,) detections in any order.
+        gt_boxes, gt_classes: (G, 4), (G,) objects.
     """
     order = scores.argsort(descending=True, stable=True)
     boxes, scores, classes = boxes[order], scores[order], classes[order]
@@ -58,41 +61,42 @@ def match_objects(
     objects = torch.full((len(boxes),), -1)
     if len(gt_boxes):
         for index in range(len(boxes)):
-            best, place = overlap[index].max(dim=0)
-            if best >= IOU_THRESHOLD:
-                objects[index] = place
-                overlap[:, place] = 0
-    return Found(boxes, scores, classes, objects)
+            best_overlap, best_object = overlap[index].max(dim=0)
+            if best_overlap >= IOU_THRESHOLD:
+                objects[index] = best_object
+                overlap[:, best_object] = 0
+    return MatchedDetections(boxes, scores, classes, objects)
 
 
-def best_threshold(found: Sequence[Found], objects: int) -> float:
-    """The score from which on a detector's detections are taken: that of its highest F1 over all images.
+def best_threshold(detections: Sequence[MatchedDetections], objects: int) -> float:
+    """Return the score threshold that gives a detector its highest F1 over all images.
 
-    Detectors score differently, dense ones lower; each is shown at its best.
+    Detectors score differently: a dense detector scores lower than a two-stage detector. So each detector needs its
+    own threshold.
 
     Args:
-        found: all detections, by image.
-        objects: on all images together.
+        detections: all detections of the detector, by image.
+        objects: number of objects on all images together.
     """
-    scores = torch.cat([each.scores for each in found])
+    scores = torch.cat([image.scores for image in detections])
     if not len(scores):
         return 0.0
-    right = torch.cat([each.objects >= 0 for each in found])
+    correct = torch.cat([image.objects >= 0 for image in detections])
     order = scores.argsort(descending=True, stable=True)
-    f1 = 2 * right[order].cumsum(0) / (torch.arange(1, len(order) + 1) + objects)
-    # Of equal scores all are taken or none.
+    f1 = 2 * correct[order].cumsum(0) / (torch.arange(1, len(order) + 1) + objects)
+    # A threshold cannot separate detections with equal scores, so only the last of them is a candidate.
     last_of_equals = torch.cat([scores[order][1:] != scores[order][:-1], torch.tensor([True])])
     return float(scores[order][torch.where(last_of_equals, f1, torch.full_like(f1, -1.0)).argmax()])
 
 
 @dataclass
-class Comparison:
-    """What distillation changed on one image.
+class DetectorComparison:
+    """Hold what distillation changed on one image with G objects and K detections of the student.
 
     Attributes:
         gained: (G,) objects that the student finds and the reference does not.
         lost: (G,) objects that the reference finds and the student does not.
-        copied: (K,) of the student's detections, mistakes that the teacher makes, too, and the baseline does not.
+        copied: (K,) the student's mistakes that the teacher makes too and the baseline does not.
     """
 
     gained: torch.Tensor
@@ -100,27 +104,33 @@ class Comparison:
     copied: torch.Tensor
 
     def __len__(self) -> int:
-        """How much there is to see."""
+        """Return the number of changes."""
         return int(self.gained.sum() + self.lost.sum() + self.copied.sum())
 
 
-def compare_detectors(objects: int, student: Found, teacher: Found, baseline: Optional[Found]) -> Comparison:
-    """
+def compare_detectors(
+    objects: int, student: MatchedDetections, teacher: MatchedDetections, baseline: Optional[MatchedDetections]
+) -> DetectorComparison:
+    """Compare the student with the reference: the baseline, or the teacher if there is no baseline.
+
     Args:
-        objects: G, of the image.
-        student, teacher, baseline: what each takes for objects there. The reference is the baseline, or the teacher
-            where there is none.
+        objects: number of objects on the image.
+        student, teacher, baseline: the detections of each detector on the image.
     """
-    ours, theirs = student.finds(objects), (teacher if baseline is None else baseline).finds(objects)
-    copied = _same_mistakes(student, teacher)
+    reference = teacher if baseline is None else baseline
+    student_finds, reference_finds = student.finds(objects), reference.finds(objects)
+    copied = _shared_mistakes(student, teacher)
     if baseline is not None:
-        copied &= ~_same_mistakes(student, baseline)
-    return Comparison(ours & ~theirs, theirs & ~ours, copied)
+        copied &= ~_shared_mistakes(student, baseline)
+    return DetectorComparison(student_finds & ~reference_finds, reference_finds & ~student_finds, copied)
 
 
-def _same_mistakes(ours: Found, theirs: Found) -> torch.Tensor:
-    """(K,) which of our detections are mistakes that overlap one of theirs of the same class."""
-    wrong = theirs.objects < 0
-    is_there = box_iou(ours.boxes, theirs.boxes[wrong]) >= IOU_THRESHOLD
-    is_of_its_class = ours.classes[:, None] == theirs.classes[wrong]
-    return (ours.objects < 0) & (is_there & is_of_its_class).any(dim=1)
+def _shared_mistakes(student: MatchedDetections, reference: MatchedDetections) -> torch.Tensor:
+    """Return (K,): which of the student's detections are mistakes that the reference makes too.
+
+    Two mistakes are the same if they overlap and have the same class.
+    """
+    wrong = reference.objects < 0
+    overlaps = box_iou(student.boxes, reference.boxes[wrong]) >= IOU_THRESHOLD
+    same_class = student.classes[:, None] == reference.classes[wrong]
+    return (student.objects < 0) & (overlaps & same_class).any(dim=1)

@@ -1,4 +1,4 @@
-"""How hard each loss term pulls at the student."""
+"""Measure how strongly each loss term acts on the student, by the gradient of the term."""
 
 import math
 from typing import Dict, List, Optional, Sequence
@@ -6,37 +6,39 @@ from typing import Dict, List, Optional, Sequence
 import torch
 from torch import nn
 
-# The student's own losses, together.
+# Name of the student's own losses, taken together.
 OWN = "student"
 
 
 def term_gradients(
     losses: Dict[str, torch.Tensor], terms: Sequence[str], parameters: Sequence[nn.Parameter], scale: float = 1.0
 ) -> Dict[str, Dict[str, float]]:
-    """Gradients of weighted loss terms, without touching `.grad`; the graph is kept for the step's own backward pass.
+    """Measure the gradients of weighted loss terms.
+
+    `.grad` stays as it is, and the graph is kept for the backward pass of the training step.
 
     Args:
-        losses: scalars by name, weighted.
-        terms: names of the distillation terms; all others are the student's own.
-        parameters: what the gradients are of.
-        scale: factor on the losses in the backward pass, undone in the result: half precision needs a large one.
+        losses: weighted scalars by name.
+        terms: names of the distillation terms. All other losses are the student's own.
+        parameters: the parameters in which the gradients are taken.
+        scale: factor on the losses in the backward pass, undone in the result. Half precision needs a large factor.
 
     Returns:
-        for `OWN` and each term: "norm", and "cosine" with the student's own gradient, 0 where one of them is 0. Nothing
-        where a gradient is not finite, as the first of a training in half precision are until its scale has come down.
+        for `OWN` and each term: "norm", and "cosine" with the gradient of the student's own losses (0 if a norm is 0).
+        The result is empty if a gradient is not finite. In half precision this happens until the scale has come down.
     """
     groups = {OWN: [loss for name, loss in losses.items() if name not in terms]}
     groups.update({term: [losses[term]] for term in terms})
     own = _gradient(sum(groups[OWN]), parameters, scale)
     own_norm = _product(own, own, scale) ** 0.5
-    found = {}
+    measured = {}
     for name, group in groups.items():
-        # One term's at a time: of a large student each takes as much memory as its weights.
+        # Hold one term's gradient at a time: it takes as much memory as the student's weights.
         gradient = own if name == OWN else _gradient(sum(group), parameters, scale)
         norm = _product(gradient, gradient, scale) ** 0.5
         product = norm * own_norm
-        found[name] = {"norm": norm, "cosine": _product(gradient, own, scale) / product if product > 0 else 0.0}
-    return found if all(map(math.isfinite, (each["norm"] for each in found.values()))) else {}
+        measured[name] = {"norm": norm, "cosine": _product(gradient, own, scale) / product if product > 0 else 0.0}
+    return measured if all(math.isfinite(values["norm"]) for values in measured.values()) else {}
 
 
 def _gradient(loss: torch.Tensor, parameters: Sequence[nn.Parameter], scale: float) -> List[Optional[torch.Tensor]]:
@@ -47,6 +49,6 @@ def _gradient(loss: torch.Tensor, parameters: Sequence[nn.Parameter], scale: flo
 
 
 def _product(a: Sequence[Optional[torch.Tensor]], b: Sequence[Optional[torch.Tensor]], scale: float) -> float:
-    """The inner product of two gradients, the scale undone."""
+    """Return the inner product of two gradients, with the scale undone."""
     parts = [(x.double() * y.double()).sum() for x, y in zip(a, b) if x is not None and y is not None]
     return float(torch.stack(parts).sum()) / scale**2 if parts else 0.0

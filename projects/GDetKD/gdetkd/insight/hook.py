@@ -1,4 +1,4 @@
-"""Looks at what distillation does while it trains (DISTILL.VIS_PERIOD)."""
+"""Show what distillation does while it trains (DISTILL.VIS_PERIOD)."""
 
 import logging
 from typing import Any, Dict, List, Optional
@@ -17,24 +17,24 @@ from .page import write_page
 from .probe import Probe, load_probe
 from .records import RecordFile, make_record
 from .references import References, look_at_references
-from .runs import FinishedRun
+from .run import FinishedRun
 
 logger = logging.getLogger(__name__)
 
 
 class Insight(HookBase):
-    """Writes a record, TensorBoard's figures and the page every DISTILL.VIS_PERIOD iterations, before the first and
-    after the last. The training is the same, bit for bit on a CPU, as without it.
+    """Write a record, TensorBoard's figures and the page every DISTILL.VIS_PERIOD iterations.
 
-    It must stand before the hook that writes metrics; `LastPage` stands after.
+    The hook also writes before the first iteration and after the last. It does not change the training: on a CPU the
+    results are bit-identical. It must run before the hook that writes metrics, and `LastPage` after that hook.
 
     Args:
-        cfg: the run's.
-        distiller: with losses.
-        schedule: weights the terms.
+        cfg: the run's config.
+        distiller: the distiller, which has losses.
+        schedule: the schedule that weights the terms.
 
     Raises:
-        GDetKDError: DATASETS.TEST has no labelled image, or DISTILL.VIS_BASELINE is no finished run.
+        GDetKDError: DATASETS.TEST has no labelled image, or DISTILL.VIS_BASELINE is not a finished run.
     """
 
     def __init__(self, cfg: CfgNode, distiller: GDetKD, schedule: LossSchedule) -> None:
@@ -53,19 +53,22 @@ class Insight(HookBase):
             self._file = RecordFile(cfg.OUTPUT_DIR)
 
     def attach(self, model: nn.Module) -> Any:
-        """Looks at the losses that `model` returns, weighted; so `schedule` comes first. Returns the handle."""
+        """Watch the losses that `model` returns, and return the handle of the forward hook.
+
+        Attach after `schedule`, because the losses must be weighted.
+        """
         return model.register_forward_hook(self._look_at_losses)
 
     def _is_due(self, iterations: int) -> bool:
         return iterations % self._period == 0 or iterations == self.trainer.max_iter
 
     def _look_at_losses(self, model: nn.Module, inputs: Any, losses: Dict[str, torch.Tensor]) -> None:
-        # Detectron2 estimates the statistics of BatchNorm (TEST.PRECISE_BN) by forward passes that no gradient follows.
+        # Detectron2 estimates BatchNorm statistics (TEST.PRECISE_BN) with forward passes that have no gradient.
         if not model.training or not torch.is_grad_enabled() or not self._is_due(self.trainer.iter + 1):
             return
         scaler = getattr(self.trainer._trainer, "grad_scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())
-        # On every process: the backward pass of SyncBN waits for all.
+        # Every process takes part, because the backward pass of SyncBN waits for all of them.
         self._gradients = term_gradients(losses, self._schedule.terms, self._parameters, scale)
 
     def before_train(self) -> None:
@@ -75,7 +78,7 @@ class Insight(HookBase):
             self._references = look_at_references(self._distiller.teacher, self._probe, self._baseline)
         done = self.trainer.start_iter
         self._file.start_at(done)
-        # The start; and on resume what a kill came before, for checkpoints are written first.
+        # A run that was killed after its checkpoint and before its record makes the record on resume.
         if self._is_due(done) and all(record["iterations"] != done for record in self._file.read()):
             self._record(done)
 
@@ -97,21 +100,30 @@ class Insight(HookBase):
         try:
             self._file.add(record)
         except OSError as e:
-            logger.error("What was seen of the distillation could not be written (%s).", e.strerror or e)
+            logger.error(
+                "A record of the distillation could not be written to %s (%s). The training goes on without it.",
+                self._file.folder,
+                e.strerror or e,
+            )
 
     def write_page(self) -> None:
+        """Write the page, and put its pictures into TensorBoard."""
         try:
             with random_state((0,)):
                 images = write_page(self._file, self._cfg, self._distiller.student, self._probe, self._references)
         except OSError as e:
-            logger.error("The page of what distillation does could not be written (%s).", e.strerror or e)
+            logger.error(
+                "The page of the distillation could not be written to %s (%s). The training goes on.",
+                self._file.folder,
+                e.strerror or e,
+            )
             return
         for name, image in images.items():
             self.trainer.storage.put_image(f"insight/{name}", image)
 
 
 class LastPage(HookBase):
-    """Writes the page once more when the training is over, with the last evaluation in it."""
+    """Write the page once more when the training has ended, with the last evaluation."""
 
     def __init__(self, insight: Insight) -> None:
         self._insight = insight
@@ -122,6 +134,6 @@ class LastPage(HookBase):
 
 
 def _watched_parameters(student: nn.Module) -> List[nn.Parameter]:
-    """The backbone's, which every term reaches; of a student whose backbone is frozen, all."""
+    """Return the trainable parameters of the backbone, which every term reaches. If it is frozen, return all."""
     backbone = [p for p in getattr(student, "backbone", student).parameters() if p.requires_grad]
     return backbone or [p for p in student.parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""Pure functions from what detectors say of objects to the figures that are drawn.
+"""Compute the numbers that the charts draw. All functions are pure.
 
 Shapes: N objects, L levels of the student, M levels of the teacher, C classes, D the width of an embedding.
 """
@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional
 
 import torch
 
-# COCO's, in pixels of area of the image as it is on disk; the first takes all.
+# COCO's object sizes, by area in pixels of the image on disk.
 SIZES = {
     "all": (0.0, float("inf")),
     "small": (0.0, 32.0**2),
@@ -19,30 +19,30 @@ SIZES = {
 def level_matching(
     alpha: torch.Tensor, levels: torch.Tensor, areas: torch.Tensor, teacher_levels: int
 ) -> Dict[str, Dict[str, List[Any]]]:
-    """How SGFI spreads the objects of each teacher level over the student's.
+    """Average how SGFI spreads the objects of each teacher level over the student's levels.
 
     Args:
-        alpha: (N, L), each row summing to 1.
+        alpha: (N, L); each row sums to 1.
         levels: (N,) index of the level that the teacher's box-size rule assigns.
         areas: (N,) in pixels.
         teacher_levels: M.
 
     Returns:
-        for each of `SIZES`: "alpha", M means of L values, None of a level that has no object; "objects", M counts.
+        by name in `SIZES`: "alpha", M means of L values (None if the level has no object), and "objects", M counts.
     """
-    found = {}
+    matching = {}
     for size, (least, end) in SIZES.items():
-        of_size = (areas >= least) & (areas < end)
-        chosen = [of_size & (levels == level) for level in range(teacher_levels)]
-        found[size] = {
-            "alpha": [alpha[each].mean(dim=0).tolist() if each.any() else None for each in chosen],
-            "objects": [int(each.sum()) for each in chosen],
+        has_size = (areas >= least) & (areas < end)
+        selections = [has_size & (levels == level) for level in range(teacher_levels)]
+        matching[size] = {
+            "alpha": [alpha[chosen].mean(dim=0).tolist() if chosen.any() else None for chosen in selections],
+            "objects": [int(chosen.sum()) for chosen in selections],
         }
-    return found
+    return matching
 
 
 def class_correlation(embeddings: torch.Tensor, classes: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Pearson's correlation between the mean embeddings of classes.
+    """Return Pearson's correlation between the mean embeddings of classes.
 
     Args:
         embeddings: (N, D)
@@ -50,18 +50,20 @@ def class_correlation(embeddings: torch.Tensor, classes: torch.Tensor, num_class
         num_classes: C.
 
     Returns:
-        (C, C), 1 on the diagonal; NaN of a class that has no object, or whose mean embedding is constant.
+        (C, C), 1 on the diagonal. NaN if a class has no object or a constant mean embedding.
     """
-    means = torch.stack([embeddings[classes == each].double().mean(dim=0) for each in range(num_classes)])
+    means = torch.stack([embeddings[classes == index].double().mean(dim=0) for index in range(num_classes)])
     centred = means - means.mean(dim=1, keepdim=True)
     lengths = centred.norm(dim=1, keepdim=True)
     return ((centred / lengths) @ (centred / lengths).t()).clamp(-1, 1)
 
 
-def correlation_gap(one: torch.Tensor, other: torch.Tensor) -> Optional[float]:
-    """Mean absolute difference of two `class_correlation`s over pairs of different classes; None where no pair is
-    known on both sides."""
-    pairs = ~torch.eye(len(one), dtype=torch.bool)
-    difference = (one - other).abs()[pairs]
+def correlation_gap(first: torch.Tensor, second: torch.Tensor) -> Optional[float]:
+    """Return the mean absolute difference of two `class_correlation`s, or None if they share no known pair.
+
+    Only pairs of different classes count.
+    """
+    pairs = ~torch.eye(len(first), dtype=torch.bool)
+    difference = (first - second).abs()[pairs]
     difference = difference[~difference.isnan()]
     return float(difference.mean()) if len(difference) else None

@@ -1,8 +1,7 @@
-"""The page that shows what distillation does during one run."""
+"""Write the page that shows what distillation does during one run."""
 
 import io
-from html import escape
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -12,64 +11,49 @@ from PIL import Image
 from torch import nn
 
 from ..errors import some
+from ..figures.page import Section, render_page
+from ..figures.style import STYLE, as_png, as_svg
 from ..files import written_whole
-from ..visualization import insight_charts as charts
-from ..visualization.charts import STYLE, as_png, as_svg
-from ..visualization.detections import draw_detections, pick
-from ..visualization.page import html_figure, html_list, html_page
-from .detections import Comparison, Found, compare_detectors
+from . import charts
+from .detections import DetectorComparison, MatchedDetections, compare_detectors
+from .drawing import draw_detections, pick
 from .measures import correlation_gap
-from .probe import Probe, detect
+from .probe import Probe, match_student
 from .records import RecordFile, as_lists
 from .references import Baseline, References
-from .runs import read_curve, read_teacher_ap, read_terms
+from .run import read_curve, read_teacher_ap, read_terms
 
 PAGE = "index.html"
-# Images whose detections are shown.
+# Number of images whose detections the page shows.
 SHOWN = 6
-
-
-class Section(NamedTuple):
-    """One figure of the page.
-
-    Attributes:
-        name: of its file.
-        image: an SVG's or PNG's content.
-    """
-
-    name: str
-    heading: str
-    image: bytes
-    caption: str
-    kind: str = "svg+xml"
 
 
 def write_page(
     file: RecordFile, cfg: CfgNode, student: nn.Module, probe: Probe, references: References
 ) -> Dict[str, np.ndarray]:
-    """Writes `index.html`, which needs nothing beside it, and its figures as files; over older ones.
+    """Write `index.html`, which needs no other file, and each figure as a file. Older files are replaced.
 
     Args:
-        file: the run's records, beside which all is written.
-        cfg: the run's; its OUTPUT_DIR holds metrics.json.
-        student: with the weights of the last record.
-        references: what it is compared with.
+        file: the run's records. All files are written to the same folder.
+        cfg: the run's config, whose OUTPUT_DIR holds metrics.json.
+        student: the student with the weights of the last record.
+        references: what the probe shows of the teacher and the baseline.
 
     Returns:
-        the detections, by name, as (3, H, W) uint8.
+        the figure of the detections as (3, H, W) uint8, under "detections".
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: the disk is full, or a file cannot be written.
     """
     records, baseline = file.read(), references.baseline
     with plt.rc_context(STYLE):
-        detections, headline = _of_detections(cfg, student, probe, references)
+        detections, headline = _detection_section(cfg, student, probe, references)
         sections = [
-            *_of_scores(cfg, baseline),
+            *_score_sections(cfg, baseline),
             detections,
-            *_of_levels(records),
-            *_of_classes(records, baseline),
-            *_of_terms(cfg, records),
+            *_level_sections(records),
+            *_class_sections(records, baseline),
+            *_term_sections(cfg, records),
         ]
     file.folder.mkdir(parents=True, exist_ok=True)
     for section in sections:
@@ -88,48 +72,42 @@ def _page(cfg: CfgNode, records: Sequence[Dict[str, Any]], headline: str, sectio
         "Terms": ", ".join(cfg.DISTILL.LOSSES) + (", head transfer" if cfg.DISTILL.HEAD_TRANSFER else ""),
         "Run": cfg.OUTPUT_DIR,
         "Iterations": f"{records[-1]['iterations']} of {cfg.SOLVER.MAX_ITER}",
-        "Looked at": f"{records[-1]['objects']} objects on images of {cfg.DATASETS.TEST[0]}",
-        "Baseline": cfg.DISTILL.VIS_BASELINE or "none given (DISTILL.VIS_BASELINE)",
+        "Objects": f"{records[-1]['objects']} on images of {cfg.DATASETS.TEST[0]}",
+        "Baseline": cfg.DISTILL.VIS_BASELINE or "none; name a run in DISTILL.VIS_BASELINE to compare with",
     }
-    parts = [
-        "<h1>What distillation did to the student</h1>",
-        f'<p class="lead">{escape(headline)}</p>',
-        html_list(setting),
-        *(html_figure(each.heading, each.image, each.caption, each.kind) for each in sections),
-    ]
-    return html_page("What distillation did", parts)
+    return render_page("What distillation did to the student", headline, setting, sections)
 
 
-def _of_scores(cfg: CfgNode, baseline: Optional[Baseline]) -> List[Section]:
+def _score_sections(cfg: CfgNode, baseline: Optional[Baseline]) -> List[Section]:
     curve = read_curve(cfg)
     if not curve[0]:
         return []
     teacher_ap = read_teacher_ap(cfg)
-    known = "" if teacher_ap is not None else " The teacher's is not known: DISTILL.EVAL_TEACHER was off."
+    missing = "" if teacher_ap is not None else " The teacher's AP is not known, because DISTILL.EVAL_TEACHER was off."
     figure = charts.draw_ap(curve, baseline.curve if baseline else None, teacher_ap)
-    caption = f"Box AP on {cfg.DATASETS.TEST[0]} at each evaluation.{known}"
+    caption = f"Box AP on {cfg.DATASETS.TEST[0]} at each evaluation.{missing}"
     return [Section("ap", "AP during training", as_svg(figure).encode(), caption)]
 
 
-def _of_levels(records: Sequence[Dict[str, Any]]) -> List[Section]:
-    """Where SGFI is among the losses."""
+def _level_sections(records: Sequence[Dict[str, Any]]) -> List[Section]:
+    """Return the figures of SGFI's levels, or nothing if the run does not use SGFI."""
     if "levels" not in records[-1]:
         return []
     matching = Section(
         "levels",
         "Which levels match",
         as_svg(charts.draw_level_matching(records[-1])).encode(),
-        "Mean of SGFI's alpha over objects, within their ground-truth boxes: which of the student's levels look like "
-        "what the teacher's assigned level sees. A row sums to 1. Sizes are COCO's, by area of the box in the file.",
+        "Mean of SGFI's alpha over the ground-truth boxes. It shows which student levels look like the level that the "
+        "teacher assigns to the box. A row sums to 1. The sizes are COCO's, by the area of the box in the file.",
     )
     if len(records) == 1:
         return [matching]
-    caption = "The same over training, for each level of the teacher; and tau, the softmax's learned temperature."
+    caption = "Mean alpha over training, for each teacher level, and tau, the learned temperature of the softmax."
     figure = charts.draw_level_history(records)
     return [matching, Section("levels_over_training", "Matching over training", as_svg(figure).encode(), caption)]
 
 
-def _of_classes(records: Sequence[Dict[str, Any]], baseline: Optional[Baseline]) -> List[Section]:
+def _class_sections(records: Sequence[Dict[str, Any]], baseline: Optional[Baseline]) -> List[Section]:
     record = records[-1]
     if record["correlation_gap"] is None:
         return []
@@ -138,66 +116,84 @@ def _of_classes(records: Sequence[Dict[str, Any]], baseline: Optional[Baseline])
     if baseline is not None:
         matrices["baseline"] = as_lists(baseline.correlation)
         gap = correlation_gap(torch.tensor(np.array(matrices["teacher"], dtype=float)), baseline.correlation)
-    differences = f"The student's differ from the teacher's by {record['correlation_gap']:.3f} on average"
-    differences += "." if gap is None else f", the baseline's by {gap:.3f}."
-    now = Section(
+    differences = f"The student differs from the teacher by {record['correlation_gap']:.3f} on average"
+    differences += "." if gap is None else f", the baseline by {gap:.3f}."
+    matrix_section = Section(
         "classes",
         "How alike classes look",
         as_svg(charts.draw_correlation(matrices, record["classes"])).encode(),
-        f"Correlation of the classes' mean embeddings, within ground-truth boxes. {differences}",
+        f"Correlation between the classes' mean embeddings inside ground-truth boxes. {differences}",
     )
     if len(records) == 1:
-        return [now]
+        return [matrix_section]
     figure = charts.draw_correlation_history(records, gap)
-    caption = "Mean absolute difference of the two matrices, over pairs of classes."
-    return [now, Section("classes_over_training", "Likeness over training", as_svg(figure).encode(), caption)]
+    caption = "Mean absolute difference between the teacher's and the student's matrix, over pairs of classes."
+    return [
+        matrix_section,
+        Section("classes_over_training", "Likeness over training", as_svg(figure).encode(), caption),
+    ]
 
 
-def _of_terms(cfg: CfgNode, records: Sequence[Dict[str, Any]]) -> List[Section]:
+def _term_sections(cfg: CfgNode, records: Sequence[Dict[str, Any]]) -> List[Section]:
     sections = []
     if any(record.get("gradients") for record in records):
         caption = (
-            "Left: norm of each weighted term's gradient in the backbone, as a share of their sum. Right: its cosine "
-            "with the gradient of the student's own losses; below 0 they pull in opposite directions. One batch each."
+            "Left: the norm of each weighted term's gradient in the backbone, as a share of the sum of all norms. "
+            "Right: the cosine of that gradient with the gradient of the student's own losses. Below 0 the two pull in "
+            "opposite directions. Every point is measured on one batch."
         )
         figure = charts.draw_gradients(records)
         sections.append(Section("gradients", "What pulls at the student", as_svg(figure).encode(), caption))
     terms = read_terms(cfg.OUTPUT_DIR)
     if terms:
-        caption = "As they enter the total, weights included, smoothed as Detectron2 does. Dashed: the student's own."
+        caption = "Every loss with its weight, smoothed as Detectron2 does. The student's own losses are dashed."
         sections.append(Section("terms", "Loss terms", as_svg(charts.draw_terms(terms)).encode(), caption))
     return sections
 
 
-def _of_detections(cfg: CfgNode, student: nn.Module, probe: Probe, references: References) -> Tuple[Section, str]:
-    """The section, and the page's headline."""
+def _detection_section(cfg: CfgNode, student: nn.Module, probe: Probe, references: References) -> Tuple[Section, str]:
+    """Return the figure of the detections and the headline of the page."""
     baseline = references.baseline
-    found: Dict[str, List[Found]] = {"teacher": references.teacher}
+    detections: Dict[str, List[MatchedDetections]] = {"teacher": references.teacher}
     if baseline is not None:
-        found["baseline"] = baseline.found
-    found["student"] = detect(student, probe)
-    counts = [len(each["instances"]) for each in probe.inputs]
-    alone = found.get("baseline", [None] * len(counts))
-    rows = zip(counts, found["student"], found["teacher"], alone)
-    compared: List[Comparison] = [compare_detectors(*row) for row in rows]
+        detections["baseline"] = baseline.detections
+    detections["student"] = match_student(student, probe)
+    counts = [len(inputs["instances"]) for inputs in probe.inputs]
+    baseline_or_none = detections.get("baseline", [None] * len(counts))
+    rows = zip(counts, detections["student"], detections["teacher"], baseline_or_none)
+    compared: List[DetectorComparison] = [compare_detectors(*row) for row in rows]
     shown = pick(compared, SHOWN)
     figure = draw_detections(
         [probe.inputs[index] for index in shown],
-        {name: [its[index] for index in shown] for name, its in found.items()},
+        {name: [matched[index] for index in shown] for name, matched in detections.items()},
         [compared[index] for index in shown],
         probe.class_names,
         cfg.INPUT.FORMAT,
     )
-    gained, lost, copied = (sum(int(vars(c)[what].sum()) for c in compared) for what in ("gained", "lost", "copied"))
-    than = "the teacher" if baseline is None else "the baseline"
-    finds = {name: sum(int(f.finds(n).sum()) for f, n in zip(its, counts)) for name, its in found.items()}
-    headline = (
-        f"Of {sum(counts)} objects on {len(counts)} images {some([f'the {k} finds {v}' for k, v in finds.items()])}. "
-        f"The student finds {gained} that {than} does not, misses {lost} that {than} finds, and makes {copied} of the "
-        f"teacher's mistakes{'' if baseline is None else ' that the baseline does not make'}."
-    )
     caption = (
-        "Each detector from the score of its best F1 on these images on, which it sees at the student's test size. The "
-        f"{len(shown)} images of {len(counts)} on which most is to be seen."
+        f"The {len(shown)} of {len(counts)} images on which distillation changed most. All detectors see the images at "
+        "the student's test size. Each detector is shown from the score that gives its best F1 on these images."
     )
-    return Section("detections", "Who finds what", as_png(figure), caption, "png"), headline
+    section = Section("detections", "Who finds what", as_png(figure), caption, "png")
+    return section, _headline(counts, detections, compared)
+
+
+def _headline(
+    counts: Sequence[int],
+    detections: Dict[str, List[MatchedDetections]],
+    compared: Sequence[DetectorComparison],
+) -> str:
+    totals = [
+        f"the {name} finds {sum(int(matched.finds(count).sum()) for matched, count in zip(images, counts))}"
+        for name, images in detections.items()
+    ]
+    gained = sum(int(comparison.gained.sum()) for comparison in compared)
+    lost = sum(int(comparison.lost.sum()) for comparison in compared)
+    copied = sum(int(comparison.copied.sum()) for comparison in compared)
+    reference, which = "the teacher", ""
+    if "baseline" in detections:
+        reference, which = "the baseline", " that the baseline does not make"
+    return (
+        f"Of {sum(counts)} objects on {len(counts)} images {some(totals)}. The student finds {gained} that {reference} "
+        f"does not find, misses {lost} that {reference} finds, and makes {copied} of the teacher's mistakes{which}."
+    )

@@ -1,4 +1,4 @@
-"""Labelled images that teacher and students are shown, and what they make of the objects in them.
+"""Show labelled images, the probe, to the teacher and to students, and collect embeddings and detections.
 
 Shapes: N objects on all images, L levels of the student, D the width of an embedding.
 """
@@ -18,27 +18,30 @@ from torch import nn
 from ..detectors import DetectorAdapter
 from ..distiller import GDetKD
 from ..engine.preflight import load_dataset
-from ..engine.teacher_score import evenly_spread, renumbered, teachers_classes_in
+from ..engine.sample_score import evenly_spread
+from ..engine.teacher_evaluation import renumbered, teachers_classes_in
 from ..errors import GDetKDError
 from ..structures import DetectorOutputs, Regions
 from ..teacher import FrozenTeacher
-from .detections import Found, best_threshold, match_objects
+from .detections import MatchedDetections, best_threshold, match_objects
 
 logger = logging.getLogger(__name__)
 
-# Images that are looked at together.
+# Images in one forward pass.
 BATCH = 4
 
 
 @dataclass
 class Probe:
-    """
+    """Hold the labelled images.
+
     Attributes:
-        dataset: the registered set that the images are of.
-        inputs: of each image, as Detectron2's training batches have them, at the student's test size.
-        scales: (N,) length in pixels of `inputs` over that in the file, of each object's image.
-        class_names: of the set, in order.
-        teachers_classes: of each class of the teacher, its index among them, or None; None: the same in the same order.
+        dataset: name of the registered dataset that holds the images.
+        inputs: the images and objects as in Detectron2's training batches, at the student's test size.
+        scales: (N,) for each object, the height of its image in `inputs` over the height in the file.
+        class_names: the dataset's class names, in order.
+        teachers_classes: for each class of the teacher, the index of that class in the dataset, or None if the dataset
+            lacks it. None if the teacher has the dataset's classes in the same order.
     """
 
     dataset: str
@@ -49,13 +52,13 @@ class Probe:
 
     @property
     def classes(self) -> torch.Tensor:
-        """(N,)"""
-        return torch.cat([each["instances"].gt_classes for each in self.inputs])
+        """Return (N,): the class of each object."""
+        return torch.cat([inputs["instances"].gt_classes for inputs in self.inputs])
 
     @property
     def areas(self) -> torch.Tensor:
-        """(N,) of the boxes, in pixels of the files."""
-        return torch.cat([each["instances"].gt_boxes.area() for each in self.inputs]) / self.scales**2
+        """Return (N,): the area of each box in pixels of its file."""
+        return torch.cat([inputs["instances"].gt_boxes.area() for inputs in self.inputs]) / self.scales**2
 
     def batches(self) -> Iterator[List[Dict[str, Any]]]:
         for start in range(0, len(self.inputs), BATCH):
@@ -63,27 +66,31 @@ class Probe:
 
 
 def load_probe(cfg: CfgNode, teacher: FrozenTeacher) -> Probe:
-    """DISTILL.VIS_IMAGES images that hold an object, evenly spread over the first set of DATASETS.TEST.
+    """Load DISTILL.VIS_IMAGES images with objects, evenly spread over the first dataset of DATASETS.TEST.
 
     Raises:
-        GDetKDError: there is no such set, it has no labelled image, or its classes have no names.
+        GDetKDError: DATASETS.TEST is empty, or the dataset has no labelled image or no class names.
     """
     if not cfg.DATASETS.TEST:
         raise GDetKDError(
-            "DISTILL.VIS_PERIOD looks at images of DATASETS.TEST, which is empty: name a set, or set it to 0."
+            "DISTILL.VIS_PERIOD needs images of DATASETS.TEST, which is empty. Name a dataset there, or set "
+            "DISTILL.VIS_PERIOD to 0."
         )
     name = cfg.DATASETS.TEST[0]
-    labelled = [each for each in load_dataset(name) if _objects_of(each)]
+    labelled = [sample for sample in load_dataset(name) if _annotations(sample)]
     if not labelled:
-        raise GDetKDError(f"DISTILL.VIS_PERIOD looks at labelled images, and {name!r} has none: set it to 0.")
+        raise GDetKDError(
+            f"DISTILL.VIS_PERIOD needs labelled images, and {name!r} in DATASETS.TEST has none. Set "
+            "DISTILL.VIS_PERIOD to 0, or name a labelled dataset first."
+        )
     names = MetadataCatalog.get(name).get("thing_classes")
     if not names:
         raise GDetKDError(
-            f"DISTILL.VIS_PERIOD shows objects by class, and {name!r} does not name its classes: give them with "
-            f"MetadataCatalog.get({name!r}).set(thing_classes=[...]), or set it to 0."
+            f"DISTILL.VIS_PERIOD shows objects by class, and the dataset {name!r} has no class names. Set them with "
+            f"MetadataCatalog.get({name!r}).set(thing_classes=[...]), or set DISTILL.VIS_PERIOD to 0."
         )
-    inputs = [_read(each, cfg) for each in evenly_spread(labelled, max(1, cfg.DISTILL.VIS_IMAGES))]
-    scales = [each["image"].shape[1] / each["height"] for each in inputs for _ in range(len(each["instances"]))]
+    inputs = [_read_labelled(sample, cfg) for sample in evenly_spread(labelled, max(1, cfg.DISTILL.VIS_IMAGES))]
+    scales = [image["image"].shape[1] / image["height"] for image in inputs for _ in range(len(image["instances"]))]
     return Probe(name, inputs, torch.tensor(scales), tuple(names), _teachers_classes(cfg, teacher, name))
 
 
@@ -91,42 +98,51 @@ def _teachers_classes(cfg: CfgNode, teacher: FrozenTeacher, dataset: str) -> Opt
     try:
         return teachers_classes_in(cfg, teacher, dataset)
     except GDetKDError as e:
-        # SGFI and CKD distil across any classes, so that this is no reason to end a training.
-        logger.warning("The teacher's own detections are not shown. %s", e)
+        # SGFI and CKD can distil between any classes, so the training goes on.
+        logger.warning("The page will not show the teacher's detections. %s", e)
         return [None] * teacher.spec.num_classes
 
 
-def _objects_of(sample: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """Its annotations but for crowds."""
-    return [each for each in sample.get("annotations", []) if not each.get("iscrowd", 0)]
+def _annotations(sample: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """Return the annotations of an image without crowds."""
+    return [annotation for annotation in sample.get("annotations", []) if not annotation.get("iscrowd", 0)]
 
 
-def _read(sample: Dict[str, Any], cfg: CfgNode) -> Dict[str, Any]:
-    pixels = utils.read_image(sample["file_name"], cfg.INPUT.FORMAT)
+def read_at_test_size(file_name: str, cfg: CfgNode) -> Tuple[Dict[str, Any], T.Transform]:
+    """Read an image as Detectron2 shows it to a detector at test time.
+
+    Args:
+        cfg: the detector's config, which sets the channel order and the size.
+
+    Returns:
+        the input of a Detectron2 model with "image" (3, H, W) and the file's "height" and "width", so that the model
+        predicts in pixels of the file; and the transform that resized the image.
+    """
+    pixels = utils.read_image(file_name, cfg.INPUT.FORMAT)
     height, width = pixels.shape[:2]
     resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST).get_transform(pixels)
-    pixels = resize.apply_image(pixels)
-    boxes = [{key: each[key] for key in ("bbox", "bbox_mode", "category_id")} for each in _objects_of(sample)]
-    boxes = [utils.transform_instance_annotations(each, [resize], pixels.shape[:2]) for each in boxes]
-    image = torch.as_tensor(pixels.transpose(2, 0, 1).copy())
-    instances = utils.annotations_to_instances(boxes, pixels.shape[:2])
-    return {
-        "file_name": sample["file_name"],
-        "image": image,
-        "height": height,
-        "width": width,
-        "instances": instances[instances.gt_boxes.nonempty()],
-    }
+    image = torch.as_tensor(resize.apply_image(pixels).transpose(2, 0, 1).copy())
+    return {"file_name": file_name, "image": image, "height": height, "width": width}, resize
+
+
+def _read_labelled(sample: Dict[str, Any], cfg: CfgNode) -> Dict[str, Any]:
+    inputs, resize = read_at_test_size(sample["file_name"], cfg)
+    size = tuple(inputs["image"].shape[1:])
+    keys = ("bbox", "bbox_mode", "category_id")
+    annotations = [{key: annotation[key] for key in keys} for annotation in _annotations(sample)]
+    resized = [utils.transform_instance_annotations(annotation, [resize], size) for annotation in annotations]
+    instances = utils.annotations_to_instances(resized, size)
+    return {**inputs, "instances": instances[instances.gt_boxes.nonempty()]}
 
 
 @dataclass
 class Look:
-    """What is seen of the probe's objects, within their ground-truth boxes.
+    """Hold what the teacher and the student compute inside the ground-truth boxes of the probe.
 
     Attributes:
         student, teacher: (N, D_S), (N, D_T) embeddings.
-        alpha: (N, L) how much the loss that chooses among levels attends to each; None if there is no such loss.
-        levels: (N,) the teacher's level of each object; None if alpha is.
+        alpha: (N, L) how much a loss that chooses among levels attends to each level; None if there is no such loss.
+        levels: (N,) the teacher's level of each object; None if `alpha` is None.
     """
 
     student: torch.Tensor
@@ -136,72 +152,71 @@ class Look:
 
 
 def look_at_objects(distiller: GDetKD, probe: Probe) -> Look:
-    """Show the probe to teacher and student, the student in eval mode."""
+    """Show the probe to the teacher and to the student in eval mode."""
     loss = distiller.level_chooser
     parts: List[List[torch.Tensor]] = []
     with inference_context(distiller.student), torch.no_grad():
         for batch in probe.batches():
-            regions = _objects(batch, distiller.device)
+            regions = _object_regions(batch, distiller.device)
             needs = {"embeddings", *(("pooled", "levels") if loss is not None else ())}
             teacher = distiller.teacher.look(batch, regions, needs)
-            student = look_at(distiller.adapter, batch, regions)
+            student = look_with_student(distiller.adapter, batch, regions)
             part = [student.embeddings, teacher.embeddings]
             if loss is not None:
                 part += [loss.level_attention(student, teacher), teacher.levels]
-            parts.append([each.cpu() for each in part])
-    whole = [torch.cat(each) for each in zip(*parts)]
+            parts.append([tensor.cpu() for tensor in part])
+    whole = [torch.cat(tensors) for tensors in zip(*parts)]
     return Look(*whole) if loss is not None else Look(*whole, None, None)
 
 
-def look_at(adapter: DetectorAdapter, batch: List[Dict[str, Any]], regions: Regions) -> DetectorOutputs:
-    """A student's pyramid, and its embeddings of given regions."""
-    images = adapter.model.preprocess_image([{"image": each["image"]} for each in batch]).tensor
+def look_with_student(adapter: DetectorAdapter, batch: List[Dict[str, Any]], regions: Regions) -> DetectorOutputs:
+    """Return a student's pyramid of a batch, and the embeddings of given regions."""
+    images = adapter.model.preprocess_image([{"image": inputs["image"]} for inputs in batch]).tensor
     return adapter.look(images, regions, {"embeddings"})
 
 
 def embed_objects(adapter: DetectorAdapter, probe: Probe) -> torch.Tensor:
-    """(N, D) embeddings of the probe's objects by a plain student."""
+    """Return (N, D): a plain student's embeddings of the probe's objects."""
     with inference_context(adapter.model), torch.no_grad():
         device = next(adapter.model.parameters()).device
-        return torch.cat(
-            [look_at(adapter, batch, _objects(batch, device)).embeddings.cpu() for batch in probe.batches()]
-        )
+        outputs = [look_with_student(adapter, batch, _object_regions(batch, device)) for batch in probe.batches()]
+        return torch.cat([output.embeddings.cpu() for output in outputs])
 
 
-def _objects(batch: List[Dict[str, Any]], device: torch.device) -> Regions:
-    return Regions([each["instances"].gt_boxes.to(device) for each in batch])
+def _object_regions(batch: List[Dict[str, Any]], device: torch.device) -> Regions:
+    return Regions([inputs["instances"].gt_boxes.to(device) for inputs in batch])
 
 
-def detect(model: nn.Module, probe: Probe) -> List[Found]:
-    """What a detector takes for objects on each image, from the score of its best F1 on."""
+def match_student(model: nn.Module, probe: Probe) -> List[MatchedDetections]:
+    """Return a student's detections on each image, from the score threshold of the best F1 on."""
     with inference_context(model), torch.no_grad():
-        outputs = [output for batch in probe.batches() for output in model(_images(batch))]
-    return _judge(outputs, probe)
+        outputs = [output for batch in probe.batches() for output in model(_without_labels(batch))]
+    return _match(outputs, probe)
 
 
-def detect_by_teacher(teacher: FrozenTeacher, probe: Probe) -> List[Found]:
-    """The same of the teacher, of those of its classes that the set has, under the set's numbers."""
-    outputs = [output for batch in probe.batches() for output in teacher.detect(_images(batch))]
+def match_teacher(teacher: FrozenTeacher, probe: Probe) -> List[MatchedDetections]:
+    """Return the teacher's detections on each image, from the score threshold of the best F1 on.
+
+    Detections of classes that the dataset lacks are left out. The classes have the dataset's numbers.
+    """
+    outputs = [output for batch in probe.batches() for output in teacher.detect(_without_labels(batch))]
     if probe.teachers_classes is not None:
         outputs = [{"instances": renumbered(output["instances"], probe.teachers_classes)} for output in outputs]
-    return _judge(outputs, probe)
+    return _match(outputs, probe)
 
 
-def _images(batch: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """Without the objects; and predictions of them in pixels of the inputs, not of the files."""
-    images = [each["image"] for each in batch]
+def _without_labels(batch: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Return the images without objects, sized so that a model predicts in pixels of the inputs, not of the files."""
+    images = [inputs["image"] for inputs in batch]
     return [{"image": image, "height": image.shape[1], "width": image.shape[2]} for image in images]
 
 
-def _judge(outputs: List[Dict[str, Any]], probe: Probe) -> List[Found]:
-    found = []
+def _match(outputs: List[Dict[str, Any]], probe: Probe) -> List[MatchedDetections]:
+    detections = []
     for output, inputs in zip(outputs, probe.inputs):
-        seen, objects = output["instances"].to("cpu"), inputs["instances"]
-        found.append(
-            match_objects(
-                *(seen.pred_boxes.tensor, seen.scores, seen.pred_classes),
-                *(objects.gt_boxes.tensor, objects.gt_classes),
-            )
-        )
-    threshold = best_threshold(found, len(probe.classes))
-    return [each.above(threshold) for each in found]
+        predicted, objects = output["instances"].to("cpu"), inputs["instances"]
+        boxes, gt_boxes = predicted.pred_boxes.tensor, objects.gt_boxes.tensor
+        matched = match_objects(boxes, predicted.scores, predicted.pred_classes, gt_boxes, objects.gt_classes)
+        detections.append(matched)
+    threshold = best_threshold(detections, len(probe.classes))
+    return [matched.above(threshold) for matched in detections]

@@ -1,4 +1,4 @@
-"""What is seen of a run at one iteration, as a dictionary of numbers, and the file that holds one on each line."""
+"""Record what the probe shows at one iteration as a dictionary of numbers, and keep the records in a file."""
 
 import json
 import math
@@ -18,34 +18,39 @@ FILE = "records.jsonl"
 
 
 def make_record(distiller: GDetKD, probe: Probe, iterations: int) -> Dict[str, Any]:
-    """Shows the probe to both.
+    """Show the probe to the teacher and the student, and return the numbers that describe what they see.
 
     Args:
-        iterations: done so far.
+        iterations: iterations done so far.
 
     Returns:
-        "iterations", "objects" (their number), "classes" (names), "correlation" of "teacher" and "student" (C lists of
-        C numbers, None where unknown), "correlation_gap"; where a loss chooses among levels also "tau",
-        "student_levels", "teacher_levels" (names) and "levels", of `level_matching`.
+        a dictionary with these keys:
+
+        - "iterations", and "objects", the number of objects.
+        - "classes": the names of the C classes.
+        - "correlation": by "teacher" and "student", C lists of C numbers; None if a correlation is not known.
+        - "correlation_gap": the distance between the two matrices.
+        - "tau", "student_levels" and "teacher_levels" (names) and "levels" (see `level_matching`), if a loss chooses
+          among the student's levels.
     """
     look = look_at_objects(distiller, probe)
     correlation = {
-        name: class_correlation(each, probe.classes, len(probe.class_names))
-        for name, each in (("teacher", look.teacher), ("student", look.student))
+        name: class_correlation(embeddings, probe.classes, len(probe.class_names))
+        for name, embeddings in (("teacher", look.teacher), ("student", look.student))
     }
     record: Dict[str, Any] = {
         "iterations": iterations,
         "objects": len(probe.classes),
         "classes": list(probe.class_names),
-        "correlation": {name: as_lists(each) for name, each in correlation.items()},
+        "correlation": {name: as_lists(matrix) for name, matrix in correlation.items()},
         "correlation_gap": correlation_gap(correlation["teacher"], correlation["student"]),
     }
     if look.alpha is not None:
-        record.update(_of_levels(distiller, look, probe))
+        record.update(_level_record(distiller, look, probe))
     return record
 
 
-def _of_levels(distiller: GDetKD, look: Look, probe: Probe) -> Dict[str, Any]:
+def _level_record(distiller: GDetKD, look: Look, probe: Probe) -> Dict[str, Any]:
     teacher_levels = list(distiller.teacher.spec.strides)
     return {
         "tau": float(distiller.level_chooser.tau),
@@ -56,15 +61,15 @@ def _of_levels(distiller: GDetKD, look: Look, probe: Probe) -> Dict[str, Any]:
 
 
 def as_lists(matrix: torch.Tensor) -> List[List[Optional[float]]]:
-    """JSON knows no NaN."""
+    """Return a matrix as lists. NaN becomes None, because JSON has no NaN."""
     return [[None if math.isnan(value) else value for value in row] for row in matrix.tolist()]
 
 
 class RecordFile:
-    """The records of a run, in the order of iterations.
+    """Read and write the records of a run, in the order of iterations.
 
     Args:
-        output_dir: the run's.
+        output_dir: the run's OUTPUT_DIR.
     """
 
     def __init__(self, output_dir: str) -> None:
@@ -72,13 +77,13 @@ class RecordFile:
         self._path = self.folder / FILE
 
     def read(self) -> List[Dict[str, Any]]:
+        """Return all records. A last line that is half written is left out."""
         if not self._path.exists():
             return []
-        # The last line may be half written.
         return [json.loads(line) for line in self._path.read_text().splitlines() if line.endswith("}")]
 
     def start_at(self, iterations: int) -> None:
-        """Leaves out what a run that goes on after `iterations` will see again; all, of one that starts anew."""
+        """Remove the records that a run which goes on after `iterations` makes again. At 0 all are removed."""
         before = self.read()
         kept = [record for record in before if 0 < iterations >= record["iterations"]]
         if len(kept) < len(before):
@@ -86,8 +91,10 @@ class RecordFile:
                 file.writelines(json.dumps(record) + "\n" for record in kept)
 
     def add(self, record: Dict[str, Any]) -> None:
-        """Raises:
-        OSError: the disk does not take it.
+        """Append a record.
+
+        Raises:
+            OSError: the disk is full, or the file cannot be written.
         """
         os.makedirs(self.folder, exist_ok=True)
         with open(self._path, "a") as file:

@@ -1,4 +1,7 @@
-"""What a student is compared with: the teacher, and the student trained alone. Neither changes during a training."""
+"""Show the probe to the detectors that a student is compared with: the teacher, and the student trained alone.
+
+Neither changes during a training run, so this is done once.
+"""
 
 from dataclasses import dataclass
 from typing import List, Optional, Sequence, Tuple
@@ -6,45 +9,47 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 
 from ..teacher import FrozenTeacher
-from .detections import Found
+from .detections import MatchedDetections
 from .measures import class_correlation
-from .probe import Probe, detect, detect_by_teacher, embed_objects
-from .runs import FinishedRun
+from .probe import Probe, embed_objects, match_student, match_teacher
+from .run import FinishedRun
 
 
 @dataclass
 class Baseline:
-    """
+    """Hold what the probe shows of the student trained alone.
+
     Attributes:
-        found: what it takes for objects on each image of the probe.
-        correlation: (C, C) of its classes.
-        curve: iterations and AP (percent) of its evaluations.
+        detections: the baseline's detections, by image of the probe.
+        correlation: (C, C) `class_correlation` of the baseline's embeddings.
+        curve: iterations and AP (percent) of the baseline's evaluations.
     """
 
-    found: List[Found]
+    detections: List[MatchedDetections]
     correlation: torch.Tensor
     curve: Tuple[Sequence[int], Sequence[float]]
 
 
 @dataclass
 class References:
-    """
+    """Hold what the probe shows of the teacher and the baseline.
+
     Attributes:
-        teacher: what it takes for objects on each image of the probe.
-        baseline: None where there is none to compare with.
+        teacher: the teacher's detections, by image of the probe.
+        baseline: None if there is no baseline.
     """
 
-    teacher: List[Found]
+    teacher: List[MatchedDetections]
     baseline: Optional[Baseline]
 
 
 def look_at_references(teacher: FrozenTeacher, probe: Probe, baseline: Optional[FinishedRun]) -> References:
-    """Shows the probe to both."""
-    return References(detect_by_teacher(teacher, probe), None if baseline is None else _look_at(baseline, probe))
+    """Show the probe to the teacher, and to the baseline if there is one."""
+    return References(match_teacher(teacher, probe), None if baseline is None else _look_at_baseline(baseline, probe))
 
 
-def _look_at(run: FinishedRun, probe: Probe) -> Baseline:
+def _look_at_baseline(run: FinishedRun, probe: Probe) -> Baseline:
     student = run.student()
     embeddings = embed_objects(run.adapter(student), probe)
     correlation = class_correlation(embeddings, probe.classes, len(probe.class_names))
-    return Baseline(detect(student, probe), correlation, run.curve())
+    return Baseline(match_student(student, probe), correlation, run.curve())

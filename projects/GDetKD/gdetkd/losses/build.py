@@ -74,6 +74,9 @@ class DistillLoss(nn.Module):
     def undo_step(self) -> None:
         """Drop what the step changed in buffers since `before_step`, because the step is left out."""
 
+    def fill(self) -> None:
+        """Fill buffers that grow at the start of a training, such as a queue, to measure the cost of later steps."""
+
     def scalars(self) -> Dict[str, float]:
         """Return values to log beside the term, by name. The trainer calls this every 20 steps.
 

@@ -263,6 +263,10 @@ class CKD(DistillLoss):
     def undo_step(self) -> None:
         self.queue.drop_pending()
 
+    def fill(self) -> None:
+        self.queue.push(torch.randn_like(self.queue.embeddings))
+        self.queue.settle()
+
     def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         raw = full_precision(teacher.embeddings)  # (N, D_T)
         rank, everyone = gather_embeddings(raw)

@@ -1,0 +1,106 @@
+"""Check that detectors and datasets agree on the number and the order of classes."""
+
+import logging
+from typing import List, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from ..errors import GDetKDError, some
+from ..losses.classes import other_names, warn_of_unknown_names
+from ..structures import DetectorSpec
+
+logger = logging.getLogger(__name__)
+
+
+def check_classes(names: Sequence[str], num_classes: int, role: str = "student") -> None:
+    """
+    Raises:
+        GDetKDError: a dataset has another number of classes than the detector. Neither training nor evaluation would
+            notice this.
+    """
+    for name in names:
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes is not None and len(classes) != num_classes:
+            remedy = (
+                "Name the teacher's classes in DISTILL.TEACHER.CLASSES, so that they are found by name, evaluate it on "
+                "a dataset with its own classes, or set DISTILL.EVAL_TEACHER to False."
+                if role == "teacher"
+                else "Set the student's number of classes (MODEL.ROI_HEADS.NUM_CLASSES, MODEL.RETINANET.NUM_CLASSES, "
+                f"MODEL.FCOS.NUM_CLASSES) to {len(classes)}."
+            )
+            raise GDetKDError(f"The dataset {name!r} has {len(classes)} classes and the {role} {num_classes}. {remedy}")
+
+
+def check_class_order(names: Sequence[str]) -> None:
+    """Check that all datasets have the same classes in the same order. Upper and lower case do not matter.
+
+    Other names are only warned of, because they may mean the same classes.
+
+    Raises:
+        GDetKDError: two datasets have the same classes in different orders. An evaluation would mix them up.
+    """
+    known = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
+    sets = [(name, list(classes)) for name, classes in known.items() if classes is not None]
+    for name, classes in sets[1:]:
+        first, expected = sets[0]
+        if classes == expected or len(classes) != len(expected):  # `check_classes` looks at numbers
+            continue
+        expected_lower, lower = _lower(expected), _lower(classes)
+        is_reordered = expected_lower != lower and sorted(expected_lower) == sorted(lower)
+        if is_reordered or sorted(map(str, expected)) == sorted(map(str, classes)):
+            raise GDetKDError(
+                f"The datasets {first!r} and {name!r} have the same classes in different orders: {some(expected)}; and "
+                f"{some(classes)}. Give them the same order (in COCO JSON, by category id)."
+            )
+        if expected_lower == lower:
+            continue
+        pairs = [f"{before!r} is {after!r}" for before, after in zip(expected, classes) if before != after]
+        logger.warning(
+            "The datasets %r and %r name their classes differently. They are taken to be the same classes in the same "
+            "order: %s in the second. Check that this is right.",
+            first,
+            name,
+            some(pairs, 5),
+        )
+
+
+def _lower(names: Sequence[str]) -> List[str]:
+    return [str(name).strip().lower() for name in names]
+
+
+def check_transfer(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> None:
+    """Check that head transfer gives each class of the student the teacher's weights for the same class.
+
+    Head transfer copies a classification layer row by row.
+
+    Raises:
+        GDetKDError: the student has the teacher's classes in another order.
+    """
+    if student.num_classes != teacher.num_classes:
+        return
+    if student.family == teacher.family and student.independent_classes != teacher.independent_classes:
+        logger.warning(
+            "The student trains its classification layer with a %s, and head transfer starts it from a layer that was "
+            "trained with a %s. So its first scores are wrong. Give both the same MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE.",
+            "sigmoid" if student.independent_classes else "softmax",
+            "sigmoid" if teacher.independent_classes else "softmax",
+        )
+    if student.class_names is None or teacher.class_names is None:
+        warn_of_unknown_names("Head transfer", "student" if student.class_names is None else "teacher")
+        return
+    other_name = other_names(cfg, student.class_names, teacher.class_names)
+    names = [other_name.get(name, name) for name in student.class_names]
+    if names == list(teacher.class_names):
+        return
+    if sorted(names) == sorted(teacher.class_names):
+        raise GDetKDError(
+            f"DISTILL.HEAD_TRANSFER would start the student's classes ({some(names)}) from wrong classes: the teacher "
+            f"has them in another order ({some(teacher.class_names)}). Give both datasets the same order, or set "
+            "DISTILL.HEAD_TRANSFER to False."
+        )
+    logger.warning(
+        "Head transfer starts the student's classes (%s) from classes of the teacher with other names (%s).",
+        some(student.class_names),
+        some(teacher.class_names),
+    )

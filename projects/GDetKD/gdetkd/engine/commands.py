@@ -1,0 +1,66 @@
+"""Train, evaluate the student or the teacher, or check a config: the commands of `train_net.py`."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from .check import Check
+from .config_rules import check_parts
+from .folder import check_earlier_run, only_training_in, remove_earlier_run, warn_of_a_fresh_start
+from .preflight import check_student_classes, check_test_sets
+from .quiet import quiet
+from .setup import kept_config, start
+from .student_weights import StudentCheckpointer
+from .teacher_evaluation import evaluate_teacher
+from .trainer import DistillTrainer, build_plain_student
+
+
+def train(cfg: CfgNode, args: Namespace) -> Any:
+    """Train, or continue a training. Return the results of the last evaluation."""
+    with only_training_in(cfg.OUTPUT_DIR):
+        check_earlier_run(cfg.OUTPUT_DIR, args.resume, args.overwrite)
+        with kept_config(cfg.OUTPUT_DIR, False):  # if the run is refused, the folder stays unchanged
+            start(cfg, args)
+            trainer = DistillTrainer(cfg)
+            if args.resume:
+                warn_of_a_fresh_start(cfg.OUTPUT_DIR, trainer.checkpointer.has_checkpoint())
+            if args.overwrite and not args.resume:
+                remove_earlier_run(cfg.OUTPUT_DIR)
+            trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+
+
+def evaluate(cfg: CfgNode, args: Namespace) -> Any:
+    """Evaluate the student on DATASETS.TEST. The weights must set all of its tensors."""
+    with kept_config(cfg.OUTPUT_DIR, True):
+        start(cfg, args)
+    check_parts(cfg)
+    check_test_sets(cfg, needed=True)
+    check_student_classes(cfg, cfg.DATASETS.TEST)
+    student = build_plain_student(cfg)
+    checkpointer = StudentCheckpointer(student, cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    checkpointer.check_whole()
+    return DistillTrainer.test(cfg, student)
+
+
+def evaluate_the_teacher(cfg: CfgNode, args: Namespace) -> Any:
+    """Evaluate the teacher alone on DATASETS.TEST."""
+    with kept_config(cfg.OUTPUT_DIR, True):
+        start(cfg, args)
+    return evaluate_teacher(cfg)
+
+
+def check(cfg: CfgNode, args: Namespace) -> None:
+    """Print one screen, and exit with status 1 if it shows something that would ruin the training."""
+    with quiet() as warnings:
+        with kept_config(cfg.OUTPUT_DIR, True):
+            start(cfg, args)
+        checked = Check(cfg, args.check_images, max(1, args.num_gpus) * args.num_machines)
+        screen = checked.run(warnings)
+    print(f"The full log is {Path(cfg.OUTPUT_DIR, 'log.txt')}.\n\n{screen}")
+    if checked.problems:
+        sys.exit(1)

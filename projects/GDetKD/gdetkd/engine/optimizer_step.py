@@ -1,0 +1,77 @@
+"""Let all processes agree before each optimizer step, and take the step or leave it out."""
+
+from typing import Any, Dict, Tuple, Union
+
+import torch
+from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
+from torch import nn
+
+from .._compat.training import AfterBackward
+from .exchange import on_any_process
+from .guard import StepGuard, StepSkipped
+from .schedule import LossSchedule
+from .stopping import StopRequest
+
+
+class StepAgreement(HookBase):
+    """Exchange two flags before each optimizer step: a loss is not finite, and the run is asked to stop.
+
+    Both flags share one exchange, because every exchange makes the processes wait for each other. The hook belongs to
+    the trainer that runs the single steps.
+
+    Args:
+        guard: finds losses that are not finite, and ends the step or the run.
+        request: learns whether any process is asked to stop.
+        schedule: logs the distillation terms of the step.
+    """
+
+    def __init__(self, guard: StepGuard, request: StopRequest, schedule: LossSchedule) -> None:
+        self._guard = guard
+        self._request = request
+        self._schedule = schedule
+        self._losses: Dict[str, torch.Tensor] = {}
+
+    def attach(self, model: nn.Module) -> Any:
+        """Keep the losses that `model` returns in training. Return the handle that undoes this.
+
+        Call this after the schedule is attached: it changes what the model returns.
+        """
+        return model.register_forward_hook(self._keep_losses)
+
+    def _keep_losses(
+        self, model: nn.Module, inputs: Tuple[Any, ...], output: Union[torch.Tensor, Dict[str, torch.Tensor]]
+    ) -> None:
+        if model.training and torch.is_grad_enabled():
+            losses = {"total_loss": output} if isinstance(output, torch.Tensor) else output
+            self._losses = {name: loss.detach() for name, loss in losses.items()}
+
+    def after_backward(self) -> None:
+        """
+        Raises:
+            StepSkipped: a loss of some process is not finite, and that is tolerated.
+            NonFiniteError: a loss of some process is not finite, and that is not tolerated.
+        """
+        losses, self._losses = self._losses, {}
+        terms = self._guard.find(losses)
+        some_not_finite, self._request.is_agreed = on_any_process(bool(terms), self._request.is_asked)
+        if some_not_finite:
+            self._guard.skip_or_stop(terms)
+        self._schedule.log()
+
+
+class _MaySkip(AfterBackward):
+    """End a step without an error if `StepAgreement` leaves it out."""
+
+    def run_step(self) -> None:
+        try:
+            super().run_step()
+        except StepSkipped:
+            self.optimizer.zero_grad()
+
+
+class GuardedTrainer(_MaySkip, SimpleTrainer):
+    """Detectron2's `SimpleTrainer`, which can leave out steps."""
+
+
+class GuardedAMPTrainer(_MaySkip, AMPTrainer):
+    """Detectron2's `AMPTrainer`, which can leave out steps."""

@@ -1,0 +1,94 @@
+"""Score the teacher on a few images of a dataset, for `--check`."""
+
+import copy
+import math
+import tempfile
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Iterator, List, Optional, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..data.headers import for_evaluation
+from ..errors import GDetKDError
+from ..teacher import FrozenTeacher
+from .preflight import load_dataset
+from .preprocessing import Preprocessing, teacher_sees
+from .teacher_evaluation import evaluate_on, teachers_classes_in
+
+
+@dataclass(frozen=True)
+class SampleScore:
+    """
+    Attributes:
+        ap: COCO's box AP in percent, over the classes that student and teacher both have.
+        images: number of images.
+        classes: number of classes.
+    """
+
+    ap: float
+    images: int
+    classes: int
+
+
+def score_on_sample(
+    cfg: CfgNode, teacher: FrozenTeacher, dataset: str, count: int, preprocessing: Optional[Preprocessing] = None
+) -> SampleScore:
+    """Return the teacher's AP on images of a registered dataset.
+
+    Args:
+        count: number of images, evenly spread over the dataset.
+        preprocessing: replaces the teacher's own preprocessing.
+
+    Raises:
+        GDetKDError: the images have no object, the dataset has none of the teacher's classes, or it does not name its
+            classes.
+    """
+    flip = preprocessing is not None and preprocessing.input_format != teacher.file.input_format
+    changed = nullcontext() if preprocessing is None else teacher_sees(teacher, preprocessing)
+    with _sample(dataset, count) as sample, changed:
+        images = load_dataset(sample)
+        if not any(image.get("annotations") for image in images):
+            raise GDetKDError(
+                f"The {len(images)} images of {dataset!r} that were chosen have no object. Choose more images."
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            results = evaluate_on(cfg, teacher, sample, folder, flip)["bbox"]
+    names = MetadataCatalog.get(dataset).thing_classes
+    kept = teachers_classes_in(cfg, teacher, dataset)
+    shared = names if kept is None else [names[index] for index in kept if index is not None]
+    # Detectron2 gives no AP of a class if there is only one class or nothing is found. It gives NaN if the sample has
+    # no object of the class.
+    values = [results.get(f"AP-{name}", results["AP"]) for name in shared]
+    values = [value for value in values if not math.isnan(value)]
+    return SampleScore(sum(values) / max(1, len(values)), len(images), len(shared))
+
+
+def evenly_spread(items: Sequence[Any], count: int) -> List[Any]:
+    """Return `count` items, or all items if there are fewer."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+@contextmanager
+def _sample(name: str, count: int) -> Iterator[str]:
+    """Register evenly spread images of a dataset under another name inside. Yield that name."""
+    dicts = load_dataset(name)  # this may also set the names of the classes
+    if not MetadataCatalog.get(name).get("thing_classes"):
+        raise GDetKDError(
+            f"The dataset {name!r} does not name its classes, which an evaluation needs. Give them with "
+            f"MetadataCatalog.get({name!r}).set(thing_classes=[...])."
+        )
+    chosen = for_evaluation(evenly_spread(dicts, count))
+    sample = f"{name}_{len(chosen)}_images"
+    DatasetCatalog.register(sample, lambda: copy.deepcopy(chosen))
+    # The JSON file is left out: Detectron2 would evaluate against all of its images.
+    known = MetadataCatalog.get(name).as_dict()
+    kept = {key: known[key] for key in ("thing_classes", "thing_dataset_id_to_contiguous_id") if key in known}
+    MetadataCatalog.get(sample).set(**kept, evaluator_type="coco")
+    try:
+        yield sample
+    finally:
+        DatasetCatalog.remove(sample)
+        MetadataCatalog.remove(sample)

@@ -1,0 +1,72 @@
+"""Read the metrics.json that Detectron2 writes in a run's OUTPUT_DIR."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+@dataclass
+class Point:
+    """Hold AP, AP50 and AP75 (percent) of an evaluation during training."""
+
+    iteration: int
+    metrics: Dict[str, float]
+
+
+class MetricsFile:
+    """Read what a run has logged so far.
+
+    Args:
+        folder: the run's OUTPUT_DIR.
+        max_iter: the number of iterations of the run.
+        prefix: the beginning of the names of the run's metrics; see `config.score_prefix`.
+    """
+
+    def __init__(self, folder: Path, max_iter: int = 0, prefix: str = "") -> None:
+        self._path = folder / "metrics.json"
+        self._max_iter = max_iter
+        self._prefix = prefix
+
+    def lines(self) -> List[Dict[str, Any]]:
+        """Return the lines of the file. A last line that is half written is left out."""
+        if not self._path.exists():
+            return []
+        return [json.loads(line) for line in self._path.read_text().splitlines() if line.endswith("}")]
+
+    def iterations_done(self) -> int:
+        """Return the number of iterations that the file records."""
+        return max((line["iteration"] + 1 for line in self.lines() if "iteration" in line), default=0)
+
+    def evaluations(self) -> List[Dict[str, Any]]:
+        """Return the lines that hold the AP of an evaluation."""
+        return [line for line in self.lines() if f"{self._prefix}bbox/AP" in line]
+
+    def curve(self) -> List[Point]:
+        """Return the evaluations in order."""
+        points = []
+        for line in self.evaluations():
+            # Detectron2 writes the last evaluation on a separate line, one iteration after the last.
+            iteration = min(line["iteration"] + 1, self._max_iter)
+            # Detectron2 gives NaN to a detector that finds nothing. There are objects, so the AP is 0.
+            values = {name: line[f"{self._prefix}bbox/{name}"] for name in METRICS[:3]}
+            metrics = {name: 0.0 if math.isnan(value) else value for name, value in values.items()}
+            points.append(Point(iteration, metrics))
+        return points
+
+    def last(self) -> Dict[str, Optional[float]]:
+        """Return AP, AP50, AP75, APs, APm and APl of the last evaluation, in percent.
+
+        The AP of an object size is None if no object has that size.
+        """
+        line = self.evaluations()[-1]
+        values = {name: line.get(f"{self._prefix}bbox/{name}", math.nan) for name in METRICS}
+        known = {name: None if math.isnan(value) else value for name, value in values.items()}
+        return {**known, **self.curve()[-1].metrics}
+
+    def peak_megabytes(self) -> Optional[float]:
+        """Return the peak GPU memory in MB, or None on a CPU, where Detectron2 records no peak."""
+        return max((line["max_mem"] for line in self.lines() if "max_mem" in line), default=None)

@@ -1,0 +1,233 @@
+"""List the runs of a comparison of several methods on one config and teacher, and train them."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import torch
+from detectron2.config import CfgNode
+from tqdm import tqdm
+
+from ..config import flat_config
+from ..config_file import load_config
+from ..data import register_datasets
+from ..data.shapes import make_shapes_for
+from ..distiller import GDetKD
+from ..engine import DistillTrainer, evaluate_teacher
+from ..engine.preflight import check_student
+from ..errors import GDetKDError
+from ..teacher import FrozenTeacher, transfer_heads
+from .folder import claim_folder
+from .jobs import run_all, run_environment, seed_by_seed
+from .methods import BASELINE, CONFIGURED, configured_parts, method_opts
+from .run import Run, stretched
+from .signals import exit_on_signals
+from .step_time import StepTime, kept_step_time
+
+logger = logging.getLogger(__name__)
+
+# If a method's step takes at most this share longer than the baseline's step, no longer baseline is trained.
+SAME_TIME = 0.05
+# The time of a longer baseline is the method's time, rounded up to a tenth of the baseline's time.
+TIME_STEPS = 10
+# A method, and its schedule as a multiple of the config's iterations.
+Key = Tuple[str, float]
+
+
+def for_one_process(cfg: CfgNode) -> List[str]:
+    """Return the KEY VALUE changes that scale a config with SOLVER.REFERENCE_WORLD_SIZE to one process.
+
+    Every run of a comparison is one process.
+    """
+    scaled = flat_config(DistillTrainer.auto_scale_workers(cfg, 1).dump())
+    before = flat_config(cfg.dump())
+    return [part for key, value in scaled.items() if value != before[key] for part in (key, str(value))]
+
+
+@dataclass
+class Comparison:
+    """Compare methods with the same student, teacher, seeds and data order.
+
+    Attributes:
+        config_file: config of the configured method, GDetKD. Other methods change DISTILL.LOSSES and HEAD_TRANSFER.
+        opts: KEY VALUE changes to the config, for every run.
+        output: the folder of all runs.
+        methods: the compared methods. The baseline is always among them.
+        seeds: the seeds of each method. A seed sets the initialisation and the data order for every method alike.
+        schedules: multiples of the config's iterations.
+        equal_time: whether the baseline is also trained for the time that each method takes.
+
+    Raises:
+        GDetKDError: a method is unknown, a schedule is not positive, or the config does not distil or is not evaluated
+            on one dataset.
+    """
+
+    config_file: str
+    opts: List[str]
+    output: Path
+    methods: Sequence[str]
+    seeds: Sequence[int] = (1, 2, 3)
+    schedules: Sequence[float] = (1.0,)
+    equal_time: bool = False
+
+    def __post_init__(self) -> None:
+        self.methods = list(dict.fromkeys([BASELINE, *self.methods]))
+        self.schedules = list(dict.fromkeys(self.schedules))
+        if not self.seeds or not self.schedules or min(self.schedules) <= 0:
+            raise GDetKDError(
+                f"A comparison needs a seed and positive schedules, not seeds {list(self.seeds)} and schedules "
+                f"{self.schedules}. Give at least one seed and one schedule, such as --seeds 3 --schedules 1."
+            )
+        self.opts = [*self.opts, *for_one_process(load_config(self.config_file, self.opts))]
+        self.cfg = load_config(self.config_file, self.opts)
+        _check(self.cfg, self.config_file, self.methods)
+        self.runs: Dict[Key, List[Run]] = {
+            (method, schedule): [self._run(method, schedule, seed) for seed in self.seeds]
+            for schedule in self.schedules
+            for method in self.methods
+        }
+        # The step time of every method except the baseline; see `measure_steps`.
+        self.step_times: Dict[str, StepTime] = {}
+        # The baseline that trains as long as a method, by the method's key; see `add_equal_time`.
+        self.equal_time_runs: Dict[Key, List[Run]] = {}
+
+    def _run(self, method: str, schedule: float, seed: int) -> Run:
+        opts = [*self.opts, *method_opts(method, self.cfg), "SEED", str(seed)]
+        run = Run(self._folder(method, schedule, seed), self.config_file, opts, self.cfg.SOLVER.MAX_ITER)
+        return run if schedule == 1 else stretched(run.folder, run, schedule)
+
+    def _folder(self, name: str, schedule: float, seed: int) -> Path:
+        return self.output / "runs" / f"{name}{'' if schedule == 1 else f'-x{schedule:g}'}-seed{seed}"
+
+    def prepare(self) -> None:
+        """Draw or register the datasets, check that every method can be trained, and make the output folder.
+
+        Raises:
+            GDetKDError: a dataset cannot be read, or a method cannot be trained.
+        """
+        if not torch.cuda.is_available():
+            self.cfg.MODEL.DEVICE = "cpu"
+        make_shapes_for(self.cfg)
+        register_datasets(self.cfg)
+        self.check_methods()
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.cfg.OUTPUT_DIR = str(self.output)
+
+    def check_methods(self) -> None:
+        """Build each method's detectors and losses, so that an error shows before hours of training.
+
+        Raises:
+            GDetKDError: a method cannot be built; the message names it.
+        """
+        teacher = None  # shared by all methods, because it may be large
+        for method in self.methods:
+            cfg = self.runs[method, self.schedules[0]][0].config()
+            cfg.MODEL.DEVICE, cfg.DISTILL.TEACHER.DTYPE = "cpu", "float32"  # half precision may need a GPU
+            try:
+                distiller = GDetKD(cfg, teacher)
+                teacher = distiller.teacher or teacher
+                check_student(cfg, distiller.student, distiller.teacher)
+                if cfg.DISTILL.HEAD_TRANSFER:
+                    transfer_heads(teacher.model, distiller.student)
+            except GDetKDError as e:
+                raise GDetKDError(f"The method {method} cannot be compared. {e}") from e
+
+    def score_teacher(self) -> Optional[float]:
+        """Return the teacher's AP in percent, kept in teacher.json of the output folder.
+
+        Return None, and warn with the reason, if the teacher cannot be evaluated on this dataset.
+        """
+        teacher, path = FrozenTeacher(self.cfg), self.output / "teacher.json"
+        content = hashlib.sha256(teacher.file.content().encode()).hexdigest()
+        key = {"sha256": teacher.sha256, "file": content, "data": self.cfg.DATASETS.TEST[0]}
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if all(kept.get(name) == value for name, value in key.items()):
+            return kept["AP"]
+        try:
+            with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+                ap = evaluate_teacher(self.cfg, teacher)["bbox"]["AP"]
+        except GDetKDError as e:
+            logger.warning(
+                "The teacher was not evaluated, so the report cannot show the share of its lead closed. %s", e
+            )
+            return None
+        path.write_text(json.dumps({**key, "AP": ap}) + "\n")
+        return ap
+
+    def train(self, train_net: Path, jobs: int = 2) -> None:
+        """Measure the steps, then train the runs that are not complete.
+
+        The runs are trained seed by seed, so that stopping early leaves complete seeds. The baselines at equal time
+        come last.
+
+        Raises:
+            GDetKDError: a run failed, or a folder holds a run of another config.
+        """
+        for run in seed_by_seed(self.runs):
+            claim_folder(run)  # a wrong folder is reported before the long measurement
+        self.measure_steps(jobs)
+        if self.equal_time:
+            self.add_equal_time()
+        run_all([*seed_by_seed(self.runs), *seed_by_seed(self.equal_time_runs)], train_net, jobs)
+
+    def measure_steps(self, jobs: int) -> None:
+        """Measure `step_times`, with the number of threads that a training has if `jobs` run at once.
+
+        The time of a step does not depend on seed and schedule, so each method is measured once. If there is only the
+        baseline, it is measured against itself to learn its seconds.
+        """
+        methods = self.methods[1:] or [BASELINE]
+        with exit_on_signals(), tqdm(methods, desc="measuring the time of a step", unit="method") as bar:
+            for method in bar:
+                bar.set_postfix_str(method)
+                kept = self.output / "step_times" / f"{method}.json"
+                baseline_run, method_run = (self._run(name, 1, seed=0) for name in (BASELINE, method))
+                self.step_times[method] = kept_step_time(kept, baseline_run, method_run, run_environment(jobs))
+
+    def step_ratio(self, method: str) -> float:
+        """Return the time of the method's step over the time of the baseline's step."""
+        return 1.0 if method == BASELINE else self.step_times[method].ratio
+
+    def step_seconds(self, method: str) -> float:
+        """Return the seconds of a step. Training times in charts and tables are iterations times these seconds."""
+        seconds = statistics.median(step_time.baseline_seconds for step_time in self.step_times.values())
+        return seconds * self.step_ratio(method)
+
+    def add_equal_time(self) -> None:
+        """Set `equal_time_runs` from the measured steps."""
+        for method, schedule in self.runs:
+            if method == BASELINE:
+                continue
+            ratio = self.step_ratio(method)
+            # Rounding lets methods of similar cost share a baseline, also with a schedule of that length.
+            longer = round(schedule * math.ceil(ratio * TIME_STEPS - 1e-6) / TIME_STEPS, 6)
+            self.equal_time_runs[method, schedule] = (
+                self.runs[BASELINE, schedule]
+                if ratio <= 1 + SAME_TIME
+                else [self._run(BASELINE, longer, seed) for seed in self.seeds]
+            )
+
+
+def _check(cfg: CfgNode, config_file: str, methods: Sequence[str]) -> None:
+    if len(cfg.DATASETS.TEST) != 1:
+        raise GDetKDError(
+            f"DATASETS.TEST of {config_file} names {len(cfg.DATASETS.TEST)} datasets, but a comparison needs one. "
+            "Name one."
+        )
+    if cfg.MODEL.META_ARCHITECTURE != "GDetKD":
+        raise GDetKDError(
+            f"{config_file} trains a {cfg.MODEL.META_ARCHITECTURE}, on which no method has an effect. Set "
+            'MODEL.META_ARCHITECTURE to "GDetKD" and name a teacher in DISTILL.TEACHER.'
+        )
+    if not configured_parts(cfg) and any(CONFIGURED in method.split("+") for method in methods):
+        raise GDetKDError(
+            f"The method {CONFIGURED} takes its losses from {config_file}, but DISTILL.LOSSES is empty there and "
+            f"DISTILL.HEAD_TRANSFER is off. Name losses, or remove {CONFIGURED} from the methods."
+        )

@@ -1,0 +1,64 @@
+"""Turn the name of a method into config changes. A method is:
+
+- "none": the student alone, the baseline;
+- the name of a loss;
+- "head_transfer";
+- "GDetKD": the losses and head transfer that the config asks for.
+
+All except "none" can be joined by "+". "GDetKD+PKD" is what the config asks for, and PKD.
+"""
+
+from typing import List
+
+from detectron2.config import CfgNode
+
+from ..errors import GDetKDError
+from ..losses import DISTILL_LOSS_REGISTRY
+from .run import PLAIN
+
+BASELINE, CONFIGURED, HEAD_TRANSFER = "none", "GDetKD", "head_transfer"
+
+
+def method_opts(method: str, cfg: CfgNode) -> List[str]:
+    """Return the KEY VALUE changes that turn a config into the config of a method.
+
+    Args:
+        cfg: the config that defines "GDetKD".
+
+    Raises:
+        GDetKDError: a part of the name is not a loss, or appears twice.
+    """
+    if method == BASELINE:
+        return list(PLAIN)
+    if method == CONFIGURED:
+        return []
+    parts = [part for name in method.split("+") for part in (configured_parts(cfg) if name == CONFIGURED else [name])]
+    known = [name for name, _ in DISTILL_LOSS_REGISTRY]
+    for part in parts:
+        if part not in (*known, HEAD_TRANSFER) or parts.count(part) > 1:
+            raise GDetKDError(
+                f"There is no method {method!r}: {part!r} is not a loss, or appears twice. Choose from {BASELINE}, "
+                f"{CONFIGURED}, {HEAD_TRANSFER}, {', '.join(known)}; all except {BASELINE} can be joined by '+'."
+            )
+    losses = tuple(part for part in parts if part != HEAD_TRANSFER)
+    return ["DISTILL.LOSSES", str(losses), "DISTILL.HEAD_TRANSFER", str(HEAD_TRANSFER in parts)]
+
+
+def configured_parts(cfg: CfgNode) -> List[str]:
+    """Return the losses that a config asks for, and head transfer if it does."""
+    return [*cfg.DISTILL.LOSSES, *([HEAD_TRANSFER] if cfg.DISTILL.HEAD_TRANSFER else [])]
+
+
+def ablation(cfg: CfgNode) -> List[str]:
+    """Return the methods of an ablation: the baseline, each component alone, then components added one by one.
+
+    Raises:
+        GDetKDError: the config asks for no component.
+    """
+    parts = configured_parts(cfg)
+    if not parts:
+        raise GDetKDError(
+            "There is nothing to ablate: DISTILL.LOSSES is empty and DISTILL.HEAD_TRANSFER is off. Name losses."
+        )
+    joined = ["+".join(parts[:count]) for count in range(2, len(parts))]
+    return [BASELINE, *parts, *joined, *([CONFIGURED] if len(parts) > 1 else [])]

@@ -1,0 +1,63 @@
+"""Describe a training run of a comparison: the command line, the config and the results."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import List
+
+from detectron2.config import CfgNode
+
+from ..config_file import load_config
+from ..metrics_file import MetricsFile
+
+# KEY VALUE changes that turn a distillation config into the config of the student alone.
+PLAIN = ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "False"]
+
+
+@dataclass
+class Run:
+    """Describe a training run.
+
+    Attributes:
+        folder: the run's OUTPUT_DIR.
+        config_file: config of the full distillation.
+        opts: KEY VALUE changes to the config.
+        max_iter: iterations of the run.
+        prefix: the beginning of the names of the run's metrics; see `score_prefix`.
+    """
+
+    folder: Path
+    config_file: str
+    opts: List[str]
+    max_iter: int
+    prefix: str = ""
+
+    def command(self, train_net: Path) -> List[str]:
+        """Return the command line that trains this run, and resumes it if it was interrupted."""
+        keys = ["SOLVER.MAX_ITER", str(self.max_iter), "OUTPUT_DIR", str(self.folder)]
+        return [sys.executable, str(train_net), "--config-file", self.config_file, "--resume", *self.opts, *keys]
+
+    def config(self) -> CfgNode:
+        """Return the run's whole config, defaults included."""
+        return load_config(self.config_file, [*self.opts, "SOLVER.MAX_ITER", self.max_iter, "OUTPUT_DIR", ""])
+
+    @property
+    def metrics_file(self) -> MetricsFile:
+        return MetricsFile(self.folder, self.max_iter, self.prefix)
+
+    def is_complete(self) -> bool:
+        """Return whether the run has its last evaluation and its final weights."""
+        last = self.metrics_file.curve()[-1:]
+        return bool(last) and last[0].iteration == self.max_iter and (self.folder / "model_final.pth").exists()
+
+
+def stretched(folder: Path, run: Run, ratio: float) -> Run:
+    """Return a run with `ratio` times as many iterations, and the learning rate schedule stretched alike.
+
+    The run has as many evaluations. Their period is a multiple of 20 iterations, after which Detectron2 writes.
+    """
+    cfg = run.config()
+    opts = ["TEST.EVAL_PERIOD", str(round(cfg.TEST.EVAL_PERIOD * ratio / 20) * 20)]
+    if "Cosine" not in cfg.SOLVER.LR_SCHEDULER_NAME:  # a cosine schedule has no steps
+        opts += ["SOLVER.STEPS", str(tuple(round(step * ratio) for step in cfg.SOLVER.STEPS))]
+    return Run(folder, run.config_file, run.opts + opts, round(run.max_iter * ratio))

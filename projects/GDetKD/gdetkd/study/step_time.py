@@ -1,0 +1,186 @@
+"""Measure how long a training step of a method takes, compared with a step of the baseline.
+
+The wall time of a run depends on what else the machine does meanwhile, so the wall times of two runs cannot be
+compared. Here the baseline and the method take steps in turn, in one process, so that other work slows both alike. A
+step is all that a training run times: loading the batch, forward and backward pass, guard and optimizer.
+
+Both start as a run starts, on the same batches, but as in the later part of a run: every term has its full weight, and
+CKD's queue is full. Nothing is written to the folder of a run.
+
+One limit: if workers load the batches (DATALOADER.NUM_WORKERS), the workers of one config also load while the other
+config takes a step. If the loader is slower than the step, the waiting time of both is then underestimated.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, List, Mapping, Optional, TextIO
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage, EventWriter
+
+from ..config_file import load_config
+from ..engine import DistillTrainer
+from ..engine.guard import StepGuard
+from ..engine.hooks import RandomState
+from ..engine.step_costs import LATE, time_in_rounds
+from ..errors import GDetKDError
+from ..files import written_whole
+from ..program import explained_errors
+from .folder import fingerprint
+from .run import Run
+from .signals import starting
+
+# A round has a step of each config. The warm-up rounds allocate memory, and on a GPU choose algorithms.
+WARM_UP, ROUNDS = 5, 30
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Hold the measured time of a method's step.
+
+    Attributes:
+        ratio: time of the method's step over that of the baseline's step, median over the rounds.
+        low, high: lower and upper quartile of that ratio over the rounds.
+        baseline_seconds: time of the baseline's step, median over the rounds.
+        threads: threads of the process that measured; the runs have as many.
+        device: MODEL.DEVICE of both.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    baseline_seconds: float
+    threads: int
+    device: str
+
+
+class _Stepper(DistillTrainer):
+    """Take the steps of a training run and nothing else: write no metrics, evaluate nothing and save nothing."""
+
+    def __init__(self, cfg: CfgNode, folder: str) -> None:
+        cfg = cfg.clone()
+        cfg.OUTPUT_DIR = folder  # StepGuard writes a report there if a step is not finite
+        cfg.DISTILL.VIS_PERIOD = 0
+        super().__init__(cfg)
+        self.resume_or_load(resume=False)
+        self.iter, self.storage = LATE, EventStorage(LATE)
+        for loss in self.distiller.losses.values() if self.distiller else ():
+            loss.fill()
+
+    def build_writers(self) -> List[EventWriter]:
+        return []
+
+    def build_hooks(self) -> List[HookBase]:
+        return [hook for hook in super().build_hooks() if isinstance(hook, (RandomState, StepGuard))]
+
+    def step(self) -> None:
+        with self.storage:
+            self.before_step()
+            self.run_step()
+        self.iter += 1
+
+
+def measure_pair(baseline: CfgNode, method: CfgNode, rounds: int = ROUNDS, warm_up: int = WARM_UP) -> StepTime:
+    """Measure the steps of two configs in turn, in this process.
+
+    Args:
+        baseline: config of the student alone.
+        method: config of the same student with the method.
+
+    Raises:
+        GDetKDError: one of the two cannot be trained.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {"baseline": _Stepper(baseline, folder).step, "method": _Stepper(method, folder).step}
+        seconds = time_in_rounds(steps, rounds, warm_up)
+    ratios = [method / baseline for baseline, method in zip(seconds["baseline"], seconds["method"])]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    return StepTime(
+        round(ratio, 4),
+        round(low, 4),
+        round(high, 4),
+        round(statistics.median(seconds["baseline"]), 6),
+        torch.get_num_threads(),
+        baseline.MODEL.DEVICE,
+    )
+
+
+def measure_in_process(baseline: Run, method: Run, environment: Mapping[str, str], log: Path) -> StepTime:
+    """Measure the steps of two runs in a separate process, which frees all their memory when it ends.
+
+    Args:
+        environment: the environment of the runs, with their number of threads and their GPU.
+        log: file for the output of the process.
+
+    Raises:
+        GDetKDError: the process fails; the message gives the last line of its log.
+    """
+    request = {"config_file": method.config_file, "baseline": baseline.opts, "method": method.opts}
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "step_time.json"
+        command = [sys.executable, "-m", __name__, json.dumps(request), str(result)]
+        with open(log, "w") as file:
+            code = _run_to_the_end(command, file, environment)
+        if code != 0:
+            last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+            raise GDetKDError(
+                f"The time of a step could not be measured for {method.folder.name}: the process ended with exit code "
+                f"{code}. Correct the cause and start again. Its log is {log}, which ends with: {last}"
+            )
+        return StepTime(**json.loads(result.read_text()))
+
+
+def _run_to_the_end(command: List[str], log: TextIO, environment: Mapping[str, str]) -> int:
+    """Return the exit code of a command. End its process if this function ends early."""
+    process: Optional[subprocess.Popen] = None
+    try:
+        with starting():
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        return process.wait()
+    finally:
+        if process is not None and process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def kept_step_time(path: Path, baseline: Run, method: Run, environment: Mapping[str, str]) -> StepTime:
+    """Return the step time that a file keeps, or measure it and write the file.
+
+    A comparison that continues needs the same ratio, because the ratio sets the length of the runs at equal time. So
+    the file is used as long as both configs and the teacher are the same.
+    """
+    key = [fingerprint(run) for run in (baseline, method)]
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if kept.get("key") == key:
+        return StepTime(**kept["step_time"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    step_time = measure_in_process(baseline, method, environment, path.with_suffix(".log"))
+    with written_whole(str(path)) as file:
+        json.dump({"step_time": asdict(step_time), "key": key}, file, indent=2)
+    return step_time
+
+
+def _main(request: Mapping[str, Any], result: Path) -> None:
+    configs = [load_config(request["config_file"], request[name]) for name in ("baseline", "method")]
+    for cfg in configs:
+        if not torch.cuda.is_available():
+            cfg.MODEL.DEVICE = "cpu"
+    if configs[0].MODEL.DEVICE.startswith("cuda:"):
+        torch.cuda.set_device(configs[0].MODEL.DEVICE)  # the clock waits for the current GPU
+    # Detectron2 does the same at the start of a training run.
+    torch.backends.cudnn.benchmark = configs[0].CUDNN_BENCHMARK
+    seed_all_rng(configs[0].SEED)
+    result.write_text(json.dumps(asdict(measure_pair(*configs))))
+
+
+if __name__ == "__main__":
+    with explained_errors():
+        _main(json.loads(sys.argv[1]), Path(sys.argv[2]))

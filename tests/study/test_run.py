@@ -1,0 +1,251 @@
+"""Test how runs of train_net.py are started and read, and the quickstart, which consists of such runs."""
+
+import importlib.util
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from gdetkd.config_file import load_config
+from gdetkd.errors import GDetKDError
+from gdetkd.study.folder import claim_folder, fingerprint
+from gdetkd.study.jobs import run_all
+from gdetkd.study.run import PLAIN, Run, stretched
+from gdetkd.study.step_time import StepTime
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = str(ROOT / "configs" / "quickstart" / "faster_rcnn-faster_rcnn.yaml")
+
+
+def load_quickstart():
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "tools" / "quickstart.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def finished(folder, ap, iterations, seconds):
+    folder.mkdir()
+    lines = [{"iteration": 19, "train_seconds": 1.0, "total_loss": 3.0}]
+    metrics = {"bbox/AP": ap, "bbox/AP50": ap + 20, "bbox/AP75": ap + 5}
+    lines.append({"iteration": iterations - 1, "train_seconds": seconds, "total_loss": 2.0})
+    lines.append({"iteration": iterations, **metrics})  # Detectron2 writes the last evaluation like this
+    (folder / "metrics.json").write_text("\n".join(json.dumps(line) for line in lines) + '\n{"iteration": 9')
+    (folder / "model_final.pth").touch()
+    run = Run(folder, CONFIG, [], iterations)
+    (folder / "fingerprint.txt").write_text(fingerprint(run))
+    return run
+
+
+def test_a_longer_run_is_evaluated_as_often(tmp_path):
+    longer = stretched(tmp_path / "longer", finished(tmp_path / "b", 10.0, 100, 20.0), 1.6)
+    assert longer.max_iter == 160 and longer.config().TEST.EVAL_PERIOD == 280  # 180 * 1.6, rounded to a multiple of 20
+
+
+def test_unknown_pair_names_the_known_ones(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(GDetKDError, match="faster_rcnn-faster_rcnn"):
+        load_quickstart().find_config("yolo-yolo")
+
+
+def test_the_quickstart_is_a_comparison_with_one_seed_at_equal_time(tmp_path, monkeypatch, capsys):
+    quickstart, drawn = load_quickstart(), []
+
+    def train(comparison, train_net, jobs):
+        assert train_net.is_file() and jobs == 2
+        comparison.step_times = {"GDetKD": StepTime(1.58, 1.5, 1.6, 0.25, 1, "cpu")}
+        comparison.add_equal_time()
+        (tmp_path / "runs").mkdir()
+        (baseline,), (distilled,) = comparison.runs["none", 1.0], comparison.runs["GDetKD", 1.0]
+        (longer,) = comparison.equal_time_runs["GDetKD", 1.0]
+        for run, ap, iterations in ((baseline, 10.0, 500), (distilled, 35.0, 500), (longer, 20.0, 800)):
+            assert run.max_iter == iterations and run.config().SEED == 7
+            finished(run.folder, ap, iterations, 1.0)
+
+    monkeypatch.setattr("sys.argv", ["quickstart.py", "--seed", "7", "--output", str(tmp_path)])
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(
+        quickstart.Comparison, "prepare", lambda comparison: setattr(comparison.cfg.MODEL, "DEVICE", "cpu")
+    )
+    monkeypatch.setattr(quickstart.Comparison, "score_teacher", lambda comparison: 60.0)
+    monkeypatch.setattr(quickstart.Comparison, "train", train)
+    monkeypatch.setattr(quickstart, "draw", lambda *args: drawn.append(args))
+    quickstart.main()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    baseline, distilled = summary["rows"]
+    assert summary["teacher_AP"] == 60.0 and (baseline["AP"], distilled["AP"]) == (10.0, 35.0)
+    assert (distilled["gain"], distilled["equal_time_gain"], distilled["equal_time_AP"]) == (25.0, 15.0, 20.0)
+    assert (distilled["step_time"], distilled["lead_closed"]) == (1.58, 0.5)
+    assert drawn[0][0] == tmp_path / "comparison.png"
+    printed = capsys.readouterr().out
+    assert "+25.0" in printed and "50 %" in printed and "1.58x" in printed and "summary.json" in printed
+
+
+def test_complete_runs_are_not_repeated_and_failed_runs_are_named(tmp_path):
+    program = tmp_path / "train_net.py"
+    program.write_text("import sys; print('the reason'); sys.exit(1)")
+    run_all([finished(tmp_path / "done", 10.0, 100, 20.0)], program)
+    with pytest.raises(GDetKDError, match="the reason"):
+        run_all([Run(tmp_path / "new", CONFIG, [], 5)], program)
+
+
+def test_a_folder_of_another_config_is_refused(tmp_path):
+    finished(tmp_path / "done", 10.0, 100, 20.0)
+    changed = Run(tmp_path / "done", CONFIG, ["DISTILL.SGFI.WEIGHT", "9.0"], 100)
+    with pytest.raises(GDetKDError, match="holds a run of another config. Use that"):
+        run_all([changed], tmp_path / "train_net.py")
+    # If Detectron2 has written the config, the message names only the keys that differ.
+    as_run = load_config(CONFIG, ["SOLVER.MAX_ITER", 100, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "done")])
+    (tmp_path / "done" / "config.yaml").write_text(as_run.dump())
+    with pytest.raises(
+        GDetKDError, match="another config: DISTILL.SGFI.WEIGHT 6.0 -> 9.0. Use that config again, remove"
+    ):
+        run_all([changed], tmp_path / "train_net.py")
+
+
+def test_keys_that_a_run_does_not_use_do_not_change_its_fingerprint():
+    def digest(*opts):
+        return fingerprint(Run(Path("any"), CONFIG, list(opts), 100))
+
+    baseline, other_teacher = PLAIN, ["DISTILL.TEACHER.WEIGHTS", "another.pth"]
+    assert digest(*baseline) == digest(*baseline, *other_teacher, "DISTILL.SGFI.WEIGHT", "9.0")
+    transfer = ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "True"]
+    assert digest(*transfer) == digest(*transfer, "DISTILL.SGFI.WEIGHT", "9.0")
+    assert digest(*transfer) != digest(*transfer, *other_teacher)
+    sgfi = ["DISTILL.LOSSES", "('SGFI',)", "DISTILL.HEAD_TRANSFER", "False"]
+    assert digest(*sgfi) == digest(*sgfi, "DISTILL.CKD.GAMMA", "0.1", "SOLVER.CHECKPOINT_PERIOD", "7")
+    for key, value in (("DISTILL.SGFI.WEIGHT", "9.0"), ("DISTILL.REGIONS.NMS_THRESH", "0.5"), ("SEED", "3")):
+        assert digest(*sgfi) != digest(*sgfi, key, value)
+    assert digest(*baseline) != digest(*sgfi)
+    for key, value in (("SOLVER.BASE_LR", "1.0"), ("SEED", "3")):
+        assert digest(*baseline) != digest(*baseline, key, value)
+
+
+def test_another_teacher_at_the_same_path_is_another_run(tmp_path):
+    weights, folder = tmp_path / "teacher.pth", tmp_path / "done"
+    distilled = ["DISTILL.TEACHER.WEIGHTS", str(weights)]
+    weights.write_bytes(b"one")
+    run, alone = Run(folder, CONFIG, distilled, 100), Run(folder, CONFIG, [*PLAIN, *distilled], 100)
+    before, before_alone = fingerprint(run), fingerprint(alone)
+    claim_folder(run)
+    (folder / "config.yaml").write_text(run.config().dump())
+    weights.write_bytes(b"another")
+    os.utime(weights, ns=(1, 1))
+    assert fingerprint(run) != before and fingerprint(alone) == before_alone
+    with pytest.raises(GDetKDError, match="another config: the weights or the config file of the teacher have changed"):
+        claim_folder(run)
+
+
+def test_a_teacher_whose_file_has_changed_is_another_run(tmp_path):
+    teacher = tmp_path / "teacher.yaml"
+    distilled = ["DISTILL.TEACHER.CONFIG_FILE", str(teacher), "DISTILL.TEACHER.WEIGHTS", ""]
+    run, alone = Run(tmp_path, CONFIG, distilled, 100), Run(tmp_path, CONFIG, [*PLAIN, *distilled], 100)
+    found = set()
+    for content in (
+        "MODEL: {WEIGHTS: one.pth}",
+        "MODEL: {WEIGHTS: https://there/one.pth}",
+        "MODEL: {WEIGHTS: one.pth}\nINPUT: {FORMAT: RGB}",
+    ):
+        teacher.write_text(content)
+        found.add((fingerprint(run), fingerprint(alone)))
+    assert len(found) == 3 and len({digest_alone for _, digest_alone in found}) == 1
+
+
+def test_trainings_end_if_another_training_fails(tmp_path):
+    program = tmp_path / "train_net.py"
+    program.write_text(
+        "import pathlib, signal, sys, time\n"
+        "folder = pathlib.Path(sys.argv[-1])\n"
+        "def stop(*_):\n"
+        "    (folder / 'stopped').touch()\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "(folder / 'started').touch()\n"
+        "while folder.name == 'two' or not (folder.parent / 'two' / 'started').exists():\n"
+        "    time.sleep(0.05)\n"
+    )
+    with pytest.raises(GDetKDError, match="The run in .*one failed"):
+        run_all([Run(tmp_path / name, CONFIG, [], 5) for name in ("one", "two")], program)
+    assert (tmp_path / "two" / "stopped").exists() and not (tmp_path / "one" / "stopped").exists()
+
+
+def test_trainings_end_if_the_comparison_gets_a_signal(tmp_path):
+    program = tmp_path / "train_net.py"
+    program.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "def stop(*_):\n"
+        "    pathlib.Path(sys.argv[-1], 'stopped').touch()\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(60)\n"
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        run_all([Run(tmp_path / "one", CONFIG, [], 5)], program)
+    assert (tmp_path / "one" / "stopped").exists() and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_run_that_is_named_twice_is_trained_once(tmp_path):
+    program = tmp_path / "train_net.py"
+    program.write_text(
+        "import json, pathlib, sys\n"
+        "folder = pathlib.Path(sys.argv[-1])\n"
+        "line = json.dumps({'iteration': 5, 'bbox/AP': 1, 'bbox/AP50': 1, 'bbox/AP75': 1})\n"
+        "(folder / 'metrics.json').open('a').write(line + '\\n')\n"
+        "(folder / 'model_final.pth').touch()\n"
+    )
+    run_all([Run(tmp_path / "one", CONFIG, [], 5), Run(tmp_path / "one", CONFIG, [], 5)], program)
+    assert len((tmp_path / "one" / "metrics.json").read_text().splitlines()) == 1
+
+
+def test_a_student_that_finds_nothing_has_no_ap_rather_than_nan(tmp_path):
+    nothing = finished(tmp_path / "b", float("nan"), 100, 20.0)
+    assert nothing.metrics_file.last()["AP"] == nothing.metrics_file.curve()[-1].metrics["AP"] == 0
+
+
+@pytest.mark.parametrize("visible, expected", [(None, {"0", "1"}), ("4,7", {"4", "7"})])
+def test_each_job_has_its_own_gpu(tmp_path, monkeypatch, visible, expected):
+    program = tmp_path / "train_net.py"
+    program.write_text(
+        "import json, os, pathlib, sys, time\n"
+        "folder = pathlib.Path(sys.argv[-1])\n"
+        "(folder / 'gpu.txt').write_text(os.environ.get('CUDA_VISIBLE_DEVICES', 'all'))\n"
+        "line = json.dumps({'iteration': 5, 'bbox/AP': 1, 'bbox/AP50': 1, 'bbox/AP75': 1})\n"
+        "(folder / 'metrics.json').write_text(line)\n"
+        "(folder / 'model_final.pth').touch()\n"
+        "end = time.time() + 20\n"
+        "while folder.name != 'third' and len(list(folder.parent.glob('*/gpu.txt'))) < 2 and time.time() < end:\n"
+        "    time.sleep(0.05)\n"
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    run_all([Run(tmp_path / name, CONFIG, [], 5) for name in ("one", "two", "third")], program, jobs=2)
+    gpus = {name: (tmp_path / name / "gpu.txt").read_text() for name in ("one", "two", "third")}
+    assert {gpus["one"], gpus["two"]} == expected and gpus["third"] in expected
+
+
+@pytest.mark.parametrize("given, cores, expected", [(None, 4, "2"), (None, 1, "1"), ("3", 4, "3")])
+def test_jobs_share_the_cores_that_this_process_may_use(tmp_path, monkeypatch, given, cores, expected):
+    """Count only the cores that a container or SLURM gives to the process. A value that the user set wins."""
+    program = tmp_path / "train_net.py"
+    program.write_text(
+        "import json, os, pathlib, sys\n"
+        "folder = pathlib.Path(sys.argv[-1])\n"
+        "(folder / 'threads.txt').write_text(os.environ['OMP_NUM_THREADS'])\n"
+        "line = json.dumps({'iteration': 5, 'bbox/AP': 1, 'bbox/AP50': 1, 'bbox/AP75': 1})\n"
+        "(folder / 'metrics.json').write_text(line)\n"
+        "(folder / 'model_final.pth').touch()\n"
+    )
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    run_all([Run(tmp_path / "one", CONFIG, [], 5)], program, jobs=2)
+    assert (tmp_path / "one" / "threads.txt").read_text() == expected
