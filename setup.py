@@ -20,7 +20,7 @@ setup(
     packages=find_packages(PACKAGES),
     package_data={"gdetkd": ["py.typed", "figures/*.html"]},
     # Both are needed, but how to get them differs between machines: `import gdetkd` says what is missing.
-    install_requires=["jinja2", "matplotlib", "tqdm"],
+    install_requires=["defusedxml", "jinja2", "matplotlib", "tqdm"],
     extras_require={
         "quickstart": ["opencv-python-headless"],
         "instaboost": ["instaboostfast"],

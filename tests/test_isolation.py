@@ -20,7 +20,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS
 from detectron2.utils import comm, events
 from detectron2.utils.logger import log_first_n, setup_logger
 
-from gdetkd.data.register import resolve
+from gdetkd.data.folders import resolve
 from gdetkd.detectors import DETECTOR_ADAPTER_REGISTRY
 from gdetkd.losses.build import DISTILL_LOSS_REGISTRY
 from isolation import keeping_state

@@ -13,8 +13,9 @@ from test_clean import BOX, dataset, with_boxes
 
 from conftest import make_cfg, write_coco
 from gdetkd.data import register_datasets
-from gdetkd.data.coco_json import _decoded_length, _is_near, _outline, leaves
-from gdetkd.data.voc import load_voc
+from gdetkd.data.folders import leaves
+from gdetkd.data.kinds.coco_masks import _decoded_length, _is_near, _outline
+from gdetkd.data.kinds.voc import load_voc
 from gdetkd.engine.evaluators import build_evaluator
 from gdetkd.engine.preflight import check_datasets
 from gdetkd.errors import GDetKDError
@@ -59,14 +60,14 @@ RLE = {"size": [64, 64], "counts": [64 * 64]}
         (change_annotation(iscrowd=7), "iscrowd 7"),
         (change_annotation(segmentation={**RLE, "size": [10**9, 10**9]}), "segmentation of the size"),
         (change_annotation(segmentation={**RLE, "counts": [-5]}), "without run lengths"),
-        (change_annotation(segmentation={**RLE, "counts": [5]}), "not of its size"),
-        (change_annotation(segmentation={**RLE, "counts": "zzzzzzzzzzzz"}), "not of its size"),
-        (change_annotation(segmentation=[[1, 2, "x", 4, 5, 6]]), "no list of polygons"),
-        (change_annotation(segmentation=[[0, 0, 1e9, 0, 1e9, 1e9]]), "that reaches over more than 10000000"),
-        (change_annotation(segmentation=[[0, 0, -2e7, 0, 5, 5]]), "segmentation that reaches over more"),
-        (change_annotation(segmentation=[[0, 0, 10**400, 0, 5, 5]]), "no list of polygons"),
-        (change_annotation(segmentation=[[0, 0, 9e6, 9e6] * 100]), "segmentation that reaches over more"),
-        (change_annotation(keypoints=["x"]), "keypoints that are none"),
+        (change_annotation(segmentation={**RLE, "counts": [5]}), "not add up to its size"),
+        (change_annotation(segmentation={**RLE, "counts": "zzzzzzzzzzzz"}), "not add up to its size"),
+        (change_annotation(segmentation=[[1, 2, "x", 4, 5, 6]]), "not a list of polygons"),
+        (change_annotation(segmentation=[[0, 0, 1e9, 0, 1e9, 1e9]]), "that is longer than 10000000"),
+        (change_annotation(segmentation=[[0, 0, -2e7, 0, 5, 5]]), "segmentation that is longer than"),
+        (change_annotation(segmentation=[[0, 0, 10**400, 0, 5, 5]]), "not a list of polygons"),
+        (change_annotation(segmentation=[[0, 0, 9e6, 9e6] * 100]), "segmentation that is longer than"),
+        (change_annotation(keypoints=["x"]), "keypoints that are not numbers"),
     ],
 )
 def test_annotations_that_cannot_be_meant(tmp_path, change, match):
@@ -210,13 +211,13 @@ def test_voc_of_one_image(tmp_path):
             "angle of a rotated box is 90, not in radians",
         ),
         ('<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>', "document type"),
-        ("\0\0\0", "zero bytes"),
+        ("\0\0\0", "ParseError"),
         ("<annotation>", "ParseError"),
     ],
 )
 def test_voc_annotations_that_are_none(tmp_path, text, match):
     root = voc(tmp_path, text=text)
-    with pytest.raises(GDetKDError, match=f"one.xml' is not an annotation of VOC's.*{match}"):
+    with pytest.raises(GDetKDError, match=f"one.xml' is not a VOC annotation.*{match}"):
         load_voc(root, "train", ["cat"])
 
 
@@ -225,7 +226,7 @@ def test_a_document_type_in_another_encoding_is_seen(tmp_path, encoding):
     root = voc(tmp_path)
     text = '<?xml version="1.0" encoding="utf-16"?><!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>'
     (tmp_path / "Annotations" / "one.xml").write_bytes(text.encode(encoding))
-    with pytest.raises(GDetKDError, match="one.xml' is not an annotation of VOC's.*write it in UTF-8"):
+    with pytest.raises(GDetKDError, match="one.xml' is not a VOC annotation.*declares a document type"):
         load_voc(root, "train", ["cat"])
 
 

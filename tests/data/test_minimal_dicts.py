@@ -141,5 +141,5 @@ def test_what_an_evaluation_reads_is_asked_for_before_training(register, distill
 
 def test_a_probe_needs_names_of_classes(register, distill_cfg):
     register(classes=None)
-    with pytest.raises(GDetKDError, match="'minimal' does not name its classes"):
+    with pytest.raises(GDetKDError, match="'minimal' has no class names"):
         load_probe(distill_cfg({"DATASETS.TEST": ("minimal",)}), teacher=None)

@@ -33,7 +33,7 @@ def test_files_that_are_passed_over_are_counted_by_their_ending_once(tmp_path, c
     (tmp_path / "README").write_text("")
     for _ in range(2):
         assert len(DatasetCatalog.get("mine")) == 1
-    said = "mine: 3 files that are not read as images are passed over (2 .heic, 1 without an ending)"
+    said = "mine: 3 files are skipped because they are not images (2 .heic, 1 without an ending)"
     assert caplog.text.count(said) == 1
 
 

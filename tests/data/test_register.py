@@ -31,7 +31,7 @@ def test_coco_and_limit(tmp_path):
     assert len(DatasetCatalog.get("mine")) == 5 and len(DatasetCatalog.get("three")) == 3
     assert MetadataCatalog.get("mine").thing_classes == ["class0", "class1", "class2"]
     register(coco(tmp_path))  # once more is no error
-    with pytest.raises(GDetKDError, match="has that name already"):
+    with pytest.raises(GDetKDError, match="has the name 'mine' already"):
         register(coco(tmp_path, limit=2))
 
 
@@ -60,7 +60,7 @@ def test_boxes_without_area_are_left_out_with_one_warning(tmp_path, caplog):
     "entry, match",
     [
         ({"kind": "coco"}, "needs a `name`"),
-        ({"name": "x", "kind": "csv"}, "`kind` of coco, voc, yolo, images"),
+        ({"name": "x", "kind": "csv"}, "`kind` of coco, images, voc, yolo"),
         ({"name": "x", "kind": "coco", "json": "a"}, "lacks images"),
         ({"name": "x", "kind": "coco", "json": "a", "images": "b", "split": "c"}, "has split"),
         ({"name": "x", "kind": "coco", "json": "nowhere.json", "images": "b"}, "nowhere.json.*DETECTRON2_DATASETS"),

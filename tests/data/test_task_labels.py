@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from conftest import make_cfg, write_coco
 from gdetkd import DistillTrainer
 from gdetkd.data import register_datasets
-from gdetkd.data.keypoints import flip_map, keypoint_names
+from gdetkd.data.kinds.coco_keypoints import flip_map, keypoint_names
 from gdetkd.engine.preflight import check_datasets
 from gdetkd.errors import GDetKDError
 

@@ -50,7 +50,7 @@ def test_unknown_classes_are_all_named_with_counts(tmp_path):
 
 def test_without_classes_the_error_lists_them(tmp_path):
     registered(tmp_path, classes=None)
-    with pytest.raises(GDetKDError, match=r"Add `classes: \[class0, class1, class2\]`"):
+    with pytest.raises(GDetKDError, match=r"List them as `classes: \[class0, class1, class2\]`"):
         DatasetCatalog.get("exact")
 
 
@@ -77,7 +77,7 @@ def test_listed_images_without_an_annotation(tmp_path, caplog, most, refused):
 def test_images_without_an_annotation_beside_them_are_counted(tmp_path, caplog):
     registered(tmp_path, lambda folder: [flat(folder), (folder / "train/exact1.xml").unlink()])
     assert len(DatasetCatalog.get("exact")) == COUNT - 1
-    assert "1 images have no annotation and are passed over" in caplog.text
+    assert "1 images have no annotation and are skipped" in caplog.text
 
 
 def two_images_of_a_name(folder):

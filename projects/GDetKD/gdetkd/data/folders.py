@@ -105,6 +105,11 @@ class Listing:
             if is_image(name):
                 self._images.setdefault(_key(os.path.splitext(name)[0]), []).append(name)
 
+    @property
+    def image_names(self) -> List[str]:
+        """Return the images among `names`."""
+        return [name for name in self.names if is_image(name)]
+
     def find(self, name: str) -> Optional[str]:
         """Return the file of that name, else the only file whose name differs from it in case alone, else None."""
         if name in self._exact:

@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from ..errors import GDetKDError
-from .register import resolve
+from .folders import resolve
 
 CLASSES = ("triangle", "square", "circle", "star", "ring", "cross")
 FOLDER = "gdetkd_shapes"  # in Detectron2's data folder

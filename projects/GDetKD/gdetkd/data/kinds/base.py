@@ -118,7 +118,7 @@ class DatasetKind(ABC):
     def load(self) -> Tuple[List[Sample], Counts]:
         """Read all images in Detectron2's format, and count the quirks that were corrected."""
 
-    def note_findings(self, findings: Findings) -> None:
+    def note_findings(self, findings: Findings) -> None:  # noqa: B027  it does nothing by default
         """Learn which annotations were left out of the loaded images. Most kinds do not need to know."""
 
 

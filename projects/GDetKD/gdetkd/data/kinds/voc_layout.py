@@ -88,7 +88,9 @@ def find_classes(root: str, split: Optional[str] = None) -> Optional[List[str]]:
             if os.path.isfile(path):
                 found[path] = _read_classes(path)
     if len(set(map(tuple, found.values()))) > 1:
-        raise GDetKDError(f"{' and '.join(found)} list different classes. List the right ones as `classes` in DATASETS.REGISTER.")
+        raise GDetKDError(
+            f"{' and '.join(found)} list different classes. List the right ones as `classes` in DATASETS.REGISTER."
+        )
     return next(iter(found.values()), None)
 
 
@@ -179,7 +181,9 @@ def _merge_class_lists(folder: str, lists: Sequence[str]) -> List[str]:
         for line in filter(None, map(str.strip, read_text(path).splitlines())):
             parts = line.rsplit(None, 1)
             if len(parts) != 2 or parts[1] not in FLAGS:
-                raise GDetKDError(f"{path!r} has the line {line!r}. Write an image's name and one of {', '.join(FLAGS)}.")
+                raise GDetKDError(
+                    f"{path!r} has the line {line!r}. Write an image's name and one of {', '.join(FLAGS)}."
+                )
             names[parts[0]] = None
     return list(names)
 

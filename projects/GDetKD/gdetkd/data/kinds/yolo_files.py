@@ -4,8 +4,8 @@ import os
 import re
 from typing import Dict, List, Optional, Tuple
 
-from ..errors import GDetKDError
-from .folders import Listing, list_images, read_text
+from ...errors import GDetKDError
+from ..folders import Listing, list_images, read_text
 from .yolo_yaml import (
     SAME_SPLITS,
     Description,

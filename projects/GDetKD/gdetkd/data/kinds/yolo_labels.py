@@ -8,8 +8,8 @@ import math
 from collections import Counter
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from ..errors import GDetKDError
-from .folders import read_text
+from ...errors import GDetKDError
+from ..folders import read_text
 
 # No share of an image is larger. A box that an augmentation moved over the edge can reach a little beyond 1.
 MOST = 2.0

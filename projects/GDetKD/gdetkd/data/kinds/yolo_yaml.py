@@ -6,8 +6,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import yaml
 
-from ..errors import GDetKDError
-from .folders import is_inside, leaves, read_text, resolve
+from ...errors import GDetKDError
+from ..folders import is_inside, leaves, read_text, resolve
 
 # Names of the same split. Tools use different ones in data.yaml and obj.data.
 SAME_SPLITS = ("val", "valid", "validation")

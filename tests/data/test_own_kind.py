@@ -1,0 +1,66 @@
+"""The example in docs/dataset-kinds.md, as it stands there, is read, checked and evaluated."""
+
+import re
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from conftest import make_cfg, write_coco
+from gdetkd.data import register_datasets
+from gdetkd.data.kinds import DATASET_KIND_REGISTRY
+from gdetkd.engine.preflight import check_datasets
+from gdetkd.errors import GDetKDError
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "dataset-kinds.md"
+LINES = """file,width,height,x1,y1,x2,y2,class
+mine0.png,80,64,1,2,21,22,cat
+mine0.png,80,64,30,30,50,40,dog
+mine1.png,64,64,5,5,5,25,cat
+"""
+
+
+@pytest.fixture
+def own_kind():
+    code = re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1]
+    exec(code, {"__name__": "my_kind"})
+    yield
+    del DATASET_KIND_REGISTRY._obj_map["Csv"]
+
+
+@pytest.fixture
+def cfg_of(own_kind, tmp_path):
+    write_coco(tmp_path, 2, name="mine")
+    (tmp_path / "mine.csv").write_text(LINES)
+
+    def make(**changes):
+        entry = {"name": "mine", "kind": "csv", "csv": str(tmp_path / "mine.csv"), "images": str(tmp_path)}
+        entry.update({"classes": ["cat", "dog"], **changes})
+        return make_cfg({"DATASETS.REGISTER": [entry], "DATASETS.TRAIN": ("mine",), "DATASETS.TEST": ("mine",)})
+
+    return make
+
+
+def test_the_example_is_read_and_checked(cfg_of, caplog):
+    cfg = cfg_of()
+    register_datasets(cfg)
+    check_datasets(cfg)
+    first, second = DatasetCatalog.get("mine")
+    assert [item["category_id"] for item in first["annotations"]] == [0, 1] and second["annotations"] == []
+    assert MetadataCatalog.get("mine").thing_classes == ["cat", "dog"]
+    assert "mine: 1 annotations without area are left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"json": "a"}, "'mine' \\(kind csv\\) has json"),
+        ({"csv": "nowhere.csv"}, "nowhere.csv.*does not exist"),
+        ({"classes": ["dog"]}, "'mine' cannot be read from .*mine.csv.*ValueError"),
+    ],
+)
+def test_mistakes_of_an_entry_are_named(cfg_of, changes, match):
+    cfg = cfg_of(**changes)
+    with pytest.raises(GDetKDError, match=match):
+        register_datasets(cfg)
+        check_datasets(cfg)
