@@ -52,8 +52,8 @@ def pearson_imitation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Ten
 class PKD(MapLoss):
     """Sum `pearson_imitation` over the common levels.
 
-    The module has no parameters. With DISTILL.PKD.ALIGN it has a 1x1 adapter for each level if the widths of the
-    pyramids differ.
+    By default the module has no parameters. With DISTILL.PKD.ALIGN it has a 1x1 adapter for each level if the widths of
+    the pyramids differ.
 
     Raises:
         GDetKDError: the pyramids have no stride in common, or their widths differ without DISTILL.PKD.ALIGN.
