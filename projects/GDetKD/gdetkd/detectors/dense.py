@@ -207,13 +207,13 @@ class DenseAdapter(DetectorAdapter):
         towers = [full_precision(tower) for tower in towers]  # as in `pool_in_full_precision`
         embeddings = towers[0].new_zeros(len(boxes), towers[0].shape[1])
         for level, (tower, stride) in enumerate(zip(towers, self.spec.strides.values())):
-            on_level = torch.nonzero(levels == level)[:, 0]
+            chosen = torch.nonzero(levels == level)[:, 0]
             # RoIAlign of one cell is interpolation at its centre. RoIAlign puts the centre of cell i at (i + 0.5)
             # strides, the detector puts its anchors at (i + offset) strides.
             shift = (0.5 - self.model.anchor_generator.offset) * stride
-            centre = (boxes[on_level, :2] + boxes[on_level, 2:]) / 2 + shift
-            cell = torch.cat([image_ids[on_level, None], centre - stride / 2, centre + stride / 2], dim=1).to(tower.dtype)
-            embeddings[on_level] = roi_align(tower, cell, 1, 1.0 / stride, sampling_ratio=1, aligned=True).flatten(1)
+            centre = (boxes[chosen, :2] + boxes[chosen, 2:]) / 2 + shift
+            cell = torch.cat([image_ids[chosen, None], centre - stride / 2, centre + stride / 2], dim=1).to(tower.dtype)
+            embeddings[chosen] = roi_align(tower, cell, 1, 1.0 / stride, sampling_ratio=1, aligned=True).flatten(1)
         return embeddings
 
 

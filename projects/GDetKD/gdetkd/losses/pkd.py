@@ -63,8 +63,8 @@ class PKD(MapLoss):
 
     @classmethod
     def add_keys(cls, node: CfgNode) -> None:
-        # Use 1x1 adapters if the widths of the pyramids differ. Otherwise different widths are an error. Source: our
-        # choice.
+        # Use 1x1 adapters if the widths of the pyramids differ. If False, different widths are an error.
+        # Source: our choice.
         node.ALIGN = False
 
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
