@@ -26,14 +26,14 @@ def build(cfg):
 
 
 def observe(model, batch):
-    """Run one step of the student; return what was recorded, its own losses and what the adapter makes of it."""
+    """Run one step of the student. Return the recorded calls, the student's own losses and the adapter's outputs."""
     with Recorder(model.adapter.points()) as calls, EventStorage():
         losses = model.student(batch)
     return calls, losses, model.adapter.observe(calls, batch)
 
 
 def gradients(model, calls, loss):
-    """Return the gradients in the pyramid and in the first stage's head and predictor; None where there is none."""
+    """Return the gradients, or None, in the pyramid and in the first stage's head and predictor."""
     heads = model.student.roi_heads
     maps = list(calls["pooler"][0].inputs[0])
     parameters = [*heads.box_head[0].parameters(), *heads.box_predictor[0].parameters()]
@@ -41,7 +41,7 @@ def gradients(model, calls, loss):
 
 
 def run_plainly(model, calls, outputs):
-    """Fill the fields of the first stage from the pyramid on, without Detectron2's division of the gradient."""
+    """Compute the fields of the first stage from the pyramid, without Detectron2's division of the gradient."""
     heads, maps = model.student.roi_heads, list(calls["pooler"][0].inputs[0])
     pooled = heads.box_pooler(maps, outputs.regions.boxes)
     head = heads.box_head[0](pooled)
@@ -59,12 +59,12 @@ def test_a_term_of_the_first_stage_sends_its_whole_gradient(pair_cfg, term, chan
     found = gradients(model, calls, model.losses[term].compute(outputs, teacher))
     run_plainly(model, calls, outputs)
     expected = gradients(model, calls, model.losses[term].compute(outputs, teacher))
-    # A level of the pyramid, and weight and bias of the head, at the least.
+    # At least one level of the pyramid, and the weight and bias of the head, have a gradient.
     assert sum(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in expected) >= 3
-    for ours, plain in zip(found, expected):
-        assert (ours is None) == (plain is None)
+    for gradient, plain in zip(found, expected):
+        assert (gradient is None) == (plain is None)
         if plain is not None:
-            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(gradient, plain, rtol=1e-4, atol=1e-7)
 
 
 def test_the_values_are_those_of_the_students_own_pass(pair_cfg):
@@ -77,7 +77,7 @@ def test_the_values_are_those_of_the_students_own_pass(pair_cfg):
 
 
 def test_under_a_cascade_teacher_each_stage_sends_its_share(pair_cfg, monkeypatch):
-    """CLS sums three stages, so each sends a third into the features, as in the student's own losses."""
+    """CLS sums three stages, so a stage sends a third into the features, as in the student's own losses."""
     batch, found = make_batch(), {}
     for scaled in (True, False):
         if not scaled:
@@ -110,7 +110,7 @@ def test_running_statistics_count_the_batch_once(pair_cfg):
     outputs = model.adapter.observe(calls, batch)
     assert before and all(torch.equal(buffer, before[name]) for name, buffer in head.named_buffers())
     assert all(buffer is own[name] for name, buffer in head.named_buffers())
-    (sum(losses.values()) + outputs.embeddings.sum()).backward()  # and nothing that it reads was written to
+    (sum(losses.values()) + outputs.embeddings.sum()).backward()  # fails if a tensor that it reads was changed
 
 
 @pytest.mark.parametrize("losses, calls", [(("SGFI",), 1), (("CKD",), 2), (("SGFI", "CLS", "REG"), 2)])

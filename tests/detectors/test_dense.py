@@ -1,4 +1,4 @@
-"""What a dense detector shows of itself, against plain computations."""
+"""Regions, predictions and embeddings of dense detectors, against plain computations."""
 
 import math
 from itertools import product
@@ -11,6 +11,7 @@ from detectron2.utils.events import EventStorage
 
 from conftest import FAMILIES, make_batch, make_cfg
 from gdetkd.detectors import FCOS, build_adapter
+from gdetkd.errors import GDetKDError
 from gdetkd.recorder import Recorder
 from gdetkd.regions import match_and_sample
 from gdetkd.structures import Regions
@@ -42,12 +43,12 @@ def test_recording_and_decoding_leave_the_students_losses_alone(family):
     assert len(outputs.regions) > 0
     for name, loss in alone.items():
         assert torch.equal(loss, recorded[name]), name
-    sum(recorded.values()).backward()  # nothing that the backward pass reads was written to
+    sum(recorded.values()).backward()  # fails if a tensor that it reads was changed
 
 
 @pytest.mark.parametrize("family", ["retinanet", "fcos"])
 def test_regions_are_the_students_own_predictions(family):
-    """Box, logits, deltas and embedding of each region, one by one from the location that its source names."""
+    """Compare each region's box, logits, deltas and embedding with the location that the region's source names."""
     model, adapter, _ = build(family)
     batch = make_batch()
     calls, _, outputs = record(model, adapter, batch)
@@ -89,7 +90,7 @@ def test_predictions_that_are_no_boxes_are_left_out():
 
 
 def test_fcos_boxes_with_a_side_at_infinity_are_left_out():
-    """Clipped to the image they would have area."""
+    """Such boxes would have an area after clipping to the image."""
     model, adapter, _ = build("fcos")
     batch = make_batch()
     with Recorder(adapter.points()) as calls, EventStorage():
@@ -117,8 +118,8 @@ def plain_regions(model, calls, image, size, config):
     for level, scores in enumerate(logits):
         height, width = scores.shape[-2:]
         for row, column, anchor in product(range(height), range(width), range(number)):
-            mine = scores[image, anchor * classes : (anchor + 1) * classes, row, column]
-            score = max(1 / (1 + math.exp(-float(each))) for each in mine)
+            class_logits = scores[image, anchor * classes : (anchor + 1) * classes, row, column]
+            score = max(1 / (1 + math.exp(-float(logit))) for logit in class_logits)
             if centerness:
                 score = math.sqrt(score / (1 + math.exp(-float(centerness[0][level][image, 0, row, column]))))
             index = (row * width + column) * number + anchor
@@ -126,14 +127,14 @@ def plain_regions(model, calls, image, size, config):
             box = model.box2box_transform.apply_deltas(delta[None].clone(), anchors[level][None, index])[0].tolist()
             centre = (anchors[level][index, :2] + anchors[level][index, 2:]) / 2
             found.append((-1.0 if math.isnan(score) else score, (level, row, column, anchor), box, centre.tolist()))
-    found.sort(key=lambda each: -each[0])
+    found.sort(key=lambda candidate: -candidate[0])
     kept = []
     for score, source, box, centre in found[: config.PRE_NMS_TOPK]:
         box = [min(max(side, 0.0), float(size[k % 2])) for k, side in enumerate(box)]
         is_sized = all(box[k + 2] - box[k] > config.MIN_SIZE for k in (0, 1))
         if score < 0 or not is_sized or centre[0] >= size[0] or centre[1] >= size[1]:
             continue
-        if all(iou(box, other) <= config.NMS_THRESH for _, other in kept):
+        if all(iou(box, kept_box) <= config.NMS_THRESH for _, kept_box in kept):
             kept.append((source, box))
     return kept[: config.POST_NMS_TOPK]
 
@@ -141,7 +142,7 @@ def plain_regions(model, calls, image, size, config):
 @pytest.mark.parametrize("best, left", [(50, 10), (12, 100)])
 @pytest.mark.parametrize("family", ["retinanet", "fcos"])
 def test_regions_are_those_of_plain_loops(family, best, left):
-    """All boxes are sampled here, so nothing is left to chance; the scores of one level are not numbers."""
+    """Sampling takes all boxes here, so nothing is random. The scores of one level are not numbers."""
     keys = {"PRE_NMS_TOPK": best, "POST_NMS_TOPK": left, "NMS_THRESH": 0.3, "MIN_SIZE": 5.0}
     model, adapter, cfg = build(family, {f"DISTILL.REGIONS.{key}": value for key, value in keys.items()})
     batch = make_batch()
@@ -149,8 +150,8 @@ def test_regions_are_those_of_plain_loops(family, best, left):
         model(batch)
     with torch.no_grad():
         for predictions in calls["head"][0].output:
-            for each in predictions:
-                each.add_(0.7 * torch.randn_like(each))
+            for level in predictions:
+                level.add_(0.7 * torch.randn_like(level))
         calls["head"][0].output[0][1].fill_(float("nan"))
     regions = adapter.observe(calls, batch).regions
     start = 0
@@ -158,21 +159,21 @@ def test_regions_are_those_of_plain_loops(family, best, left):
         height, width = inputs["image"].shape[-2:]
         expected = dict(plain_regions(model, calls, image, (width, height), cfg.DISTILL.REGIONS))
         boxes = regions.boxes[image].tensor
-        sources = [tuple(each) for each in regions.sources[start : start + len(boxes)].tolist()]
+        sources = [tuple(source) for source in regions.sources[start : start + len(boxes)].tolist()]
         assert 0 < len(expected) <= min(best, left) and set(sources) == set(expected)
         torch.testing.assert_close(boxes, torch.tensor([expected[source] for source in sources]), rtol=1e-5, atol=1e-3)
         start += len(boxes)
 
 
 def test_half_precision_predictions_are_decoded_in_full_precision():
-    """bfloat16 knows a place beyond pixel 256 to 2 pixels."""
+    """bfloat16 is only exact to 2 pixels beyond pixel 256."""
     model, adapter, _ = build("fcos", {"MODEL.ANCHOR_GENERATOR.SIZES": SIZES})
     batch = make_batch(((64, 448),))
     with Recorder(adapter.points()) as calls, EventStorage():
         model(batch)
     with torch.no_grad():
         for predictions in calls["head"][0].output:
-            predictions[:] = [each.add_(torch.randn_like(each)).to(torch.bfloat16) for each in predictions]
+            predictions[:] = [level.add_(torch.randn_like(level)).to(torch.bfloat16) for level in predictions]
     maps, predictions = calls["head"][0].inputs[0], calls["head"][0].output
     boxes, anchors, sources, _ = adapter._decode_best(maps, predictions)
     deltas = torch.stack(
@@ -184,7 +185,7 @@ def test_half_precision_predictions_are_decoded_in_full_precision():
 
 
 def centres_of(model, sources):
-    """Return (N, 2), x and y in pixels: the centres of the anchors that sources (N, 4) name."""
+    """Return the centres (N, 2), x and y in pixels, of the anchors that sources (N, 4) name."""
     offset, strides = model.anchor_generator.offset, model.anchor_generator.strides
     stride = torch.tensor([float(strides[level]) for level in sources[:, 0]])
     return torch.stack([(sources[:, 2] + offset) * stride, (sources[:, 1] + offset) * stride], dim=1)
@@ -192,7 +193,7 @@ def centres_of(model, sources):
 
 @pytest.mark.parametrize("family, offset", [("retinanet", 0.0), ("retinanet", 0.5), ("fcos", 0.5)])
 def test_a_prediction_in_the_padding_becomes_no_region(family, offset):
-    """The best-scored predictions lie beyond the right or the lower edge; their clipped boxes would have area."""
+    """The best predictions lie beyond the right or the lower edge, and their clipped boxes would have an area."""
     model, adapter, _ = build(family, {"MODEL.ANCHOR_GENERATOR.OFFSET": offset})
     batch = make_batch(((64, 64), (64, 40), (40, 64)))
     with Recorder(adapter.points()) as calls, EventStorage():
@@ -202,7 +203,7 @@ def test_a_prediction_in_the_padding_becomes_no_region(family, offset):
     with torch.no_grad():
         for level, scores in enumerate(logits):
             scores.fill_(-4.0)
-            deltas[level].fill_(8.0 if family == "fcos" else 0.0)  # sides 8 strides away; the anchors themselves
+            deltas[level].fill_(8.0 if family == "fcos" else 0.0)  # FCOS: sides 8 strides away; RetinaNet: the anchors
             for row in range(scores.shape[2]):
                 for column in range(scores.shape[3]):
                     centre = centres_of(model, torch.tensor([[level, row, column, 0]]))
@@ -212,8 +213,8 @@ def test_a_prediction_in_the_padding_becomes_no_region(family, offset):
     centres = centres_of(model, outputs.regions.sources)
     assert (centres < sizes[outputs.regions.image_ids()]).all()
     assert all(len(boxes) for boxes in outputs.regions.boxes)
-    for image in (1, 2):  # what would have become regions
-        boxes, _, sources, scores = (each[image] for each in decoded)
+    for image in (1, 2):  # the predictions in the padding would have become regions
+        boxes, _, sources, scores = (part[image] for part in decoded)
         outside = (centres_of(model, sources) >= sizes[image]).any(dim=1)
         clipped = Boxes(boxes.clone())
         clipped.clip((sizes[image, 1], sizes[image, 0]))
@@ -242,7 +243,7 @@ def test_a_box_is_positive_from_the_threshold_on_with_any_object():
     assert match_and_sample(torch.cat([far, half]), objects, cfg.DISTILL.REGIONS)[0] == 50  # positives come first
 
 
-SIZES = [[x, x * 2 ** (1 / 3), x * 2 ** (2 / 3)] for x in (32, 64, 128, 256, 512)]  # of RetinaNet
+SIZES = [[x, x * 2 ** (1 / 3), x * 2 ** (2 / 3)] for x in (32, 64, 128, 256, 512)]  # RetinaNet's default
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,7 @@ def test_a_teachers_level_of_a_region_is_that_of_its_own_label_assignment(family
 
 @pytest.mark.parametrize("offset", [0.0, 0.5])
 def test_a_teachers_embedding_is_the_towers_feature_at_the_centre(offset):
-    """On maps that hold their own coordinates, by image; anchors lie at (i + offset) strides."""
+    """The maps hold coordinates, different for each image. Anchors lie at (i + offset) strides."""
     keys = {"MODEL.ANCHOR_GENERATOR.SIZES": SIZES, "MODEL.ANCHOR_GENERATOR.OFFSET": offset}
     _, adapter, _ = build("retinanet", keys)
     y, x = torch.meshgrid(torch.arange(40.0), torch.arange(40.0), indexing="ij")
@@ -284,9 +285,9 @@ def test_fcos_from_a_config_is_detectron2s():
         "MODEL.FCOS.NORM": "GN",
         "MODEL.BACKBONE.NAME": "build_fcos_resnet_fpn_backbone",
     }
-    other, _, _ = build("fcos", keys)
-    assert other.backbone.top_block.in_feature == "p5" and model.backbone.top_block.in_feature == "res5"
-    assert any(isinstance(module, torch.nn.GroupNorm) for module in other.head.modules())
+    with_norm, _, _ = build("fcos", keys)
+    assert with_norm.backbone.top_block.in_feature == "p5" and model.backbone.top_block.in_feature == "res5"
+    assert any(isinstance(module, torch.nn.GroupNorm) for module in with_norm.head.modules())
     assert isinstance(model, FCOS.__mro__[1]) and model.num_classes == 3
     with EventStorage():
         losses = model(make_batch(boxes_each=0))
@@ -295,7 +296,5 @@ def test_fcos_from_a_config_is_detectron2s():
 
 
 def test_a_detector_that_reads_one_map_has_no_pyramid():
-    from gdetkd.errors import GDetKDError
-
     with pytest.raises(GDetKDError, match="student has no FPN"):
         build("retinanet", {"MODEL.RETINANET.IN_FEATURES": ["p4"], "MODEL.ANCHOR_GENERATOR.SIZES": [[32]]})

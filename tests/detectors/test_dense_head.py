@@ -1,4 +1,4 @@
-"""A dense head in two parts says what it says in one."""
+"""A dense head in two parts gives the predictions of the whole head."""
 
 import pytest
 import torch
@@ -31,8 +31,8 @@ def test_both_parts_together_are_the_head(model, k):
     head, features = DenseHead(model), maps()
     logits, deltas = head.finish(head.start(features, k), k)
     expected = model.head(features)
-    torch.testing.assert_close(logits, torch.cat([permute_to_N_HWA_K(each, 3) for each in expected[0]], dim=1))
-    torch.testing.assert_close(deltas, torch.cat([permute_to_N_HWA_K(each, 4) for each in expected[1]], dim=1))
+    torch.testing.assert_close(logits, torch.cat([permute_to_N_HWA_K(level, 3) for level in expected[0]], dim=1))
+    torch.testing.assert_close(deltas, torch.cat([permute_to_N_HWA_K(level, 4) for level in expected[1]], dim=1))
 
 
 def test_recorded_towers_are_what_the_first_part_gives(model):
@@ -49,7 +49,7 @@ def test_recorded_towers_are_what_the_first_part_gives(model):
 
 def test_labels_are_the_detectors_own(model):
     if hasattr(model.head, "ctrness"):
-        pytest.skip("FCOS has no anchors that take no part")
+        pytest.skip("FCOS ignores no anchors in training")
     labels = DenseHead(model).label(GT_BOXES, maps())
     anchors = Boxes.cat(list(model.anchor_generator(maps())))
     _, matched = model.anchor_matcher(box_iou(GT_BOXES[0].tensor, anchors.tensor))

@@ -1,4 +1,4 @@
-"""The example in docs/detector-families.md, as it stands there, teaches and learns."""
+"""The example in docs/detector-families.md runs as written, with a detector as student and as teacher."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "detector-families.md"
 
 
 class MyDetector(nn.Module):
-    """Classifies the whole image and its ground-truth boxes; enough of a detector to have regions."""
+    """Classify the ground-truth boxes of an image. This is enough of a detector to have regions."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -52,7 +52,7 @@ def own_family():
 
 
 def test_a_detector_without_an_adapter_is_refused_with_what_to_do(distill_cfg, own_family):
-    with pytest.raises(GDetKDError, match="student is a MyDetector.*RetinaNetAdapter.*Register one"):
+    with pytest.raises(GDetKDError, match="student is a MyDetector.*RetinaNetAdapter.*Register an adapter"):
         build_model(distill_cfg({"DISTILL.STUDENT_META_ARCHITECTURE": "MyDetector"}))
 
 

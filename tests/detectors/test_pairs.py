@@ -1,4 +1,4 @@
-"""Any two families, in both directions."""
+"""Pairs of any two detector families, in both directions."""
 
 from itertools import product
 
@@ -22,7 +22,7 @@ def build(cfg):
     torch.manual_seed(0)
     model = build_model(cfg).train()
     for detector in (model.student, model.teacher.model):
-        if isinstance(detector, FCOS):  # untrained, its boxes have no area; a few steps in, they have
+        if isinstance(detector, FCOS):  # the boxes of an untrained FCOS have no area
             torch.nn.init.ones_(detector.head.bbox_pred.bias)
     return model
 
@@ -72,7 +72,7 @@ def test_predictions_are_not_compared_across_dense_and_two_stage(pair_cfg, pair,
 
 
 def test_dense_predictions_from_other_anchors_are_not_compared(pair_cfg):
-    with pytest.raises(GDetKDError, match="CLS.*9 at stride 8.*1 at stride 8"):
+    with pytest.raises(GDetKDError, match="CLS.*student has 1 at stride 8.*teacher 9 at stride 8"):
         build_model(pair_cfg("retinanet-fcos", {"DISTILL.LOSSES": ("CLS",)}))
 
 
@@ -87,7 +87,7 @@ def test_one_family_has_all_terms_and_head_transfer(pair_cfg, family):
 
 @pytest.mark.parametrize("family", ["retinanet", "fcos", "cascade_rcnn", "faster_rcnn"])
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_its_predictions(pair_cfg, family):
-    """Predictions of both sides are those of the same boxes: a mistake in either order or indices would show."""
+    """Both detectors predict for the same boxes, so a mistake in an order or an index would show."""
     cfg = pair_cfg(f"{family}-{family}", {"DISTILL.LOSSES": ("CLS", "REG"), **WIDER})
     model = build(cfg)
     model.student.load_state_dict(model.teacher.model.state_dict())
@@ -103,7 +103,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_its_prediction
 def test_cascade_compares_each_stage_that_both_have(pair_cfg):
     teach = lambda pair: distillation_terms(step(pair_cfg(pair, {"DISTILL.LOSSES": ("CLS",)}))[1])  # noqa: E731
     one_stage, three_stages = teach("faster_rcnn-cascade_rcnn"), teach("cascade_rcnn-cascade_rcnn")
-    # An untrained detector is undecided: each stage is worth about log(4).
+    # An untrained detector is undecided, so a stage adds about log(4).
     assert 1.0 < one_stage["loss_distill_cls"] < 2.0 and 3.5 < three_stages["loss_distill_cls"] < 5.5
 
 
@@ -165,7 +165,7 @@ def test_other_backbones_norms_widths_and_strides(pair_cfg, pair, changes):
 
 @pytest.fixture
 def regnet():
-    """Detectron2 has RegNet, but no builder that a yaml config could name."""
+    """Register a builder for Detectron2's RegNet, which a yaml config cannot name otherwise."""
 
     def build_tiny_regnet_fpn_backbone(cfg, input_shape):
         stages = RegNet(

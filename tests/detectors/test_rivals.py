@@ -1,4 +1,4 @@
-"""Each published rival, on each pair of families that it is defined on."""
+"""The losses of other papers, on all pairs of families that they support."""
 
 from itertools import product
 
@@ -20,7 +20,7 @@ SHORT_TOWERS = {"DISTILL.CROSSKD.ANCHOR_BASED.SHARED_CONVS": 1, "DISTILL.CROSSKD
 
 
 def defined_on(pair):
-    """The rivals for a pair, teacher-student."""
+    """Return the losses that support a pair "teacher-student"."""
     teacher, student = pair.split("-")
     losses = list(ON_MAPS)
     if student != "fcos":
@@ -73,13 +73,13 @@ def test_half_precision_forward_gives_float32_terms(pair_cfg, pair):
         assert term.dtype == torch.float32 and torch.isfinite(term), name
 
 
-def test_rivals_and_ours_together(pair_cfg):
+def test_losses_of_several_papers_together(pair_cfg):
     _, losses = step(rival_cfg(pair_cfg, "retinanet-retinanet", ("SGFI", "PKD", "CKD", "CROSSKD")))
     assert len(distillation_terms(losses)) == 4 and all(torch.isfinite(loss) for loss in losses.values())
 
 
 def test_a_loss_on_maps_alone_looks_at_no_region(pair_cfg):
-    """No RoIAlign and no box head of the teacher, and no regions of a dense student, nor the draws that sample them."""
+    """The teacher runs no RoIAlign and no box head, and the dense student samples no regions."""
     model = build(rival_cfg(pair_cfg, "faster_rcnn-retinanet", ("FITNET", "PKD")))
     heads = model.teacher.model.roi_heads
 
@@ -109,7 +109,7 @@ def test_roifi_needs_no_box_head_and_no_other_level(pair_cfg):
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_maps_of_other_padding_are_compared_where_both_are(pair_cfg, side):
     model = build(rival_cfg(pair_cfg, "faster_rcnn-faster_rcnn", (*ON_MAPS, "FGFI")))
-    # As of a backbone that has a coarser level, or of one that takes squares of one size alone.
+    # A backbone with a coarser level pads so, as does a backbone that takes only squares of one size.
     detector = model.student if side == "student" else model.teacher.model
     detector.backbone._size_divisibility = 128
     with EventStorage():
@@ -125,8 +125,8 @@ def test_levels_that_one_pyramid_lacks_are_named(pair_cfg, caplog):
     }
     model, _ = step(rival_cfg(pair_cfg, "faster_rcnn-faster_rcnn", ("FITNET", "ROIFI"), fewer))
     assert [level.student for level in model.losses["FITNET"].levels] == ["p2", "p3", "p4"]
-    assert "FITNET leaves out levels whose stride the other pyramid lacks: p5 (1/32) of the teacher." in caplog.text
-    assert "ROIFI compares levels of other strides where the student has none: 1/32 to 1/16." in caplog.text
+    assert "FITNET leaves out levels whose stride only one pyramid has: p5 (1/32) of the teacher." in caplog.text
+    assert "ROIFI uses the nearest stride in their place: 1/32 to 1/16." in caplog.text
 
 
 def test_crosskd_compares_where_both_are(pair_cfg):
@@ -139,12 +139,12 @@ def test_crosskd_compares_where_both_are(pair_cfg):
 
 @pytest.mark.parametrize("family", DENSE)
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(pair_cfg, family):
-    """Of maps, and of its head: a mistake in levels, order, anchors or the cut of the head would show."""
+    """A mistake in the levels, their order, the anchors or the cut of the head would show."""
     losses = ("PKD", "CWD", "CROSSKD")
     model = build(rival_cfg(pair_cfg, f"{family}-{family}", losses, WIDER))
     for name, parameter in model.teacher.model.head.named_parameters():
         if name.endswith("weight"):
-            parameter.data *= 10  # an untrained head says the same of every location
+            parameter.data *= 10  # an untrained head predicts the same for every location
     model.student.load_state_dict(model.teacher.model.state_dict())
     model.double(), model.teacher.model.double()
     look_through_the_model(model.teacher, torch.float64)
@@ -157,7 +157,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(pair_cfg, family):
     assert found["loss_distill_pkd"].item() == pytest.approx(0, abs=1e-5)
     assert found["loss_distill_cwd"].item() == pytest.approx(0, abs=1e-5)
     for parameter in (*model.student.head.cls_subnet[0].parameters(), *model.student.head.bbox_subnet[0].parameters()):
-        parameter.data *= 3  # features are brought to the teacher's scale
+        parameter.data *= 3  # CROSSKD brings the features back to the teacher's scale
     with EventStorage():
         assert model(make_batch())["loss_distill_crosskd"].item() == pytest.approx(0, abs=1e-4)
     model.student.head.cls_subnet[0].weight.data.neg_()
@@ -184,9 +184,9 @@ REFUSED = [
         "retinanet-retinanet",
         ("CROSSKD",),
         {"DISTILL.CROSSKD.ANCHOR_BASED.SHARED_CONVS": 2},
-        "ANCHOR_BASED.SHARED_CONVS is 2.*Set it to 0 to 1",
+        "ANCHOR_BASED.SHARED_CONVS is 2.*Set it to a value from 0 to 1",
     ),
-    ("retinanet-retinanet", ("CROSSKD",), {"MODEL.FPN.OUT_CHANNELS": 12}, "12 channels, and the teacher's 8.*FPN"),
+    ("retinanet-retinanet", ("CROSSKD",), {"MODEL.FPN.OUT_CHANNELS": 12}, "12 channels there and the teacher 8.*FPN"),
     ("faster_rcnn-retinanet", ("PKD",), {"MODEL.FPN.OUT_CHANNELS": 12}, "12 channels.*DISTILL.PKD.ALIGN"),
     ("faster_rcnn-faster_rcnn", ("CWD",), {"DISTILL.CWD.TEMPERATURE": 0.0}, "DISTILL.CWD.TEMPERATURE"),
     ("faster_rcnn-faster_rcnn", ("FGD",), {"DISTILL.FGD.TWO_STAGE.TEMPERATURE": 0.0}, "FGD.TWO_STAGE.TEMPERATURE"),
@@ -207,7 +207,7 @@ def test_crosskd_of_other_levels_is_refused(pair_cfg):
         "MODEL.RETINANET.IN_FEATURES": ["p3", "p4", "p5", "p6"],
         "MODEL.ANCHOR_GENERATOR.SIZES": [[8, 10, 12], [16, 20, 24], [32, 40, 48], [64, 80, 96]],
     }
-    with pytest.raises(GDetKDError, match=r"CROSSKD.*other strides: \[8, 16, 32, 64\]"):
+    with pytest.raises(GDetKDError, match=r"CROSSKD.*same strides. The student has \[8, 16, 32, 64\] and"):
         build_model(rival_cfg(pair_cfg, "retinanet-retinanet", ("CROSSKD",), fewer))
 
 
@@ -217,7 +217,8 @@ def test_pyramids_without_a_common_stride_are_refused(pair_cfg):
         "MODEL.RETINANET.IN_FEATURES": ["p6", "p7"],
         "MODEL.ANCHOR_GENERATOR.SIZES": [[64, 80, 96], [128, 160, 192]],
     }
-    with pytest.raises(GDetKDError, match="FITNET.*p6 1/64, p7 1/128 and the teacher's p2 1/4, p3 1/8.*SGFI and CKD"):
+    message = r"FITNET.*student \(p6 1/64, p7 1/128\) and teacher \(p2 1/4, p3 1/8\).*SGFI and CKD"
+    with pytest.raises(GDetKDError, match=message):
         build_model(rival_cfg(pair_cfg, "faster_rcnn-retinanet", ("FITNET",), low, high))
 
 
@@ -230,7 +231,7 @@ def test_pyramids_of_other_widths(pair_cfg):
 
 
 def test_masks_are_drawn_again_after_a_resume(pair_cfg, tmp_path):
-    """MGD's masks: an interrupted run gives the losses of one that was not."""
+    """MGD draws the same masks in a resumed run as in a run that was not interrupted."""
 
     def run(folder, *stops):
         for stop in stops:

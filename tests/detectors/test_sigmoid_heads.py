@@ -1,7 +1,7 @@
-"""Box heads with MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE, a key of Detectron2's main branch: the background column, which no
-loss trains, takes no part in CLS and REG.
+"""Box heads with MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE, a key of Detectron2's main branch.
 
-v0.6 has no such heads; there, the attribute that main sets is set on the predictors.
+CLS and REG leave out the background column, which no loss trains. v0.6 has no such heads. There the tests set the
+attribute of the predictors that main sets.
 """
 
 import pytest
@@ -29,7 +29,7 @@ FAMILIES = pytest.mark.parametrize("family", [{}, CASCADE], ids=["faster_rcnn", 
 
 @pytest.fixture
 def sigmoid_everywhere(monkeypatch):
-    """Make all box heads sigmoid ones; returns the config keys to do that with."""
+    """Give all box heads a sigmoid. Return the config keys that do so."""
     if HAS_KEY:
         return SIGMOID
     monkeypatch.setattr(FastRCNNOutputLayers, "use_sigmoid_ce", True, raising=False)
@@ -104,7 +104,7 @@ def test_stages_of_both_kinds_are_refused():
 
 
 def losses_for(student_sigmoid, teacher_sigmoid, names=("class0", "class1", "class2"), family={}):
-    """Return CLS (None where it is refused), REG, and what student and teacher show of the same regions."""
+    """Return CLS (None if it is refused), REG, and the outputs of student and teacher on the same regions."""
     student_model, student = build(family, "student", student_sigmoid)
     teacher_keys = {**WIDER, **family, "MODEL.ROI_HEADS.NUM_CLASSES": len(names)}
     teacher = build(teacher_keys, "teacher", teacher_sigmoid)[1]
@@ -194,7 +194,7 @@ def test_a_sigmoid_pair_has_all_terms(pair_cfg, sigmoid_everywhere, pair):
 
 @pytest.mark.parametrize("family", ["faster_rcnn", "cascade_rcnn"])
 def test_a_sigmoid_student_equal_to_its_teacher_is_at_the_least_of_cls(pair_cfg, sigmoid_everywhere, family):
-    """No column but those that both sides train has a gradient, and REG is zero."""
+    """CLS has a zero gradient, also in the background column, and REG is zero."""
     keys = {**WIDER, **sigmoid_everywhere}
     cfg = pair_cfg(f"{family}-{family}", {"DISTILL.LOSSES": ("CLS", "REG"), **keys}, teacher=keys)
     model = build_model(cfg).train()
@@ -222,7 +222,7 @@ def test_the_key_of_the_student_alone_counts_for_the_student_alone(pair_cfg):
 @needs_key
 @pytest.mark.parametrize("pair", ["faster_rcnn-faster_rcnn", "cascade_rcnn-cascade_rcnn"])
 def test_a_pair_with_the_federated_loss(pair_cfg, monkeypatch, pair):
-    """Each side keeps the class frequencies of its own dataset, which head transfer leaves alone."""
+    """Head transfer leaves the class frequencies alone, because they belong to a detector's own dataset."""
     metadata = MetadataCatalog.get("tiny")
     counts = [{"id": c + 1, "image_count": 4 + c} for c in range(NUM_CLASSES)]
     monkeypatch.setitem(metadata.__dict__, "class_image_count", counts)

@@ -1,4 +1,4 @@
-"""What stands at the sources of dense regions."""
+"""Predictions gathered at the sources of dense regions."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ SHAPES = [(12, 16), (6, 8), (3, 4)]
 
 def random_sources(count):
     level = torch.arange(count) % len(SHAPES)
-    place = torch.tensor([[int(torch.randint(0, side, ())) for side in SHAPES[each]] for each in level.tolist()])
+    place = torch.tensor([[int(torch.randint(0, side, ())) for side in SHAPES[index]] for index in level.tolist()])
     return torch.cat([level[:, None], place, torch.randint(0, 3, (count, 1))], dim=1)
 
 
@@ -27,9 +27,9 @@ def test_gather_is_a_plain_loop_over_regions(maps):
     expected = torch.stack([maps[level][image, anchor, :, y, x] for image, (level, y, x, anchor) in places])
     assert torch.equal(found, expected)
     weights = torch.randn_like(found)
-    ours, theirs = (torch.autograd.grad((each * weights).sum(), maps) for each in (found, expected))
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b)
+    gradients, plain = (torch.autograd.grad((values * weights).sum(), maps) for values in (found, expected))
+    for gradient, plain_gradient in zip(gradients, plain):
+        torch.testing.assert_close(gradient, plain_gradient)
 
 
 def test_gather_waits_for_no_number_of_regions(maps, monkeypatch):
@@ -44,10 +44,10 @@ def test_no_sources(maps):
 
 
 def test_values_that_are_not_finite_stay_where_they_are(maps):
-    """A level's own values, and gradients, are not touched by another's."""
+    """Values of one level that are not finite do not reach the values and gradients of another level."""
     with torch.no_grad():
         maps[1].fill_(float("nan"))
-    sources = random_sources(9)[0::3]  # of the first level
+    sources = random_sources(9)[0::3]  # on the first level
     found = gather(maps, torch.zeros(3, dtype=torch.long), sources)
     assert torch.isfinite(found).all()
-    assert all(torch.isfinite(each).all() for each in torch.autograd.grad(found.sum(), maps))
+    assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(found.sum(), maps))

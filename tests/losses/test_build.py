@@ -1,4 +1,4 @@
-"""What every loss is promised, whatever it computes."""
+"""Promises of the base class to every loss, and the messages about DISTILL.LOSSES."""
 
 import copy
 
@@ -8,7 +8,23 @@ from detectron2.structures import Boxes
 from torch import nn
 
 from conftest import make_cfg
-from gdetkd.losses import CKD, CLS, CWD, FGD, FGFI, FITNET, GTMASK, MGD, PKD, REG, ROIFI, SGFI, DistillLoss
+from gdetkd.errors import GDetKDError
+from gdetkd.losses import (
+    CKD,
+    CLS,
+    CWD,
+    FGD,
+    FGFI,
+    FITNET,
+    GTMASK,
+    MGD,
+    PKD,
+    REG,
+    ROIFI,
+    SGFI,
+    DistillLoss,
+    build_losses,
+)
 from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
 
 ANCHORS = {"p2": ((-8.0, -8.0, 8.0, 8.0),), "p3": ((-16.0, -16.0, 16.0, 16.0),)}
@@ -44,7 +60,7 @@ def test_autocast_does_not_reach_a_loss(loss_class):
 
 
 class _Idle(DistillLoss):
-    """Owns a parameter that its value does not depend on."""
+    """Have a parameter that the term does not depend on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,3 +74,10 @@ def test_a_parameter_that_a_step_does_not_use_has_a_gradient_of_zero():
     loss = _Idle()
     loss(outputs(0), outputs(0)).backward()
     assert torch.equal(loss.idle.grad, torch.zeros(3))
+
+
+def test_an_unknown_loss_and_a_loss_named_twice_are_refused():
+    with pytest.raises(GDetKDError, match="unknown loss 'KCD'. Choose from: .*CKD"):
+        build_losses(make_cfg({"DISTILL.LOSSES": ("KCD",)}), SPEC, SPEC)
+    with pytest.raises(GDetKDError, match="has 'PKD' twice.*DISTILL.PKD.WEIGHT"):
+        build_losses(make_cfg({"DISTILL.LOSSES": ("PKD", "PKD")}), SPEC, SPEC)

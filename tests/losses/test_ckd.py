@@ -1,3 +1,5 @@
+"""The contrastive loss against plain loops, its module, and the queue of teacher embeddings."""
+
 import dataclasses
 import math
 
@@ -31,7 +33,7 @@ def iou(a, b):
 
 
 def plain_loops(student, teacher, boxes, image_ids, queue, gamma, threshold):
-    """The equation, region by region."""
+    """Compute the equation region by region."""
 
     def g(a, b):
         dot = sum(x * y for x, y in zip(a, b))
@@ -43,12 +45,12 @@ def plain_loops(student, teacher, boxes, image_ids, queue, gamma, threshold):
     total = 0.0
     for i, anchor in enumerate(student):
         positive = g(anchor, teacher[i])
-        negative = sum(g(anchor, other) for other in queue)
-        for j, other in enumerate(teacher):
+        negatives = sum(g(anchor, embedding) for embedding in queue)
+        for j, embedding in enumerate(teacher):
             overlaps = image_ids[i] == image_ids[j] and iou(boxes[i], boxes[j]) > threshold
             if j != i and not overlaps:
-                negative += g(anchor, other)
-        total -= math.log(positive / (positive + negative))
+                negatives += g(anchor, embedding)
+        total -= math.log(positive / (positive + negatives))
     return total / len(student)
 
 
@@ -62,7 +64,7 @@ def test_matches_plain_loops(queue_size, threshold):
 
 
 def test_the_iou_filter_matters_here():
-    """The parametrised thresholds above do leave different regions out."""
+    """Show that the thresholds above leave out different regions."""
     inputs = random_inputs()
     losses = {contrastive_distillation(*inputs, iou_threshold=t).item() for t in (0.05, 1.0)}
     assert len(losses) == 2
@@ -128,7 +130,6 @@ def test_what_grows_with_regions_times_negatives_is_made_once():
 
 
 def test_no_regions():
-    student, teacher = torch.zeros(2, 0, 4).requires_grad_().unbind()
     student, teacher = torch.zeros(0, 4, requires_grad=True), torch.zeros(0, 4, requires_grad=True)
     loss = contrastive_distillation(student, teacher, torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
     loss.backward()
@@ -169,7 +170,7 @@ def test_module_takes_gamma_and_threshold_from_the_config_and_computes_in_float3
     changes = {"DISTILL.CKD.GAMMA": 0.5, "DISTILL.CKD.IOU_THRESHOLD": 0.1, "DISTILL.CKD.QUEUE_SIZE": 0}
     module = CKD(make_cfg(changes), SPEC, SPEC)
     student, teacher = outputs(4)
-    # IoU 1/3 with the first box: no negatives of each other below that threshold.
+    # The first two boxes overlap by IoU 1/3, more than the threshold. They are not negatives of each other.
     student.regions.boxes[0].tensor[:] = torch.tensor([[0.0, 0, 4, 4], [2, 0, 6, 4], [50, 0, 54, 4], [70, 0, 74, 4]])
     student.embeddings, teacher.embeddings = student.embeddings.to(dtype), teacher.embeddings.to(dtype)
     with torch.no_grad():
@@ -178,6 +179,12 @@ def test_module_takes_gamma_and_threshold_from_the_config_and_computes_in_float3
     boxes, images = student.regions.tensor(), torch.zeros(4)
     expected = plain_loops(compared_student, compared_teacher, boxes, images, None, 0.5, 0.1)
     assert module(student, teacher).item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("gamma", [0.0, -0.07])
+def test_a_temperature_that_is_not_positive_is_refused(gamma):
+    with pytest.raises(GDetKDError, match=f"DISTILL.CKD.GAMMA is {gamma}.*must be positive"):
+        CKD(make_cfg({"DISTILL.CKD.GAMMA": gamma}), SPEC, SPEC)
 
 
 def test_module_without_regions_gives_every_parameter_a_gradient():
@@ -200,11 +207,11 @@ def test_queue_overwrites_the_oldest():
 
 
 def test_queue_is_saved_with_what_was_just_pushed():
-    queue, other = EmbeddingQueue(4, 2), EmbeddingQueue(4, 2)
+    queue, restored = EmbeddingQueue(4, 2), EmbeddingQueue(4, 2)
     queue.push(torch.ones(3, 2))
-    other.push(torch.zeros(1, 2))  # what loading must forget
-    other.load_state_dict(queue.state_dict())
-    assert other.contents().shape == (3, 2) and other.contents().eq(1).all()
+    restored.push(torch.zeros(1, 2))  # loading must forget this
+    restored.load_state_dict(queue.state_dict())
+    assert restored.contents().shape == (3, 2) and restored.contents().eq(1).all()
 
 
 def test_a_queue_of_length_zero_keeps_nothing():
@@ -264,16 +271,17 @@ def test_a_length_that_nothing_tells_is_refused():
 @pytest.mark.parametrize("pushed", [0, 3, 5, 7])
 @pytest.mark.parametrize("size", [0, 2, 5, 8])
 def test_a_queue_of_another_length_takes_over_the_newest(pushed, size):
-    queue, other = EmbeddingQueue(5, 1), EmbeddingQueue(size, 1)
+    queue, restored = EmbeddingQueue(5, 1), EmbeddingQueue(size, 1)
     for value in range(pushed):
         queue.push(torch.tensor([[float(value)]]))
         queue.settle()
-    other.load_state_dict(queue.state_dict())
+    restored.load_state_dict(queue.state_dict())
     kept = min(pushed, 5, size)
-    assert sorted(other.contents()[:, 0].tolist()) == list(range(pushed - kept, pushed))
+    assert sorted(restored.contents()[:, 0].tolist()) == list(range(pushed - kept, pushed))
     for value in range(pushed, pushed + size):  # the oldest is overwritten first
-        other.push(torch.tensor([[float(value)]]))
-        assert sorted(other.contents()[:, 0].tolist()) == list(range(max(pushed - kept, value + 1 - size), value + 1))
+        restored.push(torch.tensor([[float(value)]]))
+        expected = list(range(max(pushed - kept, value + 1 - size), value + 1))
+        assert sorted(restored.contents()[:, 0].tolist()) == expected
 
 
 def test_a_step_makes_no_copy_of_the_queue():
@@ -286,5 +294,5 @@ def test_a_step_makes_no_copy_of_the_queue():
     queue = module.queue.embeddings.untyped_storage().data_ptr()
     # (N, N + K) has 4 x 1,004 numbers, the projected queue 1,000 x 8.
     assert [storage for storage in large.storages if storage == queue]
-    of_queue = [each for each in large.storages.values() if each.nbytes() == 1000 * 6 * 4]
-    assert [each.data_ptr() for each in of_queue] == [queue]
+    as_large_as_the_queue = [storage for storage in large.storages.values() if storage.nbytes() == 1000 * 6 * 4]
+    assert [storage.data_ptr() for storage in as_large_as_the_queue] == [queue]

@@ -1,4 +1,4 @@
-"""The functions; the whole loss, which needs a teacher's head, is tested in tests/detectors/test_rivals.py."""
+"""The functions of CrossKD. tests/detectors/test_rivals.py tests the whole loss, which needs a teacher's head."""
 
 import math
 

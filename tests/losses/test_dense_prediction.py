@@ -22,7 +22,7 @@ def test_classification_matches_plain_loops():
 
 
 def test_classification_closed_form_and_zero():
-    # Teacher 1/2, student 3/4, in each of two classes.
+    # In both of two classes, the teacher's probability is 1/2 and the student's 3/4.
     loss = soft_binary_classification(torch.full((1, 2), math.log(3.0)), torch.zeros(1, 2))
     assert loss.item() == pytest.approx(-(math.log(0.75) + math.log(0.25)), rel=1e-6)
     sure = torch.tensor([[100.0, -100.0]])

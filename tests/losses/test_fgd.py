@@ -1,4 +1,7 @@
+"""Focal and global distillation: its parts against plain loops, and the whole term."""
+
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,8 +60,8 @@ def test_closed_forms():
     even = Attention(torch.ones(1, 2, 2), torch.ones(1, 3))
     loss = focal_imitation(torch.full((1, 3, 2, 2), 2.0), torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2), 0.25), even)
     assert loss.item() == 12.0  # 4 cells of 1/4, 3 channels, an error of 4
-    other = Attention(torch.full((1, 2, 2), 1.5), torch.zeros(1, 3))
-    assert attention_imitation(other, even).item() == 4 * 0.5 + 3 * 1.0
+    uneven = Attention(torch.full((1, 2, 2), 1.5), torch.zeros(1, 3))
+    assert attention_imitation(uneven, even).item() == 4 * 0.5 + 3 * 1.0
     assert attention_imitation(even, even).item() == 0
 
 
@@ -100,13 +103,14 @@ def test_the_term_is_the_sum_of_its_parts_with_the_authors_factors():
     student, teacher = outputs(boxes), outputs(boxes)
     expected = 0.0
     for name, stride in SPEC.strides.items():
-        ours, its = student.pyramid[name], teacher.pyramid[name]
-        weights = attention(its, 0.5)
-        foreground, background = scale_masks([each.tensor for each in boxes], stride, its.shape[-2:])
-        expected += 5e-5 * focal_imitation(ours, its, foreground, weights)
-        expected += 2.5e-5 * focal_imitation(ours, its, background, weights)
-        expected += 5e-5 * attention_imitation(attention(ours, 0.5), weights)
-        expected += 5e-7 * ((ours - its) ** 2).sum() / 2  # both contexts start as the identity
+        student_map, teacher_map = student.pyramid[name], teacher.pyramid[name]
+        weights = attention(teacher_map, 0.5)
+        gt_boxes = [image_boxes.tensor for image_boxes in boxes]
+        foreground, background = scale_masks(gt_boxes, stride, teacher_map.shape[-2:])
+        expected += 5e-5 * focal_imitation(student_map, teacher_map, foreground, weights)
+        expected += 2.5e-5 * focal_imitation(student_map, teacher_map, background, weights)
+        expected += 5e-5 * attention_imitation(attention(student_map, 0.5), weights)
+        expected += 5e-7 * ((student_map - teacher_map) ** 2).sum() / 2  # both contexts start as the identity
     loss = module(student, teacher)
     torch.testing.assert_close(loss, expected)
     loss.backward()
@@ -114,8 +118,6 @@ def test_the_term_is_the_sum_of_its_parts_with_the_authors_factors():
 
 
 def test_families_have_factors_of_their_own():
-    from dataclasses import replace
-
     dense = replace(SPEC, dense=DenseSpec(anchor_based=False))
     anchored = replace(SPEC, dense=DenseSpec(anchor_based=True))
     assert [FGD(make_cfg({}), spec, SPEC).config.ALPHA for spec in (SPEC, anchored, dense)] == [5e-5, 1e-3, 1.6e-3]

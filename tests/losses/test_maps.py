@@ -1,4 +1,4 @@
-"""Losses on whole maps, and what they share."""
+"""Losses on whole maps, and their shared parts."""
 
 import math
 
@@ -53,12 +53,12 @@ def test_covered_cells():
 
 
 def test_of_maps_with_other_padding_the_common_part_is_compared():
-    """Images lie in the left upper corner; what lies right of and below them is padding."""
+    """An image lies in the left upper corner. The padding lies right of it and below it."""
     loss = FITNET(make_cfg({}), spec(p2=4), spec(p2=4))
-    ours, its = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 5, 9)
-    outputs = [DetectorOutputs({"p2": maps}, {"p2": 4}) for maps in (ours, its)]
+    student_map, teacher_map = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 5, 9)
+    outputs = [DetectorOutputs({"p2": maps}, {"p2": 4}) for maps in (student_map, teacher_map)]
     ((student, teacher),) = loss.maps(*outputs)
-    assert torch.equal(student, ours[..., :5, :8]) and torch.equal(teacher, its[..., :5, :8])
+    assert torch.equal(student, student_map[..., :5, :8]) and torch.equal(teacher, teacher_map[..., :5, :8])
 
 
 def whole_map_loop(student, teacher):
@@ -69,9 +69,10 @@ def whole_map_loop(student, teacher):
 def channel_wise_loop(student, teacher, temperature=1.0):
     images, channels = student.shape[:2]
     total = 0.0
-    for ours, its in zip(student.reshape(-1, student[0, 0].numel()), teacher.reshape(-1, student[0, 0].numel())):
-        s = [math.exp(v / temperature) for v in ours.tolist()]
-        t = [math.exp(v / temperature) for v in its.tolist()]
+    rows = zip(student.reshape(-1, student[0, 0].numel()), teacher.reshape(-1, student[0, 0].numel()))
+    for student_row, teacher_row in rows:
+        s = [math.exp(v / temperature) for v in student_row.tolist()]
+        t = [math.exp(v / temperature) for v in teacher_row.tolist()]
         total += sum(p / sum(t) * math.log((p / sum(t)) / (q / sum(s))) for p, q in zip(t, s))
     return temperature**2 * total / (images * channels)
 
@@ -79,7 +80,7 @@ def channel_wise_loop(student, teacher, temperature=1.0):
 def pearson_loop(student, teacher):
     total = 0.0
     for channel in range(student.shape[1]):
-        a, b = (each[:, channel].flatten().tolist() for each in (student, teacher))
+        a, b = (maps[:, channel].flatten().tolist() for maps in (student, teacher))
         ma, mb = sum(a) / len(a), sum(b) / len(b)
         covariance = sum((x - ma) * (y - mb) for x, y in zip(a, b))
         norms = math.sqrt(sum((x - ma) ** 2 for x in a) * sum((y - mb) ** 2 for y in b))
@@ -102,7 +103,7 @@ def test_temperature_matches_plain_loops():
 def test_closed_forms():
     ones = torch.ones(1, 2, 2, 2)
     assert whole_map_imitation(3 * ones, ones).item() == 4.0
-    # Of two locations, the teacher's distribution is 1/2, 1/2 and the student's 3/4, 1/4.
+    # There are two locations. The teacher's distribution is 1/2, 1/2 and the student's is 3/4, 1/4.
     student = torch.tensor([math.log(3.0), 0.0]).view(1, 1, 1, 2)
     expected = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
     assert channel_wise_distillation(student, torch.zeros(1, 1, 1, 2)).item() == pytest.approx(expected)
@@ -118,8 +119,7 @@ def test_zero_where_equal():
         assert loss(maps, maps).item() == pytest.approx(0.0, abs=1e-12)
 
 
-def test_what_each_is_blind_to():
-    """PKD to scale and offset of a channel, CWD to its offset."""
+def test_pkd_ignores_scale_and_offset_of_a_channel_and_cwd_ignores_the_offset():
     student, teacher = random_maps(2, 3, 4, 5)
     scale, offset = torch.rand(1, 3, 1, 1, dtype=torch.float64) + 0.5, torch.randn(1, 3, 1, 1, dtype=torch.float64)
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Losses within a mask: ground-truth boxes, and cells with anchors near objects."""
+"""Losses within a mask: GTMASK within ground-truth boxes, and FGFI in cells with anchors near objects."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def random_levels(channels=3):
 
 
 def loop(student, teacher, masks):
-    """Sum of squared errors over masked cells and channels, and the number of cells."""
+    """Return the sum of squared errors over masked cells and channels, and the number of masked cells."""
     total, cells = 0.0, 0
     for s, t, mask in zip(student, teacher, masks):
         for image, y, x in torch.nonzero(mask).tolist():
@@ -34,7 +34,7 @@ def test_match_plain_loops():
 
 
 def test_closed_forms_and_zero():
-    # One of two cells is masked; there the error is 2 in each of 3 channels.
+    # One of two cells is masked. Its error is 2 in each of 3 channels.
     student, teacher = torch.full((1, 3, 1, 2), 3.0), torch.ones(1, 3, 1, 2)
     mask = [torch.tensor([[[True, False]]])]
     assert ground_truth_mask_imitation([student], [teacher], mask).item() == 4.0

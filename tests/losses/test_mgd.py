@@ -1,3 +1,5 @@
+"""Masked generative distillation: the function against plain loops, and its masks."""
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -32,7 +34,7 @@ def test_matches_plain_loops():
 
 def test_closed_form_and_zero():
     ones = torch.ones(1, 2, 1, 2)
-    # What is shown is generated as 2 and wrong by 1, what is masked as 0 and wrong by 1; two channels.
+    # The visible cell is generated as 2 and the masked cell as 0. Both are wrong by 1, in two channels.
     assert masked_generation(ones, ones, torch.tensor([[[[True, False]]]]), twice).item() == 4.0
     assert masked_generation(ones, 2 * ones, torch.ones(1, 1, 1, 2), twice).item() == 0
 
@@ -74,11 +76,8 @@ def test_masks_come_from_the_global_generator():
 
 
 def test_the_authors_factor():
-    module, student, teacher = (
-        MGD(make_cfg({"DISTILL.MGD.TWO_STAGE.MASK_RATIO": 0.0}), SPEC, SPEC),
-        outputs(),
-        outputs(),
-    )
-    pairs = zip(module.generate, student.pyramid.values(), teacher.pyramid.values())
-    expected = 5e-7 * sum(((generate(ours) - its) ** 2).sum() / 2 for generate, ours, its in pairs)
-    torch.testing.assert_close(module(student, teacher), expected)
+    module = MGD(make_cfg({"DISTILL.MGD.TWO_STAGE.MASK_RATIO": 0.0}), SPEC, SPEC)
+    student, teacher = outputs(), outputs()
+    levels = zip(module.generate, student.pyramid.values(), teacher.pyramid.values())
+    errors = [((generate(student_map) - teacher_map) ** 2).sum() / 2 for generate, student_map, teacher_map in levels]
+    torch.testing.assert_close(module(student, teacher), 5e-7 * sum(errors))

@@ -1,3 +1,5 @@
+"""Prediction distillation of box heads against plain loops and closed forms."""
+
 import math
 
 import pytest
@@ -61,7 +63,7 @@ def test_localization_matches_plain_loops():
 
 
 def test_localization_closed_form():
-    # Two classes at 1/4 each, background 1/2. Differences 1 and 3 in each delta: |1/4 + 3/4| * 4 = 4.
+    # Two classes have the probability 1/4, background 1/2. The deltas differ by 1 and by 3: |1/4 + 3/4| * 4 = 4.
     logits = torch.tensor([[0.0, 0.0, math.log(2.0)]])
     student, teacher = torch.zeros(1, 8), torch.tensor([[1.0] * 4 + [3.0] * 4])
     assert class_aware_localization(student, teacher, logits).item() == pytest.approx(4.0)
@@ -71,13 +73,13 @@ def test_localization_class_agnostic_is_foreground_times_difference():
     logits = torch.tensor([[0.0, 0.0, math.log(2.0)]])  # foreground 1/2
     student, teacher = torch.zeros(1, 4), torch.full((1, 4), -3.0)
     assert class_aware_localization(student, teacher, logits).item() == pytest.approx(0.5 * 3 * 4)
-    # One side per class, the other not: as if the agnostic deltas stood for every class.
+    # If only the student predicts deltas for every class, the teacher's deltas count for every class.
     mixed = class_aware_localization(torch.zeros(1, 8), teacher, logits)
     assert mixed.item() == pytest.approx(6.0)
 
 
 def test_localization_by_given_probabilities_matches_plain_loops():
-    """Sigmoid probabilities, which need not sum to 1."""
+    """Sigmoid probabilities need not sum to 1."""
     student, teacher = torch.randn(2, 4, 12, dtype=torch.float64)
     probabilities = torch.rand(4, 3, dtype=torch.float64)
     expected = 0.0
@@ -90,7 +92,7 @@ def test_localization_by_given_probabilities_matches_plain_loops():
 
 
 def test_localization_by_given_probabilities_closed_form_and_zero():
-    # Two classes at 1 and 1/2, class-agnostic difference 2: |2 + 1| * 4 = 12.
+    # Two classes have the probabilities 1 and 1/2. The class-agnostic deltas differ by 2: |2 + 1| * 4 = 12.
     probabilities, zeros = torch.tensor([[1.0, 0.5]]), torch.zeros(1, 4)
     assert probability_weighted_localization(zeros, torch.full((1, 4), 2.0), probabilities).item() == 12.0
     assert probability_weighted_localization(zeros, zeros, probabilities).item() == 0.0
@@ -108,8 +110,8 @@ def test_gradchecks():
     assert torch.autograd.gradcheck(class_aware_localization, (student, teacher, logits))
     probabilities = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(probability_weighted_localization, (student, teacher, probabilities))
-    other = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(soft_classification, (other, logits))
+    student_logits = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(soft_classification, (student_logits, logits))
 
 
 def test_no_regions():

@@ -1,3 +1,5 @@
+"""RoI imitation on one level: values, the choice of levels, and the pooling."""
+
 import pytest
 import torch
 from detectron2.structures import Boxes
@@ -41,8 +43,8 @@ def random_regions():
         return Boxes(torch.cat([corner, corner + 4 + torch.rand(count, 2, dtype=torch.float64) * 10], dim=1))
 
     regions = Regions([boxes(3), boxes(0), boxes(4)])
-    for each in regions.boxes:
-        each.tensor = each.tensor.double()  # Detectron2 makes them float32
+    for image_boxes in regions.boxes:
+        image_boxes.tensor = image_boxes.tensor.double()  # Detectron2 makes them float32
     return regions, torch.tensor([0, 1, 1, 2, 0, 2, 0])
 
 
@@ -57,14 +59,14 @@ def test_each_region_is_pooled_on_its_own_level():
 
 
 def test_levels_without_regions_stay_in_the_graph():
-    """Or else SyncBN's backward pass would wait on the processes that have regions there for those that have none."""
+    """SyncBN's backward pass waits for all processes, also for those without regions on a level."""
     regions, levels = random_regions()
     strides = [2, 4, 8]
     maps = [torch.randn(3, 2, 32 // s, 32 // s, dtype=torch.float64, requires_grad=True) for s in strides]
     pooled = pool_on_levels(maps, strides, regions, torch.zeros_like(levels), (3, 3), 2)
     gradients = torch.autograd.grad(pooled.square().sum(), maps, allow_unused=True)
     assert gradients[0].abs().sum() > 0
-    assert all(each is not None and not each.any() for each in gradients[1:])
+    assert all(gradient is not None and not gradient.any() for gradient in gradients[1:])
 
 
 def module_and_outputs(count):

@@ -1,3 +1,5 @@
+"""Semantic-guided imitation: the equations against plain loops, and the faster module against the equations."""
+
 import math
 
 import pytest
@@ -29,7 +31,7 @@ def random_inputs(n=3, levels=4, channels=2, size=3, dim=5):
 
 
 def plain_loops(student, teacher, student_keys, teacher_keys, tau):
-    """The equations, one number at a time."""
+    """Compute the equations one number at a time."""
     n, levels, channels, height, width = student.shape
     alpha = torch.zeros(n, levels, dtype=student.dtype)
     total = 0.0
@@ -174,5 +176,5 @@ def test_errors_name_the_key():
         SGFI(make_cfg({}), spec(3), spec(3, pooled=(5, 5)))
     with pytest.raises(GDetKDError, match="DISTILL.SGFI.TAU"):
         SGFI(make_cfg({"DISTILL.SGFI.TAU": 0.0}), spec(3), spec(3))
-    with pytest.raises(GDetKDError, match="DISTILL.SGFI.SAMPLING_RATIO must be at least 1"):
+    with pytest.raises(GDetKDError, match="DISTILL.SGFI.SAMPLING_RATIO is 0. Set it to at least 1"):
         SGFI(make_cfg({"DISTILL.SGFI.SAMPLING_RATIO": 0}), spec(3), spec(3))

@@ -1,4 +1,4 @@
-"""Config files and KEY VALUE words, read safely, with errors that name file, line and the key that was meant."""
+"""Read config files and KEY VALUE words safely. Errors name the file, the line and the closest valid key."""
 
 import difflib
 import os
@@ -14,15 +14,15 @@ from .config import add_gdetkd_config, flat_config
 from .errors import GDetKDError
 
 BASE = "_BASE_"
-# Lists of names, for which a single name is taken as well.
+# Keys that hold a list of names. A single name is accepted as a list of one.
 LISTS_OF_NAMES = ("DATASETS.TRAIN", "DATASETS.TEST", "DISTILL.LOSSES")
 
 
 class Place(NamedTuple):
-    """Where a key stands: the file and the line, counted from 1."""
+    """Name the place of a key in a config file."""
 
     file: str
-    line: int
+    line: int  # counted from 1
 
     def __str__(self) -> str:
         return f"{self.file!r}, line {self.line}"
@@ -42,14 +42,14 @@ def load_config(config_file: str, opts: Sequence[Any]) -> CfgNode:
 
 
 def merge_config_file(cfg: CfgNode, path: str) -> None:
-    """Merge a yaml file, and the files that it names as its _BASE_, into a config in place. Nothing of it is run.
+    """Merge a yaml file and its _BASE_ files into a config, in place. No code in the files is run.
 
     Raises:
-        GDetKDError: the file or a base is not there, is empty or no yaml, has a tag that makes Python objects, or has
-            a key or a kind of value that the config does not have.
+        GDetKDError: a file is missing, empty or no valid yaml, has a tag that makes Python objects, or has an unknown
+            key or a value of the wrong type.
     """
     if not path:
-        raise GDetKDError("No config is given: name one with --config-file FILE. configs/ holds examples.")
+        raise GDetKDError("No config is given. Name one with --config-file FILE; configs/ has examples.")
     try:
         loaded = cfg.load_yaml_with_base(path, allow_unsafe=False)
         places = _places(path)
@@ -57,28 +57,30 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
     except yaml.constructor.ConstructorError as e:
         mark = e.problem_mark
         raise GDetKDError(
-            f"The config {mark.name!r}, line {mark.line + 1}, has a tag that would make a Python object ({e.problem}). "
-            "Write plain values: numbers, strings, lists and mappings."
+            f"The config {mark.name!r}, line {mark.line + 1}, has a tag that would make a Python object ({e.problem}), "
+            "which could run code. Write plain values: numbers, strings, lists and mappings."
         ) from e
     except yaml.YAMLError as e:
-        raise GDetKDError(f"The config {path!r} or one of its _BASE_ files is not valid YAML: {e}") from e
+        raise GDetKDError(f"The config {path!r} or one of its _BASE_ files is not valid YAML. Correct it: {e}") from e
     except RecursionError as e:
         raise GDetKDError(
-            f"The config {path!r} includes itself through _BASE_, or is nested too deeply. Remove that _BASE_."
+            f"The config {path!r} includes itself through _BASE_, or its keys are nested too deeply. Correct the file."
         ) from e
-    except (TypeError, AttributeError) as e:  # what an empty file, a list or a mere word comes to
+    except (TypeError, AttributeError) as e:  # an empty file, a list or a single word raises these
         raise GDetKDError(
             f"The config {path!r} or one of its _BASE_ files is empty, or no mapping of keys to values ({e}). Write "
             "KEY: VALUE."
         ) from e
     except FileNotFoundError as e:
         raise GDetKDError(
-            f"The config {path!r} or one of its _BASE_ files is not there ({e}), seen from {os.getcwd()}."
+            f"The config {path!r} or one of its _BASE_ files is not there ({e}). The current folder is {os.getcwd()}. "
+            "Correct the path."
         ) from e
-    except OSError as e:
-        raise GDetKDError(f"The config {path!r} or one of its _BASE_ files cannot be read ({e}).") from e
-    except AssertionError as e:  # Detectron2's and fvcore's
-        raise GDetKDError(f"The config {path!r} or one of its _BASE_ files cannot be read ({e}).") from e
+    except (OSError, AssertionError) as e:  # Detectron2 and fvcore assert what they expect of a file
+        raise GDetKDError(
+            f"The config {path!r} or one of its _BASE_ files cannot be read ({type(e).__name__}: {e}). Check that these "
+            "are readable yaml files."
+        ) from e
 
 
 def merge_words(cfg: CfgNode, words: Sequence[Any], source: str = "the command line") -> None:
@@ -86,10 +88,10 @@ def merge_words(cfg: CfgNode, words: Sequence[Any], source: str = "the command l
 
     Args:
         words: keys and values in turn, for example ["SOLVER.BASE_LR", "0.01"].
-        source: what the words come from, for messages.
+        source: where the words come from, for messages.
 
     Raises:
-        GDetKDError: their number is odd, or a key or a kind of value is not one of the config's.
+        GDetKDError: the number of words is odd, a key is unknown, or a value has the wrong type.
     """
     if len(words) % 2:
         raise GDetKDError(
@@ -126,13 +128,13 @@ def _merge(cfg: CfgNode, loaded: Dict[str, Any], path: str, places: Mapping[str,
 
 
 def _merge_older(cfg: CfgNode, path: str) -> None:
-    """Let Detectron2 upgrade a file of an older version."""
+    """Merge a file of an older version. Detectron2 upgrades it."""
     try:
         cfg.merge_from_file(path, allow_unsafe=False)
     except (KeyError, ValueError) as e:
         raise GDetKDError(
-            f"The config {path!r} has no VERSION and keys of Detectron2's first version (MODEL.WEIGHT or TEST.AUG_ON), "
-            f"and is no valid file of that version ({e}). Set VERSION: 2, or correct these keys."
+            f"The config {path!r} has no VERSION, but has keys of Detectron2's first version (MODEL.WEIGHT or "
+            f"TEST.AUG_ON). It is no valid file of that version ({e}). Set VERSION: 2, or correct these keys."
         ) from e
 
 
@@ -161,7 +163,7 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]
 
 
 def get_key(cfg: CfgNode, key: str) -> Any:
-    """Return what stands under a dotted key. Raise KeyError if nothing does."""
+    """Return the value of a dotted key. Raise KeyError if the config has no such key."""
     node: Any = cfg
     for part in key.split("."):
         if not isinstance(node, CfgNode) or part not in node:
@@ -171,10 +173,7 @@ def get_key(cfg: CfgNode, key: str) -> Any:
 
 
 def _check_key(cfg: CfgNode, key: str, source: str) -> None:
-    """
-    Raises:
-        GDetKDError: the config has no such key.
-    """
+    """Raise an error if the config has no such key."""
     with suppress(KeyError):
         get_key(cfg, key)
         return
@@ -182,8 +181,8 @@ def _check_key(cfg: CfgNode, key: str, source: str) -> None:
         return
     if ")" in key or "]" in key or "(" in key:
         raise GDetKDError(
-            f"{source}: {key!r} is no config key. Inside {{...}}, YAML splits a value at each comma: "
-            'write (160,) as "(160,)" or [160].'
+            f"{source}: {key!r} is no config key. Inside {{...}}, YAML splits a value at every comma. Write (160,) as "
+            '"(160,)" or [160].'
         )
     similar = difflib.get_close_matches(key, list(flat_config(cfg.dump())), n=1, cutoff=0.0)
     raise GDetKDError(f"{source}: {key!r} is no config key. Did you mean {similar[0]!r}?")
@@ -196,7 +195,7 @@ def _wrong_kind(cfg: CfgNode, key: str, value: Any, source: str) -> str:
         if isinstance(default, CfgNode)
         else f"of type {type(default).__name__}, for example {default!r}"
     )
-    return f"{source}: {key} is {value!r} (type {type(value).__name__}), but must be {wanted}."
+    return f"{source}: {key} is {value!r} (type {type(value).__name__}), but it must be {wanted}."
 
 
 def _where(places: Mapping[str, Place], key: str, path: str) -> str:
@@ -204,7 +203,7 @@ def _where(places: Mapping[str, Place], key: str, path: str) -> str:
 
 
 def _places(path: str) -> Dict[str, Place]:
-    """Return where each key of a file and of its bases stands; a file counts before its bases."""
+    """Return the place of each key in a file and its bases. A file counts before its bases."""
     with PathManager.open(path, "r") as file:
         root = yaml.compose(file, Loader=yaml.SafeLoader)
     places: Dict[str, Place] = {}
@@ -214,7 +213,7 @@ def _places(path: str) -> Dict[str, Place]:
             bases = [item.value for item in node.value] if isinstance(node, yaml.SequenceNode) else [node.value]
             continue
         places.update(_places_below(key, node, path, ""))
-    for base in reversed(bases):  # the last one counts
+    for base in reversed(bases):  # the last base counts
         base = os.path.expanduser(base)
         if not base.startswith(("/", "http://", "https://")):
             base = os.path.join(os.path.dirname(path), base)

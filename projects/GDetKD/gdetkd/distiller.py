@@ -1,4 +1,4 @@
-"""The meta-architecture: a plain Detectron2 student, and a teacher that looks at the same regions."""
+"""The meta-architecture GDetKD: a plain Detectron2 student, and a teacher that looks at the same regions."""
 
 from typing import Any, Collection, Dict, List, Optional
 
@@ -19,14 +19,19 @@ from .teacher import FrozenTeacher
 
 @META_ARCH_REGISTRY.register()
 class GDetKD(nn.Module):
-    """In training, the student's own losses and the *unweighted* distillation terms; else the plain student.
+    """Distil a student. In training, return the student's own losses and the unweighted distillation terms.
 
-    The trainer weights the terms. `student` is the plain detector, and its state dict is what a checkpoint calls
-    `model`; `losses` holds what distillation learns beside it. The teacher is no submodule.
+    In evaluation, this is the plain student. The trainer weights the terms. The teacher is no submodule.
 
     Args:
-        cfg: with MODEL.META_ARCHITECTURE "GDetKD".
-        teacher: one that is loaded already, of the same config but for the losses; None: the config's is loaded.
+        cfg: a config with MODEL.META_ARCHITECTURE "GDetKD".
+        teacher: a loaded teacher of the same config, to save loading it again. None: load the teacher of `cfg`. The
+            losses in the two configs may differ.
+
+    Attributes:
+        student: the plain detector. A checkpoint holds its state dict under `model`.
+        losses: the losses by name, with the parameters that distillation learns beside the student.
+        teacher: the frozen teacher, or None if the config needs no teacher.
 
     Raises:
         GDetKDError: teacher, student and losses do not fit together.
@@ -35,11 +40,14 @@ class GDetKD(nn.Module):
     def __init__(self, cfg: CfgNode, teacher: Optional[FrozenTeacher] = None) -> None:
         super().__init__()
         if cfg.DISTILL.STUDENT_META_ARCHITECTURE == "GDetKD":
-            raise GDetKDError('DISTILL.STUDENT_META_ARCHITECTURE is the plain student\'s, such as "GeneralizedRCNN".')
+            raise GDetKDError(
+                'DISTILL.STUDENT_META_ARCHITECTURE is "GDetKD". Set it to the architecture of the plain student, for '
+                'example "GeneralizedRCNN".'
+            )
         self.student: nn.Module = build_model(plain_config(cfg))
         self.losses = nn.ModuleDict()
         self.teacher: Optional[FrozenTeacher] = None
-        # What follows draws random numbers that a plain run does not; the student's run must not see them.
+        # The code below draws random numbers. The student's run must draw the same numbers as a plain run.
         with torch.random.fork_rng(devices=[]):
             if cfg.DISTILL.LOSSES or cfg.DISTILL.HEAD_TRANSFER or cfg.DISTILL.EVAL_TEACHER:
                 self.teacher = teacher or FrozenTeacher(cfg)
@@ -63,8 +71,8 @@ class GDetKD(nn.Module):
         return next((loss for loss in self.losses.values() if loss.chooses_levels), None)
 
     def forward(self, batched_inputs: List[Dict[str, Any]]) -> Any:
-        """Detectron2's interface: a dict of losses in training, a list of predictions in evaluation."""
-        # Forward passes of training without gradients are PreciseBN's, which is about the student alone.
+        """Return a dict of losses in training, or a list of predictions in evaluation, as Detectron2 expects."""
+        # A training pass without gradients comes from PreciseBN, which concerns the student alone.
         if not self.training or not self.losses or not torch.is_grad_enabled():
             return self.student(batched_inputs)
         self._to_compute = list(self.losses)
@@ -81,7 +89,7 @@ class GDetKD(nn.Module):
         return losses
 
     def join_exchanges(self) -> None:
-        """Take part in the exchanges of the losses that a failed forward pass did not reach."""
+        """Take part in the collectives of the losses that a failed forward pass did not reach."""
         for name in self._to_compute:
             self.losses[name].join_exchange()
         self._to_compute = []
@@ -91,11 +99,11 @@ def _check_filled(needs: Collection[str], student: DetectorOutputs, teacher: Det
     lacking = [name for name in needs if getattr(student, name, None) is None and getattr(teacher, name, None) is None]
     if lacking:
         raise GDetKDError(
-            f"A loss of DISTILL.LOSSES needs {', '.join(sorted(lacking))} of `DetectorOutputs`, which the adapters of "
-            "these detectors do not fill. Fill it in `look` or `observe`, or take the loss out."
+            f"A loss of DISTILL.LOSSES needs {', '.join(sorted(lacking))} of `DetectorOutputs`, but the adapters of "
+            "these detectors do not fill it. Fill it in `look` or `observe`, or take the loss out of DISTILL.LOSSES."
         )
 
 
 def term_name(loss: str) -> str:
-    """The key of a distillation term among the losses: Detectron2 has a "loss_cls" of its own."""
+    """Return the key of a distillation term in the dict of losses. Detectron2 already uses the key "loss_cls"."""
     return f"loss_distill_{loss.lower()}"

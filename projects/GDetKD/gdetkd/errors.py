@@ -1,12 +1,17 @@
-"""The one error that users meet: it names the thing that is wrong and the remedy."""
+"""The error that users meet. Its message says what is wrong and what to do."""
 
 from typing import Sequence
 
 
 class GDetKDError(ValueError):
-    """A config, file or pair of detectors with which training would fail, or go wrong without a word."""
+    """Report a config, a file or a pair of detectors with which training would fail or silently go wrong."""
 
 
 def some(names: Sequence[str], count: int = 10) -> str:
-    """Join the first `count` names for a message, and say how many more there are."""
+    """Join the first `count` names for a message, and count the rest: "cat, dog and 78 more"."""
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text for a message, or "no details" if it has none."""
+    return (str(error).strip().splitlines() or ["no details"])[0]

@@ -1,16 +1,16 @@
-"""Write files that are whole or not there."""
+"""Write files completely or not at all."""
 
 import errno
 import os
 from contextlib import contextmanager
 from typing import Any, Iterator, Optional
 
-# Ending of a file that is still being written. A kill leaves one behind, which the next --resume removes.
+# Ending of a file that is still being written. A killed run leaves such a file. The next --resume removes it.
 PARTIAL = ".partial"
 
 
 class _Watched:
-    """A file for writing that remembers the error that writing raised: torch raises one of its own instead."""
+    """Write to a file and remember the error of a write. torch hides that error behind a RuntimeError."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -29,10 +29,10 @@ class _Watched:
 
 @contextmanager
 def written_whole(path: str, mode: str = "w") -> Iterator[Any]:
-    """Open a file to write to, which appears under its name only when all of it is on the disk.
+    """Open a file for writing. The file appears at `path` only when it is complete on the disk.
 
     Raises:
-        OSError: it cannot be written, for want of space say; what was at `path` is still there, and nothing else.
+        OSError: the file cannot be written, for example because the disk is full. An old file at `path` stays.
     """
     partial = path + PARTIAL
     try:
@@ -55,7 +55,7 @@ def written_whole(path: str, mode: str = "w") -> Iterator[Any]:
 
 
 def _sync_folder(folder: str) -> None:
-    """A renaming is on the disk only when its folder is. Some network file systems do not know how to, and say so."""
+    """Write a folder to the disk, so that a renaming in it is safe. Some network file systems do not support this."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""End a program with a message that helps: alone for a known mistake, below the traceback for any other error."""
+"""End a program with a helpful message. A known mistake shows the message alone, any other error the traceback too."""
 
 import errno
 import re
@@ -9,15 +9,15 @@ from typing import Iterator, Optional
 
 import torch
 
-from .errors import GDetKDError
+from .errors import GDetKDError, first_line
 
 REPORT = (
-    "GDetKD did not expect this error. If the lines above do not show its cause, please report it as an issue of "
-    "GDetKD, with these lines and the log.txt of OUTPUT_DIR."
+    "GDetKD did not expect this error. If the lines above do not show the cause, please report an issue of GDetKD with "
+    "these lines and the log.txt of OUTPUT_DIR."
 )
-# Errors of the system whose text says all that a user needs.
+# System errors that need no traceback: a full disk, or no permission to write.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-# How a traceback begins its last part, if that is one of GDetKD's errors.
+# Start of the last part of a traceback that ends with an error of GDetKD.
 KNOWN = re.compile(r"^gdetkd\.\w+(\.\w+)*Error: ", re.MULTILINE)
 
 
@@ -41,20 +41,23 @@ def explained_errors() -> Iterator[None]:
 
 
 def known_message(error: BaseException) -> Optional[str]:
-    """Return what to tell a user instead of a traceback, or None if the error is not of a known kind."""
+    """Return the message that replaces the traceback of a known error, or None for any other error."""
     if isinstance(error, GDetKDError):
         return str(error)
     if isinstance(error, getattr(torch.cuda, "OutOfMemoryError", ())):
         return (
-            f"The memory of the GPU is full ({str(error).splitlines()[0]}). Lower SOLVER.IMS_PER_BATCH or "
-            "INPUT.MIN_SIZE_TRAIN, or set DISTILL.TEACHER.DTYPE to float16. --check prints the memory of a step."
+            f"The memory of the GPU is full ({first_line(error)}). Lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN, "
+            "or set DISTILL.TEACHER.DTYPE to float16. --check prints the memory of a step."
         )
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return f"{error.strerror}: {error.filename or 'a file of this run'}. Choose an OUTPUT_DIR with room and access."
+        return (
+            f"{error.strerror}: {error.filename or 'a file of this run'}. Choose an OUTPUT_DIR with free space and "
+            "write access."
+        )
     return None
 
 
 def message_in(traceback_text: str) -> Optional[str]:
-    """Return the message of the GDetKDError that a traceback of another process ends with, or None."""
+    """Return the message of the GDetKDError at the end of another process's traceback, or None."""
     found = list(KNOWN.finditer(traceback_text))
     return traceback_text[found[-1].end() :].strip() if found else None

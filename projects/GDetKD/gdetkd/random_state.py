@@ -1,4 +1,4 @@
-"""Save, restore and seed every random generator that a training draws from."""
+"""Save, restore and seed the random generators of a training run."""
 
 import random
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch
 
 
 def get_random_state() -> Dict[str, Any]:
-    """Return the states of Python, NumPy, torch and CUDA, in types that a safe loader of checkpoints accepts."""
+    """Return the states of Python, NumPy, torch and CUDA, in types that the safe checkpoint loader accepts."""
     version, internal, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
     state = {
@@ -17,13 +17,13 @@ def get_random_state() -> Dict[str, Any]:
         "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_initialized():  # asking for its state would initialise it, also for a run on the CPU
+    if torch.cuda.is_initialized():  # reading the state would initialise CUDA, also for a run on the CPU
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
 def set_random_state(state: Dict[str, Any]) -> None:
-    """Set the states that `get_random_state` returned."""
+    """Restore the states that `get_random_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     keys, *rest = state["numpy"]
@@ -35,14 +35,14 @@ def set_random_state(state: Dict[str, Any]) -> None:
 
 @contextmanager
 def random_state(seed: Sequence[int]) -> Iterator[None]:
-    """Seed Python, NumPy and torch (the CPU and the current GPU) inside, and restore their states after."""
+    """Seed Python, NumPy and torch (the CPU and the current GPU) in a `with` block, and restore the states after it."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # Not in a loader's worker, which has no GPU.
+    # A worker of the data loader must not touch CUDA.
     before_cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     words = np.random.SeedSequence(list(seed)).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])
-    # Not torch.manual_seed, which reseeds the generators of all GPUs for good.
+    # torch.manual_seed would reseed all GPUs, and their states are not saved here.
     torch.default_generator.manual_seed(int(words[2]))
     if before_cuda is not None:
         torch.cuda.manual_seed(int(words[2]))

@@ -1,4 +1,4 @@
-"""Scoped forward hooks: what a detector computes on its way, seen without touching its code."""
+"""Record the forward calls of modules by hooks, without changes to the detector's code."""
 
 from typing import Any, Dict, List, Mapping, NamedTuple, Tuple
 
@@ -6,16 +6,16 @@ from torch import nn
 
 
 class Call(NamedTuple):
-    """One forward call of a module."""
+    """Hold the inputs and the output of a module's forward call."""
 
     inputs: Tuple[Any, ...]
     output: Any
 
 
 class Recorder:
-    """Records every forward call of the named modules while its context is open.
+    """Record every forward call of the named modules inside a `with` block.
 
-    The hooks come off on exit, on an exception too, so a module that was recorded is left as it was found.
+    The hooks are removed at the end of the block, also after an exception.
 
     Example:
         with Recorder({"pyramid": model.backbone}) as calls:
@@ -29,11 +29,9 @@ class Recorder:
         self._calls: Dict[str, List[Call]] = {}
 
     def __enter__(self) -> Dict[str, List[Call]]:
-        """Returns:
-        for each point, the list of its calls so far, in order; it grows while the context is open.
-        """
+        """Start recording. Return the calls by point, in order. The lists grow until the block ends."""
         if self._handles:
-            raise RuntimeError("This Recorder is already recording; make one for each forward pass.")
+            raise RuntimeError("This Recorder is already recording. Make a new Recorder for each forward pass.")
         self._calls = {name: [] for name in self._points}
         for name, module in self._points.items():
             self._handles.append(module.register_forward_hook(self._record_to(self._calls[name])))

@@ -19,9 +19,9 @@ from fvcore.common.checkpoint import Checkpointer
 from .errors import GDetKDError
 from .weights_layout import is_tensor, with_model
 
-# How torch's loader says that a file asks for something else than tensors and plain containers.
+# Names in the message of torch's loader about a file that asks for more than tensors and plain containers.
 REFUSAL = re.compile(r"GLOBAL (\S+)|class (\S+)|function (\S+)")
-# What a file that is cut off or is none of the kind makes the loaders raise.
+# Errors that the loaders raise for a file that is cut off or no weights file.
 DAMAGE = (
     pickle.UnpicklingError,
     RuntimeError,
@@ -36,36 +36,43 @@ DAMAGE = (
     OverflowError,
     zlib.error,
 )
-
-
-# Of errors of the system, those that say nothing of a file: a damaged one can make a loader seek where nothing is.
-OF_THE_MACHINE = (
-    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO),
-    *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+# System errors whose cause is the machine. The other system errors can come from a damaged file, for example if it
+# makes a loader seek to a wrong place.
+MACHINE_ERRORS = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
 )
 
 
 class UntrustedFileError(GDetKDError):
-    """A weights file that wants to run code, or holds what can do so."""
+    """Report a weights file that could run code."""
 
 
 class DamagedFileError(GDetKDError):
-    """A weights file that is cut off, empty, or none."""
+    """Report a weights file that is cut off, empty, or no weights file."""
 
 
 class UnreadableFileError(GDetKDError):
-    """A weights file that the disk does not give now, or the memory does not hold, whatever is in it."""
+    """Report a weights file that cannot be read because of the disk, the access rights or the memory."""
 
 
 class SafePickle(pickle.Unpickler):
-    """Unpickles NumPy arrays and plain containers, and refuses every other name.
+    """Unpickle NumPy arrays and plain containers, and refuse every other name.
 
     Raises:
-        UntrustedFileError: the pickle names something else.
+        UntrustedFileError: the pickle asks for another name.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, encoding="latin1")  # the model zoo's files were written by Python 2
+        super().__init__(file, encoding="latin1")  # Python 2 wrote the model zoo's files
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):
@@ -76,14 +83,14 @@ class SafePickle(pickle.Unpickler):
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """How Python 3 writes bytes in old protocols. Any other codec would be a module to import."""
+    """Decode bytes as Python 3 writes them in old protocols. Any other codec would import a module."""
     if encoding != "latin1":
         raise UntrustedFileError(f"it asks for the codec {encoding!r}")
     return text.encode(encoding)
 
 
 def _numpy_names() -> Dict[Tuple[str, str], Any]:
-    """NumPy's functions that rebuild arrays and scalars, under the names that NumPy 1 and 2 pickle them by."""
+    """Return NumPy's functions that rebuild arrays and scalars, by the names in pickles of NumPy 1 and 2."""
     core = getattr(np, "_core", None) or np.core
     names: Dict[Tuple[str, str], Any] = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
     for package in ("numpy.core", "numpy._core"):
@@ -101,15 +108,15 @@ _ALLOWED: Dict[Tuple[str, str], Any] = {
 
 
 def read_weights(path: str) -> Dict[str, Any]:
-    """Reads a weights file of Detectron2's, fvcore's or pycls', or of Caffe2's model zoo, and runs nothing of it.
+    """Read a weights file of Detectron2, fvcore, pycls or Caffe2's model zoo, without running code in it.
 
     Args:
-        path: on this machine. `.pkl` is read as a pickle of NumPy arrays, anything else as torch's format.
+        path: a local path. A `.pkl` is read as a pickle of NumPy arrays, any other file in torch's format.
 
     Raises:
-        UntrustedFileError: it holds something else than tensors, arrays, numbers, strings and plain containers.
-        DamagedFileError: it is cut off, empty, not there, or none of these files.
-        UnreadableFileError: the disk does not give it, or the memory does not hold it.
+        UntrustedFileError: the file holds more than tensors, arrays, numbers, strings and plain containers.
+        DamagedFileError: the file is cut off, empty, missing, or no weights file.
+        UnreadableFileError: the disk, the access rights or the memory prevent reading the file.
     """
     try:
         content = _read_pickle(path) if path.endswith(".pkl") else _read_torch(path)
@@ -118,8 +125,9 @@ def read_weights(path: str) -> Dict[str, Any]:
     except DAMAGE as e:
         if _is_of_the_machine(e):
             raise UnreadableFileError(
-                f"The weights {path!r} cannot be read here and now ({type(e).__name__}: {e}), which says nothing of "
-                "the file. Try again, with access to it and memory for it; or remove it to do without."
+                f"The weights {path!r} cannot be read here and now ({type(e).__name__}: {e}). The file itself may be "
+                "intact. Check the access rights, the disk and the free memory, and try again. If you do not need the "
+                "file, remove it."
             ) from e
         if asked := _asked_for(e):
             raise UntrustedFileError(_refusal(path, f"it asks for {asked}")) from e
@@ -128,12 +136,15 @@ def read_weights(path: str) -> Dict[str, Any]:
             f"The weights {path!r} cannot be read ({type(e).__name__}: {reason[:200]}). Copy or download them again."
         ) from e
     if not isinstance(content, dict):
-        raise DamagedFileError(f"The weights {path!r} hold a {type(content).__name__}, not a dictionary of tensors.")
+        raise DamagedFileError(
+            f"The weights {path!r} hold a {type(content).__name__}, not a dictionary of tensors. Write the file by "
+            "torch.save({'model': model.state_dict()}, ...)."
+        )
     return content
 
 
 def _is_of_the_machine(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in OF_THE_MACHINE)
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRORS)
 
 
 def _read_pickle(path: str) -> Any:
@@ -144,7 +155,7 @@ def _read_pickle(path: str) -> Any:
 
 
 def _check_plain(content: Any) -> None:
-    """An array of Python objects is the one way to bring in something else."""
+    """Raise an error if an array in the content holds Python objects. The unpickler has refused everything else."""
     waiting, seen = [content], set()
     while waiting:
         item = waiting.pop()
@@ -165,7 +176,7 @@ def _read_torch(path: str) -> Any:
 
 
 def _numpy_allowed() -> AbstractContextManager:
-    """Plain Detectron2's checkpoints can hold NumPy's numbers beside the weights."""
+    """Allow NumPy's types in torch's loader: plain Detectron2 can write NumPy numbers beside the weights."""
     if not hasattr(torch.serialization, "safe_globals"):
         return nullcontext()
     kinds = [getattr(np.dtypes, name) for name in np.dtypes.__all__] if hasattr(np, "dtypes") else []
@@ -185,60 +196,66 @@ def _asked_for(error: BaseException) -> str:
 
 def _refusal(path: str, reason: str) -> str:
     return (
-        f"The weights {path!r} are refused: {reason}, which is neither a tensor nor an array, a number, a string or a "
-        "plain container, and could run code here. Nothing of it was run. If you made the file yourself, write its "
+        f"The weights {path!r} are refused: {reason}, which could run code here. Only tensors, arrays, numbers, "
+        "strings and plain containers are allowed. Nothing of it was run. If you made the file yourself, save the "
         "weights alone: torch.save({'model': model.state_dict()}, ...)."
     )
 
 
 class _SafeTorchFormat(Checkpointer):
-    """Stands behind Detectron2's checkpointer, which asks it for torch's format."""
+    """Read torch's format for Detectron2's checkpointer, whose base class it replaces."""
 
     def _load_file(self, f: str) -> Dict[str, Any]:
         return with_model(read_weights(f), f)
 
 
 class SafeCheckpointer(DetectionCheckpointer, _SafeTorchFormat):
-    """Detectron2's checkpointer, for files from strangers.
+    """Load checkpoints as Detectron2's checkpointer does, but from files that need not be trusted.
 
     Raises:
-        UntrustedFileError, DamagedFileError, UnreadableFileError: on loading; see `read_weights`.
+        UntrustedFileError, DamagedFileError, UnreadableFileError: see `read_weights`.
     """
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
-        """
+        """Load a checkpoint.
+
         Raises:
             GDetKDError: there is no such file.
         """
-        file = path.split("?")[0]  # Detectron2 takes options behind it
+        file = path.split("?")[0]  # Detectron2 allows options after a question mark
         if file and "://" not in file and not os.path.isfile(file):
-            hint = " tools/convert_torchvision.py makes it: docs/recipes.md." if file.startswith("weights/R-") else ""
-            raise GDetKDError(f"The weights {file!r} are not there, seen from {os.getcwd()}.{hint}")
+            remedy = "Correct the path."
+            if file.startswith("weights/R-"):
+                remedy = "tools/convert_torchvision.py makes them (docs/recipes.md)."
+            raise GDetKDError(f"The weights {file!r} are not there. The current folder is {os.getcwd()}. {remedy}")
         return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         if not filename.endswith((".pkl", ".pyth")):
             return super()._load_file(filename)
         content = read_weights(filename)
-        if filename.endswith(".pyth"):  # of pycls
+        if filename.endswith(".pyth"):  # pycls writes these
             if "model_state" not in content:
-                raise DamagedFileError(f"{filename!r} lacks 'model_state', where pycls keeps the weights.")
+                raise DamagedFileError(
+                    f"The weights {filename!r} lack the key 'model_state', where pycls keeps the weights. If another "
+                    "program wrote the file, rename it to .pth."
+                )
             weights = content["model_state"].items()
-            return _of_other_names({k: v for k, v in weights if not k.endswith("num_batches_tracked")}, "pycls")
-        if "model" in content and "__author__" in content:  # of Detectron2's model zoo
+            return _to_match({k: v for k, v in weights if not k.endswith("num_batches_tracked")}, "pycls")
+        if "model" in content and "__author__" in content:  # a file of Detectron2's model zoo
             return with_model(content, filename)
         weights = content.get("blobs", content).items()
-        return _of_other_names({k: v for k, v in weights if not k.endswith("_momentum")}, "Caffe2")
+        return _to_match({k: v for k, v in weights if not k.endswith("_momentum")}, "Caffe2")
 
 
-def _of_other_names(weights: Dict[str, Any], author: str) -> Dict[str, Any]:
-    """Detectron2 finds out by heuristics which of the weights is which of its own."""
+def _to_match(weights: Dict[str, Any], author: str) -> Dict[str, Any]:
+    """Return a checkpoint of foreign names, which Detectron2 matches to its own names by heuristics."""
     tensors = {name: value for name, value in weights.items() if is_tensor(value)}
     return {"model": tensors, "__author__": author, "matching_heuristics": True}
 
 
 def sha256_of_file(path: str) -> str:
-    """In hexadecimal digits; block by block, for weights may be large."""
+    """Return a file's SHA-256 in hexadecimal digits. The file is read block by block, because it may be large."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for block in iter(lambda: file.read(2**20), b""):

@@ -1,4 +1,7 @@
-"""What a detector shows of itself to the losses."""
+"""The outputs of a detector that losses read, and the description of a detector.
+
+Shapes: N regions, n foreground classes, C channels, D the width of an embedding, (h, w) the pooled size.
+"""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, Dict, List, Optional, Tuple
@@ -8,30 +11,30 @@ from detectron2.structures import Boxes
 
 
 def full_precision(tensor: torch.Tensor) -> torch.Tensor:
-    """float32 of a half-precision tensor; others as they are."""
+    """Convert a half-precision tensor to float32. Return any other tensor as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 @dataclass
 class Regions:
-    """Boxes of one step, the same for teacher and student.
+    """Hold the boxes of a step. Teacher and student look at the same boxes.
 
     Attributes:
-        boxes: one `Boxes` an image, xyxy in pixels of the (augmented, unpadded) input image; N in all.
-        sources: (N, 4) level, row, column and anchor of the dense prediction that each box is; None where the boxes
-            come from proposals.
+        boxes: by image, xyxy in pixels of the augmented image without padding; N in total.
+        sources: (N, 4) level, row, column and anchor of the dense predictions that became the boxes. None if the boxes
+            are proposals.
     """
 
     boxes: List[Boxes]
     sources: Optional[torch.Tensor] = None
 
     def tensor(self) -> torch.Tensor:
-        """(N, 4) xyxy in pixels, images one after another."""
+        """Return the boxes of all images (N, 4), xyxy in pixels."""
         return torch.cat([boxes.tensor for boxes in self.boxes])
 
     def image_ids(self) -> torch.Tensor:
-        """(N,) index of each region's image in the batch."""
-        # Filled on the device: neither copied to it nor counted there, for which a GPU would wait.
+        """Return the index (N,) of each region's image in the batch."""
+        # `new_full` fills the tensors on the device. A copy to the GPU would make the CPU wait.
         ids = [boxes.tensor.new_full((len(boxes),), image, dtype=torch.long) for image, boxes in enumerate(self.boxes)]
         return torch.cat(ids)
 
@@ -41,12 +44,12 @@ class Regions:
 
 @dataclass
 class Predictions:
-    """Of a later stage of a cascade, on boxes of its own.
+    """Hold the predictions of a cascade's later stage, which has its own boxes.
 
     Attributes:
         regions: N_k boxes.
-        logits: (N_k, n + 1) class scores, background last; (N_k, n) where classes are scored independently (sigmoid).
-        deltas: (N_k, 4 n) box regression, or (N_k, 4) where it is class-agnostic.
+        logits: (N_k, n + 1) class logits of a softmax, background last, or (N_k, n) of sigmoids.
+        deltas: (N_k, 4 n) box deltas, or (N_k, 4) if they are class-agnostic.
     """
 
     regions: Regions
@@ -56,22 +59,22 @@ class Predictions:
 
 @dataclass
 class DetectorOutputs:
-    """One detector's view of the regions; what a loss did not ask for is None.
+    """Hold a detector's outputs for the losses. A field that no loss needs is None.
 
     Attributes:
-        pyramid: feature maps by name, finest first, each (images, C, H, W).
-        strides: pixels of the input image per cell of each map, by the same names.
-        regions: the boxes that all below is about.
-        pooled: (N, C, h, w) RoIAlign on the level that the box-size rule assigns.
-        embeddings: (N, D) the vector just before the classification layer.
-        logits: (N, n + 1) class scores, background last; (N, n) where classes are scored independently (sigmoid).
-        deltas: (N, 4 n) box regression, or (N, 4) where it is class-agnostic.
-        later_stages: of a cascade, what its stages after the first predict.
-        levels: (N,) index in `strides` of the level that the box-size rule assigns to each region; of a teacher alone.
-        gt_boxes: the ground truth of each image, xyxy in pixels as the regions are; of a student alone.
-        towers: of a dense detector, by convolution of its classification tower and then of its box tower, by level:
-            (images, D, H, W) before the activation; of a student alone.
-        head: a dense detector's own head, to be run on other features; of a teacher alone.
+        pyramid: feature maps (images, C, H, W) by name, finest first.
+        strides: pixels of the input image per cell of a map, by the same names.
+        regions: the boxes of the fields below.
+        pooled: (N, C, h, w) features pooled by RoIAlign on the level that the box-size rule assigns.
+        embeddings: (N, D) vectors before the classification layer.
+        logits: (N, n + 1) class logits of a softmax, background last, or (N, n) of sigmoids.
+        deltas: (N, 4 n) box deltas, or (N, 4) if they are class-agnostic.
+        later_stages: predictions of a cascade's stages after the first.
+        levels: (N,) index in `strides` of the level that the box-size rule assigns. Only a teacher has it.
+        gt_boxes: ground truth by image, xyxy in pixels as in `regions`. Only a student has it.
+        towers: features (images, D, H, W) of a dense detector's classification tower and box tower before each
+            activation, by tower, convolution and level; see `DenseHead.towers`. Only a student has it.
+        head: a dense detector's `DenseHead`, to run on other features. Only a teacher has it.
     """
 
     pyramid: Dict[str, torch.Tensor]
@@ -89,20 +92,20 @@ class DetectorOutputs:
 
     @property
     def device(self) -> torch.device:
-        """Of what it holds."""
+        """Return the device of the tensors."""
         tensors = [*self.pyramid.values(), self.pooled, self.embeddings, self.logits]
         return next(tensor.device for tensor in tensors if tensor is not None)
 
 
 @dataclass(frozen=True)
 class DenseSpec:
-    """What only a dense detector has, known before it runs.
+    """Describe the parts that only a dense detector has.
 
     Attributes:
-        anchors: stride and anchors (xyxy in pixels about the location) of each level. Two dense detectors can be
-            compared if they predict from the same anchors. An anchor-free detector has one for each location.
-        tower_channels: the width of each convolution of the two towers.
-        anchor_based: whether boxes are regressed from anchors; if not, from locations.
+        anchors: stride and anchors (xyxy in pixels about the location) of each level. CLS and REG can compare two
+            dense detectors if these are equal. An anchor-free detector has one anchor for each location.
+        tower_channels: width of each convolution of a tower.
+        anchor_based: whether boxes are regressed from anchors. If not, they are regressed from locations.
     """
 
     anchors: Tuple[Tuple[int, Tuple[Tuple[float, ...], ...]], ...] = ()
@@ -112,24 +115,24 @@ class DenseSpec:
 
 @dataclass(frozen=True)
 class DetectorSpec:
-    """What a detector is, known before it runs.
+    """Describe a detector, before it runs.
 
     Attributes:
-        channels: of each pyramid map.
-        strides: pixels per cell, by the pyramid maps' names, finest first.
-        pooled_size: (h, w) of RoIAlign before its box head.
+        channels: channels of the pyramid's maps.
+        strides: pixels per cell, by the names of the maps, finest first.
+        pooled_size: (h, w) of RoIAlign before the box head.
         embedding_dim: width of the vector before the classification layer.
-        num_classes: foreground classes.
-        regression_weights: `BBOX_REG_WEIGHTS`, the units of its deltas; None where it has no such head.
-        later_regression_weights: the same of a cascade's stages after the first.
-        class_names: in the order of its scores; None where they are not known.
-        location_anchors: anchors that boxes are regressed from at each location of each map, xyxy in pixels about the
-            location; None of an anchor-free detector, or where they are not known.
-        anchor_offset: where the location that anchors lie about is in a cell, in strides from its left upper corner.
-        independent_classes: whether classes are scored independently (sigmoid, without background): true for a dense
-            detector, and for a two-stage one with MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE. Else a softmax scores them.
-        regions_per_image: the most regions that a student has in one image; None where it is not known.
-        dense: what only dense detectors have; None of a two-stage detector.
+        num_classes: number of foreground classes.
+        regression_weights: `BBOX_REG_WEIGHTS`, the units of the deltas. None if the detector has no such head.
+        later_regression_weights: `BBOX_REG_WEIGHTS` of a cascade's stages after the first.
+        class_names: names in the order of the scores, or None if they are unknown.
+        location_anchors: by map, the anchors of a location, xyxy in pixels about the location. None for an anchor-free
+            detector, or if they are unknown.
+        anchor_offset: position of the location in a cell, in strides from the left upper corner.
+        independent_classes: whether sigmoids score the classes, without background. It is true for a dense detector,
+            and for a two-stage detector with MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE. Otherwise a softmax scores them.
+        regions_per_image: largest number of regions of an image of a student, or None if it is unknown.
+        dense: the parts that only a dense detector has. None for a two-stage detector.
     """
 
     channels: int
@@ -148,17 +151,17 @@ class DetectorSpec:
 
     @property
     def num_stages(self) -> int:
-        """Return the number of stages that predict classes and boxes: more than 1 for a cascade alone."""
+        """Return the number of stages that predict classes and boxes. Only a cascade has more than 1."""
         return 1 + len(self.later_regression_weights)
 
     @property
     def family(self) -> str:
-        """Return what authors of losses tell apart: "TWO_STAGE", "ANCHOR_BASED" or "ANCHOR_FREE"."""
+        """Return "TWO_STAGE", "ANCHOR_BASED" or "ANCHOR_FREE". Some losses have different defaults for them."""
         if self.dense is None:
             return "TWO_STAGE"
         return "ANCHOR_BASED" if self.dense.anchor_based else "ANCHOR_FREE"
 
 
 def with_class_names(spec: DetectorSpec, names: Optional[Tuple[str, ...]]) -> DetectorSpec:
-    """The spec with the names of its classes, unless there are not as many: then they are another detector's."""
+    """Return the spec with class names. Names of another number belong to another detector and are dropped."""
     return replace(spec, class_names=names if names is not None and len(names) == spec.num_classes else None)

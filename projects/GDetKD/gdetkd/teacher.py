@@ -1,4 +1,4 @@
-"""The teacher: built from its own config, loaded completely or not at all, and frozen."""
+"""The teacher: built from its own config, loaded completely, and frozen."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from .detectors import build_adapter
-from .errors import GDetKDError, some
+from .errors import GDetKDError, first_line, some
 from .inference import for_inference, parse_dtype
 from .safe_load import DamagedFileError, SafeCheckpointer, sha256_of_file
 from .structures import DetectorOutputs, Regions, with_class_names
@@ -19,50 +19,45 @@ from .teacher_file import TeacherFile, read_teacher_file
 
 logger = logging.getLogger(__name__)
 
-# Parts of a detector that are not its heads.
+# Tensors outside of the heads start like this.
 NOT_HEADS = ("backbone.", "pixel_")
-# How often each class occurs in the detector's own dataset (MODEL.ROI_BOX_HEAD.USE_FED_LOSS); it is not learned.
+# Ending of the class frequencies of the detector's own dataset (MODEL.ROI_BOX_HEAD.USE_FED_LOSS). They are not learned.
 CLASS_FREQUENCIES = "fed_loss_cls_weights"
 
 
 class CompleteCheckpointer(SafeCheckpointer):
-    """Loads weights as Detectron2 does, but refuses what it would only warn of: a model not wholly loaded."""
+    """Load weights as Detectron2 does, but raise an error if a tensor stays unloaded. Detectron2 only warns."""
 
     def _load_model(self, checkpoint: Any) -> Any:
         incompatible = super()._load_model(checkpoint)
-        # The count of batches that a BatchNorm has seen plays no part in eval mode, and old files lack it.
+        # A BatchNorm's count of batches does not matter in eval mode, and old files lack it.
         missing = [key for key in incompatible.missing_keys if not key.endswith("num_batches_tracked")]
         misshapen = [f"{key} {have} for {want}" for key, have, want in incompatible.incorrect_shapes]
         left = misshapen + sorted(set(missing) - {key for key, _, _ in incompatible.incorrect_shapes})
         if left:
             raise GDetKDError(
-                f"The teacher's weights leave {len(left)} of its {len(self.model.state_dict())} tensors unloaded "
-                f"({some(left)}). Do the file and DISTILL.TEACHER.CONFIG_FILE belong together?"
+                f"The teacher's weights leave {len(left)} of {len(self.model.state_dict())} tensors unloaded "
+                f"({some(left)}). Give the config and the weights of the same detector: DISTILL.TEACHER.CONFIG_FILE, "
+                "DISTILL.TEACHER.OPTS and DISTILL.TEACHER.WEIGHTS must belong together."
             )
         if incompatible.unexpected_keys:
             logger.warning(
-                "The teacher's weights hold tensors that its config has no place for: %s.",
+                "The teacher's weights hold tensors that the teacher's config does not use: %s.",
                 some(incompatible.unexpected_keys),
             )
         return incompatible
 
 
 def load_weights(model: nn.Module, path: str) -> str:
-    """Loads all of a teacher's weights.
+    """Load all weights of a teacher.
 
     Returns:
-        the file's SHA-256, in hexadecimal.
+        SHA-256 of the file, in hexadecimal digits.
 
     Raises:
-        GDetKDError: no file is given, it is missing, empty or damaged, or it leaves a tensor unloaded.
+        GDetKDError: no file is given, the file is missing, empty or damaged, or a tensor stays unloaded.
     """
-    if not path:
-        raise GDetKDError("The teacher has no weights: give DISTILL.TEACHER.WEIGHTS.")
-    if "://" not in path and not os.path.isfile(path):
-        raise GDetKDError(f"The teacher's weights {path!r} are not there, seen from {os.getcwd()}.")
-    local = PathManager.get_local_path(path)
-    if os.path.getsize(local) == 0:
-        raise GDetKDError(f"The teacher's weights {path!r} are an empty file. Copy or download it again.")
+    local = _local_file(path)
     try:
         CompleteCheckpointer(model).load(path)
     except DamagedFileError as e:
@@ -73,30 +68,55 @@ def load_weights(model: nn.Module, path: str) -> str:
         raise
     except (RuntimeError, OSError, KeyError, TypeError, AttributeError, ValueError) as e:
         raise GDetKDError(
-            f"The teacher's weights {path!r} cannot be read ({type(e).__name__}: {str(e).splitlines()[0]}). Is the "
-            f"file complete ({os.path.getsize(local)} bytes), and a Detectron2 checkpoint?"
+            f"The teacher's weights {path!r} cannot be read ({type(e).__name__}: {first_line(e)}). Is the file "
+            f"complete ({os.path.getsize(local)} bytes), and a Detectron2 checkpoint?"
         ) from e
     broken = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
     if broken:
         raise GDetKDError(
-            f"The teacher's weights {path!r} hold values that are not finite ({some(broken)}): its training diverged. "
-            "Take an earlier checkpoint."
+            f"The teacher's weights {path!r} hold values that are not finite ({some(broken)}), so the teacher's "
+            "training diverged. Take an earlier checkpoint."
         )
     return sha256_of_file(local)
 
 
+def _local_file(path: str) -> str:
+    """Return the local path of a teacher's weights. Download them first if the path is a URL."""
+    if not path:
+        raise GDetKDError("The teacher has no weights. Set DISTILL.TEACHER.WEIGHTS.")
+    if "://" not in path and not os.path.isfile(path):
+        raise GDetKDError(
+            f"The teacher's weights {path!r} are not there. The current folder is {os.getcwd()}. Correct "
+            "DISTILL.TEACHER.WEIGHTS."
+        )
+    try:
+        local = PathManager.get_local_path(path)
+    except OSError as e:
+        raise GDetKDError(
+            f"The teacher's weights {path!r} cannot be downloaded ({type(e).__name__}: {first_line(e)}). Check the "
+            "address and the network, or download the file yourself and name it in DISTILL.TEACHER.WEIGHTS."
+        ) from e
+    if os.path.getsize(local) == 0:
+        raise GDetKDError(f"The teacher's weights {path!r} are an empty file. Copy or download it again.")
+    return local
+
+
 class FrozenTeacher:
-    """Holds the teacher without being a module, so that no checkpoint, optimizer, DDP bucket or `.train()` reaches it.
+    """Hold the teacher. This is no module, so no checkpoint, optimizer, DDP bucket or `.train()` reaches the teacher.
 
     Args:
         cfg: the config of the distillation.
 
     Attributes:
-        model: the detector as its file has it. It looks at a batch through a copy of its backbone that is faster.
+        file: the teacher's config file.
+        model: the detector as loaded. `look` uses a faster copy of the backbone.
+        adapter: the adapter of the detector.
+        spec: the description of the detector, with class names.
+        sha256: SHA-256 of the weights file, in hexadecimal digits.
 
     Raises:
-        GDetKDError: config or weights are missing or do not fit each other, the detector has no pyramid, or its images
-            cannot be made from the student's.
+        GDetKDError: config or weights are missing or do not fit each other, the detector has no pyramid, or the
+            student's images cannot be converted for it.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -125,13 +145,13 @@ class FrozenTeacher:
         needs: Collection[str],
         later_regions: Sequence[Regions] = (),
     ) -> DetectorOutputs:
-        """What the teacher has to say on the regions of a training batch.
+        """Compute the teacher's features and predictions for the regions of a training batch.
 
         Args:
-            batched_inputs: as the student gets them, in *its* channel order, not normalised.
+            batched_inputs: the student's inputs, in the student's channel order, not normalised.
             regions: boxes in pixels of these images.
             needs: fields of `DetectorOutputs` to fill.
-            later_regions: boxes of the later stages of a student that is a cascade.
+            later_regions: boxes of the later stages, if the student is a cascade.
         """
         images = self.preprocess(batched_inputs).tensor
         images = images.to(self._dtype).contiguous(memory_format=torch.channels_last)
@@ -140,46 +160,52 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def detect(self, batched_inputs: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
-        """Detectron2's predictions on images as the student gets them, in the teacher's own classes."""
+        """Return the teacher's predictions, in the teacher's classes, for inputs in the student's channel order."""
         return self.model([{**inputs, "image": self._reordered(inputs["image"])} for inputs in batched_inputs])
 
     def preprocess(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:
-        """The teacher's own channel order, pixel mean and std, and padding."""
+        """Convert images to the teacher's channel order, normalise and pad them as the teacher does."""
         return self.model.preprocess_image([{"image": self._reordered(inputs["image"])} for inputs in batched_inputs])
 
     def _reordered(self, image: torch.Tensor) -> torch.Tensor:
         return image.flip(0) if self._reorder else image
 
     def describe(self) -> Dict[str, str]:
-        """What a checkpoint keeps of the teacher: where its weights were, what they were, and how it sees images."""
+        """Return what a checkpoint records about the teacher: its weights' path and SHA-256, and its image format."""
         images = self.file.input_format
-        for name in ("pixel_mean", "pixel_std"):  # which a family of one's own need not have
+        for name in ("pixel_mean", "pixel_std"):  # a user's own detector may lack them
             if (part := getattr(self.model, name, None)) is not None:
                 images += f", {name} {part.flatten().tolist()}"
         return {"weights": self.file.weights, "sha256": self.sha256, "images": images}
 
 
 def _teachers_classes(cfg: CfgNode, file: TeacherFile, num_classes: int) -> Optional[Tuple[str, ...]]:
-    """Names of the teacher's classes: as given, or those of the set that its own file trains on."""
+    """Return the names of the teacher's classes: DISTILL.TEACHER.CLASSES, or those of the dataset in its file."""
     given = tuple(cfg.DISTILL.TEACHER.CLASSES)
     if given and len(given) != num_classes:
-        raise GDetKDError(f"DISTILL.TEACHER.CLASSES has {len(given)} names, and the teacher {num_classes} classes.")
+        raise GDetKDError(
+            f"DISTILL.TEACHER.CLASSES has {len(given)} names, but the teacher has {num_classes} classes. List the "
+            "names of all classes in order."
+        )
     known = file.class_names() or given
     if given and given != known and sorted(given) == sorted(known):
         raise GDetKDError(
-            f"DISTILL.TEACHER.CLASSES has the teacher's classes in another order ({some(given)}) than the data set "
-            f"that its own file trains on ({some(known)}). Leave it empty, or correct it. If it was trained on another "
-            "set of that name, give the data set another name here."
+            f"DISTILL.TEACHER.CLASSES ({some(given)}) and the dataset in the teacher's config ({some(known)}) have the "
+            "same classes in another order. Correct the order, or leave DISTILL.TEACHER.CLASSES empty. If the teacher "
+            "was trained on another dataset of that name, register the dataset under another name here."
         )
     return given or known or None
 
 
 def _check_size(cfg: CfgNode, teacher: nn.Module) -> None:
-    """A plain vision transformer pads its images to a square of one size, and can take no larger one."""
+    """Raise an error if training images may be too large for the teacher.
+
+    A plain vision transformer pads images to a square of a fixed size. It cannot take larger images.
+    """
     square = getattr(teacher.backbone, "padding_constraints", {}).get("square_size", 0)
     if 0 < square < cfg.INPUT.MAX_SIZE_TRAIN:
         raise GDetKDError(
-            f"The teacher takes images of at most {square} pixels on a side, and the student's have up to "
+            f"The teacher takes images of at most {square} pixels on a side, but INPUT.MAX_SIZE_TRAIN is "
             f"{cfg.INPUT.MAX_SIZE_TRAIN}. Set INPUT.MAX_SIZE_TRAIN to {square} or less."
         )
 
@@ -191,18 +217,18 @@ def _needs_reordering(student_format: str, teacher_format: str) -> bool:
         return True
     raise GDetKDError(
         f"The student reads images as {student_format} and the teacher as {teacher_format} (INPUT.FORMAT). GDetKD "
-        "converts between RGB and BGR; make the two agree."
+        "converts only between RGB and BGR. Give both the same format."
     )
 
 
 def transfer_heads(teacher: nn.Module, student: nn.Module) -> List[str]:
-    """Copies the teacher's heads into the student wherever name and shape agree.
+    """Copy the teacher's heads to the student, in place. Tensors are copied if name and shape agree.
 
     Returns:
-        the names of the tensors that were copied.
+        names of the copied tensors.
 
     Raises:
-        GDetKDError: none agrees.
+        GDetKDError: no tensor agrees.
     """
     source = teacher.state_dict()
     copied, skipped = [], []
@@ -217,10 +243,10 @@ def transfer_heads(teacher: nn.Module, student: nn.Module) -> List[str]:
     if not copied:
         raise GDetKDError(
             "DISTILL.HEAD_TRANSFER would transfer nothing: no tensor outside the backbones agrees in name and shape "
-            f"(the student has {some(skipped)}). Give the student the teacher's head widths and FPN channels, or "
-            "switch it off."
+            f"(the student has {some(skipped)}). Give the student the teacher's head widths and FPN channels, or set "
+            "DISTILL.HEAD_TRANSFER to False."
         )
-    logger.info("Head transfer: %d tensors from the teacher.", len(copied))
+    logger.info("Head transfer: %d tensors copied from the teacher.", len(copied))
     if skipped:
         logger.warning("Head transfer leaves %d tensors as they were: %s", len(skipped), some(skipped))
     return copied

@@ -1,4 +1,4 @@
-"""The file that describes a teacher: a yaml config, or a Python file of Detectron2's LazyConfig, which is run."""
+"""The config file of a teacher: a yaml, or a Python file of Detectron2's LazyConfig, which is run as a program."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ from .errors import GDetKDError
 
 logger = logging.getLogger(__name__)
 
-# What a yaml says of the detector, its images and its classes.
+# Keys of a yaml that describe the detector, its images and its classes.
 CONTENT = (
     "MODEL.",
     "INPUT.FORMAT",
@@ -34,12 +34,12 @@ CONTENT = (
 
 
 class TeacherFile(ABC):
-    """What is known of a teacher before it is built.
+    """Describe a teacher before it is built.
 
     Attributes:
-        path: of the file.
-        weights: a path or URL; empty where none is given.
-        input_format: channel order of its images, "RGB" or "BGR".
+        path: path of the config file.
+        weights: path or URL of the weights, or "" if none is given.
+        input_format: channel order of the images, "RGB" or "BGR".
     """
 
     path: str
@@ -48,42 +48,47 @@ class TeacherFile(ABC):
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """The detector, untrained, on the student's device."""
+        """Build the detector with random weights, on the student's device."""
 
     @abstractmethod
     def content(self) -> str:
-        """What the file says of the detector, its images and its classes."""
+        """Return the parts of the file that describe the detector, its images and its classes, to compare teachers."""
 
     @abstractmethod
     def class_names(self) -> Optional[Tuple[str, ...]]:
-        """Of the set it was trained on, in order; None where they cannot be known here."""
+        """Return the class names of the teacher's training dataset in order, or None if they are unknown here."""
 
     @abstractmethod
     def test_loader(self, dataset_name: str) -> Any:
-        """A registered set's images in the size and channel order that the teacher is evaluated with."""
+        """Load the images of a registered dataset in the size and channel order of the teacher's evaluation."""
 
 
 class YamlTeacher(TeacherFile):
-    """
+    """Read a teacher's yaml config.
+
     Attributes:
-        cfg: its own config, with DISTILL.TEACHER.OPTS applied.
+        cfg: the teacher's config, with DISTILL.TEACHER.OPTS applied.
+
+    Raises:
+        GDetKDError: the file is no valid config, or the teacher needs precomputed proposals.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         self.path = cfg.DISTILL.TEACHER.CONFIG_FILE
-        own = get_cfg()
-        add_gdetkd_config(own)
-        merge_config_file(own, self.path)
-        merge_words(own, list(cfg.DISTILL.TEACHER.OPTS), "DISTILL.TEACHER.OPTS")
-        own.MODEL.DEVICE = cfg.MODEL.DEVICE
+        teacher_cfg = get_cfg()
+        add_gdetkd_config(teacher_cfg)
+        merge_config_file(teacher_cfg, self.path)
+        merge_words(teacher_cfg, list(cfg.DISTILL.TEACHER.OPTS), "DISTILL.TEACHER.OPTS")
+        teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
         if cfg.DISTILL.TEACHER.WEIGHTS:
-            own.MODEL.WEIGHTS = cfg.DISTILL.TEACHER.WEIGHTS
-        if own.MODEL.LOAD_PROPOSALS:
+            teacher_cfg.MODEL.WEIGHTS = cfg.DISTILL.TEACHER.WEIGHTS
+        if teacher_cfg.MODEL.LOAD_PROPOSALS:
             raise GDetKDError(
-                "A teacher with precomputed proposals (MODEL.LOAD_PROPOSALS) cannot look at the student's."
+                f"The teacher's config {self.path!r} sets MODEL.LOAD_PROPOSALS. A teacher with precomputed proposals "
+                "cannot look at the student's regions. Choose a teacher that makes its own proposals."
             )
-        own.freeze()
-        self.cfg = plain_config(own)
+        teacher_cfg.freeze()
+        self.cfg = plain_config(teacher_cfg)
         self.weights = self.cfg.MODEL.WEIGHTS
         self.input_format = self.cfg.INPUT.FORMAT
 
@@ -91,8 +96,8 @@ class YamlTeacher(TeacherFile):
         return build_model(self.cfg)
 
     def content(self) -> str:
-        said = flat_config(self.cfg.dump()).items()
-        return str(sorted((key, value) for key, value in said if key.startswith(CONTENT) and key != "MODEL.DEVICE"))
+        items = flat_config(self.cfg.dump()).items()
+        return str(sorted((key, value) for key, value in items if key.startswith(CONTENT) and key != "MODEL.DEVICE"))
 
     def class_names(self) -> Optional[Tuple[str, ...]]:
         return class_names(self.cfg)
@@ -102,14 +107,16 @@ class YamlTeacher(TeacherFile):
 
 
 class LazyTeacher(TeacherFile):
-    """A LazyConfig file, with DISTILL.TEACHER.OPTS applied: pairs of a dotted key and a value.
+    """Read a teacher's LazyConfig file, and apply DISTILL.TEACHER.OPTS: pairs of a dotted key and a value.
 
-    Its `model` is built; `dataloader.test.mapper` says in which channel order and size its images come, and
-    `dataloader.train.dataset.names` whose classes it has.
+    The file describes the teacher by these keys:
+
+    - `model`: the detector.
+    - `dataloader.test.mapper`: channel order and size of the images.
+    - `dataloader.train.dataset.names`: the training dataset, which tells the class names.
 
     Raises:
-        GDetKDError: the file lacks `model`, or does not tell the channel order; or DISTILL.TEACHER.OPTS could name a
-            function to call.
+        GDetKDError: the file lacks `model` or the channel order, or DISTILL.TEACHER.OPTS could call a function.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -122,26 +129,31 @@ class LazyTeacher(TeacherFile):
             _check_plain(key, value)
             OmegaConf.update(self._file, key, value)
         if "model" not in self._file:
-            raise GDetKDError(f"The teacher's file {self.path!r} defines no `model`: give one of a detector.")
+            raise GDetKDError(
+                f"The teacher's file {self.path!r} defines no `model`. Name a LazyConfig file whose `model` is a "
+                "detector."
+            )
         self.input_format = self._input_format()
 
     def _input_format(self) -> str:
-        read = self._get("dataloader.test.mapper.image_format") or self._get("dataloader.train.mapper.image_format")
-        drawn = self._get("model.input_format")
-        if not read and not drawn:
+        mapper_format = self._get("dataloader.test.mapper.image_format") or self._get(
+            "dataloader.train.mapper.image_format"
+        )
+        model_format = self._get("model.input_format")
+        if not mapper_format and not model_format:
             raise GDetKDError(
-                f"The teacher's file {self.path!r} does not say whether it reads images as RGB or BGR. Give it in "
-                'DISTILL.TEACHER.OPTS: ["model.input_format", "BGR"].'
+                f"The teacher's file {self.path!r} does not say whether it reads images as RGB or BGR. Set it, for "
+                'example by DISTILL.TEACHER.OPTS: ["model.input_format", "BGR"].'
             )
-        if read and drawn and read != drawn:
+        if mapper_format and model_format and mapper_format != model_format:
             logger.warning(
-                "%s reads images as %s and draws them as %s (model.input_format): it is given %s.",
+                "%s has the channel order %s in its dataloader and %s in model.input_format. The teacher gets %s.",
                 self.path,
-                read,
-                drawn,
-                read,
+                mapper_format,
+                model_format,
+                mapper_format,
             )
-        return read or drawn
+        return mapper_format or model_format
 
     def _get(self, key: str) -> Any:
         return OmegaConf.select(self._file, key)
@@ -161,29 +173,32 @@ class LazyTeacher(TeacherFile):
         mapper = self._get("dataloader.test.mapper")
         if mapper is None:
             raise GDetKDError(
-                f"The teacher's file {self.path!r} has no dataloader.test.mapper, which says how large its images are: "
-                "it cannot be evaluated here. It can teach: leave DISTILL.EVAL_TEACHER and --eval-teacher out."
+                f"The teacher's file {self.path!r} has no dataloader.test.mapper, so the size of test images is "
+                "unknown and the teacher cannot be evaluated. It can still teach: leave out DISTILL.EVAL_TEACHER and "
+                "--eval-teacher."
             )
         dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False)
         return build_detection_test_loader(dicts, mapper=instantiate(mapper))
 
 
 def _check_plain(key: Any, value: Any) -> None:
-    """The file is a program that the user chose; what changes it comes from a yaml, which may be a stranger's.
+    """Check that a change of DISTILL.TEACHER.OPTS cannot call a function.
+
+    The user chose to run the teacher's file. The change comes from a yaml, which may be from a stranger.
 
     Raises:
-        GDetKDError: the change could make a call, or another one, of what the file describes.
+        GDetKDError: the change could add a call, or change the function of a call.
     """
     if not isinstance(key, str) or any(part.startswith("_") for part in re.split(r"[.\[\]]", key)):
-        reason = "is no plain dotted key: a part that starts with '_' says what is called"
+        reason = "is no plain dotted key: a part that starts with '_' can name a function to call"
     elif not _is_plain(value):
-        # OmegaConf makes mappings of strings, too: "${oc.create:{...}}".
+        # OmegaConf turns strings such as "${oc.create:{...}}" into mappings.
         reason = f"has the value {value!r}: mappings and strings with '${{' can name functions to call"
     else:
         return
     raise GDetKDError(
-        f"DISTILL.TEACHER.OPTS: {key!r} {reason}. Give numbers, strings, or lists of them, and write anything else "
-        "into the teacher's .py file."
+        f"DISTILL.TEACHER.OPTS: {key!r} {reason}. Give numbers, strings or lists of them. Write anything else into the "
+        "teacher's .py file."
     )
 
 
@@ -194,18 +209,22 @@ def _is_plain(value: Any) -> bool:
 
 
 def read_teacher_file(cfg: CfgNode) -> TeacherFile:
-    """The file that DISTILL.TEACHER.CONFIG_FILE names; one that ends in .py is run as a program.
+    """Read the file that DISTILL.TEACHER.CONFIG_FILE names. A file that ends in .py is run as a program.
 
     Raises:
-        GDetKDError: it is not given or not there.
+        GDetKDError: no file is given, the file is missing or invalid, or DISTILL.TEACHER.OPTS is invalid.
     """
     path = cfg.DISTILL.TEACHER.CONFIG_FILE
     if not path:
-        raise GDetKDError("DISTILL.TEACHER.CONFIG_FILE is empty: give the Detectron2 config file of the teacher.")
+        raise GDetKDError("DISTILL.TEACHER.CONFIG_FILE is empty. Set it to the teacher's Detectron2 config file.")
     if not PathManager.isfile(path):
         raise GDetKDError(
-            f"The teacher's config {path!r} (DISTILL.TEACHER.CONFIG_FILE) is not there, seen from {os.getcwd()}."
+            f"The teacher's config {path!r} is not there. The current folder is {os.getcwd()}. Correct "
+            "DISTILL.TEACHER.CONFIG_FILE."
         )
     if len(cfg.DISTILL.TEACHER.OPTS) % 2:
-        raise GDetKDError(f"DISTILL.TEACHER.OPTS are pairs of a key and a value: {list(cfg.DISTILL.TEACHER.OPTS)}.")
+        raise GDetKDError(
+            f"DISTILL.TEACHER.OPTS must hold pairs of a key and a value, but has {len(cfg.DISTILL.TEACHER.OPTS)} "
+            f"entries: {list(cfg.DISTILL.TEACHER.OPTS)}. Add the missing key or value."
+        )
     return LazyTeacher(cfg) if path.endswith(".py") else YamlTeacher(cfg)

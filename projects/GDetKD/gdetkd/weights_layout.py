@@ -1,4 +1,4 @@
-"""Find the detector's tensors in a checkpoint, wherever the program that wrote it put them."""
+"""Find the detector's tensors in a checkpoint of any common training program."""
 
 import logging
 from typing import Any, Dict
@@ -10,9 +10,9 @@ from .errors import GDetKDError
 
 logger = logging.getLogger(__name__)
 
-# Keys under which training programs keep a model, in the order in which they are tried. Detectron2 reads "model".
+# Keys of the model in checkpoints of training programs, in the order of trying. Detectron2 reads "model".
 MODEL_KEYS = ("model", "state_dict", "model_state_dict", "model_state")
-# Keys under which they keep an average of the weights over the training.
+# Keys of weights averaged over the training.
 AVERAGE_KEYS = (
     "ema",
     "model_ema",
@@ -25,35 +25,34 @@ AVERAGE_KEYS = (
 
 
 def with_model(content: Dict[str, Any], path: str) -> Dict[str, Any]:
-    """Return a checkpoint with its tensors under "model", where Detectron2 reads them.
+    """Return a checkpoint with the tensors under "model", where Detectron2 reads them.
 
-    Entries of the model that are no tensors, such as a count of iterations, are left out and named in the log.
+    Entries of the model that are no tensors, such as a count of iterations, are left out and logged.
 
     Args:
-        content: what the file holds: a model under one of `MODEL_KEYS`, or the tensors themselves.
+        content: content of the file, with the model under one of `MODEL_KEYS` or at the top.
         path: the file, for messages.
 
     Raises:
-        GDetKDError: the file holds no tensor where a model would be.
+        GDetKDError: the file holds no tensors in these places.
     """
     key = next((key for key in MODEL_KEYS if _is_model(content.get(key))), None)
     if key is None and not _is_model(content):
         keys = ", ".join(map(repr, list(content)[:5])) or "none"
         raise GDetKDError(
             f"The weights {path!r} hold no model: there are no tensors in the file or under {', '.join(MODEL_KEYS)}. "
-            f"The keys of the file are: {keys}. Write it by torch.save({{'model': model.state_dict()}}, ...)."
+            f"The keys of the file are: {keys}. Write the file by torch.save({{'model': model.state_dict()}}, ...)."
         )
     weights = content if key is None else content[key]
-    others = [name for name, value in weights.items() if not is_tensor(value)]
-    if others:
-        logger.warning("%s: %s is not a tensor and is left out.", path, ", ".join(map(str, others[:5])))
+    no_tensors = [name for name, value in weights.items() if not is_tensor(value)]
+    if no_tensors:
+        logger.warning("%s: %s is not a tensor and is left out.", path, ", ".join(map(str, no_tensors[:5])))
     if key not in ("model", None):
-        logger.info("%s: the weights are read from its key %r.", path, key)
+        logger.info("%s: the weights are read from the key %r.", path, key)
     averages = [name for name in AVERAGE_KEYS if name in content and name != key]
     if averages:
         logger.warning(
-            "%s holds averaged weights under %r, which are not used. To use them, save a file that holds them as "
-            "'model'.",
+            "%s holds averaged weights under %r, which are not used. To use them, save them in a file under 'model'.",
             path,
             averages[0],
         )
@@ -66,5 +65,5 @@ def _is_model(value: Any) -> bool:
 
 
 def is_tensor(value: Any) -> bool:
-    """Return whether a value is a tensor of torch or an array of NumPy."""
+    """Return whether a value is a torch tensor or a NumPy array."""
     return isinstance(value, (torch.Tensor, np.ndarray))

@@ -1,4 +1,4 @@
-"""What the rest of the package knows of a detector: this interface, and nothing else."""
+"""The interface of a detector family. The rest of the package sees a detector only through it."""
 
 from abc import ABC, abstractmethod
 from typing import Any, Collection, Dict, List, Optional, Sequence, Type
@@ -14,16 +14,19 @@ from ..structures import DetectorOutputs, DetectorSpec, Regions
 
 DETECTOR_ADAPTER_REGISTRY = Registry("DETECTOR_ADAPTER")
 DETECTOR_ADAPTER_REGISTRY.__doc__ = """
-Adapters, one for each detector family; the first whose `matches(model)` holds is taken.
+Adapters, one for each detector family. The first adapter whose `matches(model)` is true is used.
 Register a subclass of `DetectorAdapter` to add a family.
 """
 
-# The fields of `DetectorOutputs` that are about regions; a loss that needs none of them reads pyramids alone.
+# Fields of `DetectorOutputs` about regions. A loss that needs none of them reads pyramids alone.
 REGION_FIELDS = frozenset({"pooled", "levels", "embeddings", "logits", "deltas"})
 
 
 class DetectorAdapter(ABC):
-    """Shows a detector's pyramid, regions, embeddings and predictions.
+    """Read a detector's pyramid, regions, embeddings and predictions.
+
+    A student runs its own training step, and `observe` reads the recorded calls. A teacher runs in `look`, on the
+    student's regions.
 
     Args:
         model: a plain Detectron2 detector.
@@ -31,9 +34,10 @@ class DetectorAdapter(ABC):
         cfg: the config of the distillation.
 
     Attributes:
-        backbone: what `look` runs on images: the model's, or a faster copy of it; None where it has none of that name.
-        needs: names of the `DetectorOutputs` that losses read. What is not among them `observe` need not fill.
-        stages_compared: how many stages of a student's cascade CLS and REG compare; 1 for every other student.
+        backbone: backbone that `look` runs on images, the model's or a faster copy. None if the model has no attribute
+            of that name.
+        needs: fields of `DetectorOutputs` that losses read. `observe` may leave the other fields empty.
+        stages_compared: number of stages that CLS and REG compare; more than 1 only between two cascades.
 
     Raises:
         GDetKDError: the detector lacks something that distillation needs.
@@ -50,24 +54,24 @@ class DetectorAdapter(ABC):
     @classmethod
     @abstractmethod
     def matches(cls, model: nn.Module) -> bool:
-        """Whether this adapter is for such a detector."""
+        """Return whether this adapter is for the detector."""
 
     @property
     @abstractmethod
     def spec(self) -> DetectorSpec:
-        """Widths, levels and classes."""
+        """Return the detector's widths, levels and classes."""
 
     @abstractmethod
     def points(self) -> Dict[str, nn.Module]:
-        """The modules whose calls `observe` reads."""
+        """Return the modules whose calls `observe` reads, by name."""
 
     @abstractmethod
     def observe(self, calls: Dict[str, List[Call]], batched_inputs: List[Dict[str, Any]]) -> DetectorOutputs:
-        """Reads a recorded training step of a student: its regions and what it computed for them.
+        """Read a student's recorded training step: its regions, and the features and predictions for them.
 
         Args:
-            calls: of each point, in order.
-            batched_inputs: the step's images and ground truth, in Detectron2's format.
+            calls: by point, the recorded calls in order.
+            batched_inputs: images and ground truth of the step, in Detectron2's format.
         """
 
     @abstractmethod
@@ -78,34 +82,34 @@ class DetectorAdapter(ABC):
         needs: Collection[str],
         later_regions: Sequence[Regions] = (),
     ) -> DetectorOutputs:
-        """Computes what a teacher has to say on given regions.
+        """Compute a teacher's features and predictions for given regions.
 
         Args:
-            images: (B, 3, H, W), normalised and padded as this detector wants them.
-            regions: boxes in pixels of those images; None where `needs` names nothing of regions.
-            needs: names of the `DetectorOutputs` to fill beside the pyramid: "pooled", "levels", "embeddings",
-                "logits", "deltas", "head".
-            later_regions: of a cascade of a student, the boxes of its stages after the first. Where the teacher is a
-                cascade too, its predictions for them fill `later_stages`.
+            images: (B, 3, H, W), normalised and padded for this detector.
+            regions: boxes in pixels of these images. None if `needs` has no field about regions.
+            needs: fields of `DetectorOutputs` to fill beside the pyramid: "pooled", "levels", "embeddings", "logits",
+                "deltas", "head".
+            later_regions: boxes of a student cascade's stages after the first. A teacher that is a cascade fills
+                `later_stages` with its predictions for them.
         """
 
 
 def find_adapter(model: nn.Module) -> Optional[Type[DetectorAdapter]]:
-    """The registered adapter class for a detector, or None."""
+    """Return the registered adapter class for a detector, or None."""
     return next((adapter for _, adapter in DETECTOR_ADAPTER_REGISTRY if adapter.matches(model)), None)
 
 
 def build_adapter(model: nn.Module, role: str, cfg: CfgNode) -> DetectorAdapter:
-    """The adapter for a detector.
+    """Build the adapter for a detector.
 
     Raises:
-        GDetKDError: no registered adapter matches, or the one that does finds something missing.
+        GDetKDError: no registered adapter matches, or the detector lacks something that distillation needs.
     """
     adapter = find_adapter(model)
     if adapter is not None:
         return adapter(model, role, cfg)
     families = ", ".join(name for name, _ in DETECTOR_ADAPTER_REGISTRY)
     raise GDetKDError(
-        f"The {role} is a {type(model).__name__}, for which there is no adapter (there is: {families}). "
-        "Register one in gdetkd.detectors.DETECTOR_ADAPTER_REGISTRY."
+        f"The {role} is a {type(model).__name__}, but no adapter matches it. The registered adapters are {families}. "
+        "Register an adapter in gdetkd.detectors.DETECTOR_ADAPTER_REGISTRY (docs/detector-families.md)."
     )

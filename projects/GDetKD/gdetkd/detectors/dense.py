@@ -1,6 +1,6 @@
 """Dense detectors: RetinaNet and FCOS.
 
-Shapes: B images, L levels, A anchors a location, n classes, N regions.
+Shapes: B images, L levels, A anchors of a location, n classes, K candidates of an image, N regions.
 """
 
 import math
@@ -25,17 +25,20 @@ from .base import DETECTOR_ADAPTER_REGISTRY, REGION_FIELDS, DetectorAdapter
 from .dense_head import DenseHead
 from .sources import by_anchor, gather, places, without_anchor
 
-# What regions of a dense teacher are pooled to: it has no box head that would say, and 7 is every two-stage one's.
+# Pooled size of a dense teacher's regions. It has no box head that sets one. Two-stage detectors use 7 x 7.
 POOLED_SIZE = (7, 7)
 SAMPLING_RATIO = 2
 
 
 class DenseAdapter(DetectorAdapter):
-    """The regions of a student are its own decoded predictions, matched with ground truth and sampled.
+    """Read a dense detector.
 
-    Its embedding of a region is the classification tower's last feature at the location that predicted it. A
-    teacher's embedding, of a region that came from elsewhere, is that feature at the region's centre, interpolated, on
-    the level whose objects the detector's own label assignment would take the region for.
+    The regions of a student are its own decoded predictions, matched with ground truth and sampled. An embedding is a
+    vector of the classification tower's last features:
+
+    - The student's embedding lies at the location that predicted the region.
+    - The teacher's embedding lies at the region's centre, interpolated. The teacher's label assignment chooses the
+      level, as if the region were an object.
     """
 
     anchor_based: ClassVar[bool] = True
@@ -45,8 +48,8 @@ class DenseAdapter(DetectorAdapter):
         self._features = list(model.head_in_features)
         if len(self._features) < 2:
             raise GDetKDError(
-                f"The {role} has no FPN: its head reads {self._features[0]} alone. GDetKD imitates pyramids; take a "
-                "config whose MODEL.BACKBONE.NAME builds an FPN."
+                f"The {role} has no FPN: its head reads {self._features[0]} alone, and GDetKD imitates pyramids. "
+                "Choose a config whose MODEL.BACKBONE.NAME builds an FPN."
             )
         strides = list(self.spec.strides.values())
         size, level = self.level_rule()
@@ -58,11 +61,14 @@ class DenseAdapter(DetectorAdapter):
 
     @abstractmethod
     def level_rule(self) -> Tuple[float, int]:
-        """A box side (pixels) and the level (log2 of its stride) from that size on; the next level from twice it on."""
+        """Return a box side in pixels, and the level (log2 of the stride) of boxes of that side.
+
+        The next level has boxes of twice that side.
+        """
 
     @abstractmethod
     def scores(self, predictions: Sequence[List[torch.Tensor]]) -> List[torch.Tensor]:
-        """Class-maximum scores, by level, each (B, A, H, W), from what the head returned."""
+        """Return the highest class score of each prediction of the head: by level, (B, A, H, W)."""
 
     @cached_property
     def spec(self) -> DetectorSpec:
@@ -122,52 +128,61 @@ class DenseAdapter(DetectorAdapter):
         if "pooled" in needs:
             outputs.pooled = pool_in_full_precision(self._pooler, maps, regions)
         if "embeddings" in needs:
-            # Every level, in order: a head with BatchNorm has one of them for each and turns to the next by itself.
-            outputs.embeddings = self._embed_at_centres([model.head.cls_subnet(each) for each in maps], regions)
+            # The tower runs on all levels in order, because a head with BatchNorm steps from level to level by itself.
+            outputs.embeddings = self._embed_at_centres([model.head.cls_subnet(level) for level in maps], regions)
         if {"logits", "deltas"} & set(needs):
             self._fill_predictions(outputs, model.head(maps))
         return outputs
 
     def _fill_predictions(self, outputs: DetectorOutputs, predictions: Sequence[List[torch.Tensor]]) -> None:
-        """Logits (N, n) and deltas (N, 4) of the very predictions that the regions are."""
+        """Fill the logits (N, n) and deltas (N, 4) of the predictions that became regions."""
         image_ids, sources = outputs.regions.image_ids(), outputs.regions.sources
         logits, deltas = predictions[0], predictions[1]
-        outputs.logits = gather([by_anchor(each, self.model.num_classes) for each in logits], image_ids, sources)
-        outputs.deltas = gather([by_anchor(each, 4) for each in deltas], image_ids, sources)
+        outputs.logits = gather([by_anchor(level, self.model.num_classes) for level in logits], image_ids, sources)
+        outputs.deltas = gather([by_anchor(level, 4) for level in deltas], image_ids, sources)
 
     @torch.no_grad()
     def _find_regions(
         self, maps: List[torch.Tensor], predictions: Sequence[List[torch.Tensor]], batched_inputs: List[Dict[str, Any]]
     ) -> Regions:
         decoded = self._decode_best(maps, predictions)
-        boxes, sources = zip(*(self._choose(*mine, inputs) for *mine, inputs in zip(*decoded, batched_inputs)))
-        return Regions([Boxes(each) for each in boxes], torch.cat(sources))
+        chosen = [self._choose(*candidates, inputs) for *candidates, inputs in zip(*decoded, batched_inputs)]
+        boxes, sources = zip(*chosen)
+        return Regions([Boxes(image_boxes) for image_boxes in boxes], torch.cat(sources))
 
     def _decode_best(
         self, maps: List[torch.Tensor], predictions: Sequence[List[torch.Tensor]]
     ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The K = PRE_NMS_TOPK best predictions of each image: boxes, anchors and sources (B, K, 4), scores (B, K)."""
+        """Decode the K best predictions of each image, K = PRE_NMS_TOPK.
+
+        Returns:
+            boxes, anchors and sources, (B, K, 4) each, and scores (B, K).
+        """
         scores = self.scores(predictions)
-        all_places = torch.cat([places(level, each[0]) for level, each in enumerate(scores)])
-        flat = torch.cat([each.permute(0, 2, 3, 1).flatten(1) for each in scores], dim=1).float()
+        all_places = torch.cat([places(level, level_scores[0]) for level, level_scores in enumerate(scores)])
+        flat = torch.cat([level_scores.permute(0, 2, 3, 1).flatten(1) for level_scores in scores], dim=1).float()
         best = flat.nan_to_num(nan=-1.0).topk(min(self.cfg.DISTILL.REGIONS.PRE_NMS_TOPK, flat.shape[1])).indices
         sources = all_places[best]
         anchors = torch.cat([boxes.tensor for boxes in self.model.anchor_generator(maps)])[best]
         image_ids = torch.arange(len(best), device=best.device).repeat_interleave(best.shape[1])
-        # Detached copies of what is needed: Detectron2's own decoding changes the head's outputs in place.
-        deltas = gather([by_anchor(each, 4) for each in predictions[1]], image_ids, sources.flatten(0, 1))
+        # `gather` copies. Decoding the head's outputs themselves would change them in place.
+        deltas = gather([by_anchor(level, 4) for level in predictions[1]], image_ids, sources.flatten(0, 1))
         boxes = self.model.box2box_transform.apply_deltas(deltas.float(), anchors.flatten(0, 1))
         return boxes.view_as(anchors), anchors, sources, flat.gather(1, best)
 
     def _choose(
         self, boxes: torch.Tensor, anchors: torch.Tensor, sources: torch.Tensor, scores: torch.Tensor, inputs: Any
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Of one image's K predictions, as `_decode_best` gives them, those that become regions, and their sources."""
+        """Choose the regions of an image among its K candidates, as `_decode_best` gives them.
+
+        Returns:
+            boxes (M, 4) and sources (M, 4) of the M chosen candidates.
+        """
         config = self.cfg.DISTILL.REGIONS
         height, width = inputs["image"].shape[-2:]  # not padded
         inside = (anchors[:, :2] + anchors[:, 2:]) / 2 < anchors.new_tensor([width, height])
         valid = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores) & inside.all(dim=1)
-        clipped = Boxes(boxes.nan_to_num())  # clipping refuses what is not finite; these are left out below
+        clipped = Boxes(boxes.nan_to_num())  # `clip` fails on boxes that are not finite; `valid` leaves them out
         clipped.clip((height, width))
         valid = torch.nonzero(valid & clipped.nonempty(threshold=config.MIN_SIZE))[:, 0]
         kept = valid[suppress(clipped.tensor[valid], scores[valid], config)]
@@ -179,25 +194,32 @@ class DenseAdapter(DetectorAdapter):
         return assign_boxes_to_levels(regions.boxes, **self._level_range, **self._level_rule)
 
     def _embed_at_centres(self, towers: List[torch.Tensor], regions: Regions) -> torch.Tensor:
-        """(N, D): bilinear interpolation of the tower's map at each region's centre on the region's level."""
+        """Interpolate the tower's map of a region's level at the region's centre (bilinear).
+
+        Args:
+            towers: by level, (B, D, H, W).
+
+        Returns:
+            (N, D)
+        """
         levels = self._assign_levels(regions)
         boxes, image_ids = regions.tensor(), regions.image_ids()
         towers = [full_precision(tower) for tower in towers]  # as in `pool_in_full_precision`
         embeddings = towers[0].new_zeros(len(boxes), towers[0].shape[1])
         for level, (tower, stride) in enumerate(zip(towers, self.spec.strides.values())):
-            mine = torch.nonzero(levels == level)[:, 0]
-            # RoIAlign of one cell is interpolation at its centre. It holds cell i's centre to lie at (i + 0.5) strides,
-            # the detector that of its anchors at (i + offset).
+            chosen = torch.nonzero(levels == level)[:, 0]
+            # RoIAlign of one cell is interpolation at its centre. RoIAlign puts the centre of cell i at (i + 0.5)
+            # strides, the detector puts its anchors at (i + offset) strides.
             shift = (0.5 - self.model.anchor_generator.offset) * stride
-            centre = (boxes[mine, :2] + boxes[mine, 2:]) / 2 + shift
-            cell = torch.cat([image_ids[mine, None], centre - stride / 2, centre + stride / 2], dim=1).to(tower.dtype)
-            embeddings[mine] = roi_align(tower, cell, 1, 1.0 / stride, sampling_ratio=1, aligned=True).flatten(1)
+            centre = (boxes[chosen, :2] + boxes[chosen, 2:]) / 2 + shift
+            cell = torch.cat([image_ids[chosen, None], centre - stride / 2, centre + stride / 2], dim=1).to(tower.dtype)
+            embeddings[chosen] = roi_align(tower, cell, 1, 1.0 / stride, sampling_ratio=1, aligned=True).flatten(1)
         return embeddings
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class RetinaNetAdapter(DenseAdapter):
-    """A region belongs to the level whose anchors are of its size."""
+    """Read a RetinaNet. A region belongs to the level whose anchors have its size."""
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -208,14 +230,17 @@ class RetinaNetAdapter(DenseAdapter):
         return float(smallest), int(math.log2(next(iter(self.spec.strides.values()))))
 
     def scores(self, predictions: Sequence[List[torch.Tensor]]) -> List[torch.Tensor]:
-        return [by_anchor(each, self.model.num_classes).amax(dim=2).sigmoid() for each in predictions[0]]
+        return [by_anchor(logits, self.model.num_classes).amax(dim=2).sigmoid() for logits in predictions[0]]
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class FCOSAdapter(DenseAdapter):
-    """A level takes objects whose farthest side is 4 to 8 strides from a location, so 8 to 16 strides long."""
+    """Read an FCOS.
 
-    anchor_based = False  # Detectron2's stand for locations
+    A level has the objects whose farthest side is 4 to 8 strides from a location, that is 8 to 16 strides long.
+    """
+
+    anchor_based = False  # Detectron2's FCOS has anchors, but they only mark the locations
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

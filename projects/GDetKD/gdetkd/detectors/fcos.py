@@ -1,4 +1,4 @@
-"""Detectron2's FCOS, buildable from a yaml config, which Detectron2 itself does not offer."""
+"""Detectron2's FCOS, built from a yaml config. Detectron2 itself builds it from a LazyConfig only."""
 
 from typing import Any, Dict, List, Sequence, Tuple
 
@@ -14,7 +14,10 @@ from ..structures import full_precision
 
 @META_ARCH_REGISTRY.register()
 class FCOS(fcos.FCOS):
-    """MODEL.META_ARCHITECTURE "FCOS", with the keys of MODEL.FCOS. Its weights are those of Detectron2's own."""
+    """Build Detectron2's FCOS from the keys of MODEL.FCOS, for MODEL.META_ARCHITECTURE "FCOS".
+
+    Its weights have the names and shapes of Detectron2's FCOS.
+    """
 
     @configurable
     def __init__(self, **kwargs: Any) -> None:
@@ -51,23 +54,29 @@ class FCOS(fcos.FCOS):
     def forward_training(
         self, images: Any, features: List[Any], predictions: Sequence[List[Any]], gt_instances: List[Instances]
     ) -> Dict[str, Any]:
-        """Compute Detectron2's losses in float32: under autocast its box loss meets half-precision boxes and fails."""
-        predictions = [[full_precision(level) for level in of_kind] for of_kind in predictions]
+        """Compute Detectron2's losses in float32. Its box loss fails on half-precision boxes under autocast."""
+        predictions = [[full_precision(level) for level in levels] for levels in predictions]
         return super().forward_training(images, features, predictions, gt_instances)
 
     def label_anchors(self, anchors: List[Boxes], gt_instances: List[Instances]) -> Tuple[Any, Any]:
-        """v0.6 fails on an image without objects: it gets one outside of the image, which no location is in."""
-        return super().label_anchors(anchors, [each if len(each) else _outside(each) for each in gt_instances])
+        """Label anchors also for an image without objects, on which v0.6 fails.
+
+        Such an image gets an object outside of it, which contains no location.
+        """
+        return super().label_anchors(anchors, [image if len(image) else _outside(image) for image in gt_instances])
 
 
 def _norm(name: str) -> Any:
-    """v0.6's head asks for the norm of a single channel to see its type, which GroupNorm refuses on current torch."""
+    """Return the norm's name, or a function for GroupNorm.
+
+    v0.6's head builds a norm of a single channel to see the norm's type. GroupNorm on current torch refuses that.
+    """
     return (lambda channels: get_norm(name, 32 if channels == 1 else channels)) if name == "GN" else name
 
 
 @BACKBONE_REGISTRY.register()
 def build_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """RetinaNet's backbone, but p6 and p7 are made from p5, not res5, as in Detectron2's configuration of FCOS."""
+    """Build RetinaNet's backbone, but make p6 and p7 from p5, not from res5, as Detectron2's FCOS config does."""
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     return FPN(
         bottom_up=build_resnet_backbone(cfg, input_shape),
@@ -80,6 +89,7 @@ def build_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 
 def _outside(empty: Instances) -> Instances:
+    """Return an object outside of an image that has no objects."""
     instances = Instances(empty.image_size)
     instances.gt_boxes = Boxes(empty.gt_boxes.tensor.new_tensor([[-2.0, -2.0, -1.0, -1.0]]))
     instances.gt_classes = empty.gt_classes.new_zeros(1)

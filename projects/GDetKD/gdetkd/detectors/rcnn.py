@@ -18,9 +18,10 @@ from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter
 
 
 class _TwoStageAdapter(DetectorAdapter):
-    """The regions are the proposals that the student's own sampler keeps for its box head.
+    """Read a two-stage detector.
 
-    A detector with one box head is treated as a cascade of one stage.
+    The regions are the proposals that the student's own sampler keeps for its box head. A detector with one box head is
+    treated as a cascade of one stage.
     """
 
     def __init__(self, model: nn.Module, role: str, cfg: CfgNode) -> None:
@@ -30,15 +31,16 @@ class _TwoStageAdapter(DetectorAdapter):
         if features is None or len(features) < 2:
             raise GDetKDError(
                 f"The {role} has no FPN: its box head ({type(heads).__name__}) reads "
-                f"{'one feature map' if features is None else ', '.join(features)}. GDetKD imitates pyramids; take a "
-                "config whose MODEL.BACKBONE.NAME builds an FPN and whose MODEL.ROI_HEADS.NAME is StandardROIHeads."
+                f"{'one feature map' if features is None else ', '.join(features)}, and GDetKD imitates pyramids. "
+                "Choose a config whose MODEL.BACKBONE.NAME builds an FPN and whose MODEL.ROI_HEADS.NAME is "
+                "StandardROIHeads."
             )
         self._features = list(features)
         self._heads = list(heads.box_head) if _is_cascade(model) else [heads.box_head]
         self._predictors = list(heads.box_predictor) if _is_cascade(model) else [heads.box_predictor]
         self._independent = _score_independently(self._predictors, role)
 
-    @cached_property  # reading anchors waits for the GPU
+    @cached_property  # cached because reading the anchors waits for the GPU
     def spec(self) -> DetectorSpec:
         heads = self.model.roi_heads
         shapes = self.model.backbone.output_shape()
@@ -62,10 +64,10 @@ class _TwoStageAdapter(DetectorAdapter):
         return getattr(self.model.proposal_generator, "anchor_generator", None)
 
     def _location_anchors(self) -> Optional[Dict[str, Tuple[Any, ...]]]:
-        """The RPN's; it may read more maps than the box head, and no other proposal generator has any."""
+        """Return the RPN's anchors on the maps that the box head reads. Other proposal generators have no anchors."""
         generator, names = self._anchor_generator(), getattr(self.model.proposal_generator, "in_features", ())
         cells = getattr(generator, "cell_anchors", ())
-        anchors = {name: tuple(map(tuple, each.tolist())) for name, each in zip(names, cells) if not each.is_meta}
+        anchors = {name: tuple(map(tuple, cell.tolist())) for name, cell in zip(names, cells) if not cell.is_meta}
         return {name: anchors[name] for name in self._features if name in anchors} or None
 
     def points(self) -> Dict[str, nn.Module]:
@@ -74,7 +76,7 @@ class _TwoStageAdapter(DetectorAdapter):
         return points
 
     def observe(self, calls: Dict[str, List[Call]], batched_inputs: List[Dict[str, Any]]) -> DetectorOutputs:
-        # The pooler's own inputs, because TRAIN_ON_PRED_BOXES replaces the boxes in the proposals afterwards.
+        # Regions are read from the pooler's inputs, because TRAIN_ON_PRED_BOXES later replaces the proposals' boxes.
         maps, _ = calls["pooler"][0].inputs
         regions = [Regions(list(call.inputs[1])) for call in calls["pooler"]]
         predictions = [self._read(calls[f"predictor{k}"][0].output) for k in range(len(self._predictors))]
@@ -119,19 +121,19 @@ class _TwoStageAdapter(DetectorAdapter):
     def _read(self, predictions: Tuple[torch.Tensor, torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return the logits and deltas of a predictor.
 
-        A sigmoid predictor has a column for background, too, but no loss trains that column and inference ignores it.
+        A sigmoid predictor has a background column, but no loss trains it and inference ignores it. It is left out.
         """
         logits, deltas = predictions
         return (logits[:, :-1] if self._independent else logits), deltas
 
 
 def _score_independently(predictors: Sequence[nn.Module], role: str) -> bool:
-    """Return whether the predictors are trained with a sigmoid; Detectron2 v0.6 has none that are."""
+    """Return whether the predictors are trained with a sigmoid. Detectron2 v0.6 has no such predictors."""
     independent = {bool(getattr(predictor, "use_sigmoid_ce", False)) for predictor in predictors}
     if len(independent) > 1:
         raise GDetKDError(
-            f"Some stages of the {role}'s cascade score classes with a sigmoid and others with a softmax "
-            "(`use_sigmoid_ce` of its box predictors), and CLS and REG read all stages alike. Give all stages the same."
+            f"Some stages of the {role}'s cascade score classes with a sigmoid, some with a softmax (`use_sigmoid_ce` "
+            "of its box predictors). CLS and REG need one kind. Give all stages the same."
         )
     return independent.pop()
 
@@ -142,7 +144,7 @@ def _is_cascade(model: nn.Module) -> bool:
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class RCNNAdapter(_TwoStageAdapter):
-    """Faster and Mask R-CNN."""
+    """Read a Faster R-CNN or Mask R-CNN."""
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -151,11 +153,11 @@ class RCNNAdapter(_TwoStageAdapter):
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class CascadeAdapter(_TwoStageAdapter):
-    """Cascade R-CNN: regions, features and embeddings of its first stage, predictions of each.
+    """Read a Cascade R-CNN: regions, features and embeddings of the first stage, predictions of every stage.
 
-    Detectron2 divides the gradient that each stage sends into the pooled features by the number of stages, because the
-    losses of all stages are summed. A term that reads the first stage alone would send the features only a part of
-    its gradient. For such a term the first stage runs once more, on the pooled features before that division.
+    Detectron2 sums the losses of all stages, and divides the gradient of a stage into the pooled features by the number
+    of stages. A term that reads only the first stage would send only a part of its gradient. For such a term the first
+    stage runs once more, on the pooled features before the division.
     """
 
     @classmethod
@@ -165,7 +167,7 @@ class CascadeAdapter(_TwoStageAdapter):
     def observe(self, calls: Dict[str, List[Call]], batched_inputs: List[Dict[str, Any]]) -> DetectorOutputs:
         outputs = super().observe(calls, batched_inputs)
         reads_embeddings = "embeddings" in self.needs
-        # Terms that sum over all stages get the whole gradient from the recorded stages together.
+        # A term that sums over all stages sends its whole gradient through the recorded stages.
         reads_predictions = self.stages_compared == 1 and bool({"logits", "deltas"} & set(self.needs))
         if reads_embeddings or reads_predictions:
             head = _run_again(self._heads[0], outputs.pooled)
@@ -177,5 +179,5 @@ class CascadeAdapter(_TwoStageAdapter):
 
 
 def _run_again(module: nn.Module, inputs: torch.Tensor) -> Any:
-    """Call a module a second time in a step, on copies of its buffers: a BatchNorm counts the batch only once."""
+    """Call a module a second time in a step, on copies of its buffers, so that a BatchNorm counts the batch once."""
     return functional_call(module, {name: buffer.clone() for name, buffer in module.named_buffers()}, (inputs,))

@@ -1,6 +1,6 @@
-"""Where dense predictions stand in what a head returns: level, row, column and anchor, the source of a box.
+"""Find dense predictions in the outputs of a head. The source of a prediction is its level, row, column and anchor.
 
-Shapes: B images, A anchors a location, N regions.
+Shapes: B images, A anchors of a location, K numbers of a prediction, N regions.
 """
 
 from typing import Sequence
@@ -9,35 +9,46 @@ import torch
 
 
 def gather(maps: Sequence[torch.Tensor], image_ids: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
-    """(N, K): what stands at each source.
+    """Gather the predictions at the given sources.
 
     Args:
         maps: by level, (B, A, K, H, W).
-        image_ids: (N,)
+        image_ids: (N,) index of each region's image.
         sources: (N, 4) level, row, column, anchor.
+
+    Returns:
+        (N, K)
     """
     level, row, column, anchor = sources.unbind(dim=1)
     found = maps[0].new_zeros(len(sources), maps[0].shape[2])
     for index, values in enumerate(maps):
-        # Something of each level, chosen by value: to select those of a level would make a GPU wait for their number.
+        # Every level is read for all sources, and `where` keeps the right values. Selecting the sources of a level
+        # would make the GPU wait for their number.
         height, width = values.shape[-2:]
-        here = values[image_ids, anchor, :, row.clamp(max=height - 1), column.clamp(max=width - 1)]
-        found = torch.where((level == index)[:, None], here, found)
+        on_level = values[image_ids, anchor, :, row.clamp(max=height - 1), column.clamp(max=width - 1)]
+        found = torch.where((level == index)[:, None], on_level, found)
     return found
 
 
 def by_anchor(prediction: torch.Tensor, width: int) -> torch.Tensor:
-    """(B, A K, H, W) -> (B, A, K, H, W), K = width"""
+    """Split the channels by anchor: (B, A K, H, W) -> (B, A, K, H, W), K = width."""
     return prediction.unflatten(1, (-1, width))
 
 
 def without_anchor(sources: torch.Tensor) -> torch.Tensor:
-    """(N, 4): the same locations in maps that have one vector for all of a location's anchors."""
+    """Set the anchor of sources (N, 4) to 0, for maps that have one vector for all anchors of a location."""
     return sources * sources.new_tensor([1, 1, 1, 0])
 
 
 def places(level: int, scores: torch.Tensor) -> torch.Tensor:
-    """(H W A, 4) level, row, column, anchor, in the order of Detectron2's anchors; scores (A, H, W)."""
+    """List the sources of a level, in the order of Detectron2's anchors.
+
+    Args:
+        scores: (A, H, W), whose shape counts.
+
+    Returns:
+        (H W A, 4) level, row, column, anchor.
+    """
     anchors, height, width = scores.shape
     ranges = [torch.arange(count, device=scores.device) for count in (height, width, anchors)]
     within = torch.cartesian_prod(*ranges).view(-1, 3)

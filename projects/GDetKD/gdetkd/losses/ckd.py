@@ -1,6 +1,6 @@
-"""Contrastive distillation (Yao et al., "G-DetKD", ICCV 2021, https://arxiv.org/abs/2108.07482).
+"""Contrastive distillation, CKD (Yao et al., "G-DetKD", ICCV 2021, https://arxiv.org/abs/2108.07482).
 
-Shapes: N regions of this process, M of other processes, K in the queue, D the width of what is compared.
+Shapes: N regions, K further negatives (the queue and other processes), D the width of an embedding.
 """
 
 import logging
@@ -31,45 +31,58 @@ def contrastive_distillation(
     gamma: float = 0.07,
     iou_threshold: float = 0.5,
 ) -> torch.Tensor:
-    """InfoNCE between each region's student and teacher embedding.
+    """Pull a region's student embedding towards its teacher embedding, and push it away from negatives (InfoNCE).
 
-    Negatives of a region are the teacher embeddings of all other regions and of the queue, but for regions of the
-    same image that overlap it by more than `iou_threshold`. The positive stays in the denominator, so the loss
-    is never negative.
+    The negatives of a region are the teacher embeddings of the other regions and of the queue. A region of the same
+    image that overlaps it by more than `iou_threshold` is left out, because it shows the same object. For example, two
+    regions at the same place are negatives of each other in two images, but not in one image:
+
+        >>> embeddings = torch.eye(2)  # student and teacher agree on both regions
+        >>> boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [0.0, 0.0, 9.0, 9.0]])
+        >>> contrastive_distillation(embeddings, embeddings, boxes, torch.tensor([0, 1]), gamma=1.0)
+        tensor(0.3133)
+        >>> contrastive_distillation(embeddings, embeddings, boxes, torch.tensor([0, 0]), gamma=1.0)
+        tensor(0.)
 
     Args:
-        student: (N, D) projected embeddings, of any length.
-        teacher: (N, D) the same regions'.
+        student: (N, D) projected embeddings. They are normalised here.
+        teacher: (N, D) projected embeddings of the same regions.
         boxes: (N, 4) xyxy in pixels.
-        image_ids: (N,) the image that each region is of.
+        image_ids: (N,) index of each region's image.
         queue: (K, D) further negatives, or None.
         gamma: temperature of the cosine similarities.
-        iou_threshold: in IoU.
+        iou_threshold: IoU above which regions of one image are not negatives of each other.
 
     Returns:
         mean over N of -log( g(s_i, t_i) / (g(s_i, t_i) + sum over negatives g(s_i, t_j)) ), g = exp(cos / gamma);
-        0 for N = 0.
+        0 for N = 0. The positive is in the denominator, so the loss is never negative.
     """
     count = len(student)
     if count == 0:
         return sum_of_zeros([student, teacher] + ([] if queue is None else [queue]))
     candidates = teacher if queue is None else torch.cat([teacher, queue])
     left_out = (image_ids[:, None] == image_ids) & (box_iou(boxes, boxes) > iou_threshold)
-    left_out.fill_diagonal_(False)  # a region is its own positive, though it overlaps itself
-    # gamma divides the smaller side.
+    left_out.fill_diagonal_(False)  # a region overlaps itself, but is its own positive
+    # Dividing the student's side by gamma is cheaper: it has N rows, and the candidates N + K.
     return _InfoNCE.apply(F.normalize(student, dim=1) / gamma, F.normalize(candidates, dim=1), left_out)
 
 
 class _InfoNCE(Function):
-    """Cross-entropy of each anchor's similarities with all candidates, the candidate of its own row being the target.
+    """Compute the cross-entropy of each anchor's similarities with all candidates. Candidate i is anchor i's target.
 
     (N, N + K) is the largest tensor of a step: 268 MB for 1,024 regions and 65,536 negatives. Autograd would hold it
-    several times; here it is made once, becomes the probabilities in place, and the backward pass makes no other.
+    several times. This function makes it once, and turns it into the probabilities in place.
     """
 
     @staticmethod
     def forward(ctx: Any, anchors: torch.Tensor, candidates: torch.Tensor, left_out: torch.Tensor) -> torch.Tensor:
-        """(N, D), (N + K, D) and (N, N), of the first N candidates those that are no negatives -> scalar"""
+        """Return the mean cross-entropy, a scalar.
+
+        Args:
+            anchors: (N, D)
+            candidates: (N + K, D)
+            left_out: (N, N) bool, true where candidate j is no negative of anchor i.
+        """
         similarity = anchors @ candidates.t()  # (N, N + K)
         similarity[:, : len(anchors)].masked_fill_(left_out, float("-inf"))
         largest = similarity.amax(dim=1, keepdim=True)
@@ -91,10 +104,10 @@ class _InfoNCE(Function):
 
 
 def gather_embeddings(embeddings: torch.Tensor) -> Tuple[int, List[torch.Tensor]]:
-    """Collects (N_rank, D) of all processes; N may differ, and be 0. No gradient flows.
+    """Collect the embeddings (N, D) of all processes, without gradient. N may differ between processes, and may be 0.
 
     Returns:
-        this process's rank, and the embeddings of each rank.
+        this process's rank, and a list of the embeddings by rank.
     """
     embeddings = embeddings.detach()
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
@@ -110,11 +123,11 @@ def gather_embeddings(embeddings: torch.Tensor) -> Tuple[int, List[torch.Tensor]
 
 
 class EmbeddingQueue(nn.Module):
-    """The last `size` raw teacher embeddings, oldest overwritten first.
+    """Keep the last `size` teacher embeddings. New embeddings overwrite the oldest.
 
-    They are raw because a frozen teacher's never go stale, while their projection is learned. What is pushed becomes
-    visible at the next `contents`, that is after the backward pass, which still reads the queue. One that is not finite
-    never does: what was in its place stays.
+    The queue holds embeddings before the projection: the teacher is frozen, so they stay valid, but the projection is
+    learned. Pushed embeddings become visible at the next `contents`, because the backward pass still reads the queue.
+    An embedding that is not finite is dropped, and the old embedding in its place stays.
     """
 
     def __init__(self, size: int, dim: int) -> None:
@@ -125,20 +138,20 @@ class EmbeddingQueue(nn.Module):
         self._pending: Optional[torch.Tensor] = None
 
     def push(self, embeddings: torch.Tensor) -> None:
-        """(N, D), the newest last."""
+        """Store embeddings (N, D), the newest last. They wait until the queue is read."""
         self._pending = embeddings
 
     def contents(self) -> torch.Tensor:
-        """(filled, D); a view, valid until the next call."""
+        """Return the stored embeddings (filled, D). The result is a view, valid until the next call."""
         self._write_pending()
         return self.embeddings[: int(self.filled)]
 
     def settle(self) -> None:
-        """Makes visible what was pushed, before a step; so that what waits during the step is the step's own."""
+        """Write the pending embeddings before a step. Then `drop_pending` drops those of the step alone."""
         self._write_pending()
 
     def drop_pending(self) -> None:
-        """Forgets what was pushed since, of a step that is undone."""
+        """Forget the embeddings of a step that is undone."""
         self._pending = None
 
     def _write_pending(self) -> None:
@@ -148,7 +161,7 @@ class EmbeddingQueue(nn.Module):
             return
         new = new[-size:]
         places = (torch.arange(len(new), device=new.device) + self.next) % size
-        # Chosen by value, for leaving rows out would make a GPU wait for their number.
+        # `where` needs no row count. Indexing by a mask would make the GPU wait for the number of rows.
         is_finite = torch.isfinite(new).all(dim=1, keepdim=True)  # (N, 1)
         self.embeddings[places] = torch.where(is_finite, new.to(self.embeddings.dtype), self.embeddings[places])
         self.next.copy_((self.next + len(new)) % size)
@@ -166,15 +179,17 @@ class EmbeddingQueue(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _fitted(self, state_dict: Dict[str, Any], prefix: str) -> Dict[str, torch.Tensor]:
-        """Return the newest embeddings of a queue of another length: on other GPUs a resumed run may gather other
-        numbers, and has another length from DISTILL.CKD.QUEUE_STEPS."""
+        """Return the state of a saved queue of another length, fitted to this one. The newest embeddings are kept.
+
+        The length follows from the batch size (DISTILL.CKD.QUEUE_STEPS), which can change when a run is resumed.
+        """
         saved, filled, start = (state_dict[prefix + name] for name in ("embeddings", "filled", "next"))
         # Oldest first. Until the queue is full, `next` is the number of embeddings.
         in_order = saved[: int(filled)].roll(-int(start), dims=0)
         size = len(self.embeddings)
         newest = in_order[max(0, len(in_order) - size) :]
         logger.info(
-            "CKD's queue: the checkpoint has %d embeddings (length %d); this run keeps the newest %d (length %d).",
+            "CKD's queue: the checkpoint has %d embeddings (length %d). This run keeps the newest %d (length %d).",
             filled,
             len(saved),
             len(newest),
@@ -188,38 +203,41 @@ class EmbeddingQueue(nn.Module):
 
 
 def queue_length(cfg: CfgNode, student_spec: DetectorSpec) -> int:
-    """Return how many embeddings the queue holds: DISTILL.CKD.QUEUE_SIZE, or what QUEUE_STEPS steps gather.
+    """Return the length of the queue: DISTILL.CKD.QUEUE_SIZE, or the number of embeddings of QUEUE_STEPS steps.
 
     Raises:
-        GDetKDError: a key is negative, or nothing says how many regions the student has.
+        GDetKDError: a key is negative, or the student's number of regions is unknown.
     """
     config = cfg.DISTILL.CKD
     if config.QUEUE_SIZE < -1:
         raise GDetKDError(
-            f"DISTILL.CKD.QUEUE_SIZE is {config.QUEUE_SIZE}. Give the number of embeddings that the queue holds, 0 for "
-            "no queue, or -1 to derive it from DISTILL.CKD.QUEUE_STEPS."
+            f"DISTILL.CKD.QUEUE_SIZE is {config.QUEUE_SIZE}. Set it to the number of embeddings that the queue holds, "
+            "0 for no queue, or -1 to derive it from DISTILL.CKD.QUEUE_STEPS."
         )
     if config.QUEUE_STEPS < 0:
         raise GDetKDError(
-            f"DISTILL.CKD.QUEUE_STEPS is {config.QUEUE_STEPS}. Give the number of steps that the queue holds, 0 for no "
-            "queue."
+            f"DISTILL.CKD.QUEUE_STEPS is {config.QUEUE_STEPS}. Set it to the number of steps that the queue holds, or "
+            "to 0 for no queue."
         )
     if config.QUEUE_SIZE >= 0:
         return config.QUEUE_SIZE
     if student_spec.regions_per_image is None:
         raise GDetKDError(
-            "The length of the queue cannot be derived from DISTILL.CKD.QUEUE_STEPS: the student's adapter does not "
-            "give the regions of an image. Set `regions_per_image` in its DetectorSpec, or DISTILL.CKD.QUEUE_SIZE."
+            "CKD cannot derive the length of its queue from DISTILL.CKD.QUEUE_STEPS, because the student's adapter "
+            "does not say how many regions an image has. Set `regions_per_image` in the adapter's DetectorSpec, or set "
+            "DISTILL.CKD.QUEUE_SIZE."
         )
     return config.QUEUE_STEPS * cfg.SOLVER.IMS_PER_BATCH * student_spec.regions_per_image
 
 
 @DISTILL_LOSS_REGISTRY.register()
 class CKD(DistillLoss):
-    """Own the linear adapter to the teacher's width, the projection f that both sides share, and the queue.
+    """Compare region embeddings by `contrastive_distillation`.
+
+    The module has a linear adapter to the teacher's width, the projection f of both detectors, and the queue.
 
     Raises:
-        GDetKDError: the length of the queue is wrong or not known.
+        GDetKDError: the temperature is not positive, or the length of the queue is invalid or unknown.
     """
 
     default_weight = 0.5  # source: a re-implementation
@@ -227,30 +245,32 @@ class CKD(DistillLoss):
 
     @classmethod
     def add_keys(cls, node: CfgNode) -> None:
-        # Temperature of the contrastive similarities (cosines). Source: a re-implementation.
+        # Temperature of the cosine similarities, positive. Source: a re-implementation.
         node.GAMMA = 0.07
         # Regions of one image that overlap by more than this IoU are not negatives of each other. Source of the value:
-        # re-implementations. A write-up says that IoU filters the negatives, but not at which value.
+        # re-implementations. A write-up says that IoU filters the negatives, but gives no value.
         node.IOU_THRESHOLD = 0.5
-        # Width of the shared projection f, a linear layer with a bias. Source: ours. A re-implementation has a width of
-        # 1024 and no bias.
+        # Width of the shared projection f, a linear layer with a bias. Source: our choice. A re-implementation uses a
+        # width of 1024 and no bias.
         node.PROJECTION_DIM = 128
-        # Past steps whose teacher embeddings are kept as negatives, those of all processes; 0: none. The queue then
-        # holds QUEUE_STEPS x SOLVER.IMS_PER_BATCH x the regions of an image (MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE of a
-        # two-stage student, DISTILL.REGIONS.BATCH_SIZE_PER_IMAGE of a dense one): 81,920 embeddings for 16 images of
-        # 512 regions, or 336 MB if a teacher's embedding has 1,024 numbers. The length is unpublished. The only public
-        # configuration keeps ten steps, the current one among them. Ours does not count the current step.
+        # Number of past steps whose teacher embeddings, from all processes, are kept as negatives. 0: no queue.
+        # The length of the queue is QUEUE_STEPS x SOLVER.IMS_PER_BATCH x regions of an image. The regions of an image
+        # are MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE for a two-stage student, and DISTILL.REGIONS.BATCH_SIZE_PER_IMAGE for
+        # a dense student. For example, 10 steps of 16 images with 512 regions are 81,920 embeddings. They take 336 MB
+        # if an embedding has 1,024 numbers. The paper gives no length. The only public configuration keeps ten steps
+        # and counts the current step. GDetKD does not count the current step.
         node.QUEUE_STEPS = 10
-        # The length of the queue in embeddings, whatever QUEUE_STEPS says; 0: no queue; -1: from QUEUE_STEPS.
+        # Length of the queue in embeddings. It overrides QUEUE_STEPS. 0: no queue. -1: derive it from QUEUE_STEPS.
         node.QUEUE_SIZE = -1
 
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__()
         config = cfg.DISTILL.CKD
+        if config.GAMMA <= 0:
+            raise GDetKDError(f"DISTILL.CKD.GAMMA is {config.GAMMA}. A temperature must be positive, for example 0.07.")
         self.gamma = config.GAMMA
         self.iou_threshold = config.IOU_THRESHOLD
         self.adapter = nn.Linear(student_spec.embedding_dim, teacher_spec.embedding_dim)
-        # With a bias; the projection of the only public re-implementation has none.
         self.projection = nn.Linear(teacher_spec.embedding_dim, config.PROJECTION_DIM)
         self.queue = EmbeddingQueue(queue_length(cfg, student_spec), teacher_spec.embedding_dim)
 
@@ -269,9 +289,9 @@ class CKD(DistillLoss):
 
     def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         raw = full_precision(teacher.embeddings)  # (N, D_T)
-        rank, everyone = gather_embeddings(raw)
-        # Projected part by part: a copy of the whole queue beside the other processes' embeddings is as large as it.
-        negatives = [*everyone[:rank], *everyone[rank + 1 :], self.queue.contents()]
+        rank, by_rank = gather_embeddings(raw)
+        # Each part is projected alone. Joining the parts first would copy the whole queue.
+        negatives = [*by_rank[:rank], *by_rank[rank + 1 :], self.queue.contents()]
         loss = contrastive_distillation(
             self.projection(self.adapter(full_precision(student.embeddings))),
             self.projection(raw),
@@ -281,5 +301,5 @@ class CKD(DistillLoss):
             self.gamma,
             self.iou_threshold,
         )
-        self.queue.push(torch.cat(everyone))
+        self.queue.push(torch.cat(by_rank))
         return loss

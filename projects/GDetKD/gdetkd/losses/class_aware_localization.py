@@ -1,4 +1,4 @@
-"""Prediction distillation, boxes (Yao et al., "G-DetKD", ICCV 2021, https://arxiv.org/abs/2108.07482)."""
+"""Prediction distillation of boxes, REG (Yao et al., "G-DetKD", ICCV 2021, https://arxiv.org/abs/2108.07482)."""
 
 import torch
 from detectron2.config import CfgNode
@@ -13,13 +13,20 @@ from .soft_classification import check_comparable
 def class_aware_localization(
     student_deltas: torch.Tensor, teacher_deltas: torch.Tensor, teacher_logits: torch.Tensor
 ) -> torch.Tensor:
-    """| sum over classes of p_T^c (reg_T^c - reg_S^c) |, summed over the four deltas.
+    """Compare box deltas, weighted by the teacher's class probabilities.
 
-    p_T is the teacher's softmax; background has no deltas and takes no part. A class-agnostic head has the same
-    deltas for every class, so that between two such heads the sum is p_T(foreground) times the difference.
+    The loss is | sum over classes c of p_T^c (reg_T^c - reg_S^c) |, summed over the four deltas. p_T is the teacher's
+    softmax. Background has no deltas and is left out. A class-agnostic head has the same deltas for every class. For
+    example, two classes at 1/4 whose deltas all differ by 1 and by 3 give (1/4 + 3/4) * 4:
+
+        >>> teacher_logits = torch.tensor([[0.25, 0.25, 0.5]]).log()
+        >>> teacher_deltas = torch.tensor([[1.0, 1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0]])
+        >>> class_aware_localization(torch.zeros(1, 8), teacher_deltas, teacher_logits)
+        tensor(4.)
 
     Args:
-        student_deltas, teacher_deltas: (N, 4 n) or, class-agnostic, (N, 4); in units of the same BBOX_REG_WEIGHTS.
+        student_deltas, teacher_deltas: (N, 4 n), or (N, 4) of a class-agnostic head, in units of the same
+            BBOX_REG_WEIGHTS.
         teacher_logits: (N, n + 1), background last.
 
     Returns:
@@ -31,11 +38,12 @@ def class_aware_localization(
 def probability_weighted_localization(
     student_deltas: torch.Tensor, teacher_deltas: torch.Tensor, probabilities: torch.Tensor
 ) -> torch.Tensor:
-    """Compare deltas as `class_aware_localization` does, with given probabilities (softmax or sigmoid).
+    """Compare box deltas as `class_aware_localization` does, with given class probabilities.
 
     Args:
         student_deltas, teacher_deltas: as in `class_aware_localization`.
-        probabilities: (N, n) the teacher's, of the foreground classes. Sigmoid probabilities may sum to more than 1.
+        probabilities: (N, n) the teacher's probabilities of the foreground classes, from a softmax or a sigmoid.
+            Sigmoid probabilities may sum to more than 1.
 
     Returns:
         mean over N; 0 for N = 0.
@@ -50,11 +58,14 @@ def probability_weighted_localization(
 def confidence_weighted_localization(
     student_deltas: torch.Tensor, teacher_deltas: torch.Tensor, confidence: torch.Tensor
 ) -> torch.Tensor:
-    """The same of dense detectors, whose deltas are class-agnostic: p_T | reg_T - reg_S |, summed over the four deltas.
+    """Compare the box deltas of dense detectors, weighted by the teacher's confidence: p_T | reg_T - reg_S |.
+
+    The differences are summed over the four deltas. The deltas of dense detectors are class-agnostic. This form is our
+    choice: we know of no such term in the paper.
 
     Args:
         student_deltas, teacher_deltas: (N, 4) from the same anchors, in the same units.
-        confidence: (N,) the teacher's class-maximum probability. Ours: we know of none in the paper.
+        confidence: (N,) the teacher's highest class probability.
 
     Returns:
         mean over N; 0 for N = 0.
@@ -68,14 +79,14 @@ def confidence_weighted_localization(
 class REG(DistillLoss):
     """Compare the box deltas of the two detectors on the classes that both have.
 
-    Box heads are compared by `class_aware_localization`, with the teacher's own probabilities (softmax or sigmoid), and
-    stages that both detectors have are summed. Dense detectors are compared by `confidence_weighted_localization`.
+    Box heads are compared by `probability_weighted_localization`, with the teacher's softmax or sigmoid probabilities.
+    The stages that both detectors have are summed. Dense detectors are compared by `confidence_weighted_localization`.
 
     Raises:
         GDetKDError: the detectors cannot be compared, have no class in common, or have deltas in different units.
     """
 
-    default_weight = 1.0  # source: ours
+    default_weight = 1.0  # source: our choice
     needs = frozenset({"logits", "deltas"})
 
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
@@ -85,28 +96,28 @@ class REG(DistillLoss):
         self.num_classes = student_spec.num_classes, teacher_spec.num_classes
         self.is_dense = student_spec.dense is not None
         self.independent = teacher_spec.independent_classes
-        ours = [student_spec.regression_weights, *student_spec.later_regression_weights]
-        its = [teacher_spec.regression_weights, *teacher_spec.later_regression_weights]
-        for stage, (of_student, of_teacher) in enumerate(zip(ours, its)):
-            if of_student != of_teacher:
+        student_units = [student_spec.regression_weights, *student_spec.later_regression_weights]
+        teacher_units = [teacher_spec.regression_weights, *teacher_spec.later_regression_weights]
+        for stage, (student_unit, teacher_unit) in enumerate(zip(student_units, teacher_units)):
+            if student_unit != teacher_unit:
                 raise GDetKDError(
-                    f"REG compares box deltas in the same units, but BBOX_REG_WEIGHTS is {of_student} for the student "
-                    f"and {of_teacher} for the teacher{f', at stage {stage + 1}' if stage else ''}. Give the student "
-                    "the teacher's, or take REG out of DISTILL.LOSSES."
+                    f"REG needs box deltas in the same units, but BBOX_REG_WEIGHTS is {student_unit} for the student "
+                    f"and {teacher_unit} for the teacher{f', at stage {stage + 1}' if stage else ''}. Give the student "
+                    "the teacher's value, or take REG out of DISTILL.LOSSES."
                 )
 
     def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         stages = [(student, teacher), *zip(student.later_stages, teacher.later_stages)]
-        return sum(self._compare(ours, its) for ours, its in stages)
+        return sum(self._compare(student_stage, teacher_stage) for student_stage, teacher_stage in stages)
 
     def _compare(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
-        ours, its = full_precision(student.deltas), full_precision(teacher.deltas)
-        logits = full_precision(teacher.logits)
+        student_deltas, teacher_deltas = full_precision(student.deltas), full_precision(teacher.deltas)
+        teacher_logits = full_precision(teacher.logits)
         if self.is_dense:
-            confidence = select_logits(logits, self.classes.teacher).sigmoid().amax(dim=1)
-            return confidence_weighted_localization(ours, its, confidence)
+            confidence = select_logits(teacher_logits, self.classes.teacher).sigmoid().amax(dim=1)
+            return confidence_weighted_localization(student_deltas, teacher_deltas, confidence)
         return probability_weighted_localization(
-            select_deltas(ours, self.num_classes[0], self.classes.student),
-            select_deltas(its, self.num_classes[1], self.classes.teacher),
-            class_probabilities(logits, self.classes.teacher, self.independent),
+            select_deltas(student_deltas, self.num_classes[0], self.classes.student),
+            select_deltas(teacher_deltas, self.num_classes[1], self.classes.teacher),
+            class_probabilities(teacher_logits, self.classes.teacher, self.independent),
         )

@@ -1,4 +1,7 @@
-"""Which classes of student and teacher are the same, by name, and predictions restricted to those."""
+"""Match the classes of student and teacher by name, and restrict predictions to the common classes.
+
+Shapes: N regions, n foreground classes of a detector, m common classes.
+"""
 
 import logging
 from dataclasses import dataclass
@@ -15,21 +18,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClassMap:
-    """Indices of the m classes that both have, in the same order on both sides; None: all, in the same order."""
+    """Hold the indices of the m common classes in each detector, in the same order.
+
+    None: the two detectors have the same classes in the same order.
+    """
 
     student: Optional[Tuple[int, ...]] = None
     teacher: Optional[Tuple[int, ...]] = None
 
 
 def match_classes(loss: str, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> ClassMap:
-    """The map for a loss that compares class by class.
+    """Match the classes of student and teacher, for a loss that compares class by class.
+
+    Classes of the same name match. DISTILL.CLASS_MAP adds pairs of different names.
 
     Args:
-        loss: its name, for messages.
-        cfg: DISTILL.CLASS_MAP holds pairs of a student's class and the teacher's of another name that means the same.
+        loss: name of the loss, for messages.
+        cfg: the config of the distillation.
 
     Raises:
-        GDetKDError: no class matches, names are needed and not known, or DISTILL.CLASS_MAP names unknown ones.
+        GDetKDError: no class matches, the class names are unknown but needed, or DISTILL.CLASS_MAP is invalid.
     """
     if student.class_names is None or teacher.class_names is None:
         return _assume_same_order(loss, cfg, student, teacher)
@@ -45,16 +53,16 @@ def match_classes(loss: str, cfg: CfgNode, student: DetectorSpec, teacher: Detec
     unused = [name for index, name in enumerate(teacher.class_names) if index not in {index for _, index in both}]
     if not both:
         raise GDetKDError(
-            f"{loss} compares class by class, but no class of the student ({some(alone)}) is one of the teacher's "
-            f"({some(unused)}). Name those that mean the same in DISTILL.CLASS_MAP, as pairs [student's, teacher's], "
-            f"or take {loss} out of DISTILL.LOSSES (SGFI and CKD need no common class)."
+            f"{loss} compares class by class, but the student's classes ({some(alone)}) and the teacher's "
+            f"({some(unused)}) have no name in common. Pair classes that mean the same in DISTILL.CLASS_MAP, as "
+            f"[student class, teacher class], or take {loss} out of DISTILL.LOSSES. SGFI and CKD need no common class."
         )
     if not alone and not unused and all(index == other for index, other in both):
         return ClassMap()
     logger.info("%s: %d classes of student and teacher match: %s", loss, len(both), ", ".join(matched))
     if alone or unused:
         logger.warning(
-            "%s leaves out: of the student %s; of the teacher %s.",
+            "%s leaves out classes that only one detector has. Student: %s. Teacher: %s.",
             loss,
             some(alone) or "none",
             some(unused) or "none",
@@ -66,47 +74,47 @@ def _assume_same_order(loss: str, cfg: CfgNode, student: DetectorSpec, teacher: 
     lacking = "student" if student.class_names is None else "teacher"
     if cfg.DISTILL.CLASS_MAP or student.num_classes != teacher.num_classes:
         raise GDetKDError(
-            f"{loss} compares class by class, the student has {student.num_classes} classes and the teacher "
-            f"{teacher.num_classes}, and the names of the {lacking}'s are not known from its DATASETS.TRAIN. Give the "
-            f"teacher's in DISTILL.TEACHER.CLASSES, or take {loss} out of DISTILL.LOSSES (SGFI and CKD do not need "
-            "equal classes)."
+            f"{loss} compares class by class, but the class names of the {lacking} are unknown: its DATASETS.TRAIN "
+            f"does not tell them. The student has {student.num_classes} classes and the teacher {teacher.num_classes}. "
+            f"List the teacher's names in DISTILL.TEACHER.CLASSES, or take {loss} out of DISTILL.LOSSES. SGFI and CKD "
+            "need no common class."
         )
     warn_of_unknown_names(loss, lacking)
     return ClassMap()
 
 
 def warn_of_unknown_names(what: str, lacking: str) -> None:
-    """Warn that classes are assumed to be the same.
+    """Warn that student and teacher are assumed to have the same classes.
 
     Args:
-        what: what assumes that, for the message.
-        lacking: "student" or "teacher", whose class names are not known.
+        what: subject of the message, such as the name of a loss.
+        lacking: "student" or "teacher", the detector whose class names are unknown.
     """
     logger.warning(
-        "%s takes the classes of student and teacher to be the same in the same order: the names of the %s's are not "
-        "known (DISTILL.TEACHER.CLASSES would give the teacher's).",
+        "%s assumes that student and teacher have the same classes in the same order, because the class names of the "
+        "%s are unknown. List the teacher's names in DISTILL.TEACHER.CLASSES.",
         what,
         lacking,
     )
 
 
 def other_names(cfg: CfgNode, student: Tuple[str, ...], teacher: Tuple[str, ...]) -> Dict[str, str]:
-    """DISTILL.CLASS_MAP as a dictionary from the student's names to the teacher's.
+    """Return DISTILL.CLASS_MAP as a dictionary from student names to teacher names.
 
     Raises:
-        GDetKDError: it names a class that does not exist, or with it one class of a side would be two of the other's.
+        GDetKDError: a pair names an unknown class, or a class of one detector would match two of the other detector.
     """
     pairs: Dict[str, str] = {}
     for pair in cfg.DISTILL.CLASS_MAP:
         if len(pair) != 2 or pair[0] not in student or pair[1] not in teacher:
             raise GDetKDError(
-                f"DISTILL.CLASS_MAP: {pair!r} is not a pair of a class of the student ({some(student)}) and one of "
-                f"the teacher ({some(teacher)})."
+                f"DISTILL.CLASS_MAP has {pair!r}. Give pairs of a student class ({some(student)}) and a teacher class "
+                f"({some(teacher)})."
             )
         if pairs.setdefault(pair[0], pair[1]) != pair[1]:
             raise GDetKDError(
-                f"DISTILL.CLASS_MAP makes {pair[0]!r} of the student both {pairs[pair[0]]!r} and {pair[1]!r} of the "
-                "teacher. One of them can teach it: leave the other out."
+                f"DISTILL.CLASS_MAP pairs the student class {pair[0]!r} with two teacher classes, {pairs[pair[0]]!r} "
+                f"and {pair[1]!r}. Remove one of the pairs."
             )
     _check_one_to_one(pairs, student, teacher)
     return pairs
@@ -114,50 +122,59 @@ def other_names(cfg: CfgNode, student: Tuple[str, ...], teacher: Tuple[str, ...]
 
 def _check_one_to_one(pairs: Dict[str, str], student: Tuple[str, ...], teacher: Tuple[str, ...]) -> None:
     """Raise an error if two student classes map to the same teacher class: they would learn to look alike."""
-    taught: Dict[str, str] = {}
+    student_name_of: Dict[str, str] = {}
     for name in student:
-        other = pairs.get(name, name)
-        if other not in teacher:
+        teacher_name = pairs.get(name, name)
+        if teacher_name not in teacher:
             continue
-        if teacher.count(other) > 1:
+        if teacher.count(teacher_name) > 1:
             raise GDetKDError(
-                f"The teacher has {teacher.count(other)} classes of the name {other!r}, so none of them can be told "
-                "from "
-                "the others. Give them different names in DISTILL.TEACHER.CLASSES."
+                f"The teacher has {teacher.count(teacher_name)} classes with the name {teacher_name!r}. Give them "
+                "different names in DISTILL.TEACHER.CLASSES."
             )
-        if other in taught:
+        if teacher_name in student_name_of:
             raise GDetKDError(
-                f"{other!r} of the teacher is both {taught[other]!r} and {name!r} of the student. It can teach one of "
-                "them: leave out a pair of DISTILL.CLASS_MAP, or give the student's other class a name that the "
-                "teacher "
-                "does not have."
+                f"The teacher class {teacher_name!r} matches two student classes, {student_name_of[teacher_name]!r} "
+                f"and {name!r}. They would learn to look alike. Remove a pair of DISTILL.CLASS_MAP, or give one of the "
+                "student classes a name that the teacher does not have."
             )
-        taught[other] = name
+        student_name_of[teacher_name] = name
 
 
 def merge_logits(logits: torch.Tensor, classes: Optional[Tuple[int, ...]]) -> torch.Tensor:
-    """(N, n + 1) -> (N, m + 1): softmax logits of the m given classes, and of "none of these" in the last column.
+    """Keep the softmax logits of the given classes, and merge all other columns into the last one.
 
-    Its softmax is that of `logits`, with the probabilities of background and all other classes summed.
+    The merged column stands for "none of these classes". Its probability is the sum over the columns that it replaces:
+
+        >>> probabilities = torch.tensor([[0.5, 0.2, 0.2, 0.1]])  # cat, dog, car, background
+        >>> merge_logits(probabilities.log(), classes=(0, 2)).softmax(dim=1)  # cat, car, neither
+        tensor([[0.5000, 0.2000, 0.3000]])
+
+    Args:
+        logits: (N, n + 1), background last.
+        classes: indices of the m classes to keep. None: keep `logits` as they are.
+
+    Returns:
+        (N, m + 1)
     """
     if classes is None:
         return logits
-    others = [index for index in range(logits.shape[1]) if index not in classes]
-    return torch.cat([logits[:, list(classes)], logits[:, others].logsumexp(dim=1, keepdim=True)], dim=1)
+    merged = [index for index in range(logits.shape[1]) if index not in classes]
+    return torch.cat([logits[:, list(classes)], logits[:, merged].logsumexp(dim=1, keepdim=True)], dim=1)
 
 
 def select_logits(logits: torch.Tensor, classes: Optional[Tuple[int, ...]]) -> torch.Tensor:
-    """(N, n) -> (N, m): the given classes' sigmoid logits. Each class is scored by itself, so nothing is merged."""
+    """Select the sigmoid logits of the given classes: (N, n) -> (N, m). A sigmoid needs no merged column."""
     return logits if classes is None else logits[:, list(classes)]
 
 
 def class_probabilities(logits: torch.Tensor, classes: Optional[Tuple[int, ...]], independent: bool) -> torch.Tensor:
-    """(N, m): a detector's probabilities of the given foreground classes.
+    """Return a detector's probabilities (N, m) of the given foreground classes.
 
     Args:
-        logits: (N, n) where classes are scored independently (sigmoid), else (N, n + 1) with background last (softmax).
-        classes: indices of the m classes; None: all, and m = n.
-        independent: `DetectorSpec.independent_classes` of the detector.
+        logits: (N, n) for sigmoid classes, or (N, n + 1) with background last for softmax classes.
+        classes: indices of the m classes. None: all classes, and m = n.
+        independent: `DetectorSpec.independent_classes` of the detector, true for sigmoid classes.
     """
     if independent:
         return select_logits(logits, classes).sigmoid()
@@ -165,7 +182,11 @@ def class_probabilities(logits: torch.Tensor, classes: Optional[Tuple[int, ...]]
 
 
 def select_deltas(deltas: torch.Tensor, num_classes: int, classes: Optional[Tuple[int, ...]]) -> torch.Tensor:
-    """(N, 4 n) -> (N, 4 m): the given classes' box deltas; class-agnostic ones, (N, 4), as they are."""
+    """Select the box deltas of the given classes: (N, 4 n) -> (N, 4 m). Class-agnostic deltas (N, 4) stay as they are.
+
+    Args:
+        num_classes: n, which tells class-agnostic deltas from those of a single class.
+    """
     if classes is None or deltas.shape[1] == 4 and num_classes != 1:
         return deltas
     return deltas.unflatten(1, (-1, 4))[:, list(classes)].flatten(1)

@@ -1,7 +1,7 @@
 """CrossKD: Wang, Chen, Zheng, Li, Cheng and Hou, "CrossKD: Cross-Head Knowledge Distillation for Object Detection",
-CVPR 2024.
+CVPR 2024, https://arxiv.org/abs/2306.11369.
 
-Shapes: B images, R anchors of all levels, n of the teacher's classes, D the width of its towers.
+Shapes: B images, R anchors of all levels, n classes of the teacher, D the width of a tower.
 """
 
 from typing import List, Sequence, Tuple
@@ -16,24 +16,25 @@ from ..structures import DetectorOutputs, DetectorSpec, full_precision
 from .build import DISTILL_LOSS_REGISTRY, DistillLoss
 from .pkd import standardize
 
-# Of the classification and the box tower, by level.
+# Features of the classification tower and of the box tower, by level.
 Towers = Sequence[List[torch.Tensor]]
-# Pixels. Of a box that is narrower the GIoU is rounding error.
+# Shortest side of a box, in pixels. The GIoU of a narrower box is mostly rounding error.
 MIN_SIDE = 0.1
 
 
 def cross_classification(
     cross_logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor, beta: float = 1.0
 ) -> torch.Tensor:
-    """Binary cross-entropy with the teacher's scores, each times |difference of scores|^beta: the quality focal loss
-    that the authors take between cross-head and teacher (section 3).
+    """Compare the class scores of the cross-head and the teacher by the quality focal loss (section 3 of the paper).
+
+    It is the binary cross-entropy with the teacher's scores as targets, times |difference of scores|^beta.
 
     Args:
         cross_logits, teacher_logits: (B, R, n)
-        labels: (B, R) 1 of positive anchors, 0 of negative ones, -1 of those that take no part.
+        labels: (B, R) 1 for a positive anchor, 0 for a negative anchor, -1 for an anchor that is left out.
 
     Returns:
-        sum over B, R, n over the number of positive anchors, or over 1 where there is none.
+        sum over B, R and n, divided by the number of positive anchors (at least 1).
     """
     scores = teacher_logits.sigmoid()
     focus = (cross_logits.sigmoid() - scores).abs() ** beta
@@ -44,9 +45,9 @@ def cross_classification(
 def cross_localization(
     cross_boxes: torch.Tensor, teacher_boxes: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    """GIoU loss with the teacher's boxes, each times the teacher's class-maximum score (section 3).
+    """Compare the boxes of the cross-head and the teacher by the GIoU loss (section 3 of the paper).
 
-    A teacher's box that has next to no width or height takes no part: the GIoU of two such says nothing.
+    A box is weighted by the teacher's highest class score. Teacher boxes narrower than `MIN_SIDE` are left out.
 
     Args:
         cross_boxes, teacher_boxes: (B, R, 4) xyxy in pixels.
@@ -54,10 +55,10 @@ def cross_localization(
         labels: as in `cross_classification`.
 
     Returns:
-        sum over B, R over the number of positive anchors, or over 1 where there is none.
+        sum over B and R, divided by the number of positive anchors (at least 1).
     """
-    sized = (teacher_boxes[..., 2:] - teacher_boxes[..., :2]).amin(dim=-1) > MIN_SIDE
-    confidence = teacher_logits.sigmoid().amax(dim=-1) * (labels >= 0) * sized
+    is_wide = (teacher_boxes[..., 2:] - teacher_boxes[..., :2]).amin(dim=-1) > MIN_SIDE
+    confidence = teacher_logits.sigmoid().amax(dim=-1) * (labels >= 0) * is_wide
     loss = giou_loss(cross_boxes.flatten(0, -2), teacher_boxes.flatten(0, -2), reduction="none")
     return (loss * confidence.flatten()).sum() / _positives(labels)
 
@@ -67,88 +68,103 @@ def _positives(labels: torch.Tensor) -> torch.Tensor:
 
 
 def align_scale(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """The student's features with mean and deviation, over images and locations, of each of the teacher's channels;
-    (B, D, H, W) each. The teacher's head knows features of that scale alone."""
+    """Give the student's features the teacher's mean and deviation in each channel, over images and locations.
+
+    The teacher's head was trained on features of this scale.
+
+    Args:
+        student, teacher: (B, D, H, W)
+    """
     deviation = teacher.std(dim=(0, 2, 3), keepdim=True, unbiased=False)
     return standardize(student) * deviation + teacher.mean(dim=(0, 2, 3), keepdim=True)
 
 
 @DISTILL_LOSS_REGISTRY.register()
 class CROSSKD(DistillLoss):
-    """The student's tower features go through the rest of the teacher's frozen head; what comes out is to be what the
-    teacher itself predicts. Owns nothing: gradients pass through the teacher's weights to the student.
+    """Run the student's tower features through the rest of the teacher's frozen head, and compare the predictions.
 
-    Both predictions are the teacher's head's, so that anchors and classes of the student may be others.
+    The target is the teacher's own prediction. Both predictions come from the teacher's head, so student and teacher
+    may have different anchors and classes. The module has no parameters. Gradients pass through the teacher's weights
+    to the student.
 
     Raises:
-        GDetKDError: one of the two is not dense, has other levels, too few convolutions in its towers, or others in
-            width than the teacher's where the student's features enter.
+        GDetKDError: a detector is not dense, the strides differ, a tower has too few convolutions, or the widths differ
+            where the student's features enter the teacher's head.
     """
 
     needs = frozenset({"towers", "head"})
 
     @classmethod
     def add_keys(cls, node: CfgNode) -> None:
-        # The exponent of the difference of scores. Source: the authors.
+        # Exponent of the difference of scores. Source: the authors.
         node.BETA = 1.0
-        # By the teacher's family, from the authors: factors on classes and boxes, and convolutions of the student's
-        # towers before the teacher's take over.
+        # Values by the teacher's family. Source: the authors. CLS_WEIGHT and REG_WEIGHT are the factors on classes and
+        # boxes. After SHARED_CONVS convolutions of the student's towers, the teacher's towers take over.
         node.ANCHOR_BASED = CfgNode(dict(CLS_WEIGHT=1.0, REG_WEIGHT=1.0, SHARED_CONVS=3))
         node.ANCHOR_FREE = CfgNode(dict(CLS_WEIGHT=0.4, REG_WEIGHT=0.75, SHARED_CONVS=2))
 
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__()
-        remedy = "Take CROSSKD out of DISTILL.LOSSES"
+        remedy = "take CROSSKD out of DISTILL.LOSSES"
         for role, spec in (("student", student_spec), ("teacher", teacher_spec)):
             if spec.dense is None:
-                raise GDetKDError(f"CROSSKD runs a dense detector's head, and the {role} is not dense. {remedy}.")
+                raise GDetKDError(
+                    f"CROSSKD needs two dense detectors, but the {role} is not dense. Choose a dense {role}, or "
+                    f"{remedy}."
+                )
         node = f"DISTILL.CROSSKD.{teacher_spec.family}.SHARED_CONVS"
         self.config = cfg.DISTILL.CROSSKD[teacher_spec.family]
         self.beta, self.cut = cfg.DISTILL.CROSSKD.BETA, self.config.SHARED_CONVS
         if list(student_spec.strides.values()) != list(teacher_spec.strides.values()):
             raise GDetKDError(
-                "CROSSKD runs the teacher's head on the student's levels, which have other strides: "
-                f"{list(student_spec.strides.values())}, the teacher's {list(teacher_spec.strides.values())}. {remedy}."
+                "CROSSKD runs the teacher's head on the student's levels, so both need the same strides. The student "
+                f"has {list(student_spec.strides.values())} and the teacher {list(teacher_spec.strides.values())}. "
+                f"Choose detectors of the same strides, or {remedy}."
             )
         shortest = min(len(spec.dense.tower_channels) for spec in (student_spec, teacher_spec))
         if not 0 <= self.cut <= shortest:
             raise GDetKDError(
-                f"{node} is {self.cut}: the convolutions of the student's own towers before the teacher's take over. "
-                f"The shorter towers have {shortest}. Set it to 0 to {shortest}."
+                f"{node} is {self.cut}, but a tower has only {shortest} convolutions. Set it to a value from 0 to "
+                f"{shortest}."
             )
         student_width, teacher_width = (
             [spec.channels, *spec.dense.tower_channels][self.cut] for spec in (student_spec, teacher_spec)
         )
         if student_width != teacher_width:
             raise GDetKDError(
-                f"CROSSKD hands features of the student to the teacher's head, after {node} = {self.cut} convolutions: "
-                f"they have {student_width} channels, and the teacher's {teacher_width}. Give both the same widths "
-                f"(MODEL.FPN.OUT_CHANNELS sets them). {remedy} otherwise."
+                f"CROSSKD hands the student's features to the teacher's head after {node} = {self.cut} convolutions. "
+                f"The student has {student_width} channels there and the teacher {teacher_width}. Give both the same "
+                f"MODEL.FPN.OUT_CHANNELS, or {remedy}."
             )
 
     def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         head = teacher.head
-        its_maps = [full_precision(each) for each in teacher.pyramid.values()]
-        ours = [[full_precision(each) for each in tower[self.cut]] for tower in student.towers]
+        teacher_maps = [full_precision(teacher_map) for teacher_map in teacher.pyramid.values()]
+        student_towers = [[full_precision(features) for features in tower[self.cut]] for tower in student.towers]
         with torch.no_grad():
-            its = head.start(its_maps, self.cut)
-        # As in `MapLoss.maps`: of other paddings the smaller. The target is what the teacher says on that part.
-        its, ours, its_maps = _crop(its, ours, its_maps)
+            teacher_towers = head.start(teacher_maps, self.cut)
+        # The teacher predicts on the cropped features, so that the target and the cross-head see the same cells.
+        teacher_towers, student_towers, teacher_maps = _crop(teacher_towers, student_towers, teacher_maps)
         with torch.no_grad():
-            logits, deltas = head.finish(its, self.cut)
-            boxes = head.decode(deltas, its_maps)
-            labels = head.label(student.gt_boxes, its_maps)
-        aligned = [[align_scale(*pair) for pair in zip(*towers)] for towers in zip(ours, its)]
+            teacher_logits, teacher_deltas = head.finish(teacher_towers, self.cut)
+            teacher_boxes = head.decode(teacher_deltas, teacher_maps)
+            labels = head.label(student.gt_boxes, teacher_maps)
+        aligned = [[align_scale(*pair) for pair in zip(*towers)] for towers in zip(student_towers, teacher_towers)]
         cross_logits, cross_deltas = head.finish(aligned, self.cut)
-        classification = cross_classification(cross_logits, logits, labels, self.beta)
-        localization = cross_localization(head.decode(cross_deltas, its_maps), boxes, logits, labels)
+        cross_boxes = head.decode(cross_deltas, teacher_maps)
+        classification = cross_classification(cross_logits, teacher_logits, labels, self.beta)
+        localization = cross_localization(cross_boxes, teacher_boxes, teacher_logits, labels)
         return self.config.CLS_WEIGHT * classification + self.config.REG_WEIGHT * localization
 
 
-def _crop(its: Towers, ours: Towers, maps: List[torch.Tensor]) -> Tuple[Towers, Towers, List[torch.Tensor]]:
-    sizes = [[min(pair) for pair in zip(a.shape[-2:], b.shape[-2:])] for a, b in zip(its[0], ours[0])]
+def _crop(
+    teacher_towers: Towers, student_towers: Towers, teacher_maps: List[torch.Tensor]
+) -> Tuple[Towers, Towers, List[torch.Tensor]]:
+    """Crop all features to the size that both detectors have, because they may pad images differently."""
+    pairs = zip(teacher_towers[0], student_towers[0])
+    sizes = [[min(sides) for sides in zip(a.shape[-2:], b.shape[-2:])] for a, b in pairs]
 
     def cut(levels: List[torch.Tensor]) -> List[torch.Tensor]:
-        return [each[..., :height, :width] for each, (height, width) in zip(levels, sizes)]
+        return [features[..., :height, :width] for features, (height, width) in zip(levels, sizes)]
 
-    return [cut(tower) for tower in its], [cut(tower) for tower in ours], cut(maps)
+    return [cut(tower) for tower in teacher_towers], [cut(tower) for tower in student_towers], cut(teacher_maps)

@@ -1,5 +1,5 @@
-"""Focal and global distillation: Yang, Li, Jiang, Gong, Yuan, Zhao and Yuan, "Focal and Global Knowledge Distillation
-for Detectors", CVPR 2022.
+"""Focal and global distillation, FGD: Yang, Li, Jiang, Gong, Yuan, Zhao and Yuan, "Focal and Global Knowledge
+Distillation for Detectors", CVPR 2022, https://arxiv.org/abs/2111.11837.
 
 Shapes: B images, C channels, (H, W) the cells of a level, G objects of an image.
 """
@@ -17,14 +17,14 @@ from .maps import MapLoss, adapters_where_widths_differ, covered_cells
 
 
 class Attention(NamedTuple):
-    """Spatial (B, H, W), of mean 1 over H and W, and of channels (B, C), of mean 1 over C."""
+    """Hold the attention of a map to its cells and to its channels."""
 
-    spatial: torch.Tensor
-    channel: torch.Tensor
+    spatial: torch.Tensor  # (B, H, W), of mean 1 over H and W
+    channel: torch.Tensor  # (B, C), of mean 1 over C
 
 
 def attention(maps: torch.Tensor, temperature: float) -> Attention:
-    """Where, and in which channels, the absolute features (B, C, H, W) are large."""
+    """Measure in which cells and channels the absolute features (B, C, H, W) are large, by a softmax over each."""
     magnitude = maps.abs()
     spatial = torch.softmax(magnitude.mean(dim=1).flatten(1) / temperature, dim=1) * maps[0, 0].numel()
     channel = torch.softmax(magnitude.mean(dim=(2, 3)) / temperature, dim=1) * maps.shape[1]
@@ -32,16 +32,23 @@ def attention(maps: torch.Tensor, temperature: float) -> Attention:
 
 
 def scale_masks(gt_boxes: Sequence[torch.Tensor], stride: int, size: Sequence[int]) -> Tuple[torch.Tensor, ...]:
-    """The masks of objects and of background, each times the scale mask.
+    """Return the masks of objects and of background. Weights in them make large and small objects count the same.
+
+    A cell in an object has the weight 1 / (number of cells of that object). If objects overlap, the smallest object
+    counts. A background cell has the weight 1 / (number of background cells of the image). For example, an object
+    covers two of three cells:
+
+        >>> objects, background = scale_masks([torch.tensor([[0.0, 0.0, 16.0, 8.0]])], stride=8, size=(1, 3))
+        >>> objects, background
+        (tensor([[[0.5000, 0.5000, 0.0000]]]), tensor([[[0., 0., 1.]]]))
 
     Args:
-        gt_boxes: of each image, (G, 4) xyxy in pixels; G may be 0.
+        gt_boxes: by image, (G, 4) xyxy in pixels; G may be 0.
         stride: pixels per cell.
         size: (H, W).
 
     Returns:
-        two of (B, H, W). A cell of objects has 1 over the number of cells of the smallest that it is in; one of the
-        background 1 over the number of the image's background cells.
+        two masks (B, H, W).
     """
     foreground, background = [], []
     for boxes in gt_boxes:
@@ -56,31 +63,32 @@ def scale_masks(gt_boxes: Sequence[torch.Tensor], stride: int, size: Sequence[in
 
 
 def focal_imitation(
-    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, teachers: Attention
+    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, teacher_attention: Attention
 ) -> torch.Tensor:
-    """Squared errors, weighted by mask and the teacher's attention, summed over C, H, W (L_fea, one of its terms).
+    """Sum squared errors, weighted by a mask and the teacher's attention (a term of L_fea in the paper).
 
     Args:
         student, teacher: (B, C, H, W), the student adapted to the teacher's channels.
         mask: (B, H, W)
+        teacher_attention: attention of the teacher's map.
 
     Returns:
-        mean over B.
+        sum over C, H, W, mean over B.
     """
-    weight = (mask * teachers.spatial)[:, None] * teachers.channel[:, :, None, None]
+    weight = (mask * teacher_attention.spatial)[:, None] * teacher_attention.channel[:, :, None, None]
     return (weight * (student - teacher) ** 2).sum() / len(student)
 
 
 def attention_imitation(student: Attention, teacher: Attention) -> torch.Tensor:
-    """Absolute differences of both attentions, summed over H, W and over C (L_at); mean over B."""
+    """Sum the absolute differences of the two attentions over H, W and over C (L_at in the paper); mean over B."""
     spatial = (student.spatial - teacher.spatial).abs().sum()
     return (spatial + (student.channel - teacher.channel).abs().sum()) / len(student.channel)
 
 
 class GlobalContext(nn.Module):
-    """The GcBlock of section 3.2: adds to each cell what one attention over all cells gathers of the map.
+    """Add a context vector to every cell: features of all cells, pooled by attention (GcBlock, section 3.2).
 
-    As the authors', it starts as the identity.
+    The block starts as the identity, as in the authors' code.
     """
 
     def __init__(self, channels: int) -> None:
@@ -91,11 +99,11 @@ class GlobalContext(nn.Module):
         self.norm = nn.LayerNorm(hidden)
         self.expand = nn.Linear(hidden, channels)
         nn.init.kaiming_normal_(self.attend.weight)
-        for zero in (self.attend.bias, self.expand.weight, self.expand.bias):
-            nn.init.zeros_(zero)
+        for parameter in (self.attend.bias, self.expand.weight, self.expand.bias):
+            nn.init.zeros_(parameter)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, C, H, W)"""
+        """Return the maps (B, C, H, W) with the context added."""
         weight = torch.softmax(self.attend(maps).flatten(1), dim=1)  # (B, H W)
         context = torch.einsum("bcx,bx->bc", maps.flatten(2), weight)
         return maps + self.expand(torch.relu(self.norm(self.reduce(context))))[:, :, None, None]
@@ -103,10 +111,15 @@ class GlobalContext(nn.Module):
 
 @DISTILL_LOSS_REGISTRY.register()
 class FGD(MapLoss):
-    """alpha and beta times `focal_imitation` of objects and background, gamma times `attention_imitation`, and lambda
-    times the squared error of both sides' `GlobalContext` (sections 3.1, 3.2), summed over the levels that both have.
+    """Sum four terms over the common levels (sections 3.1 and 3.2 of the paper).
 
-    Owns two `GlobalContext` of each level, and 1x1 adapters where widths differ.
+    - alpha times `focal_imitation` of objects,
+    - beta times `focal_imitation` of background,
+    - gamma times `attention_imitation`,
+    - lambda times the squared error of the maps after `GlobalContext`.
+
+    The module has two `GlobalContext` for each level, one for the student and one for the teacher. It has a 1x1 adapter
+    for each level if the widths of the pyramids differ.
 
     Raises:
         GDetKDError: the pyramids have no stride in common, or the temperature is not positive.
@@ -114,8 +127,8 @@ class FGD(MapLoss):
 
     @classmethod
     def add_keys(cls, node: CfgNode) -> None:
-        # By the student's family, from the authors: factors on objects, background, attention and global relation, and
-        # the temperature of the attentions.
+        # Values by the student's family. Source: the authors. ALPHA, BETA, GAMMA and LAMBDA are the factors on objects,
+        # background, attention and global relation. TEMPERATURE is that of the attentions, positive.
         node.TWO_STAGE = CfgNode(dict(ALPHA=5e-5, BETA=2.5e-5, GAMMA=5e-5, LAMBDA=5e-7, TEMPERATURE=0.5))
         node.ANCHOR_BASED = CfgNode(dict(ALPHA=1e-3, BETA=5e-4, GAMMA=5e-4, LAMBDA=5e-6, TEMPERATURE=0.5))
         node.ANCHOR_FREE = CfgNode(dict(ALPHA=1.6e-3, BETA=8e-4, GAMMA=8e-4, LAMBDA=8e-6, TEMPERATURE=0.8))
@@ -125,24 +138,25 @@ class FGD(MapLoss):
         self.config = cfg.DISTILL.FGD[student_spec.family]
         if self.config.TEMPERATURE <= 0:
             raise GDetKDError(
-                f"DISTILL.FGD.{student_spec.family}.TEMPERATURE must be positive, not {self.config.TEMPERATURE}."
+                f"DISTILL.FGD.{student_spec.family}.TEMPERATURE is {self.config.TEMPERATURE}. Set it to a positive "
+                "number."
             )
         self.adapters = adapters_where_widths_differ(self.levels, student_spec, teacher_spec)
         self.students = nn.ModuleList(GlobalContext(teacher_spec.channels) for _ in self.levels)
         self.teachers = nn.ModuleList(GlobalContext(teacher_spec.channels) for _ in self.levels)
 
     def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
-        boxes = [each.tensor for each in student.gt_boxes]
+        gt_boxes = [boxes.tensor for boxes in student.gt_boxes]
         total = 0.0
-        for place, (level, (ours, its)) in enumerate(zip(self.levels, self.maps(student, teacher))):
-            adapted = self.adapters[place](ours)
-            total = total + self._focal(adapted, its, scale_masks(boxes, level.stride, its.shape[-2:]))
-            relation = (self.students[place](adapted) - self.teachers[place](its)) ** 2
-            total = total + self.config.LAMBDA * relation.sum() / len(its)
+        for index, (level, (student_map, teacher_map)) in enumerate(zip(self.levels, self.maps(student, teacher))):
+            adapted = self.adapters[index](student_map)
+            total = total + self._focal(adapted, teacher_map, scale_masks(gt_boxes, level.stride, adapted.shape[-2:]))
+            relation = (self.students[index](adapted) - self.teachers[index](teacher_map)) ** 2
+            total = total + self.config.LAMBDA * relation.sum() / len(teacher_map)
         return total
 
     def _focal(self, student: torch.Tensor, teacher: torch.Tensor, masks: Tuple[torch.Tensor, ...]) -> torch.Tensor:
-        ours, its = (attention(maps, self.config.TEMPERATURE) for maps in (student, teacher))
-        foreground, background = (focal_imitation(student, teacher, mask, its) for mask in masks)
+        student_attention, teacher_attention = (attention(maps, self.config.TEMPERATURE) for maps in (student, teacher))
+        foreground, background = (focal_imitation(student, teacher, mask, teacher_attention) for mask in masks)
         focal = self.config.ALPHA * foreground + self.config.BETA * background
-        return focal + self.config.GAMMA * attention_imitation(ours, its)
+        return focal + self.config.GAMMA * attention_imitation(student_attention, teacher_attention)

@@ -1,4 +1,4 @@
-"""What losses on whole feature maps share: levels matched by stride, adapters, and the cells that objects cover.
+"""Shared parts of the losses on whole feature maps: levels matched by stride, adapters, and the cells of objects.
 
 Shapes: B images, C_S and C_T channels, (H, W) the cells of a level, G objects of an image.
 """
@@ -17,41 +17,43 @@ logger = logging.getLogger(__name__)
 
 
 class Level(NamedTuple):
-    """A level that both pyramids have: pixels per cell, and its name in each."""
+    """Name a level that both pyramids have."""
 
-    stride: int
+    stride: int  # pixels per cell
     student: str
     teacher: str
 
 
 def match_levels(loss: str, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> Tuple[Level, ...]:
-    """The levels of the same stride, finest first.
+    """Match the levels of the two pyramids by stride, finest first.
 
     Args:
-        loss: its name, for messages.
+        loss: name of the loss, for messages.
 
     Raises:
         GDetKDError: the pyramids have no stride in common.
     """
-    of_teacher = {stride: name for name, stride in teacher_spec.strides.items()}
+    teacher_names = {stride: name for name, stride in teacher_spec.strides.items()}
     levels = tuple(
-        Level(stride, name, of_teacher[stride]) for name, stride in student_spec.strides.items() if stride in of_teacher
+        Level(stride, name, teacher_names[stride])
+        for name, stride in student_spec.strides.items()
+        if stride in teacher_names
     )
     if not levels:
         raise GDetKDError(
-            f"{loss} compares feature maps of the same stride, but the student's are {_strides(student_spec)} and the "
-            f"teacher's {_strides(teacher_spec)}. Take {loss} out of DISTILL.LOSSES: SGFI and CKD compare regions and "
-            "need no common stride."
+            f"{loss} compares feature maps of the same stride, but student ({_strides(student_spec)}) and teacher "
+            f"({_strides(teacher_spec)}) have no stride in common. Take {loss} out of DISTILL.LOSSES. SGFI and CKD "
+            "compare regions and need no common stride."
         )
     common = {level.stride for level in levels}
-    left = [
+    unmatched = [
         f"{name} (1/{stride}) of the {role}"
         for role, spec in (("student", student_spec), ("teacher", teacher_spec))
         for name, stride in spec.strides.items()
         if stride not in common
     ]
-    if left:
-        logger.warning("%s leaves out levels whose stride the other pyramid lacks: %s.", loss, ", ".join(left))
+    if unmatched:
+        logger.warning("%s leaves out levels whose stride only one pyramid has: %s.", loss, ", ".join(unmatched))
     return levels
 
 
@@ -60,10 +62,10 @@ def _strides(spec: DetectorSpec) -> str:
 
 
 class MapLoss(DistillLoss):
-    """A term on the feature maps of whole images, on the levels that both pyramids have.
+    """Compare the feature maps of whole images, on the levels of the strides that both pyramids have.
 
     Raises:
-        GDetKDError: there is no such level.
+        GDetKDError: the pyramids have no stride in common.
     """
 
     def __init__(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
@@ -71,22 +73,23 @@ class MapLoss(DistillLoss):
         self.levels = match_levels(type(self).__name__, student_spec, teacher_spec)
 
     def maps(self, student: DetectorOutputs, teacher: DetectorOutputs) -> List[Tuple[torch.Tensor, torch.Tensor]]:
-        """The maps (B, C_S, H, W) and (B, C_T, H, W) of each level.
+        """Return the student's map (B, C_S, H, W) and the teacher's map (B, C_T, H, W) of each level.
 
-        The two pad images to multiples of other numbers, on the right and below: what one alone has is cut off.
+        The two detectors can pad images differently, on the right and below. The maps are cropped to the common part.
         """
         pairs = []
         for level in self.levels:
-            ours, its = full_precision(student.pyramid[level.student]), full_precision(teacher.pyramid[level.teacher])
-            height, width = (min(sizes) for sizes in zip(ours.shape[-2:], its.shape[-2:]))
-            pairs.append((ours[..., :height, :width], its[..., :height, :width]))
+            student_map = full_precision(student.pyramid[level.student])
+            teacher_map = full_precision(teacher.pyramid[level.teacher])
+            height, width = (min(sizes) for sizes in zip(student_map.shape[-2:], teacher_map.shape[-2:]))
+            pairs.append((student_map[..., :height, :width], teacher_map[..., :height, :width]))
         return pairs
 
 
 def adapters(
     levels: Sequence[Level], student_spec: DetectorSpec, teacher_spec: DetectorSpec, kernel_size: int = 1
 ) -> nn.ModuleList:
-    """A convolution C_S -> C_T of the student's map for each level."""
+    """Build a convolution C_S -> C_T for each level. It adapts the student's map to the teacher's width."""
     channels = student_spec.channels, teacher_spec.channels
     return nn.ModuleList(nn.Conv2d(*channels, kernel_size, padding=kernel_size // 2) for _ in levels)
 
@@ -94,14 +97,20 @@ def adapters(
 def adapters_where_widths_differ(
     levels: Sequence[Level], student_spec: DetectorSpec, teacher_spec: DetectorSpec
 ) -> nn.ModuleList:
-    """1x1 convolutions C_S -> C_T, one for each level; nothing is done to maps that are as wide as the teacher's."""
+    """Build a 1x1 convolution C_S -> C_T for each level, or identities if C_S equals C_T."""
     if student_spec.channels == teacher_spec.channels:
         return nn.ModuleList(nn.Identity() for _ in levels)
     return adapters(levels, student_spec, teacher_spec)
 
 
 def covered_cells(boxes: torch.Tensor, stride: int, size: Sequence[int]) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Which rows and columns of a map each box reaches into; at least one of each.
+    """Find the rows and columns of a map that a box covers, also in part. A box covers at least one row and column.
+
+    For example, on 1 x 4 cells of 8 pixels, a box from x = 7 to x = 17 covers the first three columns:
+
+        >>> rows, columns = covered_cells(torch.tensor([[7.0, 0.0, 17.0, 8.0]]), stride=8, size=(1, 4))
+        >>> columns
+        tensor([[ True,  True,  True, False]])
 
     Args:
         boxes: (G, 4) xyxy in pixels.
@@ -109,7 +118,7 @@ def covered_cells(boxes: torch.Tensor, stride: int, size: Sequence[int]) -> Tupl
         size: (H, W).
 
     Returns:
-        (G, H) and (G, W), bool. Cell (y, x) is in box g where both rows[g, y] and columns[g, x] hold.
+        rows (G, H) and columns (G, W), bool. Box g covers cell (y, x) if rows[g, y] and columns[g, x] are true.
     """
 
     def covered(start: torch.Tensor, end: torch.Tensor, cells: int) -> torch.Tensor:
@@ -125,14 +134,17 @@ def covered_cells(boxes: torch.Tensor, stride: int, size: Sequence[int]) -> Tupl
 def masked_squared_error(
     student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Squared errors summed over masked cells and channels, and the number of those cells, over all levels.
+    """Sum squared errors over the cells in the masks, over channels and over levels.
 
     Args:
         student, teacher: by level, (B, C, H, W).
         masks: by level, (B, H, W), bool.
 
     Returns:
-        two scalars.
+        two scalars: the sum, and the number of cells in the masks.
     """
-    errors = [((ours - its) ** 2 * mask[:, None]).sum() for ours, its, mask in zip(student, teacher, masks)]
+    errors = [
+        ((student_map - teacher_map) ** 2 * mask[:, None]).sum()
+        for student_map, teacher_map, mask in zip(student, teacher, masks)
+    ]
     return torch.stack(errors).sum(), torch.stack([mask.sum() for mask in masks]).sum()

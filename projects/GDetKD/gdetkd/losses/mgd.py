@@ -1,4 +1,8 @@
-"""Masked generative distillation: Yang, Li, Shao, Shi, Yuan and Yuan, "Masked Generative Distillation", ECCV 2022."""
+"""Masked generative distillation, MGD: Yang, Li, Shao, Shi, Yuan and Yuan, "Masked Generative Distillation", ECCV 2022,
+https://arxiv.org/abs/2205.01529.
+
+Shapes: B images, C channels, (H, W) the cells of a level.
+"""
 
 from typing import Callable
 
@@ -18,16 +22,16 @@ def masked_generation(
     visible: torch.Tensor,
     generate: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """How far what is generated from a part of the student's map is from the teacher's whole map (section 3).
+    """Generate the teacher's whole map from the visible cells of the student's map, and compare (section 3).
 
     Args:
         student: (B, C, H, W), adapted to the teacher's channels.
         teacher: (B, C, H, W)
-        visible: (B, 1, H, W), 1 where the student's map is shown, 0 where it is masked.
-        generate: (B, C, H, W) -> (B, C, H, W)
+        visible: (B, 1, H, W), 1 in visible cells, 0 in masked cells.
+        generate: generation block, (B, C, H, W) -> (B, C, H, W).
 
     Returns:
-        squared errors summed over C, H, W, mean over B; 0 where there is nothing.
+        squared errors summed over C, H, W, mean over B; 0 for empty maps.
     """
     if student.numel() == 0:
         return sum_of_zeros([student, teacher])
@@ -36,19 +40,19 @@ def masked_generation(
 
 @DISTILL_LOSS_REGISTRY.register()
 class MGD(MapLoss):
-    """`masked_generation`, times alpha, summed over the levels that both have, each with a mask of its own.
+    """Sum `masked_generation` over the common levels, times alpha. Every level has its own random mask.
 
-    Owns the generation block, two 3x3 convolutions, of each level, and 1x1 adapters where widths differ. Masks are
-    drawn from the global generator, whose state a checkpoint keeps.
+    The module has a generation block of two 3x3 convolutions for each level. It has a 1x1 adapter for each level if the
+    widths of the pyramids differ. Masks are drawn from torch's global generator, whose state a checkpoint keeps.
 
     Raises:
-        GDetKDError: the pyramids have no stride in common, or the masked share is none.
+        GDetKDError: the pyramids have no stride in common, or the mask ratio is out of range.
     """
 
     @classmethod
     def add_keys(cls, node: CfgNode) -> None:
-        # By the student's family, from the authors: the factor on the term, and the share of the student's cells that
-        # is masked.
+        # Values by the student's family. Source: the authors. ALPHA is the factor on the term. MASK_RATIO is the share
+        # of the student's cells that are masked.
         node.TWO_STAGE = CfgNode(dict(ALPHA=5e-7, MASK_RATIO=0.45))
         node.ANCHOR_BASED = CfgNode(dict(ALPHA=2e-5, MASK_RATIO=0.65))
         node.ANCHOR_FREE = CfgNode(dict(ALPHA=2e-5, MASK_RATIO=0.65))
@@ -59,16 +63,18 @@ class MGD(MapLoss):
         self.alpha, self.mask_ratio = config.ALPHA, config.MASK_RATIO
         if not 0 <= self.mask_ratio < 1:
             raise GDetKDError(
-                f"DISTILL.MGD.{student_spec.family}.MASK_RATIO is a share of cells, in [0, 1), not {self.mask_ratio}."
+                f"DISTILL.MGD.{student_spec.family}.MASK_RATIO is {self.mask_ratio}. It is a share of cells: set it to "
+                "at least 0 and less than 1."
             )
         self.adapters = adapters_where_widths_differ(self.levels, student_spec, teacher_spec)
         self.generate = nn.ModuleList(_generation_block(teacher_spec.channels) for _ in self.levels)
 
     def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         terms = []
-        for adapter, generate, (ours, its) in zip(self.adapters, self.generate, self.maps(student, teacher)):
-            visible = torch.rand_like(its[:, :1]) >= self.mask_ratio
-            terms.append(masked_generation(adapter(ours), its, visible, generate))
+        maps = self.maps(student, teacher)
+        for adapter, generate, (student_map, teacher_map) in zip(self.adapters, self.generate, maps):
+            visible = torch.rand_like(teacher_map[:, :1]) >= self.mask_ratio
+            terms.append(masked_generation(adapter(student_map), teacher_map, visible, generate))
         return self.alpha * sum(terms)
 
 

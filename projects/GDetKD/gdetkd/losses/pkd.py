@@ -1,5 +1,8 @@
 """PKD: Cao, Zhang, Gao, Cheng, Cheng and Zhang, "PKD: General Distillation Framework for Object Detectors via Pearson
-Correlation Coefficient", NeurIPS 2022."""
+Correlation Coefficient", NeurIPS 2022, https://arxiv.org/abs/2207.02039.
+
+Shapes: B images, C channels, (H, W) the cells of a level.
+"""
 
 import torch
 from detectron2.config import CfgNode
@@ -9,26 +12,36 @@ from ..structures import DetectorOutputs, DetectorSpec
 from .build import DISTILL_LOSS_REGISTRY, sum_of_zeros
 from .maps import MapLoss, adapters_where_widths_differ
 
-# Standard deviation up to which a channel counts as constant; the authors add as much to each.
+# A channel counts as constant up to this standard deviation. The authors add this number to every deviation.
 CONSTANT = 1e-6
 
 
 def standardize(maps: torch.Tensor) -> torch.Tensor:
-    """Zero mean and unit variance of each channel over images and locations; (B, C, H, W). A constant channel is 0."""
+    """Give each channel of maps (B, C, H, W) zero mean and unit variance over images and locations.
+
+    A constant channel becomes 0.
+    """
     centred = maps - maps.mean(dim=(0, 2, 3), keepdim=True)
     variance = (centred**2).mean(dim=(0, 2, 3), keepdim=True)
-    # Dividing by next to nothing would send a constant channel a gradient in the millions.
+    # Division by a tiny deviation would give a constant channel a gradient in the millions.
     return centred / torch.where(variance > CONSTANT**2, variance, torch.ones_like(variance)).sqrt()
 
 
 def pearson_imitation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """1 - r of each channel over images and locations (section 3), as half the squared error of standardised maps.
+    """Return 1 - r, where r is Pearson's correlation of a channel over images and locations (section 3).
+
+    1 - r equals half the mean squared error of the standardised maps. For example, maps that differ by a scale and an
+    offset give 0, and opposite maps give 2:
+
+        >>> student = torch.tensor([[[[1.0, -1.0, 1.0, -1.0]]]])
+        >>> pearson_imitation(student, 3 * student + 5), pearson_imitation(student, -student)
+        (tensor(0.), tensor(2.))
 
     Args:
         student, teacher: (B, C, H, W)
 
     Returns:
-        mean over C; 0 where there is nothing.
+        mean over C; 0 for empty maps.
     """
     if student.numel() == 0:
         return sum_of_zeros([student, teacher])
@@ -37,29 +50,36 @@ def pearson_imitation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Ten
 
 @DISTILL_LOSS_REGISTRY.register()
 class PKD(MapLoss):
-    """`pearson_imitation`, summed over the levels that both have. Owns nothing, or 1x1 adapters where it is asked to.
+    """Sum `pearson_imitation` over the common levels.
+
+    By default the module has no parameters. With DISTILL.PKD.ALIGN it has a 1x1 adapter for each level if the widths of
+    the pyramids differ.
 
     Raises:
-        GDetKDError: the pyramids have no stride in common, or other widths and no adapters are asked for.
+        GDetKDError: the pyramids have no stride in common, or their widths differ without DISTILL.PKD.ALIGN.
     """
 
-    default_weight = 6.0  # source: the authors; they take 10 between dense detectors
+    default_weight = 6.0  # source: the authors; they use 10 between dense detectors
 
     @classmethod
     def add_keys(cls, node: CfgNode) -> None:
-        # Use 1x1 adapters where the widths of the pyramids differ, which is an error without. Source: ours.
+        # Use 1x1 adapters if the widths of the pyramids differ. If False, different widths are an error.
+        # Source: our choice.
         node.ALIGN = False
 
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__(student_spec, teacher_spec)
         if student_spec.channels != teacher_spec.channels and not cfg.DISTILL.PKD.ALIGN:
             raise GDetKDError(
-                f"PKD compares pyramids channel by channel, and the student's has {student_spec.channels} channels and "
-                f"the teacher's {teacher_spec.channels}. Give the student MODEL.FPN.OUT_CHANNELS "
-                f"{teacher_spec.channels}, or set DISTILL.PKD.ALIGN True for adapters, which the authors do without."
+                f"PKD compares pyramids channel by channel, but the student has {student_spec.channels} channels and "
+                f"the teacher {teacher_spec.channels}. Set MODEL.FPN.OUT_CHANNELS to {teacher_spec.channels}, or set "
+                "DISTILL.PKD.ALIGN to True to add adapters, which the paper does not use."
             )
         self.adapters = adapters_where_widths_differ(self.levels, student_spec, teacher_spec)
 
     def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
-        pairs = zip(self.adapters, self.maps(student, teacher))
-        return sum(pearson_imitation(adapter(ours), its) for adapter, (ours, its) in pairs)
+        terms = [
+            pearson_imitation(adapter(student_map), teacher_map)
+            for adapter, (student_map, teacher_map) in zip(self.adapters, self.maps(student, teacher))
+        ]
+        return sum(terms)

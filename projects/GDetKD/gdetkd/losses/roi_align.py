@@ -1,6 +1,6 @@
-"""RoIAlign of the same regions on every level of a pyramid.
+"""Pool the same regions on every level of a pyramid by RoIAlign.
 
-Shapes: B images, N regions in all of them, L levels, C channels, (h, w) the pooled size.
+Shapes: B images, N regions in all images, L levels, C channels, (h, w) the pooled size.
 """
 
 from typing import Sequence, Tuple
@@ -19,19 +19,20 @@ def pool_all_levels(
     size: Tuple[int, int],
     sampling_ratio: int,
 ) -> torch.Tensor:
-    """RoIAlign (aligned, i.e. half a pixel shifted) of each region on each level.
+    """Pool each region on each level by RoIAlign (aligned: shifted by half a pixel).
 
     Args:
-        maps: L maps, each (B, C, H_l, W_l).
-        strides: pixels of the input image per cell of each map.
+        maps: by level, (B, C, H_l, W_l).
+        strides: by level, pixels of the input image per cell.
         regions: N boxes over B images.
         size: (h, w).
         sampling_ratio: samples per bin and axis, at least 1.
 
     Returns:
-        (N, L, C, h, w), channels last in memory, in which SGFI convolves them faster (docs/performance.md).
+        (N, L, C, h, w), channels last in memory, because SGFI's convolutions are faster so (docs/performance.md).
     """
-    maps = [full_precision(each) for each in maps]  # boxes would get the precision of the maps
+    # The boxes get the precision of the maps. Half precision would move them by pixels.
+    maps = [full_precision(feature_map) for feature_map in maps]
     pool = roi_align_cpu if maps[0].device.type == "cpu" else _pool_with_torchvision
     return pool(maps, strides, regions, size, sampling_ratio)
 
@@ -40,12 +41,12 @@ def _pool_with_torchvision(
     maps: Sequence[torch.Tensor], strides: Sequence[int], regions: Regions, size: Tuple[int, int], sampling_ratio: int
 ) -> torch.Tensor:
     parts = [roi_align_torchvision(*level, regions, size, sampling_ratio) for level in zip(maps, strides)]
-    return torch.stack([each.permute(0, 2, 3, 1) for each in parts], dim=1).permute(0, 1, 4, 2, 3)
+    return torch.stack([part.permute(0, 2, 3, 1) for part in parts], dim=1).permute(0, 1, 4, 2, 3)
 
 
 def roi_align_torchvision(
     feature_map: torch.Tensor, stride: int, regions: Regions, size: Tuple[int, int], sampling_ratio: int
 ) -> torch.Tensor:
-    """(N, C, h, w): torchvision's RoIAlign, arguments as in `pool_all_levels`."""
+    """Pool each region on one level by torchvision's RoIAlign: (N, C, h, w). Arguments are as in `pool_all_levels`."""
     boxes = [boxes.tensor.to(feature_map.dtype) for boxes in regions.boxes]
     return roi_align(feature_map, boxes, size, 1.0 / stride, sampling_ratio, aligned=True)

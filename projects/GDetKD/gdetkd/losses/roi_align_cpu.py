@@ -1,10 +1,12 @@
-"""RoIAlign as a product with a sparse matrix, for the CPU, where torchvision takes one channel of a sample at a time.
+"""RoIAlign for the CPU, as a product with a sparse matrix.
 
-A bin of a region is a weighted sum of cells, all channels alike, and the weights depend on the boxes alone. With a row
-for each cell of all maps, pooling is a weighted sum of rows for each bin, and its backward pass one for each cell:
-twice `embedding_bag`, which runs along contiguous channels.
+torchvision's kernel is slow on the CPU, because it takes one channel of a sample at a time.
 
-Shapes: B images, N regions in all of them, L levels, C channels, (h, w) the pooled size, s the sampling ratio.
+A bin of a region is a weighted sum of cells. The weights depend on the boxes alone and are the same for all channels.
+With the cells of all maps as rows of a matrix (cells, C), the forward pass is a weighted sum of rows for each bin, and
+the backward pass a weighted sum for each cell. `embedding_bag` computes such sums along contiguous channels.
+
+Shapes: B images, N regions in all images, L levels, C channels, (h, w) the pooled size, s the sampling ratio.
 """
 
 from typing import Any, Sequence, Tuple
@@ -20,11 +22,11 @@ from ..structures import Regions
 def roi_align_cpu(
     maps: Sequence[torch.Tensor], strides: Sequence[int], regions: Regions, size: Tuple[int, int], sampling_ratio: int
 ) -> torch.Tensor:
-    """RoIAlign of each region on each level, in torchvision's values.
+    """Pool each region on each level by RoIAlign. The values are torchvision's.
 
     Args:
-        maps: L maps, each (B, C, H_l, W_l).
-        strides: pixels of the input image per cell of each map.
+        maps: by level, (B, C, H_l, W_l).
+        strides: by level, pixels of the input image per cell.
         regions: N boxes over B images; no gradient flows to them.
         size: (h, w).
         sampling_ratio: samples per bin and axis, at least 1.
@@ -39,9 +41,17 @@ def roi_align_cpu(
 
 
 class _SumsOfRows(Function):
+    """Sum the weighted cells of each bin."""
+
     @staticmethod
     def forward(ctx: Any, cells: torch.Tensor, weights: torch.Tensor, *maps: torch.Tensor) -> torch.Tensor:
-        """(N, L, h w, K) and (N, L, h w, K) of K cells for each bin, and the maps -> (N, L, h w, C)"""
+        """Return the pooled features (N, L, h w, C).
+
+        Args:
+            cells: (N, L, h w, K) row indices of the K cells of each bin.
+            weights: (N, L, h w, K) weights of these cells.
+            maps: by level, (B, C, H_l, W_l).
+        """
         ctx.save_for_backward(cells, weights)
         ctx.shapes = [feature_map.shape for feature_map in maps]
         rows = torch.cat([feature_map.permute(0, 2, 3, 1).flatten(0, 2) for feature_map in maps])
@@ -57,18 +67,18 @@ class _SumsOfRows(Function):
         gradient = gradient.flatten(0, 2).contiguous()
         gradients, first = [], 0
         for level, (images, channels, height, width) in enumerate(ctx.shapes):
-            # Stable, so that sums are always taken in the same order. `index_select` is several times as fast as `[]`.
+            # A stable sort keeps the order of the sums, so results repeat. `index_select` is much faster than `[]`.
             ordered, order = cells[:, level].flatten().sort(stable=True)
-            mine = torch.arange(first, first + images * height * width, dtype=cells.dtype)
+            level_cells = torch.arange(first, first + images * height * width, dtype=cells.dtype)
             rows = F.embedding_bag(
                 bins[:, level].flatten().index_select(0, order),
                 gradient,
-                torch.searchsorted(ordered, mine, out_int32=True),
+                torch.searchsorted(ordered, level_cells, out_int32=True),
                 mode="sum",
                 per_sample_weights=weights[:, level].flatten().index_select(0, order),
             )
             gradients.append(rows.view(images, height, width, channels).permute(0, 3, 1, 2).contiguous())
-            first += len(mine)
+            first += len(level_cells)
         return (None, None, *gradients)
 
 
@@ -80,10 +90,10 @@ def _weights_of_cells(
     size: Tuple[int, int],
     sampling_ratio: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The 4 s s cells that each bin is made of, as rows of all maps one under another, and their weights.
+    """Find the 4 s s cells of each bin and their weights.
 
     Returns:
-        both (N, L, h w, 4 s s).
+        row indices of the cells, with the cells of all maps one under another, and weights; both (N, L, h w, 4 s s).
     """
     boxes, image_ids = regions.tensor().to(dtype), regions.image_ids().int()
     taps = 2 * sampling_ratio
@@ -95,26 +105,27 @@ def _weights_of_cells(
         columns, along_x = _taps(x1, x2, size[1], width, sampling_ratio)  # (N, w, 2 s)
         lines, along_y = _taps(y1, y2, size[0], height, sampling_ratio)  # (N, h, 2 s)
         lines = start + (image_ids[:, None, None] * height + lines) * width
-        # Both repeated to the pairs of taps first: a long last axis is what elementwise operations are fast on.
-        torch.add(_every(lines, taps)[:, :, None], columns.repeat(1, 1, taps)[:, None], out=cells[:, level])
-        torch.mul(_every(along_y, taps)[:, :, None], along_x.repeat(1, 1, taps)[:, None], out=weights[:, level])
+        # Both sides are repeated to all pairs of taps first: elementwise operations are fast on a long last axis.
+        torch.add(_repeat(lines, taps)[:, :, None], columns.repeat(1, 1, taps)[:, None], out=cells[:, level])
+        torch.mul(_repeat(along_y, taps)[:, :, None], along_x.repeat(1, 1, taps)[:, None], out=weights[:, level])
         start += images * height * width
     return cells.flatten(2, 3), weights.flatten(2, 3)
 
 
-def _every(values: torch.Tensor, times: int) -> torch.Tensor:
+def _repeat(values: torch.Tensor, times: int) -> torch.Tensor:
     return values.repeat_interleave(times, dim=2)
 
 
 def _taps(
     start: torch.Tensor, end: torch.Tensor, bins: int, cells: int, sampling_ratio: int
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Along one axis, for N intervals in cell units: the two cells beside each sample, and their shares of the bin.
+    """Find the two cells beside each sample and their shares of the bin, along one axis of N intervals in cell units.
 
-    As in torchvision, a sample more than one cell outside counts as zero and others are moved to the border.
+    As in torchvision, a sample more than one cell outside the map counts as zero. A sample closer to the map moves to
+    the border.
 
     Returns:
-        both (N, bins, 2 s).
+        indices of the cells and shares, both (N, bins, 2 s).
     """
     offsets = (torch.arange(bins * sampling_ratio, dtype=start.dtype) + 0.5) / sampling_ratio
     samples = start[:, None] + offsets * ((end - start) / bins)[:, None]  # (N, bins s)
@@ -123,7 +134,7 @@ def _taps(
     first = samples.floor()
     beyond = samples - first
     shares = torch.stack([1 - beyond, beyond], dim=2) * (inside[..., None] / sampling_ratio)
-    first = first.nan_to_num().int()  # of a box that is not finite, whose weights say so
-    both = torch.stack([first, (first + 1).clamp(max=cells - 1)], dim=2)
+    first = first.nan_to_num().int()  # a box that is not finite needs valid indices; the shares stay not finite
+    neighbours = torch.stack([first, (first + 1).clamp(max=cells - 1)], dim=2)
     shape = len(start), bins, 2 * sampling_ratio
-    return both.view(shape), shares.view(shape)
+    return neighbours.view(shape), shares.view(shape)

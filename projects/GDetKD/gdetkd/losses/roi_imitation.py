@@ -1,8 +1,9 @@
-"""RoI imitation on the same level: compare each region's pooled features on the level that the box-size rule assigns.
+"""RoI imitation, ROIFI: compare a region's pooled features on the level that the box-size rule assigns to it.
 
-Yao et al. ("G-DetKD", ICCV 2021) compare SGFI with it: 36.4 against 36.7 AP for Faster R-CNN with a ResNet-18 on COCO.
+Yao et al. ("G-DetKD", ICCV 2021, https://arxiv.org/abs/2108.07482) use it as a baseline. For Faster R-CNN with a
+ResNet-18 on COCO they report 36.4 AP with ROIFI and 36.7 AP with SGFI.
 
-Shapes: N regions, L student levels, (h, w) the pooled size.
+Shapes: B images, N regions, L student levels, C channels, (h, w) the pooled size.
 """
 
 import logging
@@ -23,13 +24,20 @@ logger = logging.getLogger(__name__)
 
 
 def roi_imitation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Squared error of pooled features (N, C, h, w), the student's adapted; mean over all; 0 for N = 0."""
+    """Compare pooled features (N, C, h, w) by the mean squared error; 0 for N = 0."""
     return mean_squared_error(student, teacher)
 
 
 def nearest_levels(student_strides: Sequence[int], teacher_strides: Sequence[int]) -> Tuple[int, ...]:
-    """For each of the teacher's levels, the index of the student's of the same stride, or of the nearest, as the
-    box-size rule itself moves boxes that are too small or too large to the nearest level that there is."""
+    """Return, for each teacher level, the index of the student level of the same or the nearest stride.
+
+    For example, a student that lacks the teacher's stride 4 uses stride 8 in its place:
+
+        >>> nearest_levels(student_strides=[8, 16, 32], teacher_strides=[4, 8, 16, 32])
+        (0, 0, 1, 2)
+
+    The box-size rule does the same: it moves boxes that are too small or too large to the nearest level.
+    """
     return tuple(
         min(range(len(student_strides)), key=lambda index: abs(math.log2(student_strides[index] / stride)))
         for stride in teacher_strides
@@ -44,13 +52,13 @@ def pool_on_levels(
     size: Tuple[int, int],
     sampling_ratio: int,
 ) -> torch.Tensor:
-    """RoIAlign of each region on one level.
+    """Pool each region on one level by RoIAlign.
 
     Args:
-        maps: L maps, each (B, C, H_l, W_l).
-        strides: pixels of the input image per cell of each map.
+        maps: by level, (B, C, H_l, W_l).
+        strides: by level, pixels of the input image per cell.
         regions: N boxes over B images.
-        levels: (N,) the index of each region's level.
+        levels: (N,) index of each region's level.
         size: (h, w).
         sampling_ratio: samples per bin and axis.
 
@@ -61,45 +69,53 @@ def pool_on_levels(
     pooled: List[torch.Tensor] = []
     order: List[torch.Tensor] = []
     for index, (feature_map, stride) in enumerate(zip(maps, strides)):
-        mine = Regions([Boxes(boxes.tensor[own == index]) for boxes, own in zip(regions.boxes, by_image)])
-        # Levels without regions stay in the graph: SyncBN's backward pass is the same on every process.
-        pooled.append(pool_all_levels([feature_map], [stride], mine, size, sampling_ratio)[:, 0])
+        on_level = Regions([Boxes(boxes.tensor[image == index]) for boxes, image in zip(regions.boxes, by_image)])
+        # A level without regions stays in the graph, so that SyncBN's backward pass is the same on every process.
+        pooled.append(pool_all_levels([feature_map], [stride], on_level, size, sampling_ratio)[:, 0])
         order.append(torch.nonzero(levels == index)[:, 0])
     return torch.cat(pooled)[torch.cat(order).argsort()]
 
 
 @DISTILL_LOSS_REGISTRY.register()
 class ROIFI(DistillLoss):
-    """`roi_imitation` on the level that the teacher's box-size rule assigns. Owns a 1x1 adapter.
+    """Compare regions by `roi_imitation`, on the level that the teacher's box-size rule assigns.
+
+    The module has a 1x1 adapter.
 
     Raises:
         GDetKDError: the sampling ratio is less than 1.
     """
 
-    default_weight = 1.0  # source: ours
+    default_weight = 1.0  # source: our choice
     needs = frozenset({"pooled", "levels"})
 
     @classmethod
     def add_keys(cls, node: CfgNode) -> None:
-        # RoIAlign samples per bin and axis on the student's pyramid. Source: ours.
+        # RoIAlign samples per bin and axis on the student's pyramid. Source: our choice.
         node.SAMPLING_RATIO = 2
 
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__()
         self.sampling_ratio = cfg.DISTILL.ROIFI.SAMPLING_RATIO
         if self.sampling_ratio < 1:
-            raise GDetKDError(f"DISTILL.ROIFI.SAMPLING_RATIO must be at least 1, not {self.sampling_ratio}.")
-        ours, its = list(student_spec.strides.values()), list(teacher_spec.strides.values())
-        self.strides, self.size = ours, teacher_spec.pooled_size
-        self.student_level = nearest_levels(ours, its)
-        moved = [f"1/{stride} to 1/{ours[level]}" for stride, level in zip(its, self.student_level)]
-        moved = [each for each, stride in zip(moved, its) if stride not in ours]
+            raise GDetKDError(f"DISTILL.ROIFI.SAMPLING_RATIO is {self.sampling_ratio}. Set it to at least 1.")
+        self.strides, self.size = list(student_spec.strides.values()), teacher_spec.pooled_size
+        teacher_strides = list(teacher_spec.strides.values())
+        self.student_level = nearest_levels(self.strides, teacher_strides)
+        moved = [
+            f"1/{stride} to 1/{self.strides[level]}"
+            for stride, level in zip(teacher_strides, self.student_level)
+            if stride not in self.strides
+        ]
         if moved:
-            logger.warning("ROIFI compares levels of other strides where the student has none: %s.", ", ".join(moved))
+            logger.warning(
+                "The student lacks levels of the teacher. ROIFI uses the nearest stride in their place: %s.",
+                ", ".join(moved),
+            )
         self.adapter = nn.Conv2d(student_spec.channels, teacher_spec.channels, kernel_size=1)
 
     def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
-        maps = [full_precision(each) for each in student.pyramid.values()]
+        maps = [full_precision(student_map) for student_map in student.pyramid.values()]
         levels = torch.as_tensor(self.student_level, device=teacher.levels.device)[teacher.levels]
         pooled = pool_on_levels(maps, self.strides, student.regions, levels, self.size, self.sampling_ratio)
         return roi_imitation(self.adapter(pooled), full_precision(teacher.pooled))

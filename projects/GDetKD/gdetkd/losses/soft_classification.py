@@ -1,4 +1,4 @@
-"""Prediction distillation, classes (Yao et al., "G-DetKD", ICCV 2021, https://arxiv.org/abs/2108.07482)."""
+"""Prediction distillation of classes, CLS (Yao et al., "G-DetKD", ICCV 2021, https://arxiv.org/abs/2108.07482)."""
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,10 @@ from .classes import match_classes, merge_logits, select_logits
 
 
 def soft_classification(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy between the teacher's class probabilities and the student's.
+    """Compute the cross-entropy between the teacher's class probabilities and the student's.
 
     Args:
-        student_logits, teacher_logits: (N, n + 1), softmax classes, background last.
+        student_logits, teacher_logits: (N, n + 1) of a softmax, background last.
 
     Returns:
         mean over N; 0 for N = 0.
@@ -26,10 +26,12 @@ def soft_classification(student_logits: torch.Tensor, teacher_logits: torch.Tens
 
 
 def soft_binary_classification(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """The same for classes that are scored independently: binary cross-entropies, summed over classes.
+    """Sum the binary cross-entropies of the classes, for detectors that score classes independently.
+
+    This form is our choice: we know of no such term in the paper.
 
     Args:
-        student_logits, teacher_logits: (N, n), sigmoid classes. Ours: we know of none in the paper for such detectors.
+        student_logits, teacher_logits: (N, n) of sigmoids.
 
     Returns:
         mean over N; 0 for N = 0.
@@ -41,20 +43,24 @@ def soft_binary_classification(student_logits: torch.Tensor, teacher_logits: tor
 
 
 def check_comparable(name: str, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
-    """
+    """Check that a loss can compare the predictions of two detectors.
+
+    Args:
+        name: name of the loss, for messages.
+
     Raises:
-        GDetKDError: one is dense and the other is not, or they predict from other anchors.
+        GDetKDError: only one of the detectors is dense, or two dense detectors have different anchors.
     """
     if (student_spec.dense is None) != (teacher_spec.dense is None):
         raise GDetKDError(
-            f"{name} compares predictions of detectors of one family, but one of teacher and student is dense and the "
-            f"other is not. Take {name} out of DISTILL.LOSSES: SGFI and CKD are for such pairs."
+            f"{name} cannot compare a dense detector with a two-stage detector. Take {name} out of DISTILL.LOSSES. "
+            "SGFI and CKD work for such pairs."
         )
     if student_spec.dense and student_spec.dense.anchors != teacher_spec.dense.anchors:
         raise GDetKDError(
-            f"{name} compares dense predictions anchor by anchor, but the teacher has {_anchors(teacher_spec)} and the "
-            f"student {_anchors(student_spec)}, or other sizes. Take {name} out of DISTILL.LOSSES, or give both "
-            "the same MODEL.ANCHOR_GENERATOR and head features."
+            f"{name} compares dense predictions anchor by anchor, but the anchors differ in number, stride or size. "
+            f"The student has {_anchors(student_spec)}, the teacher {_anchors(teacher_spec)}. Give both the same "
+            f"MODEL.ANCHOR_GENERATOR and head features, or take {name} out of DISTILL.LOSSES."
         )
 
 
@@ -62,10 +68,10 @@ def _check_same_scoring(student_spec: DetectorSpec, teacher_spec: DetectorSpec) 
     if student_spec.independent_classes != teacher_spec.independent_classes:
         scores = {True: "a sigmoid for each class", False: "a softmax over classes and background"}
         raise GDetKDError(
-            "CLS compares class scores of one kind, but the student has "
+            "CLS needs class scores of one kind, but the student has "
             f"{scores[student_spec.independent_classes]} and the teacher {scores[teacher_spec.independent_classes]}. "
-            "Give the student the teacher's MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE, or take CLS out of DISTILL.LOSSES (REG "
-            "works with either)."
+            "Give the student the teacher's MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE, or take CLS out of DISTILL.LOSSES. REG "
+            "works with both kinds."
         )
 
 
@@ -77,14 +83,14 @@ def _anchors(spec: DetectorSpec) -> str:
 class CLS(DistillLoss):
     """Compare the class scores of the two detectors on the classes that both have.
 
-    Softmax box heads are compared by `soft_classification`. Dense detectors and sigmoid box heads, which score classes
-    independently, are compared by `soft_binary_classification`. Stages that both detectors have are summed.
+    Box heads with a softmax are compared by `soft_classification`. Dense detectors and box heads with sigmoids are
+    compared by `soft_binary_classification`. The stages that both detectors have are summed.
 
     Raises:
         GDetKDError: the detectors cannot be compared, have no class in common, or only one has sigmoid classes.
     """
 
-    default_weight = 1.0  # source: ours
+    default_weight = 1.0  # source: our choice
     needs = frozenset({"logits"})
 
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
@@ -96,10 +102,11 @@ class CLS(DistillLoss):
 
     def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         stages = [(student, teacher), *zip(student.later_stages, teacher.later_stages)]
-        return sum(self._compare(full_precision(ours.logits), full_precision(its.logits)) for ours, its in stages)
+        return sum(self._compare(student_stage.logits, teacher_stage.logits) for student_stage, teacher_stage in stages)
 
     def _compare(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-        ours, its = self.classes.student, self.classes.teacher
-        if self.independent:
-            return soft_binary_classification(select_logits(student_logits, ours), select_logits(teacher_logits, its))
-        return soft_classification(merge_logits(student_logits, ours), merge_logits(teacher_logits, its))
+        restrict, loss = (
+            (select_logits, soft_binary_classification) if self.independent else (merge_logits, soft_classification)
+        )
+        student_logits = restrict(full_precision(student_logits), self.classes.student)
+        return loss(student_logits, restrict(full_precision(teacher_logits), self.classes.teacher))
