@@ -20,10 +20,10 @@ from gdetkd.errors import GDetKDError
         ),
         (
             "SOLVER:\n  STEPS: 1\n",
-            "line 2: SOLVER.STEPS is 1 \\(type int\\), but must be of type tuple, for example \\(30000,\\)",
+            "line 2: SOLVER.STEPS is 1 \\(type int\\), but it must be of type tuple, for example \\(30000,\\)",
         ),
-        ("SOLVER: 5\n", "line 1: SOLVER is 5 \\(type int\\), but must be a group of keys"),
-        ("MODEL:\n  MASK_ON: 'yes'\n", "line 2: MODEL.MASK_ON is 'yes' \\(type str\\), but must be of type bool"),
+        ("SOLVER: 5\n", "line 1: SOLVER is 5 \\(type int\\), but it must be a group of keys"),
+        ("MODEL:\n  MASK_ON: 'yes'\n", "line 2: MODEL.MASK_ON is 'yes' \\(type str\\), but it must be of type bool"),
         ("MODEL:\n  FORK: {HEADS: 3}\n", "line 2: 'MODEL.FORK.HEADS' is no config key"),
     ],
 )
@@ -57,7 +57,9 @@ def test_other_mistakes_in_a_file(tmp_path, text, message):
         merge_config_file(make_cfg({}), str(tmp_path / "own.yaml"))
 
 
-@pytest.mark.parametrize("path, message", [("", "name one with --config-file"), ("no.yaml", "'no.yaml'.*seen from")])
+@pytest.mark.parametrize(
+    "path, message", [("", "Name one with --config-file"), ("no.yaml", "'no.yaml'.*current folder")]
+)
 def test_no_file(path, message):
     with pytest.raises(GDetKDError, match=message):
         merge_config_file(make_cfg({}), path)
@@ -68,8 +70,8 @@ def test_no_file(path, message):
     [
         (["SOLVER.BASE_LR"], "the command line must give pairs of KEY VALUE, but has 1 words: SOLVER.BASE_LR"),
         (["SOLVER.BASE_RL", "0.1"], "the command line: 'SOLVER.BASE_RL' is no config key. .*'SOLVER.BASE_LR'"),
-        (["SOLVER.STEPS", "1"], "the command line: SOLVER.STEPS is '1' \\(type str\\), but must be of type tuple"),
-        (["SOLVER.IMS_PER_BATCH", "four"], "SOLVER.IMS_PER_BATCH is 'four' \\(type str\\), but must be of type int"),
+        (["SOLVER.STEPS", "1"], "the command line: SOLVER.STEPS is '1' \\(type str\\), but it must be of type tuple"),
+        (["SOLVER.IMS_PER_BATCH", "four"], "SOLVER.IMS_PER_BATCH is 'four' \\(type str\\), but it must be of type int"),
     ],
 )
 def test_a_mistake_on_the_command_line(words, message):

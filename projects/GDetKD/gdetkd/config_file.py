@@ -78,8 +78,8 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
         ) from e
     except (OSError, AssertionError) as e:  # Detectron2 and fvcore assert what they expect of a file
         raise GDetKDError(
-            f"The config {path!r} or one of its _BASE_ files cannot be read ({type(e).__name__}: {e}). Check that these "
-            "are readable yaml files."
+            f"The config {path!r} or one of its _BASE_ files cannot be read ({type(e).__name__}: {e}). Check that "
+            "these are readable yaml files."
         ) from e
 
 
