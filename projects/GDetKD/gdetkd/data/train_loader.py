@@ -165,6 +165,8 @@ def outlive_warning(worker: int) -> None:
     if not hasattr(signal, "sigwaitinfo"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # Some kernels deliver a signal in spite of `sigwaitinfo`. torch's handler would then end the worker.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
