@@ -125,7 +125,7 @@ def test_torchrun_trains_in_as_many_processes(config_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argument, match", [(["--num-gpus", "2"], "leave --num-gpus"), (["--check"], "without torchrun")]
+    "argument, match", [(["--num-gpus", "2"], "Leave them out"), (["--check"], "without torchrun")]
 )
 def test_what_does_not_go_together_with_torchrun(monkeypatch, argument, match):
     for name in TORCHRUN:

@@ -65,5 +65,5 @@ def test_a_slope_leads_out(distill_cfg, look_often, caplog):
 
 
 def test_a_slope_out_of_range_is_refused(distill_cfg):
-    with pytest.raises(GDetKDError, match="NEGATIVE_SLOPE must be at least 0"):
+    with pytest.raises(GDetKDError, match="NEGATIVE_SLOPE is -0.1"):
         DistillTrainer(distill_cfg({**KEYS, "DISTILL.SGFI.NEGATIVE_SLOPE": -0.1}))
