@@ -80,6 +80,19 @@ class DatasetKind(ABC):
         """Return the path that a key of the entry gives, as seen from Detectron2's data folder."""
         return resolve(self.entry[key])
 
+    def file_in(self, key: str, name: str) -> str:
+        """Return the path of a file that the dataset names, in the folder that a key of the entry gives.
+
+        Raises:
+            GDetKDError: the name leads out of the folder, and DATASETS.ALLOW_OUTSIDE is False.
+        """
+        if leaves(name) and not self.allow_outside:
+            raise GDetKDError(
+                f"The dataset {self.name!r} names the file {name!r}, which leads out of {self.path(key)!r}. Correct "
+                "the name, or set DATASETS.ALLOW_OUTSIDE to True."
+            )
+        return os.path.join(self.path(key), name)
+
     def check_paths(self) -> None:
         """Raise an error if a relative path of the entry leads out of the folder where it starts."""
         for key in self.path_keys + self.inner_path_keys:

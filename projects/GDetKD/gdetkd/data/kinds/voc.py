@@ -5,7 +5,7 @@ Objects that are marked as difficult or truncated are ordinary objects, as in De
 
 import os
 from collections import Counter
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from detectron2.structures import BoxMode
 
@@ -27,7 +27,7 @@ class Voc(DatasetKind):
     inner_path_keys = ("split",)
 
     @classmethod
-    def find_problems(cls, entry: Dict[str, Any]) -> List[str]:
+    def find_problems(cls, entry: Mapping[str, Any]) -> List[str]:
         problems = super().find_problems(entry)
         if entry.get("first_pixel", 1) not in (0, 1):
             problems.append(f"has first_pixel {entry['first_pixel']!r}, not 0 or 1")
