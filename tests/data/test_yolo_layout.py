@@ -162,7 +162,7 @@ def test_classes_that_are_not_known_or_in_doubt(tmp_path):
         (folder / "classes.txt").write_text("a\nb\n")
         (folder / "images/obj.names").write_text("b\na\n")
 
-    with pytest.raises(GDetKDError, match="obj.names and .*classes.txt name different ones"):
+    with pytest.raises(GDetKDError, match="obj.names and .*classes.txt list different names"):
         registered(tmp_path / "two", two, **{**BY_FOLDER, "images": "images"})
 
 

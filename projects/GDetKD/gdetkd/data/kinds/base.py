@@ -31,8 +31,8 @@ class Keys(NamedTuple):
 class DatasetKind(ABC):
     """Read one dataset, which an entry of DATASETS.REGISTER describes.
 
-    `register_datasets` calls `check_paths`, `check_files` and `metadata` once. Detectron2's catalog calls `load` each
-    time that a program asks for the dataset.
+    `register_datasets` calls `check_paths`, `check_files` and `metadata` once. Detectron2's catalog calls `load`
+    whenever a program asks for the dataset.
 
     Attributes:
         entry: the entry, which `find_problems` accepted.

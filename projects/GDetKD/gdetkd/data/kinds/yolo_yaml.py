@@ -79,7 +79,7 @@ def describe_folder(path: str, classes: Optional[Sequence[str]]) -> Description:
         found = {file: _read_names(file) for file in files if os.path.isfile(file)}
         if len(set(map(tuple, found.values()))) != 1:
             problem = (
-                f"{' and '.join(found)} name different ones" if found else f"there is no {' or '.join(CLASS_FILES)}"
+                f"{' and '.join(found)} list different names" if found else f"there is no {' or '.join(CLASS_FILES)}"
             )
             raise GDetKDError(
                 f"The classes of {path!r} are not known: {problem}. List them in order as `classes` in "
