@@ -9,7 +9,7 @@ from conftest import make_cfg
 from gdetkd import config
 from gdetkd.losses import DISTILL_LOSS_REGISTRY
 
-SOURCES = ("a write-up", "a re-implementation", "ours")
+SOURCES = ("a write-up", "a re-implementation", "our choice")
 # The comment above a default, and the default's key.
 DEFAULT = re.compile(r"((?: *#.*\n)*) *node\.([A-Z_]+) = ")
 WRITE_UP = {"IOU_THRESHOLD", "POSITIVE_FRACTION"}
