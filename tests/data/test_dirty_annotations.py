@@ -230,6 +230,27 @@ def test_a_document_type_in_another_encoding_is_seen(tmp_path, encoding):
         load_voc(root, "train", ["cat"])
 
 
+@pytest.mark.parametrize(
+    "declared",
+    [
+        '<!DOCTYPE a SYSTEM "file:///etc/passwd">',
+        '<!DOCTYPE a [<!ENTITY % b SYSTEM "file:///etc/passwd"> %b;]>',
+        '<!DOCTYPE a [<!ENTITY b "bbbbbbbbbb"><!ENTITY c "&b;&b;&b;&b;&b;&b;"><!ENTITY d "&c;&c;&c;&c;&c;">]>',
+    ],
+)
+def test_external_and_growing_entities_are_refused(tmp_path, declared):
+    with pytest.raises(GDetKDError, match="declares a document type"):
+        load_voc(voc(tmp_path, text=f"{declared}<annotation></annotation>"), "train", ["cat"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_an_annotation_that_only_mentions_a_document_type_is_read(tmp_path, encoding):
+    root = voc(tmp_path)
+    text = f'<?xml version="1.0" encoding="{encoding}"?>\n<annotation><!-- <!DOCTYPE a> --></annotation>\n'
+    (tmp_path / "Annotations" / "one.xml").write_bytes(text.encode(encoding))
+    assert load_voc(root, "train", ["cat"])[0][0]["annotations"] == []
+
+
 def test_outlines_are_long_or_too_long():
     zigzag = [value for x in range(1500) for value in (x, 5000 * (x % 2))]
     assert _is_near(zigzag) and not _is_near(zigzag * 3)  # of 7,500,000 pixels, and of three times as many

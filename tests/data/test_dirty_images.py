@@ -145,7 +145,7 @@ def test_too_many_images_that_break_off_stop_the_run(tmp_path, caplog):
 
 
 def test_images_found_bad_at_the_start_count_with_those_found_later():
-    count = BadImages(total=100, left_out=2, most=0.03, what="mine")
+    count = BadImages(total=100, left_out=2, max_fraction=0.03, names="mine")
     count.note({"a.jpg": "broken"}), count.note({"a.jpg": "broken"}), count.note({})
     with pytest.raises(GDetKDError, match="4 of 100 images cannot be used so far, now b.jpg broken"):
         count.note({"b.jpg": "broken"})

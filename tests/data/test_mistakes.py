@@ -50,7 +50,10 @@ def test_corners_that_are_said_to_be_corners_are_right():
 def test_doubles_and_classes(tmp_path, caplog):
     dicts = images([5, 5, 9, 9], [5, 5, 9, 9], [6, 6, 9, 9])
     said = "; ".join(find_mistakes(dicts, ["cat", "group", "cat"], "mine"))
-    assert "1 annotations are there twice" in said and "1 class names stand for several classes (cat)" in said
+    assert (
+        "1 annotations repeat another with the same image" in said
+        and "1 class names stand for several classes (cat)" in said
+    )
     assert "2 of 3 classes have no object (group, cat)" in said
     dataset(tmp_path, with_boxes([5, 5, 9, 9]))
     for _ in range(2):

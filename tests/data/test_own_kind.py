@@ -1,5 +1,6 @@
-"""The example in docs/dataset-kinds.md, as it stands there, is read, checked and evaluated."""
+"""The example in docs/dataset-kinds.md, as it stands there, is read, checked, trained on and evaluated."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,7 +9,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from conftest import make_cfg, write_coco
 from gdetkd.data import register_datasets
+from gdetkd.data.class_names import class_names
 from gdetkd.data.kinds import DATASET_KIND_REGISTRY
+from gdetkd.engine import DistillTrainer
 from gdetkd.engine.preflight import check_datasets
 from gdetkd.errors import GDetKDError
 
@@ -56,7 +59,7 @@ def test_the_example_is_read_and_checked(cfg_of, caplog):
     [
         ({"json": "a"}, "'mine' \\(kind csv\\) has json"),
         ({"csv": "nowhere.csv"}, "nowhere.csv.*does not exist"),
-        ({"classes": ["dog"]}, "'mine' cannot be read from .*mine.csv.*ValueError"),
+        ({"classes": ["dog"]}, "mine.csv', line 2: the class 'cat' is not in `classes`"),
     ],
 )
 def test_mistakes_of_an_entry_are_named(cfg_of, changes, match):
@@ -64,3 +67,33 @@ def test_mistakes_of_an_entry_are_named(cfg_of, changes, match):
     with pytest.raises(GDetKDError, match=match):
         register_datasets(cfg)
         check_datasets(cfg)
+
+
+@pytest.mark.parametrize("name", ["../mine0.png", "/etc/passwd"])
+def test_file_names_that_leave_the_folder(cfg_of, tmp_path, name):
+    (tmp_path / "mine.csv").write_text(LINES.replace("mine0.png", name))
+    cfg = cfg_of()
+    register_datasets(cfg)
+    with pytest.raises(GDetKDError, match=f"'mine' names the file '{name}', which leads out of"):
+        DatasetCatalog.get("mine")
+    DatasetCatalog.remove("mine")
+    cfg.DATASETS.ALLOW_OUTSIDE = True
+    register_datasets(cfg)
+    assert DatasetCatalog.get("mine")[0]["file_name"].endswith(name)
+
+
+def test_class_names_are_known_without_reading_the_file(cfg_of, tmp_path):
+    cfg = cfg_of()
+    (tmp_path / "mine.csv").unlink()
+    assert class_names(cfg) == ("cat", "dog")
+
+
+def test_a_training_and_an_evaluation(cfg_of, tmp_path):
+    cfg = cfg_of(limit=1)
+    cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / "run"), "SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 1])
+    cfg.merge_from_list(["MODEL.ROI_HEADS.NUM_CLASSES", 2])
+    register_datasets(cfg)
+    assert len(DatasetCatalog.get("mine")) == 1
+    DistillTrainer(cfg).train()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
+    assert any("bbox/AP" in line for line in lines) and any("total_loss" in line for line in lines)

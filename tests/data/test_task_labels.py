@@ -83,7 +83,7 @@ def test_run_lengths_need_bitmasks(labelled_cfg):
         size = [content["images"][0]["height"], content["images"][0]["width"]]
         content["annotations"][0]["segmentation"] = {"size": size, "counts": [0, size[0] * size[1]]}
 
-    with pytest.raises(GDetKDError, match="1 objects of 'labelled' have masks that are no polygons.*bitmask"):
+    with pytest.raises(GDetKDError, match="1 objects of 'labelled' have masks that are not polygons.*bitmask"):
         check_datasets(labelled_cfg(MASKS, change))
     check_datasets(labelled_cfg({**MASKS, "INPUT.MASK_FORMAT": "bitmask"}, change))
 

@@ -57,7 +57,10 @@ def test_without_classes_the_error_lists_them(tmp_path):
 def test_a_class_without_objects_and_doubles_are_warned_of(tmp_path, caplog):
     registered(tmp_path, each_xml(lambda t: re.sub("(<object>.*</object>)", r"\1\1", t)), classes=[*CLASSES, "none"])
     DatasetCatalog.get("exact")
-    assert "annotations are there twice" in caplog.text and "1 of 4 classes have no object (none)" in caplog.text
+    assert (
+        "annotations repeat another with the same image" in caplog.text
+        and "1 of 4 classes have no object (none)" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("most, refused", [(0.5, False), (0.01, True)])

@@ -37,8 +37,8 @@ def test_an_image_that_cannot_be_read_is_left_to_the_check_of_images(tmp_path):
         ("-1 0.5 0.5 0.1 0.1", "the class is -1"),
         ("0.5 0.5 0.5 0.1 0.1", "the class is 0.5"),
         ("nan 0.5 0.5 0.1 0.1", "the class is nan"),
-        ("cat 0.5 0.5 0.1 0.1", "'cat' is no number"),
-        ("0 32 20 10 10", "it has 32, where shares of the image are meant, from 0 to 1. Divide pixels"),
+        ("cat 0.5 0.5 0.1 0.1", "'cat' is not a number"),
+        ("0 32 20 10 10", "it has 32, which is not a share of the image from 0 to 1. Divide pixels"),
         ("0 0.5 0.5 inf 0.1", "it has inf"),
         ("0 0.5 0.5 0.1", "it has 4 columns"),
         ("0 0.5 0.5 0.1 0.1 0.9", "it has 6 columns.*can be a score"),
@@ -71,7 +71,7 @@ def test_a_label_of_a_pose_has_the_columns_of_kpt_shape(tmp_path):
         (f"train: images/train\npath: [a]\n{NAMES}", r"path is \['a'\], not text"),
         (f"train: {{a: b}}\n{NAMES}", "train is .*not a path"),
         (f"val: images/train\n{NAMES}", "no split 'train'; it names val"),
-        (f"train: images/nowhere\n{NAMES}", "names 'images/nowhere', which is not there"),
+        (f"train: images/nowhere\n{NAMES}", "names 'images/nowhere', which does not exist"),
     ],
 )
 def test_descriptions_that_are_refused(tmp_path, text, match):
@@ -162,7 +162,7 @@ def test_classes_that_are_not_known_or_in_doubt(tmp_path):
         (folder / "classes.txt").write_text("a\nb\n")
         (folder / "images/obj.names").write_text("b\na\n")
 
-    with pytest.raises(GDetKDError, match="obj.names and .*classes.txt name different ones"):
+    with pytest.raises(GDetKDError, match="obj.names and .*classes.txt list different names"):
         registered(tmp_path / "two", two, **{**BY_FOLDER, "images": "images"})
 
 

@@ -1,4 +1,4 @@
-"""What real annotations and images have wrong with them: left out or named, with counts, before training."""
+"""Find annotations and images that cannot be used, and leave them out or report them with counts."""
 
 import logging
 import math
@@ -15,21 +15,21 @@ from .headers import Header, read_headers, with_sizes
 logger = logging.getLogger(__name__)
 
 Sample = Dict[str, Any]
-NAMED = 5  # bad images in a message
-# Pixels from the origin beyond which a coordinate is taken for none; integers overflow at the 200-fold.
+MOST_NAMED = 5  # bad images that a message names
+# A coordinate farther than this from the origin, in pixels, is an error. Integers overflow at 200 times as many.
 FARTHEST = 1e7
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Counts of annotations.
+    """Count the annotations of a dataset that have a defect or are crowds.
 
     Attributes:
-        without_area: left out: their box is no wider or higher than nothing, or not a number.
-        far: left out: their box has a coordinate that no image has.
-        outside: left out: nothing of their box is in the image.
-        over_edge: kept: a part of their box is outside the image, and is cut off in training.
-        crowds: kept: training passes them over, evaluation does not punish detections in them.
+        without_area: left out. Their box has no width or height, or is not a number.
+        far: left out. Their box has a coordinate that is too large for an image.
+        outside: left out. Their box lies outside of the image.
+        over_edge: kept. A part of their box lies outside of the image. Training cuts it off.
+        crowds: kept. Training ignores them, and evaluation does not punish detections in them.
     """
 
     without_area: int = 0
@@ -48,17 +48,17 @@ class Findings:
             (self.without_area, "annotations without area are left out"),
             (self.far, f"annotations with coordinates beyond {FARTHEST:.0f} pixels are left out"),
             (self.outside, "annotations outside their image are left out"),
-            (self.over_edge, "boxes reach over the edge of their image, and are cut there"),
-            (self.crowds, "are crowds, which training passes over"),
+            (self.over_edge, "boxes reach over the edge of their image and are cut there"),
+            (self.crowds, "are crowds, which training ignores"),
         ]
         return "; ".join(f"{count} {text}" for count, text in parts if count)
 
 
 def clean_annotations(dicts: List[Sample]) -> Findings:
-    """Takes annotations out, in place, that no detector can learn from.
+    """Leave out annotations that no detector can learn from.
 
     Args:
-        dicts: in Detectron2's format.
+        dicts: images in Detectron2's format, changed in place.
     """
     counts = dict.fromkeys(Findings.__dataclass_fields__, 0)
     for image in dicts:
@@ -77,7 +77,7 @@ def clean_annotations(dicts: List[Sample]) -> Findings:
 
 
 def _judge(annotation: Sample, image: Sample) -> Optional[str]:
-    # Of an integer that no float is as large as, `isfinite` cannot tell.
+    # `isfinite` fails on an integer that is too large for a float.
     if not all(isinstance(value, int) or math.isfinite(value) for value in annotation["bbox"]):
         return "without_area"
     if any(abs(value) > FARTHEST for value in annotation["bbox"]):
@@ -88,15 +88,15 @@ def _judge(annotation: Sample, image: Sample) -> Optional[str]:
     width, height = image.get("width", math.inf), image.get("height", math.inf)
     if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
         return "outside"
-    # A pixel of tolerance: conventions differ by that.
+    # One pixel is tolerated, because tools count pixels differently.
     return "over_edge" if x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1 else None
 
 
 def find_bad_images(dicts: List[Sample], whole: bool = False) -> Dict[str, str]:
-    """Of each image that cannot be used its file name, and why.
+    """Return the file names of images that cannot be used, with the reasons.
 
     Args:
-        whole: decode the images. Else headers alone are read, and a truncated file that has its header is not found.
+        whole: decode the images. If False, read only headers, which does not find truncated files.
     """
     return _faults(dicts, read_headers(dicts, whole))
 
@@ -106,86 +106,84 @@ def _faults(dicts: List[Sample], headers: List[Header]) -> Dict[str, str]:
 
 
 class BadImages:
-    """Counts the images that turn out to be broken in training, and stops it when they are too many.
+    """Count the images that fail in training, and stop the training if there are too many.
 
     Args:
-        total: images of the data sets.
-        left_out: those that were found to be bad before.
-        most: share of bad images above which the set itself is taken to be wrong.
-        what: the data sets' names, for messages.
+        total: the number of images in the datasets.
+        left_out: the number of images that were left out before training.
+        max_fraction: the share of bad images that is allowed.
+        names: the names of the datasets, for messages.
     """
 
-    def __init__(self, total: int, left_out: int, most: float, what: str) -> None:
+    def __init__(self, total: int, left_out: int, max_fraction: float, names: str) -> None:
         self.found: Dict[str, str] = {}
         self._total = total
         self._left_out = left_out
-        self._most = most
-        self._what = what
+        self._max_fraction = max_fraction
+        self._names = names
 
     def note(self, bad: Dict[str, str]) -> None:
-        """
+        """Count bad images, which other images replaced in a batch.
+
         Args:
-            bad: reasons by file name, of images that another was taken in place of.
+            bad: maps the file name of an image to the reason.
 
         Raises:
-            GDetKDError: more than the given share are bad.
+            GDetKDError: too many images are bad.
         """
         new = {path: reason for path, reason in bad.items() if path not in self.found}
         if not new:
             return
         self.found.update(new)
         count = self._left_out + len(self.found)
-        message = f"{self._what}: {count} of {self._total} images cannot be used so far, now {_named(new)}."
-        if count > self._most * self._total:
+        message = f"{self._names}: {count} of {self._total} images cannot be used so far, now {_named(new)}."
+        if count > self._max_fraction * self._total:
             raise GDetKDError(
-                f"{message} That is more than INPUT.MAX_BAD_FRACTION {self._most:g}: correct the files, or raise it to "
-                "train without them."
+                f"{message} That is more than INPUT.MAX_BAD_FRACTION {self._max_fraction:g}. Correct the files, or "
+                "raise it to train without them."
             )
-        logger.warning("%s Others are taken in their place.", message)
+        logger.warning("%s Other images replace them.", message)
 
 
-def without_bad_images(dicts: List[Sample], most: float, what: str) -> Tuple[List[Sample], np.ndarray]:
-    """Leave out the images that cannot be used. They are counted and named in the log.
+def without_bad_images(dicts: List[Sample], max_fraction: float, names: str) -> Tuple[List[Sample], np.ndarray]:
+    """Leave out images that cannot be used, and log which.
 
     Args:
-        most: share of bad images above which the set itself is taken to be wrong.
-        what: the data sets' names, for messages.
+        max_fraction: the share of bad images that is allowed.
+        names: the names of the datasets, for messages.
 
     Returns:
-        the samples that are kept, with their sizes where these are known; and (len(dicts),) booleans, which of `dicts`
-        are kept.
+        the samples that are kept, with their sizes if known, and (len(dicts),) booleans that say which samples these
+        are.
 
     Raises:
-        GDetKDError: more than `most` are bad.
+        GDetKDError: too many images are bad.
     """
     headers = read_headers(dicts)
     bad, dicts = _faults(dicts, headers), with_sizes(dicts, headers)
     kept = np.array([image["file_name"] not in bad for image in dicts], bool)
     if not bad:
         return dicts, kept
-    message = f"{what}: {len(bad)} of {len(dicts)} images cannot be used ({_named(bad)})."
-    if len(bad) > most * len(dicts):
+    message = f"{names}: {len(bad)} of {len(dicts)} images cannot be used ({_named(bad)})."
+    if len(bad) > max_fraction * len(dicts):
         raise GDetKDError(
-            f"{message} That is more than INPUT.MAX_BAD_FRACTION {most:g}: correct the folder or the annotations, or "
-            "raise it to leave these images out."
+            f"{message} That is more than INPUT.MAX_BAD_FRACTION {max_fraction:g}. Correct the folder or the "
+            "annotations, or raise it to leave these images out."
         )
     logger.warning("%s They are left out.", message)
     return [image for image, is_kept in zip(dicts, kept) if is_kept], kept
 
 
-def check_images(dicts: List[Sample], what: str) -> None:
-    """
-    Raises:
-        GDetKDError: an image cannot be used; evaluation would break off there.
-    """
+def check_images(dicts: List[Sample], names: str) -> None:
+    """Raise an error if an image cannot be used. An evaluation would fail at that image."""
     bad = find_bad_images(dicts, whole=True)
     if bad:
         raise GDetKDError(
-            f"{what}: {len(bad)} of {len(dicts)} images cannot be used for evaluation ({_named(bad)}). Correct the "
+            f"{names}: {len(bad)} of {len(dicts)} images cannot be used for evaluation ({_named(bad)}). Correct the "
             "files or the annotations."
         )
 
 
 def _named(bad: Dict[str, str]) -> str:
-    some = [f"{os.path.basename(path)} {reason}" for path, reason in list(bad.items())[:NAMED]]
-    return "; ".join(some + ["..."] * (len(bad) > NAMED))
+    some = [f"{os.path.basename(path)} {reason}" for path, reason in list(bad.items())[:MOST_NAMED]]
+    return "; ".join(some + ["..."] * (len(bad) > MOST_NAMED))

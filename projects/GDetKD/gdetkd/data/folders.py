@@ -1,4 +1,4 @@
-"""Find files that annotation tools name in other ways than they are spelt, and never leave the folder they are in."""
+"""Find files whose names differ in spelling from what annotation tools write, and check that paths stay in a folder."""
 
 import codecs
 import os
@@ -8,35 +8,35 @@ from typing import Dict, List, Optional, Set, Tuple
 
 from ..errors import GDetKDError
 
-# Files that are taken for images. Detectron2 reads the first image of an animated GIF. Whether a `.avif` or `.jp2` file
-# can be read depends on the installed Pillow.
+# Endings of image files. The installed Pillow decides whether `.avif` and `.jp2` can be read. Detectron2 reads only the
+# first image of an animated GIF.
 IMAGE_ENDINGS = tuple(
     ".jpg .jpeg .jpe .jfif .mpo .png .bmp .dib .tif .tiff .webp .gif .avif .jp2 .ppm .pgm .tga".split()
 )
-# Byte order marks of the encodings that Windows programs write text files in.
+# Byte order marks that Windows programs write into text files.
 MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
 def resolve(path: str) -> str:
-    """Return a relative path as seen from Detectron2's data folder."""
+    """Join a path to Detectron2's data folder. An absolute path stays as it is."""
     return os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), path)
 
 
 def leaves(path: str) -> bool:
-    """Return whether a path that is meant to be relative is absolute, or leads out of the folder where it starts."""
+    """Return whether a path is absolute or leads out of the folder where it starts."""
     return os.path.isabs(path) or os.path.normpath(path).split(os.sep)[0] == os.pardir
 
 
 def is_inside(path: str, folder: str) -> bool:
-    """Return whether a path is in a folder or is that folder. Links are not followed."""
+    """Return whether a path is in a folder or is that folder. Do not follow links."""
     return not leaves(os.path.relpath(os.path.abspath(path), os.path.abspath(folder)))
 
 
 def read_text(path: str) -> str:
-    """Read a text file in UTF-8, or in the encoding that its byte order mark names.
+    """Read a text file in UTF-8 or in the encoding of its byte order mark.
 
     Raises:
-        GDetKDError: the file is written in another encoding.
+        GDetKDError: the file has another encoding.
     """
     with open(path, "rb") as file:
         raw = file.read()
@@ -48,12 +48,12 @@ def read_text(path: str) -> str:
 
 
 def walk(folder: str, recursive: bool = True) -> List[str]:
-    """Return the files of a folder, sorted, as paths from that folder on with forward slashes.
+    """Return the sorted files of a folder, as relative paths with forward slashes.
 
-    Hidden files and folders are left out: systems put files there that are no data. Links to folders are followed once.
+    Hidden files and folders are skipped, because they are not data. A link to a folder is followed once.
 
     Args:
-        recursive: also return the files of its subfolders.
+        recursive: also return the files of subfolders.
     """
     found: List[str] = []
     seen: Set[str] = set()
@@ -69,10 +69,10 @@ def walk(folder: str, recursive: bool = True) -> List[str]:
 
 
 def list_images(folder: str) -> Tuple[List[str], Dict[str, int]]:
-    """Return the images of a folder and its subfolders, sorted, and the count of all other files by their ending."""
+    """Return the sorted images of a folder and its subfolders, and the counts of other files by their ending."""
     files = walk(folder)
-    others = Counter(os.path.splitext(name)[1].lower() or "without an ending" for name in files if not is_image(name))
-    return [name for name in files if is_image(name)], dict(sorted(others.items()))
+    endings = (os.path.splitext(name)[1].lower() or "without an ending" for name in files if not is_image(name))
+    return [name for name in files if is_image(name)], dict(sorted(Counter(endings).items()))
 
 
 def is_image(name: str) -> bool:
@@ -84,14 +84,14 @@ def without_image_ending(name: str) -> str:
 
 
 class Listing:
-    """The files of a folder, found by names that may differ from theirs in case or in the form of their accents.
+    """List the files of a folder, and find a file by a name that may differ in case or in the form of accents.
 
     Attributes:
         folder: the folder.
-        names: its files, as paths from that folder on.
+        names: the files, as paths relative to the folder.
 
     Args:
-        recursive: also list the files of its subfolders.
+        recursive: also list the files of subfolders.
     """
 
     def __init__(self, folder: str, recursive: bool = True) -> None:
@@ -111,14 +111,14 @@ class Listing:
         return [name for name in self.names if is_image(name)]
 
     def find(self, name: str) -> Optional[str]:
-        """Return the file of that name, else the only file whose name differs from it in case alone, else None."""
+        """Return the file of a name, or else the only file whose name differs in case or accents, or else None."""
         if name in self._exact:
             return name
         found = self._similar.get(_key(name), [])
         return found[0] if len(found) == 1 else None
 
     def images_of(self, name: str) -> List[str]:
-        """Return the images of that name, which is given without its ending."""
+        """Return the images of a name that is given without its ending."""
         found = self._images.get(_key(name), [])
         spelt = [image for image in found if os.path.splitext(image)[0] == name]
         return spelt or found

@@ -11,17 +11,17 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 from detectron2.data.detection_utils import read_image
 from PIL import Image, UnidentifiedImageError
 
-# Pillow else imports its formats when it opens the first image. By then the dicts of a training set are in memory, and
-# modules between them would keep their memory from the system for good: 130 MB of COCO's.
+# Import Pillow's formats now. If they were imported with the first image, their modules would lie in memory among the
+# dicts of the training set. Then the freed memory of the dicts could not return to the system: 130 MB for COCO.
 Image.preinit()
 
 Sample = Dict[str, Any]
 EXIF_ORIENTATION, TURNED = 274, (5, 6, 7, 8)
 HEADERS_AT_ONCE = 16
-# Images that are handed to the threads together. A task of each image at once would take 1.5 kB an image.
+# Images that are handed to the threads together. A task takes 1.5 kB, so do not make the tasks of all images at once.
 CHUNK = 4096
 REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-# What Pillow raises for a broken image, by its many formats.
+# Errors that Pillow's readers raise for a broken image.
 IMAGE_ERRORS = (
     UnidentifiedImageError,
     Image.DecompressionBombError,
@@ -34,17 +34,17 @@ IMAGE_ERRORS = (
     struct.error,
     zlib.error,
 )
-# What photographs come as, by Pillow's names. It reads many others, of them some by other programs: EPS by Ghostscript.
+# Formats of photographs, by Pillow's names. Pillow reads other formats as well, some by other programs.
 FORMATS = "AVIF BMP DIB GIF HEIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP".split()
-# Modes of more than 8 bits, of which conversion keeps what is below 256.
+# Modes with more than 8 bits. A conversion to 8 bits would clip their values.
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 class Header(NamedTuple):
     """
     Attributes:
-        fault: why the image cannot be used; None if nothing speaks against it.
-        size: (width, height) in pixels as Detectron2 reads the image, turned by EXIF; None if it is not known.
+        fault: why the image cannot be used; None if it can be used.
+        size: (width, height) in pixels after EXIF turned the image, as Detectron2 reads it; None if it is not known.
     """
 
     fault: Optional[str] = None
@@ -55,8 +55,8 @@ def read_headers(dicts: Sequence[Sample], whole: bool = False) -> List[Header]:
     """Read the header of each image. A remote image is not opened, because Detectron2 fetches it when it is needed.
 
     Args:
-        dicts: in Detectron2's format. Only `file_name` is required.
-        whole: decode the images. Else a truncated file that has its header is not found.
+        dicts: images in Detectron2's format. Only `file_name` is required.
+        whole: decode the images, which also finds truncated files.
     """
     headers: List[Header] = []
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
@@ -68,7 +68,7 @@ def read_headers(dicts: Sequence[Sample], whole: bool = False) -> List[Header]:
 def with_sizes(dicts: Sequence[Sample], headers: Sequence[Header]) -> List[Sample]:
     """Return the samples with `width` and `height`. Detectron2 does not require either key for training.
 
-    A sample that lacks a key is copied, not changed. It stays without if its header does not know the size either.
+    A sample that lacks a key is copied, not changed. It keeps lacking the key if its header does not give the size.
     """
     return [_with_size(sample, header.size) for sample, header in zip(dicts, headers)]
 
@@ -88,7 +88,7 @@ def for_evaluation(dicts: Sequence[Sample]) -> List[Sample]:
 
 
 def _fetch_size(sample: Sample) -> Tuple[int, int]:
-    """Return (width, height) of a remote image, which is read whole."""
+    """Return (width, height) of a remote image. This fetches the whole image."""
     height, width = read_image(sample["file_name"]).shape[:2]
     return width, height
 
@@ -106,19 +106,19 @@ def _read_header(sample: Sample, whole: bool = False) -> Header:
     if not os.path.exists(path):
         return Header("not there")
     try:
-        with Image.open(path) as image:  # its header alone
+        with Image.open(path) as image:  # reads only the header
             if image.format not in FORMATS:
                 return Header(f"is {image.format}, not one of {', '.join(FORMATS)}: convert it")
             size, mode = image.size, image.mode
             turned = _is_turned(image)
             if whole:
-                image.draft(None, (1, 1))  # a JPEG is read to its end all the same, in a fraction of the time
+                image.draft(None, (1, 1))  # decodes a JPEG coarsely and fast, but to its end
                 image.load()
     except IMAGE_ERRORS as e:
         return Header(f"does not open ({type(e).__name__})")
     if mode in DEEP:
-        return Header("has more than 8 bits a channel, of which the upper would be lost: convert it")
-    size = size[::-1] if turned else size  # Detectron2 turns it on reading
+        return Header("has more than 8 bits a channel, which would be clipped: convert it to 8 bits")
+    size = size[::-1] if turned else size
     expected: Tuple[Any, Any] = (sample.get("width", size[0]), sample.get("height", size[1]))
     if size != expected:
         return Header(f"is {size[0]}x{size[1]}, annotated as {expected[0]}x{expected[1]}")

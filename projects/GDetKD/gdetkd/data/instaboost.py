@@ -1,6 +1,6 @@
-"""InstaBoost (Fang et al., ICCV 2019), by the package of its authors: the augmentation of G-DetKD's X-101 teacher.
+"""Augment images by InstaBoost (Fang et al., ICCV 2019) with its authors' package, as G-DetKD's X-101 teacher does.
 
-Objects are cut out along their masks, the hole is painted over, and they are put back, moved and turned a little.
+InstaBoost cuts objects out along their masks, fills the holes, and pastes the objects back, moved and turned a little.
 """
 
 import copy
@@ -19,20 +19,20 @@ from PIL import Image
 
 from ..errors import GDetKDError
 
-# (annotations, BGR image) -> the same, augmented.
+# Maps (annotations, BGR image) to augmented annotations and image.
 Boost = Callable[[List[Dict[str, Any]], np.ndarray], Tuple[List[Dict[str, Any]], np.ndarray]]
 
 
 class InstaBoostMapper:
-    """Detectron2's mapper of training samples, after InstaBoost with probability INPUT.INSTABOOST.PROBABILITY.
+    """Apply InstaBoost with probability INPUT.INSTABOOST.PROBABILITY, and then Detectron2's mapper of training samples.
 
-    Crowds, which training passes over, stay where they are in the image. One without objects stays as it is.
+    InstaBoost does not move crowds, and leaves images without objects as they are.
 
     Args:
-        cfg: INPUT.INSTABOOST holds the parameters of InstaBoost's authors, under their names.
+        cfg: a config whose INPUT.INSTABOOST holds InstaBoost's parameters under their original names.
 
     Raises:
-        GDetKDError: the package is not installed; in use: an object has no mask.
+        GDetKDError: the package is not installed, or, when called, an object has no mask.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -48,15 +48,15 @@ class InstaBoostMapper:
         boosted, image = self._boost([_to_coco(a, dataset_dict["file_name"]) for a in objects], image)
         dataset_dict = dict(dataset_dict)
         dataset_dict["annotations"] = [_from_coco(a, image.shape[:2]) for a in boosted]
-        # The mapper reads the file itself; what it has read is replaced before anything else happens to it.
+        # The mapper reads the image file. Its first augmentation then replaces the image by the boosted image.
         mapper = copy.copy(self._mapper)
-        in_its_format = convert_PIL_to_numpy(Image.fromarray(image[:, :, ::-1]), mapper.image_format)
-        mapper.augmentations = T.AugmentationList([_Replaced(in_its_format), *self._mapper.augmentations.augs])
+        boosted_image = convert_PIL_to_numpy(Image.fromarray(image[:, :, ::-1]), mapper.image_format)
+        mapper.augmentations = T.AugmentationList([_Replaced(boosted_image), *self._mapper.augmentations.augs])
         return mapper(dataset_dict)
 
 
 class _Replaced(Transform):
-    """Puts another image of the same size in the place of one."""
+    """Replace an image by another image of the same size."""
 
     def __init__(self, image: np.ndarray) -> None:
         super().__init__()
@@ -77,8 +77,8 @@ def _load_boost(node: CfgNode) -> Boost:
         package = importlib.import_module("instaboostfast")
     except ImportError as e:
         raise GDetKDError(
-            f"INPUT.INSTABOOST.ENABLED needs the authors' package ({e}): pip install 'gdetkd[instaboost]', or, in a "
-            "checkout, pip install -e '.[instaboost]'."
+            f"INPUT.INSTABOOST.ENABLED needs the package instaboostfast ({e}). Install it: pip install "
+            "'gdetkd[instaboost]', or, in a checkout, pip install -e '.[instaboost]'."
         ) from e
     config = package.InstaBoostConfig(
         action_candidate=tuple(node.ACTION_CANDIDATE),
@@ -94,12 +94,12 @@ def _load_boost(node: CfgNode) -> Boost:
 
 
 def _to_coco(annotation: Dict[str, Any], file_name: str) -> Dict[str, Any]:
-    """With its box as x, y, width, height, and run-length masks uncompressed: that is what the package reads."""
+    """Convert an annotation to x, y, width, height and uncompressed run lengths, which the package reads."""
     mask = annotation.get("segmentation")
     if not mask:
         raise GDetKDError(
-            f"INPUT.INSTABOOST cuts objects out along their masks, and one of {file_name} has none. Train on a data "
-            "set with masks, or set INPUT.INSTABOOST.ENABLED to False."
+            f"INPUT.INSTABOOST cuts objects out along their masks, and an object in {file_name} has none. Train on a "
+            "dataset with masks, or set INPUT.INSTABOOST.ENABLED to False."
         )
     if isinstance(mask, dict) and not isinstance(mask["counts"], list):
         mask = {"size": mask["size"], "counts": _run_lengths(mask_util.decode(mask))}
@@ -115,6 +115,6 @@ def _from_coco(annotation: Dict[str, Any], size: Tuple[int, int]) -> Dict[str, A
 
 
 def _run_lengths(mask: np.ndarray) -> List[int]:
-    """Lengths of alternating runs of 0 and 1 in COCO's column order, of 0 first, be it of length 0."""
+    """Return the lengths of alternating runs of 0 and 1 in COCO's column order. The first run is of 0."""
     flat = np.concatenate([[0], mask.flatten(order="F"), [2]]).astype(np.int8)
     return np.diff(np.flatnonzero(np.diff(flat)), prepend=0).tolist()

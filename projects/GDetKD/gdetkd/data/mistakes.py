@@ -1,6 +1,6 @@
-"""Annotations that can be read but cannot be meant: boxes in other units, classes without objects, doubles.
+"""Find likely mistakes in annotations: boxes in other units, classes without objects, duplicates.
 
-This looks at Detectron2's dicts, so it holds for datasets of every kind.
+The checks read Detectron2's dicts, so they work for every kind of dataset.
 """
 
 import math
@@ -14,14 +14,12 @@ from .clean import FARTHEST
 
 Sample = Dict[str, Any]
 
-# Boxes all of whose coordinates are at most this many pixels are in units of the image.
+# If all coordinates are at most this many pixels, boxes are in units of the image.
 UNIT = 1.5
-# Shortest side of an image, in pixels, for which that can be told.
-LEAST_SIDE = 8
-# Share of boxes that reach over the edge, and would be within the image as two corners, from which on they are corners.
+LEAST_SIDE = 8  # the shortest side of an image, in pixels, that allows this conclusion
+# If more boxes than this share would fit the image only as two corners, boxes probably are two corners.
 MOSTLY = 0.5
-# Named in a message.
-NAMED = 5
+MOST_NAMED = 5  # classes that a message names
 
 
 def find_mistakes(dicts: Sequence[Sample], classes: Sequence[str], name: str) -> List[str]:
@@ -29,55 +27,56 @@ def find_mistakes(dicts: Sequence[Sample], classes: Sequence[str], name: str) ->
 
     Args:
         dicts: images in Detectron2's format, before annotations are left out.
-        classes: names of the dataset's classes, in order; empty if they are not known.
-        name: the dataset, for messages.
+        classes: class names in order; empty if they are not known.
+        name: the dataset's name, for messages.
 
     Raises:
-        GDetKDError: all boxes are in units of the image (0 to 1), where nothing could be learned.
+        GDetKDError: all boxes are in units of the image (0 to 1). Nothing could be learned from them.
     """
-    annotations = [(image, each) for image in dicts for each in image.get("annotations", ())]
+    annotations = [(image, annotation) for image in dicts for annotation in image.get("annotations", ())]
     if not annotations:
         return []
-    boxes = [(image, each["bbox"], each["bbox_mode"]) for image, each in annotations if _is_near(each["bbox"])]
+    boxes = [(image, item["bbox"], item["bbox_mode"]) for image, item in annotations if _is_near(item["bbox"])]
     if boxes and all(_is_relative(image, box) for image, box, _ in boxes):
         raise GDetKDError(
-            f"The data set {name!r} has its {len(boxes)} boxes in units of the image: no coordinate is above {UNIT:g}. "
+            f"The dataset {name!r} has its {len(boxes)} boxes in units of the image: no coordinate is above {UNIT:g}. "
             "Detectron2 reads pixels. Multiply x and width by the image's width, and y and height by its height."
         )
     warnings = []
-    corners = sum(_looks_like_corners(*each) for each in boxes)
+    corners = sum(_looks_like_corners(image, box, mode) for image, box, mode in boxes)
     if corners > MOSTLY * len(boxes):
         warnings.append(
             f"{corners} of {len(boxes)} boxes reach over the edge of their image, and would lie within it as two "
             "corners (x1, y1, x2, y2). COCO's boxes are (x, y, width, height): convert them if they are corners"
         )
-    twice = sum(count - 1 for count in Counter(_identity(*pair) for pair in annotations).values())
-    if twice:
-        warnings.append(f"{twice} annotations are there twice, with the same image, class and box: remove one of each")
+    counts = Counter(_identity(image, annotation) for image, annotation in annotations)
+    repeated = sum(count - 1 for count in counts.values())
+    if repeated:
+        warnings.append(f"{repeated} annotations repeat another with the same image, class and box: remove them")
     return warnings + _class_warnings(annotations, classes)
 
 
 def _class_warnings(annotations: Sequence[Any], classes: Sequence[str]) -> List[str]:
     warnings = []
-    doubled = [name for name, count in Counter(classes).items() if count > 1]
-    if doubled:
+    repeated = [name for name, count in Counter(classes).items() if count > 1]
+    if repeated:
         warnings.append(
-            f"{len(doubled)} class names stand for several classes ({', '.join(doubled[:NAMED])}): merge these "
+            f"{len(repeated)} class names stand for several classes ({', '.join(repeated[:MOST_NAMED])}): merge these "
             "classes, or give them different names"
         )
-    used = {each["category_id"] for _, each in annotations}
+    used = {annotation["category_id"] for _, annotation in annotations}
     unused = [name for index, name in enumerate(classes) if index not in used]
     if unused:
         warnings.append(
-            f"{len(unused)} of {len(classes)} classes have no object ({', '.join(unused[:NAMED])}"
-            f"{', ...' if len(unused) > NAMED else ''}): remove a class that is only the group of the others, as "
-            "Roboflow's first category is"
+            f"{len(unused)} of {len(classes)} classes have no object ({', '.join(unused[:MOST_NAMED])}"
+            f"{', ...' if len(unused) > MOST_NAMED else ''}): remove a class that only groups other classes, such as "
+            "Roboflow's first category"
         )
     return warnings
 
 
 def _is_near(box: Sequence[float]) -> bool:
-    """Return whether a box has numbers to reckon with. `clean_annotations` leaves the others out."""
+    """Return whether a box has usable numbers. `clean_annotations` leaves out boxes that do not."""
     return all(isinstance(value, int) or math.isfinite(value) for value in box) and max(map(abs, box)) <= FARTHEST
 
 

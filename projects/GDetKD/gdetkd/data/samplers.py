@@ -1,6 +1,6 @@
-"""Detectron2's training samplers, each a function of a seed, so that a resumed run draws on where it stopped.
+"""Build Detectron2's training samplers from a seed, so that a resumed run continues the same order of images.
 
-The weighted samplers are Detectron2 main's. They work on v0.6, too. No sampler here keeps the images it was made from.
+The weighted samplers of Detectron2 main work on v0.6, too. No sampler keeps the dicts of the images.
 """
 
 import math
@@ -14,16 +14,17 @@ from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTr
 from ..errors import GDetKDError
 
 Sample = Dict[str, Any]
-# Makes a sampler from a seed, which is the same on every process.
+# Builds a sampler from a seed. All processes use the same seed.
 SeededSampler = Callable[[int], Any]
-# Samplers that need to know from which dataset each image is.
+# Samplers that read the dataset of an image.
 WEIGHTED = ("WeightedTrainingSampler", "WeightedCategoryTrainingSampler")
 
 
 def check_sampler(cfg: CfgNode) -> None:
-    """
+    """Check the config keys of the sampler.
+
     Raises:
-        GDetKDError: DATALOADER.SAMPLER_TRAIN names a sampler that nobody knows, or a value that it reads is wrong.
+        GDetKDError: DATALOADER.SAMPLER_TRAIN names an unknown sampler, or a value for it is invalid.
     """
     name = cfg.DATALOADER.SAMPLER_TRAIN
     if name not in SAMPLERS:
@@ -33,25 +34,25 @@ def check_sampler(cfg: CfgNode) -> None:
 
 
 def build_sampler(cfg: CfgNode, dicts: List[Sample], datasets: np.ndarray) -> SeededSampler:
-    """Return a function that makes the sampler DATALOADER.SAMPLER_TRAIN from a seed.
+    """Return a function that builds the sampler of DATALOADER.SAMPLER_TRAIN from a seed.
 
     Args:
         dicts: the images to train on, in Detectron2's format.
-        datasets: (len(dicts),) index in DATASETS.TRAIN of the dataset that each image is from. Only the samplers in
-            `WEIGHTED` read it.
+        datasets: (len(dicts),) indices in DATASETS.TRAIN of the images' datasets. Only samplers in `WEIGHTED` read
+            them.
 
     Raises:
-        GDetKDError: as `check_sampler`, or the images are too few for DATALOADER.RANDOM_SUBSET_RATIO.
+        GDetKDError: `check_sampler` finds an error, or there are too few images for DATALOADER.RANDOM_SUBSET_RATIO.
     """
     check_sampler(cfg)
     return SAMPLERS[cfg.DATALOADER.SAMPLER_TRAIN](cfg, dicts, datasets)
 
 
 def dataset_factors(cfg: CfgNode) -> Dict[str, float]:
-    """Return how often an image of each dataset in DATASETS.TRAIN is repeated: DATASETS.TRAIN_REPEAT_FACTOR, else 1.
+    """Return the repeat factor of every dataset in DATASETS.TRAIN: DATASETS.TRAIN_REPEAT_FACTOR, or else 1.
 
     Raises:
-        GDetKDError: an entry is no pair of a dataset in DATASETS.TRAIN and a positive number.
+        GDetKDError: an entry is not a pair of a dataset in DATASETS.TRAIN and a positive number.
     """
     factors = dict.fromkeys(cfg.DATASETS.TRAIN, 1.0)
     for pair in cfg.DATASETS.TRAIN_REPEAT_FACTOR:
@@ -78,8 +79,8 @@ def _random_subset(cfg: CfgNode, dicts: List[Sample], datasets: np.ndarray) -> S
     size, ratio = len(dicts), cfg.DATALOADER.RANDOM_SUBSET_RATIO
     if not 0 < ratio <= 1 or int(size * ratio) < 1:
         raise GDetKDError(
-            f"DATALOADER.RANDOM_SUBSET_RATIO {ratio} of {size} images leaves none to train on, or is above 1. Give a "
-            "share between 0 and 1 that leaves at least one image."
+            f"DATALOADER.RANDOM_SUBSET_RATIO {ratio} of {size} images leaves none to train on, or is above 1. Set it "
+            "to a share between 0 and 1 that leaves at least one image."
         )
     return lambda seed: RandomSubsetTrainingSampler(size, ratio, seed_shuffle=seed, seed_subset=seed)
 
@@ -93,7 +94,7 @@ def _weighted(cfg: CfgNode, dicts: List[Sample], datasets: np.ndarray) -> Seeded
 
 
 def _weighted_categories(cfg: CfgNode, dicts: List[Sample], datasets: np.ndarray) -> SeededSampler:
-    """Multiply the factors of datasets by those of categories, which are rare or frequent within their dataset."""
+    """Multiply the factors of datasets by the factors of categories, which are computed within a dataset."""
     factors = _factors_of_images(cfg, datasets)
     for index in range(len(cfg.DATASETS.TRAIN)):
         members = np.flatnonzero(datasets == index)
@@ -107,11 +108,11 @@ def _factors_of_images(cfg: CfgNode, datasets: np.ndarray) -> torch.Tensor:
 
 
 def _category_factors(cfg: CfgNode, dicts: List[Sample]) -> torch.Tensor:
-    """Return (len(dicts),) repeat factors, the larger the rarer an image's rarest category is."""
+    """Return (len(dicts),) repeat factors. An image with a rarer category has a larger factor."""
     threshold = cfg.DATALOADER.REPEAT_THRESHOLD
     factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(dicts, threshold)
-    # v0.6 always takes the root. Both max(1, x) and the largest of an image's categories may be taken before or after
-    # it, so the square is the factor without the root.
+    # v0.6 always takes the square root. The root keeps the order of numbers and leaves 1 as it is. So squaring the
+    # result gives the factor without the root.
     return factors if cfg.DATALOADER.REPEAT_SQRT else factors.square()
 
 
@@ -119,7 +120,7 @@ def _repeating(factors: torch.Tensor) -> SeededSampler:
     return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
 
 
-# By the names that DATALOADER.SAMPLER_TRAIN may have.
+# Maps the values of DATALOADER.SAMPLER_TRAIN to samplers.
 SAMPLERS: Dict[str, Callable[[CfgNode, List[Sample], np.ndarray], SeededSampler]] = {
     "TrainingSampler": _every_image,
     "RepeatFactorTrainingSampler": _rare_categories,

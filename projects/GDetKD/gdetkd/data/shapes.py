@@ -1,7 +1,7 @@
-"""A generated detection set in COCO format, for quick starts: a stand-in for a user's own data, read by the same code.
+"""Generate a small detection dataset in COCO's format for quick starts.
 
-Six kinds of textured shapes, of sizes that use every pyramid level of a small detector, partly hidden, before
-clutter that resembles them. Colour hints at the class but does not tell it.
+An image shows textured shapes of six classes, partly hidden, in front of clutter that resembles them. The sizes use all
+pyramid levels of a small detector. Colour is a hint at the class, but not a certain one.
 """
 
 import colorsys
@@ -21,10 +21,10 @@ CLASSES = ("triangle", "square", "circle", "star", "ring", "cross")
 FOLDER = "gdetkd_shapes"  # in Detectron2's data folder
 IMAGE_SIZE = 128  # pixels
 OBJECT_SIZES = (18, 76)  # pixels, drawn log-uniformly
-OBJECTS = (2, 5)  # an image
-HUE_TELLS_CLASS = 0.7  # share of objects whose hue is their class's
-MIN_VISIBLE = 0.5  # an object of which less can be seen is not annotated, nor drawn
-# Images of each split, and the seed of its first image: splits share no image.
+OBJECTS = (2, 5)  # fewest and most in an image
+HUE_TELLS_CLASS = 0.7  # share of objects with the hue of their class
+MIN_VISIBLE = 0.5  # least visible share of an object; an object that would hide more is not drawn
+# Maps a split to its number of images and the seed of its first image. Splits share no image.
 SPLITS = {
     "teacher": (1000, 1_000_000),
     "student": (80, 2_000_000),
@@ -34,13 +34,13 @@ SPLITS = {
 
 
 def make_shapes(folder: str) -> None:
-    """Writes `<split>.json` and `<split>/*.png` for each split, unless they are complete already.
+    """Write `<split>.json` and `<split>/*.png` of all splits, unless they are complete already.
 
     Args:
-        folder: made where it is not there.
+        folder: created if it does not exist.
 
     Raises:
-        GDetKDError: OpenCV, which draws, is not installed.
+        GDetKDError: OpenCV is not installed.
     """
     for split, (count, seed) in SPLITS.items():
         annotations = os.path.join(folder, f"{split}.json")
@@ -51,14 +51,14 @@ def make_shapes(folder: str) -> None:
             _write(os.path.join(folder, split, f"{index:05d}.png"), seed + index)
             for index in tqdm(range(count), desc=f"drawing {split}", unit="image")
         ]
-        # The JSON comes last and in one piece: where it is, the set is complete.
+        # The JSON is written last and atomically, so a split with a JSON is complete.
         with open(annotations + ".part", "w") as file:
             json.dump(_coco(images, split), file)
         os.replace(annotations + ".part", annotations)
 
 
 def make_shapes_for(cfg: CfgNode) -> None:
-    """Draws the generated set where a config registers it, in the folder that its entries name."""
+    """Generate the dataset if a config registers it."""
     if any(entry["json"] == f"{FOLDER}/val.json" for entry in cfg.DATASETS.REGISTER if entry["kind"] == "coco"):
         make_shapes(resolve(FOLDER))
 
@@ -67,7 +67,7 @@ def _opencv() -> Any:
     try:
         import cv2
     except ImportError as e:
-        raise GDetKDError("The generated set is drawn with OpenCV: python -m pip install opencv-python-headless") from e
+        raise GDetKDError("The generated dataset needs OpenCV: python -m pip install opencv-python-headless") from e
     return cv2
 
 
@@ -95,15 +95,16 @@ def _coco(images: List[List[Dict[str, Any]]], split: str) -> Dict[str, Any]:
 
 
 def draw_image(seed: int) -> Tuple[np.ndarray, List[Dict[str, Any]]]:
-    """
+    """Draw the image of a seed.
+
     Returns:
-        the image (IMAGE_SIZE, IMAGE_SIZE, 3), uint8 BGR, and its objects as COCO's `bbox` (xywh in pixels),
-        `area` (visible pixels), `category_id` and `segmentation` (run lengths of the visible pixels).
+        the image (IMAGE_SIZE, IMAGE_SIZE, 3), uint8 BGR, and its objects with COCO's `bbox` (xywh in pixels), `area`
+        (visible pixels), `category_id` and `segmentation` (run lengths of the visible pixels).
     """
     rng = np.random.default_rng(seed)
     image = _texture(rng, low=60, high=190, contrast=45)
     _clutter(rng, image)
-    owner = np.full((IMAGE_SIZE, IMAGE_SIZE), -1)  # which object each pixel shows
+    owner = np.full((IMAGE_SIZE, IMAGE_SIZE), -1)  # the index of the object that a pixel shows
     drawn: List[Tuple[int, np.ndarray]] = []
     for _ in range(rng.integers(OBJECTS[0], OBJECTS[1] + 1)):
         label = int(rng.integers(len(CLASSES)))
@@ -127,12 +128,12 @@ def _annotation(label: int, mask: np.ndarray, visible: np.ndarray) -> Dict[str, 
     return {"bbox": box, "area": int(visible.sum()), "category_id": label + 1, "segmentation": segmentation}
 
 
-def _leaves_visible(owner: np.ndarray, mask: np.ndarray, others: List[np.ndarray]) -> bool:
-    return all(((owner == i) & ~mask).sum() >= MIN_VISIBLE * other.sum() for i, other in enumerate(others))
+def _leaves_visible(owner: np.ndarray, mask: np.ndarray, drawn: List[np.ndarray]) -> bool:
+    return all(((owner == i) & ~mask).sum() >= MIN_VISIBLE * other.sum() for i, other in enumerate(drawn))
 
 
 def _mask(rng: np.random.Generator, label: int) -> np.ndarray:
-    """(IMAGE_SIZE, IMAGE_SIZE) bool: where a shape of random place, size and turn lies."""
+    """Return the mask (IMAGE_SIZE, IMAGE_SIZE) bool of a shape with random place, size and rotation."""
     cv2 = _opencv()
     radius = np.exp(rng.uniform(*np.log(OBJECT_SIZES))) / 2
     center = rng.uniform(0.6 * radius, IMAGE_SIZE - 0.6 * radius, 2)
@@ -149,7 +150,7 @@ def _mask(rng: np.random.Generator, label: int) -> np.ndarray:
 
 
 def _outline(name: str, rng: np.random.Generator) -> np.ndarray:
-    """(points, 2) of a polygon in the unit circle, turned at random."""
+    """Return the corners (points, 2) of a randomly rotated polygon in the unit circle."""
     if name == "cross":
         arm = rng.uniform(0.25, 0.4)
         long = np.sqrt(1 - arm**2)
@@ -167,9 +168,9 @@ def _outline(name: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def _paint(rng: np.random.Generator, label: int) -> np.ndarray:
-    """A striped or blotched surface (IMAGE_SIZE, IMAGE_SIZE, 3) in a hue that is the class's, or any."""
-    told = rng.random() < HUE_TELLS_CLASS
-    hue = (label / len(CLASSES) + rng.normal(0, 0.03)) % 1 if told else rng.random()
+    """Return a striped or blotched surface (IMAGE_SIZE, IMAGE_SIZE, 3) in the hue of the class or a random hue."""
+    has_class_hue = rng.random() < HUE_TELLS_CLASS
+    hue = (label / len(CLASSES) + rng.normal(0, 0.03)) % 1 if has_class_hue else rng.random()
     color = 255 * np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.35, 0.9), rng.uniform(0.5, 1.0)))[::-1]
     if rng.random() < 0.5:
         ys, xs = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE]
@@ -182,7 +183,7 @@ def _paint(rng: np.random.Generator, label: int) -> np.ndarray:
 
 
 def _texture(rng: np.random.Generator, low: float, high: float, contrast: float) -> np.ndarray:
-    """Smooth coloured blotches (IMAGE_SIZE, IMAGE_SIZE, 3) around one random colour."""
+    """Return smooth coloured blotches (IMAGE_SIZE, IMAGE_SIZE, 3) around a random colour."""
     cells = int(rng.integers(4, 14))
     base = rng.uniform(low, high, 3)
     noise = rng.uniform(-0.5, 0.5, (cells, cells, 3)).astype(np.float32)
@@ -191,7 +192,7 @@ def _texture(rng: np.random.Generator, low: float, high: float, contrast: float)
 
 
 def _clutter(rng: np.random.Generator, image: np.ndarray) -> None:
-    """Lines, arcs and corners: pieces of what the objects are made of."""
+    """Draw lines, arcs and corners, which resemble parts of objects."""
     cv2 = _opencv()
     for _ in range(rng.integers(4, 12)):
         color = tuple(float(c) for c in rng.uniform(20, 235, 3))
@@ -205,7 +206,7 @@ def _clutter(rng: np.random.Generator, image: np.ndarray) -> None:
 
 
 def _cover(rng: np.random.Generator, image: np.ndarray, owner: np.ndarray, masks: List[np.ndarray]) -> None:
-    """Lays bars over the objects, as far as enough of each stays visible."""
+    """Draw bars over the objects, but leave enough of every object visible."""
     cv2 = _opencv()
     for _ in range(rng.integers(0, 4)):
         bar = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)

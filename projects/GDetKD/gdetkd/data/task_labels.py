@@ -1,6 +1,6 @@
-"""Check that a dataset has the labels of a detector's tasks: masks, keypoints, panoptic labels.
+"""Check that a dataset has the labels that a detector needs: masks, keypoints, panoptic labels.
 
-Detectron2 fails on missing ones in training or, after hours, in the first evaluation.
+Without this check Detectron2 fails in training or, hours later, in the first evaluation.
 """
 
 import logging
@@ -17,20 +17,21 @@ logger = logging.getLogger(__name__)
 Item = Dict[str, Any]
 # Detectors without a mask or keypoint head, whatever MODEL.MASK_ON and MODEL.KEYPOINT_ON say.
 BOXES_ALONE = ("RetinaNet", "FCOS")
-# Detectors whose training needs a map of stuff classes for each image.
+# Detectors that need a map of stuff classes for every training image.
 PANOPTIC = ("PanopticFPN", "SemanticSegmentor", "PanopticDeepLab")
-# The keypoints that COCO's own sigmas are for, which pycocotools takes where TEST.KEYPOINT_OKS_SIGMAS is empty.
+# The number of keypoints in COCO. pycocotools uses COCO's sigmas if TEST.KEYPOINT_OKS_SIGMAS is empty.
 COCO_KEYPOINTS = 17
 
 
 def check_train_labels(cfg: CfgNode, dicts: List[Item], name: str) -> None:
-    """
+    """Check that a training set has the labels that the detector needs.
+
     Args:
-        dicts: the images of a training set, in Detectron2's format.
-        name: the dataset, for messages.
+        dicts: the images in Detectron2's format.
+        name: the dataset's name, for messages.
 
     Raises:
-        GDetKDError: the detector needs masks, keypoints or panoptic labels that the set lacks, or in another form.
+        GDetKDError: masks, keypoints or panoptic labels are missing or in the wrong form.
     """
     if _architecture(cfg) in PANOPTIC:
         _check_panoptic(_architecture(cfg), dicts, name)
@@ -44,41 +45,41 @@ def check_train_labels(cfg: CfgNode, dicts: List[Item], name: str) -> None:
 
 
 def check_test_labels(cfg: CfgNode, dicts: List[Item], name: str) -> None:
-    """Check a test set as `check_train_labels` does. A set without any mask or keypoint is evaluated by its boxes.
+    """Check the labels of a test set. A dataset without any mask or keypoint is evaluated by its boxes.
 
     Raises:
-        GDetKDError: some objects alone have masks; keypoints do not fit the detector or TEST.KEYPOINT_OKS_SIGMAS.
+        GDetKDError: only some objects have masks, or keypoints do not fit the detector or TEST.KEYPOINT_OKS_SIGMAS.
     """
     if _has(cfg, "MASK_ON"):
-        everything = [each for image in dicts for each in image.get("annotations", ())]
-        missing = sum(not has_mask(each) for each in everything)
-        if 0 < missing < len(everything):
+        annotations = [annotation for image in dicts for annotation in image.get("annotations", ())]
+        missing = sum(not has_mask(annotation) for annotation in annotations)
+        if 0 < missing < len(annotations):
             raise GDetKDError(
-                f"The data set {name!r} cannot be evaluated on: {missing} of its {len(everything)} annotations have no "
-                "mask, which COCO's mask AP needs. Add masks, or take the images of these objects out of the set."
+                f"The dataset {name!r} cannot be evaluated on: {missing} of its {len(annotations)} annotations have no "
+                "mask, which COCO's mask AP needs. Add masks, or take the images of these objects out of the dataset."
             )
-        if everything and missing:
+        if annotations and missing:
             logger.warning("%s has no masks: only the AP of boxes is evaluated on it.", name)
     if _has(cfg, "KEYPOINT_ON") and _check_keypoints(cfg, dicts, name):
         _check_sigmas(cfg, name)
 
 
 def with_usable_labels(cfg: CfgNode, dicts: List[Item], names: str) -> List[Item]:
-    """Return training images without objects that have no mask, if masks are needed.
+    """Return training images with only the annotations that the detector can use.
 
-    Detectron2 leaves out objects with unusable polygons as well, but does not count them. For a detector of keypoints,
-    objects without keypoints get unlabelled ones.
+    If the detector needs masks, objects without a mask are left out and counted. If it needs keypoints, objects without
+    keypoints get unlabelled keypoints.
 
     Args:
         dicts: the images of the training sets.
-        names: the datasets, for messages.
+        names: the names of the datasets, for messages.
 
     Raises:
         GDetKDError: more objects than INPUT.MAX_BAD_FRACTION allows have no mask.
     """
     if key := _key_that_needs_masks(cfg):
         _check_share_with_masks(cfg, key, dicts, names)
-        missing = sum(not has_mask(each) for each in _objects(dicts))
+        missing = sum(not has_mask(item) for item in _objects(dicts))
         dicts = [
             _with_annotations(image, filter(_is_crowd_or_has_mask, image.get("annotations", ()))) for image in dicts
         ]
@@ -90,8 +91,8 @@ def with_usable_labels(cfg: CfgNode, dicts: List[Item], names: str) -> List[Item
             _with_annotations(
                 image,
                 (
-                    each if _is_given(each.get("keypoints")) else {**each, "keypoints": unlabelled}
-                    for each in image.get("annotations", ())
+                    item if _is_given(item.get("keypoints")) else {**item, "keypoints": unlabelled}
+                    for item in image.get("annotations", ())
                 ),
             )
             for image in dicts
@@ -125,7 +126,7 @@ def _has(cfg: CfgNode, key: str) -> bool:
 
 
 def _objects(dicts: Sequence[Item]) -> List[Item]:
-    return [each for image in dicts for each in image.get("annotations", ()) if not each.get("iscrowd", 0)]
+    return [item for image in dicts for item in image.get("annotations", ()) if not item.get("iscrowd", 0)]
 
 
 def _check_panoptic(architecture: str, dicts: List[Item], name: str) -> None:
@@ -133,7 +134,7 @@ def _check_panoptic(architecture: str, dicts: List[Item], name: str) -> None:
     if missing:
         raise GDetKDError(
             f"A {architecture} cannot learn from {name!r}: {missing} of its {len(dicts)} images have no "
-            "`sem_seg_file_name`, the map of their stuff classes. Register the set with Detectron2's "
+            "`sem_seg_file_name`, the map of their stuff classes. Register the dataset with Detectron2's "
             "`register_coco_panoptic_separated`, or train a detector of things alone (GeneralizedRCNN)."
         )
 
@@ -145,27 +146,27 @@ def _key_that_needs_masks(cfg: CfgNode) -> str:
 
 
 def _check_share_with_masks(cfg: CfgNode, key: str, dicts: List[Item], name: str) -> None:
-    objects, most = _objects(dicts), cfg.INPUT.MAX_BAD_FRACTION
-    missing = sum(not has_mask(each) for each in objects)
-    if missing > most * len(objects):
+    objects, max_fraction = _objects(dicts), cfg.INPUT.MAX_BAD_FRACTION
+    missing = sum(not has_mask(item) for item in objects)
+    if missing > max_fraction * len(objects):
         raise GDetKDError(
             f"{name}: {missing} of {len(objects)} objects have no mask, but {key} is True. That is more than "
-            f"INPUT.MAX_BAD_FRACTION {most:g} allows. Set {key} to False, or add masks."
+            f"INPUT.MAX_BAD_FRACTION {max_fraction:g} allows. Set {key} to False, or add masks."
         )
 
 
 def _check_mask_format(cfg: CfgNode, dicts: List[Item], name: str) -> None:
-    run_lengths = sum(has_mask(each) and not isinstance(each["segmentation"], list) for each in _objects(dicts))
+    run_lengths = sum(has_mask(item) and not isinstance(item["segmentation"], list) for item in _objects(dicts))
     if run_lengths and cfg.INPUT.MASK_FORMAT == "polygon":
         raise GDetKDError(
-            f"{run_lengths} objects of {name!r} have masks that are no polygons: set INPUT.MASK_FORMAT to 'bitmask'."
+            f"{run_lengths} objects of {name!r} have masks that are not polygons. Set INPUT.MASK_FORMAT to 'bitmask'."
         )
 
 
 def _check_keypoints(cfg: CfgNode, dicts: List[Item], name: str) -> int:
-    """Return how many objects have keypoints."""
+    """Check the number of keypoints of every object. Return how many objects have keypoints."""
     wanted = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-    counts = [len(each["keypoints"]) for each in _objects(dicts) if _is_given(each.get("keypoints"))]
+    counts = [len(item["keypoints"]) for item in _objects(dicts) if _is_given(item.get("keypoints"))]
     wrong = [count for count in counts if count != 3 * wanted]
     if wrong:
         raise GDetKDError(
@@ -181,19 +182,19 @@ def _check_keypoint_names(cfg: CfgNode, name: str) -> None:
     names = metadata.get("keypoint_names")
     if names is None or metadata.get("keypoint_flip_map") is None:
         raise GDetKDError(
-            f"The data set {name!r} does not name its keypoints, which Detectron2 needs to flip images. List them in a "
-            "COCO file under `keypoints` of its category, the same for all categories. For a set registered in Python, "
+            f"The dataset {name!r} does not name its keypoints, which Detectron2 needs to flip images. List them in a "
+            "COCO file under `keypoints`, with the same list for all categories. For a dataset registered in Python, "
             f"use MetadataCatalog.get({name!r}).set(keypoint_names=[...], keypoint_flip_map=[...])."
         )
     if len(names) != wanted:
         raise GDetKDError(
-            f"The data set {name!r} names {len(names)} keypoints and the student has {wanted}: set "
+            f"The dataset {name!r} names {len(names)} keypoints and the student has {wanted}. Set "
             "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, or correct the names."
         )
     if not metadata.get("keypoint_flip_map") and cfg.INPUT.RANDOM_FLIP == "horizontal":
         logger.warning(
-            "%s: no names of keypoints differ by left and right, so a flipped image keeps all of them. If some change "
-            "places, name them so (left_eye, right_eye), or set INPUT.RANDOM_FLIP to none.",
+            "%s: no names of keypoints differ by left and right, so no keypoints change places in a "
+            "flipped image. If some should, name them like left_eye and right_eye, or set INPUT.RANDOM_FLIP to none.",
             name,
         )
 
@@ -203,6 +204,6 @@ def _check_sigmas(cfg: CfgNode, name: str) -> None:
     if wanted != (given or COCO_KEYPOINTS):
         raise GDetKDError(
             f"The keypoints of {name!r} cannot be evaluated: TEST.KEYPOINT_OKS_SIGMAS has {given} numbers and the "
-            f"student {wanted} keypoints. Give one number for each keypoint, the tolerance as a share of the object's "
-            "size; COCO's are 0.026 to 0.107 (https://cocodataset.org/#keypoints-eval)."
+            f"student {wanted} keypoints. Give a number for every keypoint: the tolerance as a share of the object's "
+            "size. COCO's numbers are 0.026 to 0.107 (https://cocodataset.org/#keypoints-eval)."
         )

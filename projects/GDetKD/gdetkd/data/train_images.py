@@ -1,4 +1,4 @@
-"""Load the images of DATASETS.TRAIN, and collect what is needed of them before the loader serialises them."""
+"""Load the images of DATASETS.TRAIN, and describe them before the loader serialises them."""
 
 import hashlib
 import logging
@@ -21,9 +21,9 @@ Sample = Dict[str, Any]
 
 
 def load_images(cfg: CfgNode) -> Tuple[List[Sample], np.ndarray]:
-    """Load the images of DATASETS.TRAIN, and the index there of the dataset that each image is from.
+    """Load the images of DATASETS.TRAIN, and (images,) indices of their datasets.
 
-    The index is 0 for all images if the sampler does not read it: Detectron2 then filters all datasets at once.
+    If the sampler does not read the indices, all of them are 0 and Detectron2 filters all datasets at once.
     """
     train = list(cfg.DATASETS.TRAIN)
     proposals = list(cfg.DATASETS.PROPOSAL_FILES_TRAIN) if cfg.MODEL.LOAD_PROPOSALS else None
@@ -46,25 +46,25 @@ def _load_filtered(cfg: CfgNode, names: List[str], proposals: Optional[List[str]
             min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
             proposal_files=proposals,
         )
-    except AssertionError as e:  # Detectron2's
+    except AssertionError as e:  # raised by Detectron2
         raise GDetKDError(
-            f"{', '.join(names)}: no image has an object to learn from ({e}). Correct the annotations, or keep images "
-            "without (DATALOADER.FILTER_EMPTY_ANNOTATIONS False)."
+            f"{', '.join(names)}: no image has an object to learn from ({e}). Correct the annotations, or set "
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS to False to train on images without objects."
         ) from e
     return with_usable_labels(cfg, dicts, ", ".join(names))
 
 
 def describe(dicts: List[Sample]) -> Dict[str, Any]:
-    """Return how many images there are, and a hash of their file names in order, wherever the folder is."""
+    """Return the number of images, and a hash of their file names in order. The folder does not matter."""
     names = "\n".join(os.path.basename(sample["file_name"]) for sample in dicts)
     return {"images": len(dicts), "sha256": hashlib.sha256(names.encode("utf-8", "replace")).hexdigest()}
 
 
 def are_wide(dicts: List[Sample], names: str) -> np.ndarray:
-    """Return (len(dicts),) booleans, which images are wider than high.
+    """Return (len(dicts),) booleans that say which images are wider than high.
 
-    The size of a remote image may be unknown before it is fetched. Such an image shares its batches with the images
-    that are not wide, which costs padding and nothing else.
+    The size of a remote image may be unknown before it is fetched. Such an image counts as not wide. If it is wide, its
+    batch only needs more padding.
     """
     unknown = sum(not has_size(image) for image in dicts)
     if unknown:

@@ -1,6 +1,6 @@
-"""A training loader whose every batch is a function of seed and position, so that a run continues where it stopped.
+"""Load training batches that depend only on the seed and their position, so that a resumed run gets the same batches.
 
-Detectron2's sampler starts over on resume, and its augmentations draw from the state of whichever worker runs them.
+Detectron2's sampler starts over on resume, and its augmentations depend on the worker that runs them.
 """
 
 import os
@@ -26,16 +26,16 @@ from .samplers import build_sampler, check_sampler
 from .train_images import are_wide, describe, load_images
 
 Sample = Dict[str, Any]
-# Under this key a sample says which images it was taken in place of, and why.
+# The key under which a sample lists the broken images that it replaces, with the reasons.
 BAD_IMAGES = "bad_images"
-ATTEMPTS = 100  # at an image that can be used
+ATTEMPTS = 100  # images to try in the place of a broken image
 
 
 class PositionedDataset(Dataset):
-    """Maps (index, position) to a sample whose augmentations depend on seed and position alone.
+    """Map (index, position) to a sample whose augmentations depend only on seed and position.
 
     Args:
-        dicts: of the images, in Detectron2's format; a list, or serialised as Detectron2's `DatasetFromList`.
+        dicts: images in Detectron2's format, as a list or serialised in Detectron2's `DatasetFromList`.
     """
 
     def __init__(self, dicts: Sequence[Sample], mapper: Callable[[Sample], Sample], seed: int) -> None:
@@ -50,7 +50,7 @@ class PositionedDataset(Dataset):
         index, position = key
         bad: Dict[str, str] = {}
         for attempt in range(ATTEMPTS):
-            # Another image in the place of a broken one is a function of seed and position, too.
+            # The image that replaces a broken image depends only on seed and position, too.
             seed = (self._seed, position, attempt) if attempt else (self._seed, position)
             with random_state(seed):
                 index = random.randrange(len(self)) if attempt else index
@@ -63,16 +63,17 @@ class PositionedDataset(Dataset):
                     if not isinstance(e, OSError) and _is_sound(dataset_dict):
                         raise GDetKDError(
                             f"The image {dataset_dict['file_name']!r} is sound, but no training sample could be made "
-                            f"of it ({type(e).__name__}: {e}). Look at its annotations, and at what maps them."
+                            f"of it ({type(e).__name__}: {e}). Check its annotations and the dataset mapper."
                         ) from e
                     bad[dataset_dict["file_name"]] = f"does not open ({type(e).__name__}: {e})"
                     continue
             return {**sample, BAD_IMAGES: bad} if bad else sample
-        raise GDetKDError(f"{ATTEMPTS} images in turn cannot be used, of them {next(iter(bad.items()))}.")
+        path, reason = next(iter(bad.items()))
+        raise GDetKDError(f"{ATTEMPTS} images in turn cannot be used. The first is {path!r}, which {reason}.")
 
 
 def _is_sound(sample: Sample) -> bool:
-    """What a broken image raises is what a mistake in annotations or in a mapper raises, too."""
+    """Return whether an image opens. Mistakes in annotations and mappers raise the same errors as broken images."""
     try:
         check_image_size(dict(sample), read_image(sample["file_name"], "RGB"))
     except IMAGE_ERRORS:
@@ -81,13 +82,13 @@ def _is_sound(sample: Sample) -> bool:
 
 
 class BatchStream:
-    """The endless stream of batches of this process, as lists of (index, position).
+    """Iterate endlessly over the batches of this process, which are lists of (index, position).
 
     Args:
         indices: yields this process's image indices, endlessly.
-        batch_size: images of a batch.
-        wide: of each image, whether it is wider than high; batches are of one kind, as Detectron2's
-            ASPECT_RATIO_GROUPING makes them. None: no grouping.
+        batch_size: the number of images in a batch.
+        wide: says for each image whether it is wider than high. A batch then has only wide images or none, as with
+            Detectron2's ASPECT_RATIO_GROUPING. None: no grouping.
     """
 
     def __init__(
@@ -109,16 +110,15 @@ class BatchStream:
 
 
 class ResumableLoader:
-    """Iterates over training batches from iteration `start_iter` on, which may be set until the first is taken.
+    """Iterate over training batches from iteration `start_iter` on. Set it before the first batch is taken.
 
     Attributes:
-        seed: determines the order of images and every augmentation.
-        start_iter: iterations that an earlier run took already.
-        description: as `describe` makes it. Every checkpoint holds it.
+        seed: determines the order of images and all augmentations.
+        start_iter: the number of iterations of earlier runs.
+        description: the description of the images by `describe`. Every checkpoint holds it.
 
     Args:
-        dicts: serialised. The loader lives as long as the training, and the dicts as Python objects are several times
-            as large.
+        dicts: serialised images. As Python objects they would take several times the memory for the whole training.
     """
 
     def __init__(
@@ -141,26 +141,27 @@ class ResumableLoader:
         self._bad_images = bad_images
 
     def __iter__(self) -> Iterator[List[Sample]]:
-        # A generator: Detectron2 v0.6 asks for it in the trainer's constructor, before it is known where to start.
+        # This is a generator, because Detectron2 v0.6 calls it before `start_iter` is known.
         loader = DataLoader(
             PositionedDataset(self._dicts, self._mapper, self.seed),
             batch_sampler=_Skipping(self._batches(self.seed), self.start_iter),
             num_workers=self._num_workers,
             collate_fn=list,
             worker_init_fn=outlive_warning,
-            # Of its own, because the loader would take its workers' seeds from the state that training draws from.
+            # Without its own generator, the loader would change the random state of the training.
             generator=torch.Generator().manual_seed(self.seed % 2**63),
         )
         for batch in loader:
-            for sample in batch:  # noted here, for a worker's counts are its own
+            for sample in batch:  # counted here, because workers do not share their counts
                 self._bad_images.note(sample.pop(BAD_IMAGES, {}))
             yield batch
 
 
 def outlive_warning(worker: int) -> None:
-    """A cluster warns every process by SIGTERM, and a training whose workers are gone could not save.
+    """Let a loader's worker ignore SIGTERM from other processes than the training process.
 
-    The training process itself ends its workers by the same signal, so that it matters who sends it.
+    A cluster warns all processes by SIGTERM, and a training without workers could not save. The training process ends
+    its workers by the same signal.
     """
     if not hasattr(signal, "sigwaitinfo"):
         return
@@ -177,7 +178,7 @@ def _end_with_parent(parent: int) -> None:
 
 
 class _Skipping:
-    """An iterable without its first `count` items."""
+    """Iterate over items without the first `count` items."""
 
     def __init__(self, items: BatchStream, count: int) -> None:
         self._items = items
@@ -188,10 +189,10 @@ class _Skipping:
 
 
 def images_per_process(cfg: CfgNode, processes: int) -> int:
-    """Of a step.
+    """Return how many images of a step a process takes.
 
     Raises:
-        GDetKDError: the images of a step do not divide by the processes that share them.
+        GDetKDError: the images of a step cannot be divided evenly among the processes.
     """
     images = cfg.SOLVER.IMS_PER_BATCH
     if images % processes:
@@ -203,17 +204,17 @@ def images_per_process(cfg: CfgNode, processes: int) -> int:
 
 
 def build_train_loader(cfg: CfgNode) -> ResumableLoader:
-    """Detectron2's training loader, config keys and all, but resumable.
+    """Build a resumable training loader that reads the config keys of Detectron2's loader.
 
     Raises:
-        GDetKDError: the number of images a step does not divide by the number of processes, which do not have the same
-            images, or a value that the sampler reads is wrong.
+        GDetKDError: the images of a step cannot be divided evenly among the processes, the processes do not have the
+            same images, or a config value for the sampler is invalid.
     """
     count = images_per_process(cfg, comm.get_world_size())
     check_sampler(cfg)
-    names, most = ", ".join(cfg.DATASETS.TRAIN), cfg.INPUT.MAX_BAD_FRACTION
+    names, max_fraction = ", ".join(cfg.DATASETS.TRAIN), cfg.INPUT.MAX_BAD_FRACTION
     all_dicts, datasets = load_images(cfg)
-    dicts, kept = without_bad_images(all_dicts, most, names)
+    dicts, kept = without_bad_images(all_dicts, max_fraction, names)
     wide = are_wide(dicts, names) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
     sampler = build_sampler(cfg, dicts, datasets[kept])
     loader = ResumableLoader(
@@ -222,7 +223,7 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
         lambda seed: BatchStream(lambda: iter(sampler(seed)), count, wide),
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        bad_images=BadImages(len(all_dicts), len(all_dicts) - len(dicts), most, names),
+        bad_images=BadImages(len(all_dicts), len(all_dicts) - len(dicts), max_fraction, names),
         description=describe(dicts),
     )
     _check_same_everywhere(loader, names)
@@ -230,15 +231,14 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
 
 
 def _check_same_everywhere(loader: ResumableLoader, names: str) -> None:
-    """Each process leaves out what it cannot read, and one index would be several images.
+    """Raise an error on all processes if they do not have the same images.
 
-    Raises:
-        GDetKDError: on every process, they do not have the same images.
+    A process leaves out images that it cannot read. Then an index would mean different images.
     """
     found = comm.all_gather(loader.description)
-    if any(each != found[0] for each in found):
-        counts = ", ".join(f"{each['images']} for process {rank}" for rank, each in enumerate(found))
+    if any(description != found[0] for description in found):
+        counts = ", ".join(f"{description['images']} for process {rank}" for rank, description in enumerate(found))
         raise GDetKDError(
-            f"{names}: the processes do not have the same images to train on ({counts}). Can all of them read the same "
-            "folder? The log of each names what it left out."
+            f"{names}: the processes do not have the same images to train on ({counts}). Check that all of them can "
+            "read the same folder. Their logs name the images that they left out."
         )

@@ -31,8 +31,8 @@ class Keys(NamedTuple):
 class DatasetKind(ABC):
     """Read one dataset, which an entry of DATASETS.REGISTER describes.
 
-    `register_datasets` calls `check_paths`, `check_files` and `metadata` once. Detectron2's catalog calls `load` each
-    time that a program asks for the dataset.
+    `register_datasets` calls `check_paths`, `check_files` and `metadata` once. Detectron2's catalog calls `load`
+    whenever a program asks for the dataset.
 
     Attributes:
         entry: the entry, which `find_problems` accepted.
@@ -79,6 +79,19 @@ class DatasetKind(ABC):
     def path(self, key: str) -> str:
         """Return the path that a key of the entry gives, as seen from Detectron2's data folder."""
         return resolve(self.entry[key])
+
+    def file_in(self, key: str, name: str) -> str:
+        """Return the path of a file that the dataset names, in the folder that a key of the entry gives.
+
+        Raises:
+            GDetKDError: the name leads out of the folder, and DATASETS.ALLOW_OUTSIDE is False.
+        """
+        if leaves(name) and not self.allow_outside:
+            raise GDetKDError(
+                f"The dataset {self.name!r} names the file {name!r}, which leads out of {self.path(key)!r}. Correct "
+                "the name, or set DATASETS.ALLOW_OUTSIDE to True."
+            )
+        return os.path.join(self.path(key), name)
 
     def check_paths(self) -> None:
         """Raise an error if a relative path of the entry leads out of the folder where it starts."""

@@ -5,7 +5,7 @@ Objects that are marked as difficult or truncated are ordinary objects, as in De
 
 import os
 from collections import Counter
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from detectron2.structures import BoxMode
 
@@ -27,7 +27,7 @@ class Voc(DatasetKind):
     inner_path_keys = ("split",)
 
     @classmethod
-    def find_problems(cls, entry: Dict[str, Any]) -> List[str]:
+    def find_problems(cls, entry: Mapping[str, Any]) -> List[str]:
         problems = super().find_problems(entry)
         if entry.get("first_pixel", 1) not in (0, 1):
             problems.append(f"has first_pixel {entry['first_pixel']!r}, not 0 or 1")
@@ -151,7 +151,7 @@ def _read_images(layout: Layout, counts: Counter) -> List[AnnotatedImage]:
 
 def _check_classes(images: Sequence[AnnotatedImage], classes: Optional[Sequence[str]], root: str) -> List[str]:
     """Return the class names, or raise an error if they are not known or the files name other classes."""
-    found = Counter(each.name for image in images for each in image.file.objects)
+    found = Counter(item.name for image in images for item in image.file.objects)
     if classes is None:
         names = ", ".join(sorted(found))
         raise GDetKDError(
@@ -161,7 +161,7 @@ def _check_classes(images: Sequence[AnnotatedImage], classes: Optional[Sequence[
     unknown = {name: count for name, count in found.items() if name not in classes}
     if not unknown:
         return list(classes)
-    first = {each.name: image.name for image in reversed(images) for each in image.file.objects}
+    first = {item.name: image.name for image in reversed(images) for item in image.file.objects}
     named = ", ".join(f"{name!r} ({count}, first in {first[name]}.xml)" for name, count in sorted(unknown.items()))
     similar = {name.lower(): name for name in classes}
     hints = [f" {name!r} may be {similar[name.lower()]!r}." for name in sorted(unknown) if name.lower() in similar]

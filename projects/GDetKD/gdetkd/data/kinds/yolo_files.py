@@ -23,14 +23,13 @@ COMPANIONS = (".txt", ".cache", ".npy", ".yaml", ".yml", ".names", ".data", ".la
 def find_images(
     description: Description, split: str, allow_outside: bool = False
 ) -> Tuple[List[str], Dict[str, int], int]:
-    """Find the images of a split, in the order of its lists; those of folders are sorted.
+    """Find the images of a split. Images of a list keep its order, and images of a folder are sorted.
 
     Returns:
-        paths of the images, counts of files that are no images by their ending, and how often an image was listed
-        again.
+        the paths of the images, the counts of other files by their ending, and how many entries of lists were repeated.
 
     Raises:
-        GDetKDError: the split is not named, is not there, or leads out of the dataset's folder.
+        GDetKDError: the description does not name the split, or its files are missing or outside of the dataset.
     """
     names = [split] if split in description.splits else [name for name in SAME_SPLITS if name in description.splits]
     if split not in description.splits and (split not in SAME_SPLITS or len(names) != 1):
@@ -41,31 +40,31 @@ def find_images(
     value = description.splits[names[0]]
     items = value if isinstance(value, list) else [value]
     images: List[str] = []
-    others: Dict[str, int] = {}
+    other_files: Dict[str, int] = {}
     for item in items:
         if not isinstance(item, str) or "\0" in item:
-            raise GDetKDError(f"{description.path!r}: {names[0]} is {short(value)}, not a path or paths.")
+            raise GDetKDError(f"{description.path!r}: {names[0]} is {short(value)}, not a path or a list of paths.")
         place = _find_place(description, item.strip().replace("\\", "/"), allow_outside)
         if os.path.isdir(place):
-            found, passed_over = list_images(place)
+            found, skipped = list_images(place)
             images += [os.path.join(place, name) for name in found]
-            for ending, count in passed_over.items():
+            for ending, count in skipped.items():
                 if ending not in COMPANIONS:
-                    others[ending] = others.get(ending, 0) + count
+                    other_files[ending] = other_files.get(ending, 0) + count
         else:
             images += _read_list(description, place, allow_outside)
     distinct = list(dict.fromkeys(images))
-    return distinct, others, len(images) - len(distinct)
+    return distinct, other_files, len(images) - len(distinct)
 
 
 class LabelFinder:
-    """Finds the label file of an image. A folder is listed once."""
+    """Find the label file of an image. A folder is listed only once."""
 
     def __init__(self) -> None:
         self._folders: Dict[str, Listing] = {}
 
     def find(self, image: str) -> Optional[str]:
-        """Return the label file, or None if the image has none, which means that it shows no object."""
+        """Return the label file of an image, or None if there is none."""
         folder, name = os.path.split(image)
         if folder not in self._folders:
             self._folders[folder] = Listing(find_label_folder(folder) if os.path.isdir(folder) else folder, False)
@@ -77,29 +76,29 @@ class LabelFinder:
 def _find_place(description: Description, item: str, allow_outside: bool) -> str:
     """Return the folder or file that a split names.
 
-    Roboflow writes `../train/images` for a folder beside its data.yaml, so `../` at the start may be superfluous.
+    Roboflow writes `../train/images` for a folder beside its data.yaml, so try the path without `../`, too.
     """
     places = dict.fromkeys(
         os.path.normpath(os.path.join(description.folder, text))
         for text in (item, re.sub(r"^(\.\./)+", "", item), without_darknets_folder(item))
     )
-    there = [place for place in places if os.path.exists(place)]
-    inside = [place for place in there if is_allowed(place, description.path, allow_outside)]
-    if there and not inside:
-        check_inside(there[0], description.path, allow_outside)
+    existing = [place for place in places if os.path.exists(place)]
+    inside = [place for place in existing if is_allowed(place, description.path, allow_outside)]
+    if existing and not inside:
+        check_inside(existing[0], description.path, allow_outside)
     if len(inside) == 1:
         return inside[0]
-    what = f"could be {' or '.join(inside)}" if inside else f"is not there (looked for {', '.join(places)})"
-    raise GDetKDError(f"{description.path!r} names {item!r}, which {what}. Correct the path in that file.")
+    problem = f"could be {' or '.join(inside)}" if inside else f"does not exist (tried {', '.join(places)})"
+    raise GDetKDError(f"{description.path!r} names {item!r}, which {problem}. Correct the path in that file.")
 
 
 def _read_list(description: Description, path: str, allow_outside: bool) -> List[str]:
-    """Read a text file that names an image a line. An image that is not there is left for `clean` to count."""
+    """Read a text file with the path of one image a line. Missing images stay in the list for `clean` to count."""
     lines = [line.strip().replace("\\", "/") for line in read_text(path).splitlines()]
     images = []
     for line in filter(None, lines):
         if "\0" in line:
-            raise GDetKDError(f"{path!r} has a line with a zero byte: there has to be the path of one image a line.")
+            raise GDetKDError(f"{path!r} has a line with a zero byte. Write the path of one image a line.")
         starts = (os.path.dirname(path), description.folder)
         texts = (line, without_darknets_folder(line))
         places = [os.path.normpath(os.path.join(start, text)) for text in texts for start in starts]

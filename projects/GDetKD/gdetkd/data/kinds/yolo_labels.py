@@ -1,7 +1,7 @@
-"""Read a label file of YOLO's. What tools write in other ways than `class x y width height` has a function each.
+"""Read a label file in YOLO's format, and correct the quirks of the tools that write it.
 
-The numbers are shares of the image's width and height. Functions that take `counts` add to it how often a quirk was put
-right, by what a message calls it.
+A line is `class x y width height`, in shares of the image's width and height. Functions that take `counts` count there
+how often they corrected a quirk.
 """
 
 import math
@@ -11,19 +11,17 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 from ...errors import GDetKDError
 from ..folders import read_text
 
-# No share of an image is larger. A box that an augmentation moved over the edge can reach a little beyond 1.
+# A larger number is not a share. A box that an augmentation moved over the edge can reach a little beyond 1.
 MOST = 2.0
 BOX_COLUMNS = 5
-# Columns of the class and of a polygon's three corners.
-LEAST_POLYGON_COLUMNS = 7
-# Pixels by which a rounded box may reach over the edge without being counted.
-ROUNDING = 0.5
+LEAST_POLYGON_COLUMNS = 7  # the class and three corners
+ROUNDING = 0.5  # pixels by which a box may reach over the edge because it was rounded
 
 
 class Label(NamedTuple):
     """
     Attributes:
-        category: index of the class.
+        category: the index of the class.
         box: x1, y1, x2, y2 in shares of the image.
         polygon: x1, y1, x2, y2 and so on in shares of the image; None for a box.
     """
@@ -34,18 +32,18 @@ class Label(NamedTuple):
 
 
 class Problem(Exception):
-    """Says what is wrong with a line."""
+    """Say what is wrong with a line."""
 
 
 def read_labels(path: str, classes: Sequence[str], keypoints: int, counts: Counter) -> List[Label]:
-    """Read a label file. An empty file and empty lines are of no object.
+    """Read a label file. Empty lines are skipped.
 
     Args:
-        classes: in the order of their indices.
-        keypoints: columns of keypoints that a line may have.
+        classes: class names in order.
+        keypoints: how many columns of keypoints a line may have.
 
     Raises:
-        GDetKDError: a line is no label. It is named.
+        GDetKDError: a line is not a label. The message names the line.
     """
     labels: Dict[Tuple[float, ...], Label] = {}
     for number, line in enumerate(read_text(path).splitlines(), start=1):
@@ -62,17 +60,17 @@ def read_labels(path: str, classes: Sequence[str], keypoints: int, counts: Count
 
 
 def to_pixels(shares: Sequence[float], width: int, height: int) -> List[float]:
-    """Return coordinates x1, y1, x2, y2 and so on in pixels."""
+    """Convert x1, y1, x2, y2 and so on from shares to pixels."""
     return [value * side for value, side in zip(shares, (width, height) * (len(shares) // 2))]
 
 
 def cut_at_edge(points: Sequence[float], width: int, height: int) -> List[float]:
-    """Return coordinates x1, y1, x2, y2 and so on, in pixels, moved into the image."""
+    """Move points x1, y1, x2, y2 and so on, in pixels, into the image."""
     return [min(max(value, 0.0), float(side)) for value, side in zip(points, (width, height) * (len(points) // 2))]
 
 
 def reaches_over(box: Sequence[float], width: int, height: int) -> bool:
-    """Return whether a part of a box lies in the image and another part, beyond rounding, does not."""
+    """Return whether only a part of a box lies in the image. Differences by rounding do not count."""
     x1, y1, x2, y2 = box
     overlaps = x1 < width and y1 < height and x2 > 0 and y2 > 0
     return overlaps and (min(x1, y1) < -ROUNDING or x2 > width + ROUNDING or y2 > height + ROUNDING)
@@ -83,7 +81,7 @@ def _label(
 ) -> Label:
     category = _category(words[0], values[0], classes, counts)
     if keypoints and len(values) == BOX_COLUMNS + keypoints:
-        counts["objects have keypoints, which are passed over"] += 1
+        counts["objects have keypoints, which are skipped"] += 1
         values = values[:BOX_COLUMNS]
     shares = values[1:]
     _check_columns(len(values), keypoints)
@@ -92,7 +90,7 @@ def _label(
         return Label(category, _corners(shares, counts))
     xs, ys = shares[::2], shares[1::2]
     if not all(map(math.isfinite, shares)):
-        return Label(category, (math.nan,) * 4)  # `clean_annotations` counts and leaves out such a box
+        return Label(category, (math.nan,) * 4)  # `clean_annotations` counts and leaves out this box
     return Label(category, (min(xs), min(ys), max(xs), max(ys)), list(shares))
 
 
@@ -101,13 +99,13 @@ def _number(word: str) -> float:
         return float(word)
     except ValueError:
         raise Problem(
-            f"{word!r} is no number. A label is `class x y width height`, or `class x1 y1 x2 y2 x3 y3 ...`."
+            f"{word!r} is not a number. Write `class x y width height`, or `class x1 y1 x2 y2 x3 y3 ...`."
         ) from None
 
 
 def _count_repeated(is_repeated: bool, counts: Counter) -> None:
-    """Count a label that stands in its file twice, of which Ultralytics drops one, too."""
-    counts["labels stand in their file twice; one of each is read"] += is_repeated
+    """Count a label that stands in its file twice. Ultralytics drops the second label, too."""
+    counts["labels stand in their file twice and are read once"] += is_repeated
 
 
 def _category(word: str, value: float, classes: Sequence[str], counts: Counter) -> int:
@@ -126,20 +124,20 @@ def _check_columns(columns: int, keypoints: int) -> None:
     if keypoints:
         raise Problem(
             f"it has {columns} columns. By kpt_shape of data.yaml a label has {BOX_COLUMNS + keypoints}, or "
-            f"{BOX_COLUMNS} without keypoints. Correct one of them."
+            f"{BOX_COLUMNS} without keypoints. Correct the line or kpt_shape."
         )
     raise Problem(
-        f"it has {columns} columns: a box has 5, a polygon an odd number from 7 on. A sixth column can be a score: "
-        "labels have none. For keypoints, data.yaml has to give kpt_shape."
+        f"it has {columns} columns. A box has 5, and a polygon an odd number from 7 on. If the sixth column can be a "
+        "score, remove it. If the columns are keypoints, give kpt_shape in data.yaml."
     )
 
 
 def _check_shares(shares: Sequence[float]) -> None:
-    far = [value for value in shares if abs(value) > MOST]  # not of nan
+    far = [value for value in shares if abs(value) > MOST]  # False for nan
     if far:
         raise Problem(
-            f"it has {far[0]:g}, where shares of the image are meant, from 0 to 1. Divide pixels by the image's width "
-            "or height."
+            f"it has {far[0]:g}, which is not a share of the image from 0 to 1. Divide pixels by the image's width or "
+            "height."
         )
 
 

@@ -1,4 +1,4 @@
-"""Read what describes a dataset in YOLO's layout: a data.yaml, darknet's obj.data, or a folder with class names."""
+"""Describe a dataset in YOLO's layout by its data.yaml, by darknet's obj.data, or by a folder with class names."""
 
 import os
 import reprlib
@@ -9,13 +9,13 @@ import yaml
 from ...errors import GDetKDError
 from ..folders import is_inside, leaves, read_text, resolve
 
-# Names of the same split. Tools use different ones in data.yaml and obj.data.
+# Names that tools use for the same split in data.yaml and obj.data.
 SAME_SPLITS = ("val", "valid", "validation")
-# Files in which tools list the classes, one a line: labelImg and Label Studio, darknet and CVAT, Roboflow's darknet.
+# Files with one class name a line, by labelImg and Label Studio, darknet and CVAT, and Roboflow's darknet export.
 CLASS_FILES = ("classes.txt", "obj.names", "_darknet.labels")
-# CVAT writes paths as darknet sees them, which starts one folder above.
+# CVAT writes paths for darknet, which starts one folder above.
 DARKNETS_FOLDER = "data/"
-# Writes a value of a file into a message. Without a limit of levels, a few lines of YAML could make gigabytes.
+# Shortens a value of a file for a message. Without a limit of levels, a few lines of YAML could become gigabytes.
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 2
 short = _REPR.repr
@@ -24,11 +24,11 @@ short = _REPR.repr
 class Description(NamedTuple):
     """
     Attributes:
-        path: the file that describes the dataset, for messages; or the folder or list of images.
-        folder: where its relative paths start.
-        splits: by name what the file says: a folder, a list of images, or several of them.
-        classes: in the order of their indices.
-        keypoints: columns of keypoints that a label has.
+        path: the file that describes the dataset, or the folder or list of images.
+        folder: the folder where relative paths start.
+        splits: maps the name of a split to a folder, a list of images, or several of them.
+        classes: class names in order.
+        keypoints: how many columns of keypoints a label has.
     """
 
     path: str
@@ -42,7 +42,7 @@ def read_description(path: str, allow_outside: bool = False) -> Description:
     """Read a data.yaml, or darknet's obj.data.
 
     Raises:
-        GDetKDError: the file is not such a file, or does not name its classes in a clear order.
+        GDetKDError: the file is neither, or does not give its class names in a clear order.
     """
     try:
         text = read_text(path)
@@ -59,17 +59,17 @@ def read_description(path: str, allow_outside: bool = False) -> Description:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
-    raise GDetKDError(f"{path!r} does not describe a dataset of YOLO's layout ({reason}). Correct that file.")
+    raise GDetKDError(f"{path!r} does not describe a dataset in YOLO's layout ({reason}). Correct that file.")
 
 
 def describe_folder(path: str, classes: Optional[Sequence[str]]) -> Description:
-    """Describe a folder, or a list of images, that has no data.yaml.
+    """Describe a folder or a list of images that has no data.yaml.
 
     Args:
-        classes: in the order of their indices; None: those of a file of class names beside the images or labels.
+        classes: class names in order. None: read them from a file beside the images or labels.
 
     Raises:
-        GDetKDError: there is no such file, or several with other names.
+        GDetKDError: there is no such file, or two files list different names.
     """
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     if classes is None:
@@ -78,19 +78,21 @@ def describe_folder(path: str, classes: Optional[Sequence[str]]) -> Description:
         files = [os.path.join(place, name) for place in places for name in CLASS_FILES]
         found = {file: _read_names(file) for file in files if os.path.isfile(file)}
         if len(set(map(tuple, found.values()))) != 1:
-            what = f"{' and '.join(found)} name different ones" if found else f"there is no {' or '.join(CLASS_FILES)}"
+            problem = (
+                f"{' and '.join(found)} list different names" if found else f"there is no {' or '.join(CLASS_FILES)}"
+            )
             raise GDetKDError(
-                f"The classes of {path!r} are not known: {what}. Name them as `classes` in DATASETS.REGISTER, in the "
-                "order of their indices, or give `yaml` and `split` if there is a data.yaml."
+                f"The classes of {path!r} are not known: {problem}. List them in order as `classes` in "
+                "DATASETS.REGISTER, or give `yaml` and `split` if there is a data.yaml."
             )
         classes = next(iter(found.values()))
     return Description(path, folder, {"": os.path.abspath(path)}, list(classes))
 
 
 def find_label_folder(folder: str) -> str:
-    """Return the folder of the labels of a folder of images.
+    """Return the folder of the labels that belong to a folder of images.
 
-    The last `images` of the path becomes `labels`. Without such a folder the labels lie beside the images.
+    The last `images` in the path becomes `labels`. If there is no such folder, labels lie beside the images.
     """
     parts = os.path.abspath(folder).split(os.sep)
     for index in range(len(parts) - 1, 0, -1):
@@ -115,25 +117,26 @@ def is_allowed(place: str, path: str, allow_outside: bool) -> bool:
 def check_inside(place: str, path: str, allow_outside: bool) -> None:
     if not is_allowed(place, path, allow_outside):
         raise GDetKDError(
-            f"{path!r} leads to {place!r}, which is neither in its folder nor in {os.path.abspath(resolve(''))!r}. "
+            f"{path!r} leads to {place!r}, which is neither in that file's folder nor in "
+            f"{os.path.abspath(resolve(''))!r}. "
             "Move the data there, or set DATASETS.ALLOW_OUTSIDE to True."
         )
 
 
 def _start_folder(beside: str, path: Any) -> str:
-    """Return the folder that `path` in a data.yaml means: from the file or from Detectron2's data folder on.
+    """Return the folder that `path` in a data.yaml means, relative to the file or to Detectron2's data folder.
 
-    A `path` that is not there is of another computer. The paths of the splits then start at the file.
+    If there is no such folder, `path` was written on another computer. Then return the folder of the file.
     """
     if path is not None and not isinstance(path, str):
         raise ValueError(f"its path is {short(path)}, not text")
     path = (path or "").replace("\\", "/")
     candidates = [os.path.join(beside, path)] + [resolve(path)] * bool(path)
-    return os.path.normpath(next((each for each in candidates if os.path.isdir(each)), beside))
+    return os.path.normpath(next((folder for folder in candidates if os.path.isdir(folder)), beside))
 
 
 def _names(content: Dict[Any, Any]) -> List[str]:
-    """Return the class names of a data.yaml: a list, or a dictionary by index."""
+    """Return the class names of a data.yaml, which are a list or a dictionary by index."""
     names, count = content.get("names"), content.get("nc")
     if names is None and isinstance(count, int) and 0 < count < 10**6:
         return [f"class_{index}" for index in range(count)]
@@ -161,19 +164,14 @@ def _keypoint_columns(shape: Any) -> int:
 
 
 def _read_obj_data(path: str, text: str) -> Description:
-    """Read darknet's obj.data: lines such as `train = data/train.txt`, seen from the folder where darknet runs."""
+    """Read darknet's obj.data, which has lines such as `train = data/train.txt`. Paths start where darknet runs."""
     pairs = [line.split("=", 1) for line in text.splitlines() if "=" in line]
     content = {key.strip(): value.strip().replace("\\", "/") for key, value in pairs}
     folder = os.path.dirname(path)
     named = content.get("names", "obj.names")
-    names = next(
-        (
-            place
-            for place in (named, without_darknets_folder(named), os.path.basename(named))
-            if not leaves(place) and os.path.isfile(os.path.join(folder, place))
-        ),
-        None,
-    )
+    candidates = (named, without_darknets_folder(named), os.path.basename(named))
+    inside = [place for place in candidates if not leaves(place)]
+    names = next((place for place in inside if os.path.isfile(os.path.join(folder, place))), None)
     if names is None:
         raise ValueError(f"the file of its class names, {named}, is not in its folder")
     splits = {key: content[key] for key in ("train", "test", *SAME_SPLITS) if content.get(key)}
@@ -183,5 +181,5 @@ def _read_obj_data(path: str, text: str) -> Description:
 def _read_names(path: str) -> List[str]:
     names = [line.strip() for line in read_text(path).strip().splitlines()]
     if not all(names):
-        raise GDetKDError(f"{path!r} has an empty line {names.index('') + 1}: there has to be one class name a line.")
+        raise GDetKDError(f"{path!r} has an empty line {names.index('') + 1}. Write one class name a line.")
     return names
