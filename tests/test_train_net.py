@@ -172,7 +172,7 @@ def test_an_unknown_error_shows_its_traceback_and_where_to_report_it(config_file
     )
     result = run(str(broken), "--config-file", config_file)
     assert result.returncode == 1 and "ZeroDivisionError" in result.stderr
-    assert "please report it as an issue of GDetKD" in result.stderr.splitlines()[-1]
+    assert "please report an issue of GDetKD" in result.stderr.splitlines()[-1]
 
 
 def test_without_detectron2_the_import_says_how_to_get_it(tmp_path):
