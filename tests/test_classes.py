@@ -1,4 +1,4 @@
-"""Teachers of other classes."""
+"""Student and teacher with different classes."""
 
 import pytest
 import torch
@@ -59,6 +59,11 @@ def test_a_class_that_would_be_two_of_the_others_is_refused(pairs, message):
     cfg = make_cfg({"DISTILL.CLASS_MAP": pairs})
     with pytest.raises(GDetKDError, match=f"{message}.*Remove"):
         match_classes("CLS", cfg, spec("car", "truck"), spec("vehicle", "car"))
+
+
+def test_two_teacher_classes_of_one_name_are_refused():
+    with pytest.raises(GDetKDError, match="2 classes with the name 'cat'.*DISTILL.TEACHER.CLASSES"):
+        match_classes("CLS", make_cfg({}), spec("cat", "dog"), spec("cat", "cat"))
 
 
 def test_classes_that_change_names_are_one_to_one():

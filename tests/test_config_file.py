@@ -94,10 +94,10 @@ def test_a_single_name_stands_for_a_list_of_one(tmp_path, key):
 def test_what_a_file_says_is_merged_as_detectron2_merges_it(tmp_path):
     (tmp_path / "base.yaml").write_text("SOLVER: {BASE_LR: 0.5, STEPS: [1, 2]}\n")
     (tmp_path / "own.yaml").write_text("_BASE_: base.yaml\nSOLVER:\n  STEPS: (3,)\nVERSION: 2\n")
-    ours, detectron2s = make_cfg({}), make_cfg({})
-    merge_config_file(ours, str(tmp_path / "own.yaml"))
-    detectron2s.merge_from_file(str(tmp_path / "own.yaml"))
-    assert ours == detectron2s and ours.SOLVER.STEPS == (3,) and ours.SOLVER.BASE_LR == 0.5
+    found, expected = make_cfg({}), make_cfg({})
+    merge_config_file(found, str(tmp_path / "own.yaml"))
+    expected.merge_from_file(str(tmp_path / "own.yaml"))
+    assert found == expected and found.SOLVER.STEPS == (3,) and found.SOLVER.BASE_LR == 0.5
 
 
 @pytest.mark.parametrize("key", REMOVED_KEYS)

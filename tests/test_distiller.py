@@ -1,4 +1,4 @@
-"""The decisions that everything rests on, each with a test that fails when it is broken."""
+"""The main promises of GDetKD: an untouched teacher, a plain student, and a gradient for every parameter."""
 
 import torch
 from detectron2.modeling import build_model
@@ -36,7 +36,7 @@ def test_each_loss_can_stand_alone(distill_cfg):
 def test_teacher_is_bit_identical_after_steps_and_train(distill_cfg):
     model = build_model(distill_cfg()).train()
     before = {name: tensor.clone() for name, tensor in model.teacher.model.state_dict().items()}
-    # Every parameter the model owns is given to the optimizer: the teacher's must not be among them.
+    # The optimizer gets every parameter of the model. The teacher's parameters must not be among them.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, weight_decay=0.1)
     for seed in range(3):
         one_step(model.train(), make_batch(seed=seed), optimizer)
@@ -86,10 +86,10 @@ def test_evaluation_is_the_plain_students(distill_cfg):
     plain = build_model(plain_config(cfg)).eval()
     plain.load_state_dict(model.student.state_dict())
     with torch.no_grad():
-        ours, theirs = model(make_batch()), plain(make_batch())
-    for a, b in zip(ours, theirs):
-        assert torch.equal(a["instances"].pred_boxes.tensor, b["instances"].pred_boxes.tensor)
-        assert torch.equal(a["instances"].scores, b["instances"].scores)
+        found, expected = model(make_batch()), plain(make_batch())
+    for output, plain_output in zip(found, expected):
+        assert torch.equal(output["instances"].pred_boxes.tensor, plain_output["instances"].pred_boxes.tensor)
+        assert torch.equal(output["instances"].scores, plain_output["instances"].scores)
 
 
 def test_no_hook_is_left_behind(distill_cfg):
@@ -104,7 +104,7 @@ def test_without_losses_there_is_no_teacher(tmp_path):
 
 
 def test_a_teacher_of_other_pixels_sees_its_own(distill_cfg):
-    """The student reads BGR scaled by 1; a teacher of RGB with another mean and std must get just that."""
+    """The student reads BGR scaled by 1. The teacher reads RGB with another mean and std."""
     other = {"INPUT.FORMAT": "RGB", "MODEL.PIXEL_MEAN": [1.0, 2.0, 3.0], "MODEL.PIXEL_STD": [4.0, 5.0, 6.0]}
     model = build_model(distill_cfg(teacher={**WIDER, **other}))
     image = torch.arange(3 * 32 * 32, dtype=torch.float32).view(3, 32, 32) % 251
@@ -115,17 +115,17 @@ def test_a_teacher_of_other_pixels_sees_its_own(distill_cfg):
 
 
 def test_widths_class_agnostic_boxes_and_masks(distill_cfg):
-    """Teacher and student of other FPN width, with masks, and with class-agnostic regression."""
+    """Teacher and student differ in FPN width and masks, or have class-agnostic regression."""
     agnostic = {"MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True}
     cfg = distill_cfg({"MODEL.FPN.OUT_CHANNELS": 12, **agnostic}, teacher={**WIDER, "MODEL.MASK_ON": True, **agnostic})
     losses = one_step(build_model(cfg).train(), make_batch())
     assert all(torch.isfinite(loss) for loss in losses.values())
-    cfg = distill_cfg(agnostic)  # beside a teacher with deltas per class
+    cfg = distill_cfg(agnostic)  # the teacher has deltas for every class
     assert torch.isfinite(one_step(build_model(cfg).train(), make_batch())["loss_distill_reg"])
 
 
 def test_unusual_batches(distill_cfg):
-    """Boxes that touch the border, one region alone, images of different sizes."""
+    """Boxes touch the border, there is a single region, or images differ in size."""
     model = build_model(distill_cfg({"MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 1})).train()
     batch = make_batch(sizes=((96, 33),), boxes_each=1)
     batch[0]["instances"].gt_boxes.tensor[:] = torch.tensor([0.0, 0.0, 33.0, 96.0])

@@ -1,4 +1,4 @@
-"""The copy of the teacher's backbone that runs sooner, and the dtype that it runs in."""
+"""The faster copy of the teacher's backbone, and its dtype."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from gdetkd.teacher import FrozenTeacher
 def backbone(changes={}):
     model = build_model(make_cfg({**WIDER, **changes})).double()
     settle_batch_norm(model)
-    for module in model.modules():  # so that a norm that is folded wrongly shows
+    for module in model.modules():  # random statistics show a norm that is folded wrongly
         if isinstance(module, (torch.nn.BatchNorm2d, FrozenBatchNorm2d)):
             torch.nn.init.uniform_(module.weight, 0.5, 2.0)
             torch.nn.init.uniform_(module.bias, -1.0, 1.0)
@@ -55,7 +55,7 @@ def test_every_fixed_norm_of_a_resnet_is_folded():
 
 @pytest.fixture
 def tame_cfg(distill_cfg, tmp_path):
-    """Of a teacher none of whose untrained channels is nearly constant, which would magnify rounding without end."""
+    """Make a config whose untrained teacher has no nearly constant channels, which would magnify rounding."""
 
     def make(changes={}):
         cfg = distill_cfg(changes)
@@ -89,7 +89,7 @@ def test_a_teacher_looks_through_the_copy_and_sees_the_same(tame_cfg):
 
 
 def test_half_precision_is_close(distill_cfg):
-    """Of a trained teacher: an untrained one of fifty layers magnifies any rounding."""
+    """The teacher is trained, because an untrained detector of fifty layers magnifies any rounding."""
     folder = Path(__file__).parents[1] / "configs" / "quickstart"
     keys = {"DISTILL.TEACHER.CONFIG_FILE": str(folder / "teacher-FasterRCNN.yaml")}
     keys["DISTILL.TEACHER.WEIGHTS"] = str(folder / "teacher-FasterRCNN.pth")

@@ -90,7 +90,7 @@ dataloader = dict(
 
 @pytest.fixture
 def lazy_teacher(tmp_path):
-    """Writes a LazyConfig file and weights for it; returns the config keys that name them."""
+    """Write a LazyConfig file and weights for it. Return the config keys that name them."""
 
     def make(change=lambda text: text):
         (tmp_path / "teacher.py").write_text(change(FILE))
@@ -117,9 +117,9 @@ def test_it_teaches_with_all_terms(distill_cfg, lazy_teacher):
 def test_its_channel_order_is_its_own(distill_cfg, lazy_teacher):
     teacher = FrozenTeacher(distill_cfg(lazy_teacher()))  # the student's is BGR
     batch = make_batch()
-    ours = teacher.preprocess(batch).tensor[0, :, :64, :64]
+    image = teacher.preprocess(batch).tensor[0, :, :64, :64]
     mean = torch.tensor([103.53, 116.28, 123.675])[:, None, None]
-    torch.testing.assert_close(ours, batch[0]["image"].flip(0) - mean)
+    torch.testing.assert_close(image, batch[0]["image"].flip(0) - mean)
 
 
 def test_what_reads_its_images_says_their_channel_order(distill_cfg, lazy_teacher, caplog):
@@ -165,7 +165,7 @@ def test_opts_change_it(distill_cfg, lazy_teacher):
     ],
 )
 def test_opts_cannot_name_what_is_called(distill_cfg, lazy_teacher, tmp_path, monkeypatch, key, value):
-    """They come from a yaml, and a yaml is not to run anything but the file it names."""
+    """The options come from a yaml, which must run nothing but the file that it names."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(GDetKDError, match=r"DISTILL.TEACHER.OPTS: 'model.*into the teacher's .py file"):
         FrozenTeacher(distill_cfg({**lazy_teacher(), "DISTILL.TEACHER.OPTS": [key, value]}))
@@ -200,7 +200,7 @@ def test_channel_order_that_nothing_tells(distill_cfg, lazy_teacher, tmp_path):
 
 
 def test_a_teacher_of_fixed_size_is_never_given_a_larger_image(distill_cfg, monkeypatch):
-    # As Detectron2's plain vision transformers declare it.
+    # Detectron2's plain vision transformers have this attribute.
     monkeypatch.setattr(FPN, "padding_constraints", {"square_size": 1024}, raising=False)
     with pytest.raises(GDetKDError, match=r"at most 1024 pixels.*INPUT.MAX_SIZE_TRAIN to 1024 or less"):
         FrozenTeacher(distill_cfg())

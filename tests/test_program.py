@@ -1,4 +1,4 @@
-"""How programs end: a known mistake without its traceback, any other error with it and with where to report it."""
+"""Programs end with a message alone for a known mistake, and with the traceback for any other error."""
 
 import errno
 import traceback
@@ -12,18 +12,19 @@ from gdetkd.safe_load import UntrustedFileError
 
 
 @pytest.mark.parametrize(
-    "error, said",
+    "error, message",
     [
         (GDetKDError("Set A to 1."), "Set A to 1."),
         (UntrustedFileError("It asks for os.system."), "It asks for os.system."),
         (OSError(errno.ENOSPC, "No space left on device", "/full"), "No space left on device: /full. Choose"),
         (torch.cuda.OutOfMemoryError("Tried to allocate 3 GiB"), "Lower SOLVER.IMS_PER_BATCH"),
+        (torch.cuda.OutOfMemoryError(), "Lower SOLVER.IMS_PER_BATCH"),
     ],
 )
-def test_a_known_mistake_shows_no_traceback(capsys, error, said):
+def test_a_known_mistake_shows_no_traceback(capsys, error, message):
     with pytest.raises(SystemExit) as e, explained_errors():
         raise error
-    assert said in e.value.code and "Traceback" not in capsys.readouterr().err
+    assert message in e.value.code and "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), OSError(errno.EIO, "Input/output error")])

@@ -1,3 +1,5 @@
+"""The recorder of forward calls, and its hooks."""
+
 import pytest
 import torch
 from torch import nn

@@ -1,3 +1,5 @@
+"""RoIAlign of regions: the CPU's against torchvision's, and boxes in half precision."""
+
 import pytest
 import torch
 from detectron2.modeling.poolers import ROIPooler
@@ -16,17 +18,17 @@ BOXES = [
 
 
 def test_roi_align_cpu_equals_torchvision_in_value_and_gradient():
-    """Boxes inside, across the border, outside, without area; an image without a box."""
+    """The boxes lie inside, across the border and outside, one has no area, and one image has no box."""
     regions = Regions(BOXES)
     for stride, sampling in ((4, 2), (8, 1), (16, 3)):
         features = torch.randn(3, 5, 48 // stride, 64 // stride, dtype=torch.float64, requires_grad=True)
-        ours = roi_align_cpu([features], [stride], regions, (7, 6), sampling)[:, 0]
-        theirs = roi_align_torchvision(features, stride, regions, (7, 6), sampling)
-        torch.testing.assert_close(ours, theirs)
-        weights = torch.randn_like(ours)
-        (gradient,) = torch.autograd.grad((ours * weights).sum(), features)
-        (expected,) = torch.autograd.grad((theirs * weights).sum(), features)
-        torch.testing.assert_close(gradient, expected)
+        found = roi_align_cpu([features], [stride], regions, (7, 6), sampling)[:, 0]
+        expected = roi_align_torchvision(features, stride, regions, (7, 6), sampling)
+        torch.testing.assert_close(found, expected)
+        weights = torch.randn_like(found)
+        (gradient,) = torch.autograd.grad((found * weights).sum(), features)
+        (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), features)
+        torch.testing.assert_close(gradient, expected_gradient)
 
 
 def test_pools_every_region_on_every_level():
@@ -38,15 +40,15 @@ def test_pools_every_region_on_every_level():
         torch.testing.assert_close(pooled[:, level], expected)
 
 
-def test_another_device_takes_torchvisions_way_to_the_same_values():
+def test_torchvisions_roi_align_on_all_levels_gives_the_same_values():
     maps = [torch.randn(3, 2, 12, 16), torch.randn(3, 2, 6, 8), torch.randn(3, 2, 3, 4)]
-    ours = pool_all_levels(maps, [4, 8, 16], Regions(BOXES), (7, 7), 2)
-    theirs = _pool_with_torchvision(maps, [4, 8, 16], Regions(BOXES), (7, 7), 2)
-    torch.testing.assert_close(ours, theirs)
-    assert ours.stride() == theirs.stride()
+    found = pool_all_levels(maps, [4, 8, 16], Regions(BOXES), (7, 7), 2)
+    expected = _pool_with_torchvision(maps, [4, 8, 16], Regions(BOXES), (7, 7), 2)
+    torch.testing.assert_close(found, expected)
+    assert found.stride() == expected.stride()
 
 
-def test_a_box_that_is_not_a_number_pools_to_what_is_none_and_spoils_no_other():
+def test_a_box_that_is_not_a_number_does_not_spoil_other_boxes():
     boxes = torch.tensor([[3.0, 5, 30, 41], [float("nan"), 0, 9, 9]])
     pooled = roi_align_cpu([torch.randn(1, 2, 6, 8)], [8], Regions([Boxes(boxes)]), (7, 7), 2)
     assert pooled[0].isfinite().all() and pooled[1].isnan().all()
@@ -73,8 +75,8 @@ def test_image_ids_follow_the_boxes():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_boxes_keep_their_place_where_the_maps_are_in_half_precision(dtype):
-    """A map that holds its columns' numbers: the mean over a box is its centre's column."""
-    maps = [torch.arange(256, dtype=dtype).expand(1, 2, 64, 256)]  # exact in either
+    """The map holds the index of the column, so the mean over a box is the column of the box's centre."""
+    maps = [torch.arange(256, dtype=dtype).expand(1, 2, 64, 256)]  # exact in both dtypes
     boxes = torch.tensor([[961.3, 101, 989.7, 129]])
     assert (boxes.to(dtype).float()[0, 0] - boxes[0, 0]).abs() > 0.04
     regions, expected = Regions([Boxes(boxes)]), (961.3 + 989.7) / 2 / 4 - 0.5

@@ -1,4 +1,4 @@
-"""Weights and configs from strangers: what they hold is read, and nothing of it is run."""
+"""Weights and configs from strangers are read without running code in them."""
 
 import ast
 import os
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Payload:
-    """Unpickled by a loader that trusts it, it makes a file."""
+    """Make a file when a loader that trusts everything unpickles this."""
 
     def __init__(self, target, call=os.system):
         self.target, self.call = target, call
@@ -116,7 +116,7 @@ def test_files_of_the_model_zoo_load(tmp_path, protocol):
 
 
 def test_a_file_that_python_2_wrote_loads(tmp_path):
-    """Its strings are bytes: a float32 array as Python 2's NumPy pickled it, protocol 2."""
+    """Python 2's NumPy pickled this float32 array with protocol 2. Its strings are bytes."""
     array = (
         b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01K\x02\x85cnumpy\ndtype\n"
         b"U\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x08"
@@ -153,14 +153,14 @@ def on_fixed_batches(trainer_class):
 
 def test_checkpoints_that_plain_detectron2_wrote_load(distill_cfg, tmp_path):
     cfg = distill_cfg({"SOLVER.MAX_ITER": 2})
-    DefaultTrainer.train(theirs := on_fixed_batches(DefaultTrainer)(plain_keys_of(plain_config(cfg))))
+    plain = on_fixed_batches(DefaultTrainer)(plain_keys_of(plain_config(cfg)))
+    plain.train()
     cfg.MODEL.WEIGHTS = str(tmp_path / "run" / "model_final.pth")
-    ours = DistillTrainer(cfg)
-    ours.resume_or_load(resume=False)
-    assert not ours.checkpointer.unloaded
-    assert all(
-        torch.equal(a, b) for a, b in zip(theirs.model.state_dict().values(), ours.student.state_dict().values())
-    )
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    assert not trainer.checkpointer.unloaded
+    saved, loaded = plain.model.state_dict().values(), trainer.student.state_dict().values()
+    assert all(torch.equal(a, b) for a, b in zip(saved, loaded))
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_values_on_the_command_line_are_no_expressions(tmp_path):
 
 
 def calls(path):
-    """Every call in a file: dotted name and keyword arguments."""
+    """Yield the dotted name and the keyword arguments of every call in a file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}

@@ -1,12 +1,16 @@
-"""What is wrong with a teacher is said before training, with its remedy."""
+"""Problems with a teacher are reported before training, with a remedy."""
+
+import pickle
+from urllib.error import URLError
 
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
 
 from conftest import WIDER, make_cfg
 from gdetkd.errors import GDetKDError
-from gdetkd.teacher import FrozenTeacher, transfer_heads
+from gdetkd.teacher import CompleteCheckpointer, FrozenTeacher, transfer_heads
 
 RESNET_C4 = {
     "MODEL.BACKBONE.NAME": "build_resnet_backbone",
@@ -34,6 +38,23 @@ def test_weights_not_given_missing_or_empty(distill_cfg, tmp_path):
     refused(distill_cfg({"DISTILL.TEACHER.WEIGHTS": "nowhere.pth"}), "nowhere.pth.*are not there")
     (tmp_path / "empty.pth").touch()
     refused(distill_cfg({"DISTILL.TEACHER.WEIGHTS": str(tmp_path / "empty.pth")}), "an empty file")
+
+
+def test_weights_that_cannot_be_downloaded(distill_cfg, monkeypatch):
+    def fail(path, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(PathManager, "get_local_path", fail)
+    cfg = distill_cfg({"DISTILL.TEACHER.WEIGHTS": "https://nowhere.example/teacher.pth"})
+    refused(cfg, "nowhere.example/teacher.pth' cannot be downloaded .*no route to host.*DISTILL.TEACHER.WEIGHTS")
+
+
+def test_weights_whose_error_has_no_text(distill_cfg, monkeypatch):
+    def fail(self, path):
+        raise ValueError
+
+    monkeypatch.setattr(CompleteCheckpointer, "load", fail)
+    refused(distill_cfg(), "teacher.pth' cannot be read .ValueError: no details")
 
 
 def test_weights_truncated_or_no_checkpoint(distill_cfg, tmp_path):
@@ -65,15 +86,13 @@ def test_weights_of_another_shape(distill_cfg):
 
 
 def test_weights_with_more_than_asked_for_only_warn(distill_cfg, caplog):
-    """A Mask R-CNN's weights in a Faster R-CNN teacher."""
+    """A Faster R-CNN teacher gets the weights of a Mask R-CNN."""
     cfg = distill_cfg({"DISTILL.TEACHER.OPTS": ["MODEL.MASK_ON", False]}, teacher={**WIDER, "MODEL.MASK_ON": True})
     build_model(cfg)
     assert "mask_head" in caplog.text
 
 
 def test_weights_in_the_model_zoos_format(distill_cfg, tmp_path):
-    import pickle
-
     cfg = distill_cfg()
     weights = torch.load(tmp_path / "teacher.pth", weights_only=True)["model"]
     arrays = {name: tensor.numpy() for name, tensor in weights.items()}
@@ -97,7 +116,7 @@ def test_unknown_or_repeated_loss(distill_cfg):
 def test_other_number_of_classes(distill_cfg):
     other = {**WIDER, "MODEL.ROI_HEADS.NUM_CLASSES": 5}
     refused(distill_cfg(teacher=other), "3 classes and the teacher 5")
-    build_model(distill_cfg({"DISTILL.LOSSES": ("SGFI", "CKD")}, teacher=other))  # which need no equal classes
+    build_model(distill_cfg({"DISTILL.LOSSES": ("SGFI", "CKD")}, teacher=other))  # these losses need no common class
 
 
 def test_unequal_regression_weights(distill_cfg):

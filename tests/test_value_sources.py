@@ -1,4 +1,4 @@
-"""The values of the method name where they come from, because its authors published no code."""
+"""The defaults of the method name their sources, because its authors published no code."""
 
 import inspect
 import re
@@ -16,7 +16,7 @@ WRITE_UP = {"IOU_THRESHOLD", "POSITIVE_FRACTION"}
 
 
 def sources_of_regions():
-    """Return the source that the comment above each default of DISTILL.REGIONS names, by key."""
+    """Return the sources in the comments above the defaults of DISTILL.REGIONS, by key."""
     body = inspect.getsource(config._add_regions_node)
     return {key: re.findall(r"Source: ([^.]+)\.", comment) for comment, key in DEFAULT.findall(body)}
 

@@ -1,4 +1,4 @@
-"""Checkpoints as other programs write them: read where the model is plain to see, else refused with their keys."""
+"""Checkpoints of other programs are read if the model is found, else refused with a list of their keys."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_every_layout_is_loaded_whole(source, tmp_path, layout, role):
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in source.state_dict().items())
 
 
-def test_what_is_passed_over_is_said(source, caplog):
+def test_entries_that_are_left_out_are_logged(source, caplog):
     weights = dict(source.state_dict())
     with_model({"model": {**weights, "step": 5}, "ema": weights}, "a.pth")
     assert "a.pth: step is not a tensor and is left out." in caplog.text
