@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -144,6 +145,12 @@ def tiny_dataset(tmp_path_factory) -> Path:
     cfg = make_cfg({"DATASETS.REGISTER": [entry]})
     gdetkd.data.register_datasets(cfg)
     return folder
+
+
+def run_example(page: str) -> None:
+    """Run the first Python example of a page in docs/, as a user would paste it."""
+    text = (Path(__file__).resolve().parents[1] / "docs" / page).read_text()
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {"__name__": "example"})
 
 
 def write_coco(folder: Path, count: int, name: str = "tiny", seed: int = 0, masks: bool = False) -> None:

@@ -28,6 +28,7 @@ from detectron2.utils import logger as detectron2_logger
 from fvcore.common.registry import Registry
 
 from gdetkd._compat.processes import forget_process_groups
+from gdetkd.data.kinds import DATASET_KIND_REGISTRY
 from gdetkd.detectors import DETECTOR_ADAPTER_REGISTRY
 from gdetkd.engine.launch import leave_process_groups
 from gdetkd.losses.build import DISTILL_LOSS_REGISTRY
@@ -37,6 +38,7 @@ SEED = 0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM)
 REGISTRIES = [
     *(each for each in vars(detectron2.modeling).values() if isinstance(each, Registry)),
+    DATASET_KIND_REGISTRY,
     DETECTOR_ADAPTER_REGISTRY,
     DISTILL_LOSS_REGISTRY,
 ]

@@ -10,8 +10,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "projects" / "GDetKD" / "gdetkd"
 FLOORS = (
     ("_compat", "errors", "files", "metrics_file", "program", "random_state", "recorder", "structures"),
     ("figures", "inference", "regions", "safe_load", "weights_layout"),
-    ("data", "detectors", "losses"),
+    ("detectors", "losses"),
     ("config", "config_file"),
+    ("data",),
     ("teacher", "teacher_file"),
     ("distiller",),
     ("engine",),

@@ -1,21 +1,17 @@
 """The example in docs/dataset-kinds.md, as it stands there, is read, checked, trained on and evaluated."""
 
 import json
-import re
-from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from conftest import make_cfg, write_coco
+from conftest import make_cfg, run_example, write_coco
 from gdetkd.data import register_datasets
 from gdetkd.data.class_names import class_names
-from gdetkd.data.kinds import DATASET_KIND_REGISTRY
 from gdetkd.engine import DistillTrainer
 from gdetkd.engine.preflight import check_datasets
 from gdetkd.errors import GDetKDError
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "dataset-kinds.md"
 LINES = """file,width,height,x1,y1,x2,y2,class
 mine0.png,80,64,1,2,21,22,cat
 mine0.png,80,64,30,30,50,40,dog
@@ -25,10 +21,7 @@ mine1.png,64,64,5,5,5,25,cat
 
 @pytest.fixture
 def own_kind():
-    code = re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1]
-    exec(code, {"__name__": "my_kind"})
-    yield
-    del DATASET_KIND_REGISTRY._obj_map["Csv"]
+    run_example("dataset-kinds.md")
 
 
 @pytest.fixture

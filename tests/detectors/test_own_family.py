@@ -1,8 +1,5 @@
 """The example in docs/detector-families.md runs as written, with a detector as student and as teacher."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_model
@@ -11,13 +8,11 @@ from detectron2.structures import Boxes, ImageList
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from conftest import make_batch, make_cfg, plain_keys_of
+from conftest import make_batch, make_cfg, plain_keys_of, run_example
 from gdetkd import DistillTrainer
 from gdetkd.engine.preprocessing import preprocessing_of
 from gdetkd.errors import GDetKDError
 from gdetkd.safe_load import read_weights
-
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "detector-families.md"
 
 
 class MyDetector(nn.Module):
@@ -57,7 +52,7 @@ def test_a_detector_without_an_adapter_is_refused_with_what_to_do(distill_cfg, o
 
 
 def test_the_documented_example_learns_and_teaches(distill_cfg, own_family, tmp_path):
-    exec(re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1], {})  # as a user would paste it
+    run_example("detector-families.md")
     own = {"DISTILL.STUDENT_META_ARCHITECTURE": "MyDetector", "DISTILL.LOSSES": ("SGFI", "CKD")}
     check(build_model(distill_cfg(own)).train())
     teacher = plain_keys_of(make_cfg({"MODEL.META_ARCHITECTURE": "MyDetector"}))
@@ -84,7 +79,7 @@ def check(model):
 
 
 def test_a_field_that_an_adapter_does_not_fill_is_named(distill_cfg, own_family, tmp_path):
-    exec(re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1], {})
+    run_example("detector-families.md")
     teacher = plain_keys_of(make_cfg({"MODEL.META_ARCHITECTURE": "MyDetector"}))
     (tmp_path / "own.yaml").write_text(teacher.dump())
     torch.save({"model": build_model(teacher).state_dict()}, tmp_path / "own.pth")

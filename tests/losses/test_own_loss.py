@@ -1,25 +1,19 @@
 """The example in docs/losses.md runs as written: it trains, logs its term, and is kept in the checkpoint."""
 
 import json
-import re
-from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import run_example
 from gdetkd import DistillTrainer
 from gdetkd.losses import DISTILL_LOSS_REGISTRY
 from gdetkd.safe_load import read_weights
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "losses.md"
-
 
 @pytest.fixture
 def own_loss():
-    code = re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1]
-    exec(code, {"__name__": "my_loss"})
-    yield
-    del DISTILL_LOSS_REGISTRY._obj_map["PEAK"]
+    run_example("losses.md")
 
 
 def train(cfg):

@@ -114,13 +114,19 @@ def _add_sampler_keys(cfg: CfgNode) -> None:
         cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
 
 
+def student_architecture(cfg: CfgNode) -> str:
+    """Return the meta-architecture of the detector that a config trains, with or without distillation."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    return cfg.DISTILL.STUDENT_META_ARCHITECTURE if name == "GDetKD" else name
+
+
 def plain_config(cfg: CfgNode) -> CfgNode:
     """Return the config of the plain Detectron2 detector that a GDetKD config trains. A plain config stays as it is."""
     if cfg.MODEL.META_ARCHITECTURE != "GDetKD":
         return cfg
     plain = cfg.clone()
     plain.defrost()
-    plain.MODEL.META_ARCHITECTURE = cfg.DISTILL.STUDENT_META_ARCHITECTURE
+    plain.MODEL.META_ARCHITECTURE = student_architecture(cfg)
     plain.freeze()
     return plain
 

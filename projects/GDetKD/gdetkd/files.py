@@ -1,9 +1,11 @@
-"""Write files completely or not at all."""
+"""Write files completely or not at all, and read files that another process may be writing."""
 
 import errno
+import json
 import os
 from contextlib import contextmanager
-from typing import Any, Iterator, Optional
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
 
 # Ending of a file that is still being written. A killed run leaves such a file. The next --resume removes it.
 PARTIAL = ".partial"
@@ -64,3 +66,18 @@ def _sync_folder(folder: str) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def read_json_lines(path: Path) -> List[Dict[str, Any]]:
+    """Return the objects in a file of JSON lines, or nothing if there is no such file.
+
+    A last line that is half written is left out.
+    """
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def last_line(path: Path) -> str:
+    """Return the last line of a log, or "no output" if it is empty."""
+    return (path.read_text().strip().splitlines() or ["no output"])[-1]

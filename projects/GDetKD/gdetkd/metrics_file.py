@@ -1,10 +1,11 @@
 """Read the metrics.json that Detectron2 writes in a run's OUTPUT_DIR."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional
+
+from .files import read_json_lines
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -33,9 +34,7 @@ class MetricsFile:
 
     def lines(self) -> List[Dict[str, Any]]:
         """Return the lines of the file. A last line that is half written is left out."""
-        if not self._path.exists():
-            return []
-        return [json.loads(line) for line in self._path.read_text().splitlines() if line.endswith("}")]
+        return read_json_lines(self._path)
 
     def iterations_done(self) -> int:
         """Return the number of iterations that the file records."""

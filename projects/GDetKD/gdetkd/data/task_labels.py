@@ -10,6 +10,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
+from ..config import student_architecture
 from ..errors import GDetKDError
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,8 @@ def check_train_labels(cfg: CfgNode, dicts: List[Item], name: str) -> None:
     Raises:
         GDetKDError: masks, keypoints or panoptic labels are missing or in the wrong form.
     """
-    if _architecture(cfg) in PANOPTIC:
-        _check_panoptic(_architecture(cfg), dicts, name)
+    if student_architecture(cfg) in PANOPTIC:
+        _check_panoptic(student_architecture(cfg), dicts, name)
     if key := _key_that_needs_masks(cfg):
         _check_share_with_masks(cfg, key, dicts, name)
     if _has(cfg, "MASK_ON"):
@@ -78,8 +79,7 @@ def with_usable_labels(cfg: CfgNode, dicts: List[Item], names: str) -> List[Item
         GDetKDError: more objects than INPUT.MAX_BAD_FRACTION allows have no mask.
     """
     if key := _key_that_needs_masks(cfg):
-        _check_share_with_masks(cfg, key, dicts, names)
-        missing = sum(not has_mask(item) for item in _objects(dicts))
+        missing = _check_share_with_masks(cfg, key, dicts, names)
         dicts = [
             _with_annotations(image, filter(_is_crowd_or_has_mask, image.get("annotations", ()))) for image in dicts
         ]
@@ -88,13 +88,7 @@ def with_usable_labels(cfg: CfgNode, dicts: List[Item], names: str) -> List[Item
     if _has(cfg, "KEYPOINT_ON"):
         unlabelled = [0.0] * (3 * cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)
         dicts = [
-            _with_annotations(
-                image,
-                (
-                    item if _is_given(item.get("keypoints")) else {**item, "keypoints": unlabelled}
-                    for item in image.get("annotations", ())
-                ),
-            )
+            _with_annotations(image, (_with_keypoints(item, unlabelled) for item in image.get("annotations", ())))
             for image in dicts
         ]
     return dicts
@@ -102,6 +96,10 @@ def with_usable_labels(cfg: CfgNode, dicts: List[Item], names: str) -> List[Item
 
 def _with_annotations(image: Item, annotations: Iterable[Item]) -> Item:
     return {**image, "annotations": list(annotations)}
+
+
+def _with_keypoints(annotation: Item, unlabelled: List[float]) -> Item:
+    return annotation if _is_given(annotation.get("keypoints")) else {**annotation, "keypoints": unlabelled}
 
 
 def _is_crowd_or_has_mask(annotation: Item) -> bool:
@@ -116,13 +114,8 @@ def _is_given(value: Any) -> bool:
     return value.size > 0 if isinstance(value, np.ndarray) else bool(value)
 
 
-def _architecture(cfg: CfgNode) -> str:
-    name = cfg.MODEL.META_ARCHITECTURE
-    return cfg.DISTILL.STUDENT_META_ARCHITECTURE if name == "GDetKD" else name
-
-
 def _has(cfg: CfgNode, key: str) -> bool:
-    return cfg.MODEL[key] and _architecture(cfg) not in BOXES_ALONE
+    return cfg.MODEL[key] and student_architecture(cfg) not in BOXES_ALONE
 
 
 def _objects(dicts: Sequence[Item]) -> List[Item]:
@@ -145,7 +138,8 @@ def _key_that_needs_masks(cfg: CfgNode) -> str:
     return "MODEL.MASK_ON" if _has(cfg, "MASK_ON") else ""
 
 
-def _check_share_with_masks(cfg: CfgNode, key: str, dicts: List[Item], name: str) -> None:
+def _check_share_with_masks(cfg: CfgNode, key: str, dicts: List[Item], name: str) -> int:
+    """Check that few enough objects lack a mask. Return how many do."""
     objects, max_fraction = _objects(dicts), cfg.INPUT.MAX_BAD_FRACTION
     missing = sum(not has_mask(item) for item in objects)
     if missing > max_fraction * len(objects):
@@ -153,6 +147,7 @@ def _check_share_with_masks(cfg: CfgNode, key: str, dicts: List[Item], name: str
             f"{name}: {missing} of {len(objects)} objects have no mask, but {key} is True. That is more than "
             f"INPUT.MAX_BAD_FRACTION {max_fraction:g} allows. Set {key} to False, or add masks."
         )
+    return missing
 
 
 def _check_mask_format(cfg: CfgNode, dicts: List[Item], name: str) -> None:

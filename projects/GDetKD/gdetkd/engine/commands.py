@@ -12,7 +12,7 @@ from .config_rules import check_parts
 from .folder import check_earlier_run, only_training_in, remove_earlier_run, warn_of_a_fresh_start
 from .preflight import check_student_classes, check_test_sets
 from .quiet import quiet
-from .setup import kept_config, start
+from .setup import kept_config, start, start_without_training
 from .student_weights import StudentCheckpointer
 from .teacher_evaluation import evaluate_teacher
 from .trainer import DistillTrainer, build_plain_student
@@ -35,8 +35,7 @@ def train(cfg: CfgNode, args: Namespace) -> Any:
 
 def evaluate(cfg: CfgNode, args: Namespace) -> Any:
     """Evaluate the student on DATASETS.TEST. The weights must set all of its tensors."""
-    with kept_config(cfg.OUTPUT_DIR, True):
-        start(cfg, args)
+    start_without_training(cfg, args)
     check_parts(cfg)
     check_test_sets(cfg, needed=True)
     check_student_classes(cfg, cfg.DATASETS.TEST)
@@ -49,16 +48,14 @@ def evaluate(cfg: CfgNode, args: Namespace) -> Any:
 
 def evaluate_the_teacher(cfg: CfgNode, args: Namespace) -> Any:
     """Evaluate the teacher alone on DATASETS.TEST."""
-    with kept_config(cfg.OUTPUT_DIR, True):
-        start(cfg, args)
+    start_without_training(cfg, args)
     return evaluate_teacher(cfg)
 
 
 def check(cfg: CfgNode, args: Namespace) -> None:
     """Print one screen, and exit with status 1 if it shows something that would ruin the training."""
     with quiet() as warnings:
-        with kept_config(cfg.OUTPUT_DIR, True):
-            start(cfg, args)
+        start_without_training(cfg, args)
         checked = Check(cfg, args.check_images, max(1, args.num_gpus) * args.num_machines)
         screen = checked.run(warnings)
     print(f"The full log is {Path(cfg.OUTPUT_DIR, 'log.txt')}.\n\n{screen}")

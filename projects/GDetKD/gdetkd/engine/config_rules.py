@@ -9,6 +9,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS
 from detectron2.modeling.proposal_generator.build import PROPOSAL_GENERATOR_REGISTRY
 
 from .._compat import has_compiled_ops
+from ..config import student_architecture
 from ..config_file import get_key
 from ..errors import GDetKDError
 
@@ -179,9 +180,7 @@ def _wrong_levels(cfg: CfgNode) -> List[str]:
 
 
 def _level_keys(cfg: CfgNode) -> List[str]:
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    if architecture == "GDetKD":
-        architecture = cfg.DISTILL.STUDENT_META_ARCHITECTURE
+    architecture = student_architecture(cfg)
     keys = list(LEVEL_KEYS.get(architecture, ()))
     if architecture == "GeneralizedRCNN":
         if cfg.MODEL.PROPOSAL_GENERATOR.NAME not in READERS_OF_ANCHORS:

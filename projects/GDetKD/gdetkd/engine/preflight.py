@@ -8,6 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ..config import student_architecture
 from ..data.class_names import class_names
 from ..data.clean import check_images, find_bad_images
 from ..data.task_labels import check_test_labels, check_train_labels
@@ -167,9 +168,7 @@ def check_student_classes(cfg: CfgNode, names: Sequence[str]) -> None:
     Raises:
         GDetKDError: a dataset has another number of classes.
     """
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    if architecture == "GDetKD":
-        architecture = cfg.DISTILL.STUDENT_META_ARCHITECTURE
+    architecture = student_architecture(cfg)
     if architecture in CLASS_KEYS:
         check_classes(names, cfg.MODEL[CLASS_KEYS[architecture]].NUM_CLASSES)
 

@@ -77,3 +77,9 @@ def start(cfg: CfgNode, args: Namespace) -> None:
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gdetkd")
     register_datasets(cfg)
+
+
+def start_without_training(cfg: CfgNode, args: Namespace) -> None:
+    """Start as `start` does, but keep the config.yaml of a training in the folder."""
+    with kept_config(cfg.OUTPUT_DIR, True):
+        start(cfg, args)

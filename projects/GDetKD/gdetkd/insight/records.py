@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional
 import torch
 
 from ..distiller import GDetKD
-from ..files import written_whole
+from ..files import read_json_lines, written_whole
 from .measures import class_correlation, correlation_gap, level_matching
 from .probe import Look, Probe, look_at_objects
 
@@ -78,9 +78,7 @@ class RecordFile:
 
     def read(self) -> List[Dict[str, Any]]:
         """Return all records. A last line that is half written is left out."""
-        if not self._path.exists():
-            return []
-        return [json.loads(line) for line in self._path.read_text().splitlines() if line.endswith("}")]
+        return read_json_lines(self._path)
 
     def start_at(self, iterations: int) -> None:
         """Remove the records that a run which goes on after `iterations` makes again. At 0 all are removed."""

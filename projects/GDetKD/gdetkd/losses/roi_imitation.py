@@ -115,7 +115,7 @@ class ROIFI(DistillLoss):
         self.adapter = nn.Conv2d(student_spec.channels, teacher_spec.channels, kernel_size=1)
 
     def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
-        maps = [full_precision(student_map) for student_map in student.pyramid.values()]
+        maps = list(student.pyramid.values())
         levels = torch.as_tensor(self.student_level, device=teacher.levels.device)[teacher.levels]
         pooled = pool_on_levels(maps, self.strides, student.regions, levels, self.size, self.sampling_ratio)
         return roi_imitation(self.adapter(pooled), full_precision(teacher.pooled))

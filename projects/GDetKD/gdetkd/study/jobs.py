@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import GDetKDError
+from ..files import last_line
 from .folder import claim_folder
 from .run import Run
 from .signals import exit_on_signals, starting
@@ -116,8 +117,7 @@ def _check(training: Training) -> None:
     run = training.run
     if training.process.returncode != 0 or not run.is_complete():
         log = run.folder / "stdout.txt"
-        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
         raise GDetKDError(
             f"The run in {run.folder} failed. Correct the cause and start again: complete runs are kept. The log {log} "
-            f"ends with: {last}"
+            f"ends with: {last_line(log)}"
         )

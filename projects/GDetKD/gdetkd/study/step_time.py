@@ -32,7 +32,7 @@ from ..engine.guard import StepGuard
 from ..engine.hooks import RandomState
 from ..engine.step_costs import LATE, time_in_rounds
 from ..errors import GDetKDError
-from ..files import written_whole
+from ..files import last_line, written_whole
 from ..program import explained_errors
 from .folder import fingerprint
 from .run import Run
@@ -130,10 +130,9 @@ def measure_in_process(baseline: Run, method: Run, environment: Mapping[str, str
         with open(log, "w") as file:
             code = _run_to_the_end(command, file, environment)
         if code != 0:
-            last = (log.read_text().strip().splitlines() or ["no output"])[-1]
             raise GDetKDError(
                 f"The time of a step could not be measured for {method.folder.name}: the process ended with exit code "
-                f"{code}. Correct the cause and start again. Its log is {log}, which ends with: {last}"
+                f"{code}. Correct the cause and start again. Its log is {log}, which ends with: {last_line(log)}"
             )
         return StepTime(**json.loads(result.read_text()))
 
