@@ -27,7 +27,8 @@ from ..random_state import random_state
 from ..structures import DetectorSpec
 from ..teacher import transfer_heads
 from .config_rules import check_values
-from .evaluators import DiskTolerant, build_evaluator
+from .disk_tolerant import DiskTolerant
+from .evaluators import build_evaluator
 from .extensions import EXTENSIONS
 from .forward_guard import ForwardGuard
 from .guard import StepGuard
