@@ -9,6 +9,7 @@ from test_trainer import train
 
 from conftest import ALL_LOSSES, WIDER, make_cfg
 from gdetkd import DistillTrainer
+from gdetkd.data.headers import read_headers
 from gdetkd.data.train_loader import images_per_process
 from gdetkd.engine import build_plain_student, evaluate_teacher
 from gdetkd.errors import GDetKDError
@@ -151,6 +152,23 @@ def test_of_several_test_sets_the_first_counts(distill_cfg, tmp_path):
 def test_a_teacher_with_masks_is_evaluated_on_a_set_of_boxes(distill_cfg, tmp_path):
     cfg = distill_cfg({"DATASETS.TEST": ("tiny",)}, teacher={**WIDER, "MODEL.MASK_ON": True})
     assert set(evaluate_teacher(cfg)) == {"bbox"}
+
+
+def test_test_images_are_checked_once_although_teacher_and_student_are_evaluated_on_them(distill_cfg, monkeypatch):
+    decoded, scores = [], {"bbox": {"AP": 1.0}}
+
+    def counted(dicts, whole=False):
+        decoded.extend(sample["file_name"] for sample in dicts if whole)
+        return read_headers(dicts, whole)
+
+    monkeypatch.setattr("gdetkd.data.clean.read_headers", counted)
+    monkeypatch.setattr("gdetkd.engine.teacher_evaluation.evaluate_on", lambda *args: scores)
+    monkeypatch.setattr(DistillTrainer, "test", classmethod(lambda *args: scores))
+    cfg = distill_cfg({"DATASETS.TEST": ("tiny",), "DISTILL.EVAL_TEACHER": True, "SOLVER.MAX_ITER": 1})
+    trainer = DistillTrainer(cfg)
+    trainer.train()
+    assert trainer.storage.latest()["teacher/bbox/AP"] == (1.0, 0)
+    assert len(decoded) == len(set(decoded)) == 12
 
 
 def test_starting_weights_that_are_not_there(distill_cfg):

@@ -42,7 +42,7 @@ from .resume import DistillState, RunRecord, warn_of_other_data
 from .schedule import LossSchedule
 from .stopping import Interruptible, LeaveAtTheEnd, LeftEarly, StopRequest
 from .student_weights import StudentCheckpointer
-from .teacher_evaluation import TeacherScore, evaluate_teacher
+from .teacher_evaluation import TeacherScore, evaluate_on_test_sets
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ class DistillTrainer(BareTrainer):
 
     def train(self) -> Any:
         if self.cfg.DISTILL.EVAL_TEACHER and self.distiller is not None and self.start_iter == 0:
-            self.register_hooks([TeacherScore(evaluate_teacher(self.cfg, self.distiller.teacher))])
+            self.register_hooks([TeacherScore(evaluate_on_test_sets(self.cfg, self.distiller.teacher))])
         with self._request.listening():
             results = super().train()
         if "model_final" in self.checkpointer.failed:
