@@ -77,6 +77,9 @@ def test_sets_that_are_not_registered_or_empty(tmp_path):
         check_datasets(make_cfg({"DATASETS.TRAIN": ("tinny",)}))
     with pytest.raises(GDetKDError, match="DATASETS.TRAIN is empty"):
         check_datasets(make_cfg({"DATASETS.TRAIN": ()}))
+    keys = {"MODEL.META_ARCHITECTURE": "GDetKD", "DISTILL.EVAL_TEACHER": True, "DATASETS.TEST": ()}
+    with pytest.raises(GDetKDError, match="EVAL_TEACHER is True, but DATASETS.TEST is empty"):
+        check_datasets(make_cfg(keys))
     write_coco(tmp_path, 0, name="mine")
     with pytest.raises(GDetKDError, match="'mine' has no image"):
         check_datasets(

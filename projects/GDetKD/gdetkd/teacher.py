@@ -29,8 +29,8 @@ CLASS_FREQUENCIES = "fed_loss_cls_weights"
 class CompleteCheckpointer(SafeCheckpointer):
     """Load weights as Detectron2 does, but raise an error if a tensor stays unloaded. Detectron2 only warns."""
 
-    def _load_model(self, checkpoint: Any) -> Any:
-        incompatible = super()._load_model(checkpoint)
+    def load_weights(self, checkpoint: Any) -> Any:
+        incompatible = super().load_weights(checkpoint)
         # A BatchNorm's count of batches does not matter in eval mode, and old files lack it.
         missing = [key for key in incompatible.missing_keys if not key.endswith("num_batches_tracked")]
         misshapen = [f"{key} {have} for {want}" for key, have, want in incompatible.incorrect_shapes]
