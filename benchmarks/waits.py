@@ -7,7 +7,7 @@ The count runs on a CPU. It takes parameters and buffers as tensors on the devic
 Tensors made from Python numbers without a device are on the host, and so are the batch's tensors.
 """
 
-import sys
+import inspect
 from collections import Counter
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -23,7 +23,6 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 # Operations whose result has a shape that depends on values, or that is a Python number.
 WAITING = {
@@ -90,7 +89,7 @@ class WaitCounter:
 
     def count(self, kind: str) -> None:
         """Count a wait of the innermost frame that belongs to the named code."""
-        frame = sys._getframe(1)
+        frame = inspect.currentframe()
         while frame is not None:
             name = frame.f_code.co_filename
             if any(name.startswith(root) for root in self._roots):
@@ -109,21 +108,29 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        tensors = _tensors_in((args, kwargs))
         on_host = bool(tensors) and all(map(self._counter.on_host, tensors))
         kind = None if on_host else _kind(func, args, kwargs)
         if kind is not None:
             self._counter.count(kind)
         result = func(*args, **kwargs)
         if on_host:
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, torch.Tensor):
-                    self._counter.keep_on_host(leaf)
+            for tensor in _tensors_in(result):
+                self._counter.keep_on_host(tensor)
         return result
 
 
+def _tensors_in(value: Any) -> List[torch.Tensor]:
+    """Return the tensors in nested lists, tuples and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for item in value for tensor in _tensors_in(item)] if isinstance(value, (list, tuple)) else []
+
+
 def _kind(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Optional[str]:
-    name = func._schema.name
+    name = func.name().split(".")[0]  # without the overload
     if name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"):
         by_mask = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
         # One number for all places of a mask becomes `masked_fill`, which does not wait.
@@ -165,7 +172,7 @@ class _Calls(TorchFunctionMode):
 
     def _make(self, func: Any, name: str, args: Any, kwargs: Dict[str, Any]) -> torch.Tensor:
         result = func(*args, **kwargs)
-        given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        given = _tensors_in(args)
         from_numbers = func in (torch.tensor, torch.as_tensor) and not given or name == "new_tensor"
         if name != "new_tensor" and kwargs.get("device") is None and not given:
             self._counter.keep_on_host(result)

@@ -32,6 +32,7 @@ UPSTREAM = ("detectron2.", "fvcore.", "torch.", "pycocotools.", "yacs.", "iopath
 # Private names that their libraries document for use by others.
 DOCUMENTED = {
     "os._exit",
+    "torch.utils._python_dispatch.TorchDispatchMode",
     # torch's docstrings name these two for modules that save and load their state in their own way.
     "super()._save_to_state_dict",
     "super()._load_from_state_dict",
