@@ -18,7 +18,7 @@ from gdetkd.detectors import build_adapter
 from gdetkd.engine.step_costs import LATE, peak_memory
 from gdetkd.losses import build_losses
 from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
-from gdetkd.teacher_file import read_teacher_file
+from gdetkd.teacher import read_teacher_file
 
 import torch  # isort: skip
 from detectron2.modeling import build_model

@@ -21,7 +21,7 @@ from gdetkd.config_file import load_config
 from gdetkd.distiller import GDetKD
 from gdetkd.engine.step_costs import LATE, now, peak_memory, time_in_rounds
 from gdetkd.errors import GDetKDError
-from gdetkd.teacher_file import read_teacher_file
+from gdetkd.teacher import read_teacher_file
 
 import torch  # isort: skip
 from detectron2.config import CfgNode

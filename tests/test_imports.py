@@ -13,7 +13,7 @@ FLOORS = (
     ("detectors", "losses"),
     ("config", "config_file"),
     ("data",),
-    ("teacher", "teacher_file"),
+    ("teacher",),
     ("distiller",),
     ("engine",),
     ("insight",),

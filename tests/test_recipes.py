@@ -162,7 +162,7 @@ def name(path):
 def test_pair_builds(path, monkeypatch):
     """Teacher, student and losses fit; weights are another test's."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("gdetkd.teacher.load_weights", lambda model, path: "0" * 64)
+    monkeypatch.setattr("gdetkd.teacher.frozen.load_weights", lambda model, path: "0" * 64)
     cfg = load(path)
     teacher, student = path.stem.split("-")
     # A dense detector's anchors are compared by value, so it has to be somewhere.

@@ -144,7 +144,7 @@ def test_check_prints_one_screen_and_logs_to_the_file(config_file, tmp_path):
     assert len(result.stdout.splitlines()) < 60 and "PROBLEMS: 1" in result.stdout
     assert "Environment info" not in result.stdout
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert "Environment info" in log and "gdetkd.teacher INFO" in log
+    assert "Environment info" in log and "gdetkd.teacher" in log
     result = run("train_net.py", "--config-file", config_file, "--check", "DATASETS.TRAIN", "('other',)")
     assert result.returncode == 1 and result.stdout == ""
     assert "'other' is not registered" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr

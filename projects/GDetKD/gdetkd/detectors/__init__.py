@@ -2,6 +2,8 @@ from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, build_adapter, fin
 from .dense import DenseAdapter, FCOSAdapter, RetinaNetAdapter
 from .fcos import FCOS
 from .rcnn import CascadeAdapter, RCNNAdapter
+from .torchvision_detector import TorchvisionDetector
+from .torchvision_teachers import TorchvisionFCOSAdapter, TorchvisionRCNNAdapter, TorchvisionRetinaNetAdapter
 
 __all__ = [
     "DETECTOR_ADAPTER_REGISTRY",
@@ -12,6 +14,10 @@ __all__ = [
     "FCOSAdapter",
     "RCNNAdapter",
     "RetinaNetAdapter",
+    "TorchvisionDetector",
+    "TorchvisionFCOSAdapter",
+    "TorchvisionRCNNAdapter",
+    "TorchvisionRetinaNetAdapter",
     "build_adapter",
     "find_adapter",
 ]

@@ -46,7 +46,7 @@ class DenseAdapter(DetectorAdapter):
 
     def __init__(self, model: nn.Module, role: str, cfg: CfgNode) -> None:
         super().__init__(model, role, cfg)
-        self._features = list(model.head_in_features)
+        self._features = self.feature_names
         if len(self._features) < 2:
             raise GDetKDError(
                 f"The {role} has no FPN: its head reads {self._features[0]} alone, and GDetKD imitates pyramids. "
@@ -59,6 +59,16 @@ class DenseAdapter(DetectorAdapter):
         self._pooler = ROIPooler(
             POOLED_SIZE, [1.0 / stride for stride in strides], SAMPLING_RATIO, "ROIAlignV2", **self._level_rule
         )
+
+    @property
+    def feature_names(self) -> List[str]:
+        """Return the names of the maps that the head reads, finest first."""
+        return list(self.model.head_in_features)
+
+    @property
+    def num_scores(self) -> int:
+        """Return the number of class scores of an anchor."""
+        return self.model.num_classes
 
     @abstractmethod
     def level_rule(self) -> Tuple[float, int]:
@@ -108,7 +118,7 @@ class DenseAdapter(DetectorAdapter):
         outputs.embeddings = gather(
             [call.output[:, None] for call in calls["tower"]], regions.image_ids(), without_anchor(regions.sources)
         )
-        self._fill_predictions(outputs, predictions)
+        self.fill_predictions(outputs, predictions)
         return outputs
 
     def look(
@@ -129,16 +139,24 @@ class DenseAdapter(DetectorAdapter):
             outputs.pooled = pool_in_full_precision(self._pooler, maps, regions)
         if "embeddings" in needs:
             # The tower runs on all levels in order, because a head with BatchNorm steps from level to level by itself.
-            outputs.embeddings = self._embed_at_centres([model.head.cls_subnet(level) for level in maps], regions)
+            outputs.embeddings = self._embed_at_centres([self.classification_tower(level) for level in maps], regions)
         if {"logits", "deltas"} & set(needs):
-            self._fill_predictions(outputs, model.head(maps))
+            self.fill_predictions(outputs, self.predict(maps))
         return outputs
 
-    def _fill_predictions(self, outputs: DetectorOutputs, predictions: Sequence[List[torch.Tensor]]) -> None:
+    def classification_tower(self, level: torch.Tensor) -> torch.Tensor:
+        """Return the last features (B, D, H, W) of the classification tower on a map (B, C, H, W)."""
+        return self.model.head.cls_subnet(level)
+
+    def predict(self, maps: List[torch.Tensor]) -> Sequence[List[torch.Tensor]]:
+        """Return the head's outputs on all maps: logits (B, A n, H, W) by level, deltas (B, A 4, H, W) by level, ..."""
+        return self.model.head(maps)
+
+    def fill_predictions(self, outputs: DetectorOutputs, predictions: Sequence[List[torch.Tensor]]) -> None:
         """Fill the logits (N, n) and deltas (N, 4) of the predictions that became regions."""
         image_ids, sources = outputs.regions.image_ids(), outputs.regions.sources
         logits, deltas = predictions[0], predictions[1]
-        outputs.logits = gather([by_anchor(level, self.model.num_classes) for level in logits], image_ids, sources)
+        outputs.logits = gather([by_anchor(level, self.num_scores) for level in logits], image_ids, sources)
         outputs.deltas = gather([by_anchor(level, 4) for level in deltas], image_ids, sources)
 
     @torch.no_grad()
@@ -220,7 +238,7 @@ class DenseAdapter(DetectorAdapter):
         for tower, stride, part in zip(map(full_precision, towers), strides, by_level):
             # RoIAlign of one cell is interpolation at its centre. RoIAlign puts the centre of cell i at (i + 0.5)
             # strides, the detector puts its anchors at (i + offset) strides.
-            shift = (0.5 - self.model.anchor_generator.offset) * stride
+            shift = (0.5 - self.spec.anchor_offset) * stride
             boxes = part.tensor()
             centre = (boxes[:, :2] + boxes[:, 2:]) / 2 + shift
             cell = torch.cat([part.image_ids()[:, None], centre - stride / 2, centre + stride / 2], dim=1)

@@ -125,6 +125,11 @@ class CROSSKD(DistillLoss):
                     f"CROSSKD needs two dense detectors, but the {role} is not dense. Choose a dense {role}, or "
                     f"{remedy}."
                 )
+            if not spec.dense.tower_channels:
+                raise GDetKDError(
+                    f"CROSSKD runs the {role}'s head in two parts, and this {role}'s head cannot be cut. Choose a "
+                    f"RetinaNet or FCOS of Detectron2, or {remedy}."
+                )
         node = f"DISTILL.CROSSKD.{teacher_spec.family}.SHARED_CONVS"
         self.config = cfg.DISTILL.CROSSKD[teacher_spec.family]
         self.beta, self.cut = cfg.DISTILL.CROSSKD.BETA, self.config.SHARED_CONVS

@@ -62,6 +62,12 @@ def check_comparable(name: str, student_spec: DetectorSpec, teacher_spec: Detect
             f"The student has {_anchors(student_spec)}, the teacher {_anchors(teacher_spec)}. Give both the same "
             f"MODEL.ANCHOR_GENERATOR and head features, or take {name} out of DISTILL.LOSSES."
         )
+    if student_spec.dense and student_spec.anchor_offset != teacher_spec.anchor_offset:
+        raise GDetKDError(
+            f"{name} compares dense predictions location by location, but MODEL.ANCHOR_GENERATOR.OFFSET is "
+            f"{student_spec.anchor_offset} for the student and {teacher_spec.anchor_offset} for the teacher. Give the "
+            f"student the teacher's value, or take {name} out of DISTILL.LOSSES."
+        )
 
 
 def _check_same_scoring(student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:

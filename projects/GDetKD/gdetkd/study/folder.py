@@ -11,7 +11,7 @@ from ..config import changed_keys, flat_config
 from ..errors import GDetKDError
 from ..losses import DISTILL_LOSS_REGISTRY
 from ..safe_load import sha256_of_file
-from ..teacher_file import read_teacher_file
+from ..teacher import read_teacher_file
 from .run import Run
 
 # Keys, or beginnings of keys, that do not affect the result of a run. Device and folder are set when the run starts.

@@ -1,109 +1,21 @@
-"""The config file of a teacher: a yaml, or a Python file of Detectron2's LazyConfig, which is run as a program."""
+"""Teachers from Python files of Detectron2's LazyConfig, which are run as programs."""
 
 import logging
-import os
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional, Tuple
 
-from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
-from detectron2.modeling import build_model
-from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .config import add_gdetkd_config, flat_config, plain_config
-from .config_file import merge_config_file, merge_words
-from .data.class_names import class_names, names_of_dataset
-from .errors import GDetKDError
+from ..data.class_names import names_of_dataset
+from ..errors import GDetKDError
+from .base import TeacherFile
 
 logger = logging.getLogger(__name__)
-
-# Keys of a yaml that describe the detector, its images and its classes.
-CONTENT = (
-    "MODEL.",
-    "INPUT.FORMAT",
-    "INPUT.MIN_SIZE_TEST",
-    "INPUT.MAX_SIZE_TEST",
-    "DATASETS.TRAIN",
-    "DATASETS.REGISTER",
-)
-
-
-class TeacherFile(ABC):
-    """Describe a teacher before it is built.
-
-    Attributes:
-        path: path of the config file.
-        weights: path or URL of the weights, or "" if none is given.
-        input_format: channel order of the images, "RGB" or "BGR".
-    """
-
-    path: str
-    weights: str
-    input_format: str
-
-    @abstractmethod
-    def build(self) -> nn.Module:
-        """Build the detector with random weights, on the student's device."""
-
-    @abstractmethod
-    def content(self) -> str:
-        """Return the parts of the file that describe the detector, its images and its classes, to compare teachers."""
-
-    @abstractmethod
-    def class_names(self) -> Optional[Tuple[str, ...]]:
-        """Return the class names of the teacher's training dataset in order, or None if they are unknown here."""
-
-    @abstractmethod
-    def test_loader(self, dataset_name: str) -> Any:
-        """Load the images of a registered dataset in the size and channel order of the teacher's evaluation."""
-
-
-class YamlTeacher(TeacherFile):
-    """Read a teacher's yaml config.
-
-    Attributes:
-        cfg: the teacher's config, with DISTILL.TEACHER.OPTS applied.
-
-    Raises:
-        GDetKDError: the file is no valid config, or the teacher needs precomputed proposals.
-    """
-
-    def __init__(self, cfg: CfgNode) -> None:
-        self.path = cfg.DISTILL.TEACHER.CONFIG_FILE
-        teacher_cfg = get_cfg()
-        add_gdetkd_config(teacher_cfg)
-        merge_config_file(teacher_cfg, self.path)
-        merge_words(teacher_cfg, list(cfg.DISTILL.TEACHER.OPTS), "DISTILL.TEACHER.OPTS")
-        teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
-        if cfg.DISTILL.TEACHER.WEIGHTS:
-            teacher_cfg.MODEL.WEIGHTS = cfg.DISTILL.TEACHER.WEIGHTS
-        if teacher_cfg.MODEL.LOAD_PROPOSALS:
-            raise GDetKDError(
-                f"The teacher's config {self.path!r} sets MODEL.LOAD_PROPOSALS. A teacher with precomputed proposals "
-                "cannot look at the student's regions. Choose a teacher that makes its own proposals."
-            )
-        teacher_cfg.freeze()
-        self.cfg = plain_config(teacher_cfg)
-        self.weights = self.cfg.MODEL.WEIGHTS
-        self.input_format = self.cfg.INPUT.FORMAT
-
-    def build(self) -> nn.Module:
-        return build_model(self.cfg)
-
-    def content(self) -> str:
-        items = flat_config(self.cfg.dump()).items()
-        return str(sorted((key, value) for key, value in items if key.startswith(CONTENT) and key != "MODEL.DEVICE"))
-
-    def class_names(self) -> Optional[Tuple[str, ...]]:
-        return class_names(self.cfg)
-
-    def test_loader(self, dataset_name: str) -> Any:
-        return build_detection_test_loader(self.cfg, dataset_name)
 
 
 class LazyTeacher(TeacherFile):
@@ -206,25 +118,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return not isinstance(value, Mapping) and not (isinstance(value, str) and "${" in value)
-
-
-def read_teacher_file(cfg: CfgNode) -> TeacherFile:
-    """Read the file that DISTILL.TEACHER.CONFIG_FILE names. A file that ends in .py is run as a program.
-
-    Raises:
-        GDetKDError: no file is given, the file is missing or invalid, or DISTILL.TEACHER.OPTS is invalid.
-    """
-    path = cfg.DISTILL.TEACHER.CONFIG_FILE
-    if not path:
-        raise GDetKDError("DISTILL.TEACHER.CONFIG_FILE is empty. Set it to the teacher's Detectron2 config file.")
-    if not PathManager.isfile(path):
-        raise GDetKDError(
-            f"The teacher's config {path!r} is not there. The current folder is {os.getcwd()}. Correct "
-            "DISTILL.TEACHER.CONFIG_FILE."
-        )
-    if len(cfg.DISTILL.TEACHER.OPTS) % 2:
-        raise GDetKDError(
-            f"DISTILL.TEACHER.OPTS must hold pairs of a key and a value, but has {len(cfg.DISTILL.TEACHER.OPTS)} "
-            f"entries: {list(cfg.DISTILL.TEACHER.OPTS)}. Add the missing key or value."
-        )
-    return LazyTeacher(cfg) if path.endswith(".py") else YamlTeacher(cfg)

@@ -1,0 +1,14 @@
+from .base import TeacherFile
+from .files import read_teacher_file
+from .frozen import FrozenTeacher
+from .head_transfer import transfer_heads
+from .weights import CompleteCheckpointer, load_weights
+
+__all__ = [
+    "CompleteCheckpointer",
+    "FrozenTeacher",
+    "TeacherFile",
+    "load_weights",
+    "read_teacher_file",
+    "transfer_heads",
+]

@@ -1,0 +1,36 @@
+"""What a teacher's file tells about the teacher before it is built."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Optional, Tuple
+
+from torch import nn
+
+
+class TeacherFile(ABC):
+    """Describe a teacher before it is built.
+
+    Attributes:
+        path: path of the config file.
+        weights: path or URL of the weights, or "" if none is given.
+        input_format: channel order of the images, "RGB" or "BGR".
+    """
+
+    path: str
+    weights: str
+    input_format: str
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """Build the detector with random weights, on the student's device."""
+
+    @abstractmethod
+    def content(self) -> str:
+        """Return the parts of the file that describe the detector, its images and its classes, to compare teachers."""
+
+    @abstractmethod
+    def class_names(self) -> Optional[Tuple[str, ...]]:
+        """Return the class names of the teacher's training dataset in order, or None if they are unknown here."""
+
+    @abstractmethod
+    def test_loader(self, dataset_name: str) -> Any:
+        """Load the images of a registered dataset in the size and channel order of the teacher's evaluation."""

@@ -1,0 +1,46 @@
+"""Copy the teacher's heads to the student (Yao et al., "G-DetKD", ICCV 2021, https://arxiv.org/abs/2108.07482)."""
+
+import logging
+from typing import List
+
+from torch import nn
+
+from ..errors import GDetKDError, some
+
+logger = logging.getLogger(__name__)
+
+# Tensors outside of the heads start like this.
+NOT_HEADS = ("backbone.", "pixel_")
+# Ending of the class frequencies of the detector's own dataset (MODEL.ROI_BOX_HEAD.USE_FED_LOSS). They are not learned.
+CLASS_FREQUENCIES = "fed_loss_cls_weights"
+
+
+def transfer_heads(teacher: nn.Module, student: nn.Module) -> List[str]:
+    """Copy the teacher's heads to the student, in place. Tensors are copied if name and shape agree.
+
+    Returns:
+        names of the copied tensors.
+
+    Raises:
+        GDetKDError: no tensor agrees.
+    """
+    source = teacher.state_dict()
+    copied, skipped = [], []
+    for name, tensor in student.state_dict().items():
+        if name.startswith(NOT_HEADS) or name.endswith(CLASS_FREQUENCIES):
+            continue
+        if name in source and source[name].shape == tensor.shape:
+            tensor.copy_(source[name])
+            copied.append(name)
+        else:
+            skipped.append(name)
+    if not copied:
+        raise GDetKDError(
+            "DISTILL.HEAD_TRANSFER would transfer nothing: no tensor outside the backbones agrees in name and shape "
+            f"(the student has {some(skipped)}). Give the student the teacher's head widths and FPN channels, or set "
+            "DISTILL.HEAD_TRANSFER to False."
+        )
+    logger.info("Head transfer: %d tensors copied from the teacher.", len(copied))
+    if skipped:
+        logger.warning("Head transfer leaves %d tensors as they were: %s", len(skipped), some(skipped))
+    return copied
