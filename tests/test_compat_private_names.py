@@ -1,4 +1,4 @@
-"""The engine touches no private name of Detectron2, fvcore or torch: `gdetkd._compat` does."""
+"""The upper floors touch no private name of Detectron2, fvcore or torch: `gdetkd._compat` does."""
 
 import ast
 import importlib
@@ -10,17 +10,18 @@ import textwrap
 import pytest
 
 import gdetkd.engine
+import gdetkd.insight
+import gdetkd.study
 
-MODULES = sorted(module.name for module in pkgutil.iter_modules(gdetkd.engine.__path__))
+PACKAGES = (gdetkd.engine, gdetkd.insight, gdetkd.study)
+MODULES = sorted(
+    module.name for package in PACKAGES for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+)
 UPSTREAM = ("detectron2.", "fvcore.", "torch.", "pycocotools.")
 
 
 def is_private(name):
     return name.startswith("_") and not name.startswith("__")
-
-
-def module_named(name):
-    return importlib.import_module(f"gdetkd.engine.{name}")
 
 
 def private_names_of_others(tree):
@@ -51,9 +52,9 @@ def shared_with_upstream(kind):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_no_private_name_of_another_object(name):
-    tree = ast.parse(inspect.getsource(module_named(name)))
+    tree = ast.parse(inspect.getsource(importlib.import_module(name)))
     found = list(private_names_of_others(tree))
-    assert not found, f"gdetkd/engine/{name}.py: {found}. Put what needs it into gdetkd/_compat."
+    assert not found, f"{name}: {found}. Put what needs it into gdetkd/_compat."
     # Names of modules are private attributes, too.
     imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
     assert not [alias for alias in imported if is_private(alias)]
@@ -61,10 +62,10 @@ def test_no_private_name_of_another_object(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_no_private_name_of_a_base_class(name):
-    module = module_named(name)
+    module = importlib.import_module(name)
     kinds = [kind for kind in vars(module).values() if inspect.isclass(kind) and kind.__module__ == module.__name__]
     shared = {kind.__name__: names for kind in kinds if (names := shared_with_upstream(kind))}
-    assert not shared, f"gdetkd/engine/{name}.py: {shared}. Rename them, or put what needs them into gdetkd/_compat."
+    assert not shared, f"{name}: {shared}. Rename them, or put what needs them into gdetkd/_compat."
 
 
 def test_both_kinds_of_access_are_found():

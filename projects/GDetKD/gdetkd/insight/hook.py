@@ -66,10 +66,8 @@ class Insight(HookBase):
         # Detectron2 estimates BatchNorm statistics (TEST.PRECISE_BN) with forward passes that have no gradient.
         if not model.training or not torch.is_grad_enabled() or not self._is_due(self.trainer.iter + 1):
             return
-        scaler = getattr(self.trainer._trainer, "grad_scaler", None)
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
         # Every process takes part, because the backward pass of SyncBN waits for all of them.
-        self._gradients = term_gradients(losses, self._schedule.terms, self._parameters, scale)
+        self._gradients = term_gradients(losses, self._schedule.terms, self._parameters, self.trainer.loss_scale)
 
     def before_train(self) -> None:
         if not comm.is_main_process():
