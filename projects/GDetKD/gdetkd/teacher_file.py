@@ -15,9 +15,10 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .config import add_gdetkd_config, flat_config, plain_config
+from .config import add_gdetkd_config, plain_config
 from .config_file import merge_config_file, merge_words
 from .data.class_names import class_names, names_of_dataset
+from .dotted_keys import flat_config
 from .errors import GDetKDError
 
 logger = logging.getLogger(__name__)
