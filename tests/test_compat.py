@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 import torch
 import torch.distributed as dist
-from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer
 from detectron2.engine.hooks import PreciseBN
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators, coco_evaluation
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
@@ -119,6 +119,15 @@ def test_default_trainer_builds_its_parts():
         check_both_need("BareTrainer", part in body)
     check_both_need("BareTrainer.keep_results", "self._last_eval_results" in source(DefaultTrainer.train))
     check_v06_needs("BareTrainer.state_dict", not training.SAVES_OPTIMIZER)
+
+
+def test_the_scale_of_the_losses():
+    names = [name for name in public(DefaultTrainer) if "scale" in name]
+    check_both_need("BareTrainer.loss_scale", names == ["auto_scale_workers"])
+    assert "self.grad_scaler =" in source(AMPTrainer.__init__)
+    trainer = training.BareTrainer()
+    trainer.run_steps_with(SimpleTrainer(nn.Linear(1, 1), [], None))
+    assert trainer.loss_scale == 1.0
 
 
 def test_default_trainer_passes_no_backward_pass_on():

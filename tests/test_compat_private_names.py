@@ -37,11 +37,6 @@ DOCUMENTED = {
     "super()._save_to_state_dict",
     "super()._load_from_state_dict",
 }
-# Uses outside of `gdetkd._compat` that are known.
-KNOWN = {
-    # the scaler of the losses, which the inner trainer holds
-    "projects/GDetKD/gdetkd/insight/hook.py": {"self.trainer._trainer"},
-}
 READERS = ("getattr", "hasattr", "setattr", "delattr")
 
 
@@ -104,9 +99,8 @@ def shared_with_upstream(kind):
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_private_name_of_another_object(name):
-    allowed = DOCUMENTED | KNOWN.get(name, set())
     tree = ast.parse((ROOT / name).read_text())
-    found = [use for use in private_names_of_others(tree) if use.split(": ")[1] not in allowed]
+    found = [use for use in private_names_of_others(tree) if use.split(": ")[1] not in DOCUMENTED]
     assert not found, f"{name}: {found}. Put what needs it into gdetkd/_compat."
 
 

@@ -1,10 +1,8 @@
 """A mistake in a config file or in KEY VALUE words names the file, the line and the key that was meant."""
 
 import pytest
-import yaml
 
 from conftest import make_cfg
-from gdetkd.config import REMOVED_KEYS
 from gdetkd.config_file import merge_config_file, merge_words
 from gdetkd.errors import GDetKDError
 
@@ -98,18 +96,3 @@ def test_what_a_file_says_is_merged_as_detectron2_merges_it(tmp_path):
     merge_config_file(found, str(tmp_path / "own.yaml"))
     expected.merge_from_file(str(tmp_path / "own.yaml"))
     assert found == expected and found.SOLVER.STEPS == (3,) and found.SOLVER.BASE_LR == 0.5
-
-
-@pytest.mark.parametrize("key", REMOVED_KEYS)
-def test_a_key_of_an_earlier_version_does_nothing(tmp_path, key):
-    cfg = make_cfg({})
-    before = cfg.dump()
-    merge_words(cfg, [key, "True"])
-    node = {}
-    place = node
-    for part in key.split(".")[:-1]:
-        place = place.setdefault(part, {})
-    place[key.split(".")[-1]] = True
-    (tmp_path / "old.yaml").write_text(yaml.safe_dump(node))
-    merge_config_file(cfg, str(tmp_path / "old.yaml"))
-    assert cfg.dump() == before

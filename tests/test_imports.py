@@ -11,7 +11,7 @@ FLOORS = (
     ("_compat", "device", "errors", "files", "metrics_file", "program", "random_state", "recorder", "structures"),
     ("figures", "inference", "regions", "safe_load", "weights_layout"),
     ("detectors", "losses"),
-    ("config", "config_file"),
+    ("config", "config_file", "dotted_keys", "old_names"),
     ("data",),
     ("teacher",),
     ("distiller",),

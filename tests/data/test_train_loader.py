@@ -184,7 +184,7 @@ def test_a_training_holds_no_dict_of_its_datasets(alive, distill_cfg):
     """Not the checks before it, nor the second loader, which Detectron2 builds for TEST.PRECISE_BN."""
     keys = {"DATASETS.TRAIN": ("tracked",), "DATASETS.TEST": ("tracked",), "TEST.EVAL_PERIOD": 2}
     keys.update({"TEST.PRECISE_BN.ENABLED": True, "TEST.PRECISE_BN.NUM_ITER": 1})
-    watched = DistillTrainer(distill_cfg({**keys, "DISTILL.VIS_PERIOD": 2}))
+    watched = DistillTrainer(distill_cfg({**keys, "DISTILL.INSIGHT.PERIOD": 2}))
     assert alive() == 0 and watched.start_iter == 0
     trainer = DistillTrainer(distill_cfg(keys))
     trainer.train()

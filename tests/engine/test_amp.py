@@ -53,6 +53,7 @@ def test_a_step_of_the_amp_trainer(pair_cfg, amp_on_cpu, teacher, student):
     if student == "fcos":  # untrained, half of its boxes have no area
         torch.nn.init.constant_(trainer.student.head.bbox_pred.bias, 1.0)
     before = [parameter.detach().clone() for parameter in trainer.distiller.parameters()]
+    assert trainer.loss_scale == 4.0
     trainer.train()
     losses = {name: value[0] for name, value in trainer.storage.latest().items() if name.startswith("loss_")}
     assert all(map(math.isfinite, losses.values()))

@@ -107,11 +107,11 @@ def _run_all(rank, cfg, runs):
     return results
 
 
-def periods(checkpoint, evaluation, visualisation=0, precise=False):
+def periods(checkpoint, evaluation, insight=0, precise=False):
     return {
         "SOLVER.CHECKPOINT_PERIOD": checkpoint,
         "TEST.EVAL_PERIOD": evaluation,
-        "DISTILL.VIS_PERIOD": visualisation,
+        "DISTILL.INSIGHT.PERIOD": insight,
         "TEST.PRECISE_BN.ENABLED": precise,
     }
 
@@ -129,7 +129,7 @@ def run_all(shared_cfg, tmp_path):
         (tiny,) = shared_cfg(world_size).DATASETS.REGISTER
         few = {**tiny, "name": "few", "limit": 4}
         keys = {"DATASETS.REGISTER": [tiny, few], "DATASETS.TEST": ("few",), "DISTILL.LOSSES": ("CKD",)}
-        keys.update({"SOLVER.MAX_ITER": 4, "DISTILL.VIS_IMAGES": 1, "TEST.PRECISE_BN.NUM_ITER": 2})
+        keys.update({"SOLVER.MAX_ITER": 4, "DISTILL.INSIGHT.IMAGES": 1, "TEST.PRECISE_BN.NUM_ITER": 2})
         cfg = shared_cfg(world_size, {**keys, "DISTILL.SKIP_NONFINITE": 1})
         return list(zip(*run_in_processes(_run_all, tmp_path, world_size, cfg, runs)))
 

@@ -8,7 +8,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from test_trainer import train
 
-from conftest import write_coco
+from conftest import as_an_earlier_version_wrote_it, write_coco
 from gdetkd import DistillTrainer
 from gdetkd.data import register_datasets
 from gdetkd.engine.resume import RunRecord
@@ -42,6 +42,17 @@ def test_what_the_optimizer_keeps_is_said_to_be_without_effect(distill_cfg, capl
     groups = [t.optimizer.param_groups for t in (before, after)]
     first, second = ([{name: group.get(name) for name in names} for group in of_run] for of_run in groups)
     assert first == second and after.scheduler.base_lrs == before.scheduler.base_lrs
+
+
+def test_a_checkpoint_of_an_earlier_version_is_compared_by_the_new_names(distill_cfg, caplog):
+    cfg = distill_cfg({"DISTILL.INSIGHT.PERIOD": 50})
+    state = RunRecord(cfg, None).state_dict()
+    state["config"] = as_an_earlier_version_wrote_it(state["config"])
+    RunRecord(cfg, None).load_state_dict(state)
+    assert caplog.text == ""
+    cfg.DISTILL.INSIGHT.PERIOD = 20
+    RunRecord(cfg, None).load_state_dict(state)
+    assert "changed since the checkpoint was written: DISTILL.INSIGHT.PERIOD 50 -> 20." in caplog.text
 
 
 def test_the_number_of_processes_is_named(distill_cfg, caplog):

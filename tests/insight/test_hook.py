@@ -1,6 +1,7 @@
-"""Test what DISTILL.VIS_PERIOD writes, and that it does not change the training."""
+"""Test what DISTILL.INSIGHT.PERIOD writes, and that it does not change the training."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from detectron2.utils.env import seed_all_rng
 from gdetkd import DistillTrainer
 from gdetkd.errors import GDetKDError
 from gdetkd.insight.records import RecordFile
+from gdetkd.old_names import OLD_INSIGHT_FOLDER
 
-SEEN = {"DATASETS.TEST": ("tiny",), "TEST.KEEP_BEST": False, "DISTILL.VIS_PERIOD": 2, "DISTILL.VIS_IMAGES": 3}
+SEEN = {"DATASETS.TEST": ("tiny",), "TEST.KEEP_BEST": False, "DISTILL.INSIGHT.PERIOD": 2, "DISTILL.INSIGHT.IMAGES": 3}
 
 
 def train(cfg, resume=False, stop_at=None):
@@ -30,15 +32,15 @@ def losses_of(folder):
 
 def test_the_training_is_bit_identical_and_all_files_are_written(distill_cfg, tmp_path):
     weights = []
-    for name, changes in (("plain", {**SEEN, "DISTILL.VIS_PERIOD": 0}), ("seen", SEEN)):
+    for name, changes in (("plain", {**SEEN, "DISTILL.INSIGHT.PERIOD": 0}), ("seen", SEEN)):
         cfg = distill_cfg({**changes, "OUTPUT_DIR": str(tmp_path / name)})
         (tmp_path / name).mkdir()
         weights.append(train(cfg).student.state_dict())
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert losses_of(tmp_path / "plain") == losses_of(tmp_path / "seen")
-    assert not (tmp_path / "plain" / "visualization").exists()
+    assert not (tmp_path / "plain" / "insight").exists()
 
-    folder = tmp_path / "seen" / "visualization"
+    folder = tmp_path / "seen" / "insight"
     page = (folder / "index.html").read_text()
     for heading in ("Who finds what", "Which levels match", "How alike classes look", "What pulls at the student"):
         assert heading in page
@@ -65,8 +67,9 @@ def test_a_resumed_run_records_each_iteration_once(distill_cfg):
     before = file.read()
     assert [record["iterations"] for record in before] == [0, 2, 4, 5]
     lines = (file.folder / "records.jsonl").read_text().splitlines()
-    # The run was killed after the checkpoint of iteration 2 and before that record.
+    # The run was killed after the checkpoint of iteration 2 and before that record, and an earlier version trained it.
     (file.folder / "records.jsonl").write_text("\n".join([lines[0], *lines[2:]]) + "\n")
+    file.folder.rename(file.folder.with_name(OLD_INSIGHT_FOLDER))
     (file.folder.parent / "last_checkpoint").write_text("model_0000001.pth")
     train(cfg, resume=True)
     after = file.read()
@@ -74,6 +77,28 @@ def test_a_resumed_run_records_each_iteration_once(distill_cfg):
     assert after[1] == {**before[1], "gradients": None} and after[2] == before[2]
     train(cfg, stop_at=1)  # starts again
     assert [record["iterations"] for record in file.read()] == [0, 1]
+
+
+def written_by_an_earlier_version(cfg, records):
+    """Write records to the folder that an earlier version used. Return their file."""
+    path = Path(cfg.OUTPUT_DIR, OLD_INSIGHT_FOLDER, "records.jsonl")
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize("start, expected", [(0, []), (2, [1, 2]), (9, [1, 2, 4])])
+def test_records_of_an_earlier_version_are_continued_in_the_new_folder(distill_cfg, start, expected):
+    cfg = distill_cfg()
+    old = [{"iterations": iterations} for iterations in (1, 2, 4)]
+    path = written_by_an_earlier_version(cfg, old)
+    file = RecordFile(cfg.OUTPUT_DIR)
+    assert file.read() == old
+    file.start_at(start)
+    file.add({"iterations": 10})
+    assert [record["iterations"] for record in file.read()] == [*expected, 10]
+    assert file.folder.name == "insight" and RecordFile(cfg.OUTPUT_DIR).read() == file.read()
+    assert len(path.read_text().splitlines()) == 3  # the page of that version stays as it was
 
 
 @pytest.mark.parametrize("pair", ["faster_rcnn-retinanet", "fcos-faster_rcnn"])
@@ -102,7 +127,7 @@ def test_without_losses_nothing_is_recorded(distill_cfg):
     "changes, message",
     [
         ({"DATASETS.TEST": ()}, "DATASETS.TEST, which is empty"),
-        ({"DISTILL.VIS_BASELINE": "nowhere"}, "no config.yaml"),
+        ({"DISTILL.INSIGHT.BASELINE": "nowhere"}, "no config.yaml"),
     ],
 )
 def test_missing_images_or_baseline_are_reported_before_training(distill_cfg, changes, message):

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import as_an_earlier_version_wrote_it
 from gdetkd.config_file import load_config
 from gdetkd.errors import GDetKDError
-from gdetkd.study.folder import claim_folder, fingerprint
+from gdetkd.old_names import RENAMED_KEYS
+from gdetkd.study.folder import claim_folder, deciding_keys, fingerprint
 from gdetkd.study.jobs import run_all
 from gdetkd.study.run import PLAIN, Run, stretched
 from gdetkd.study.step_time import StepTime
@@ -122,6 +124,23 @@ def test_keys_that_a_run_does_not_use_do_not_change_its_fingerprint():
     assert digest(*baseline) != digest(*sgfi)
     for key, value in (("SOLVER.BASE_LR", "1.0"), ("SEED", "3")):
         assert digest(*baseline) != digest(*baseline, key, value)
+
+
+@pytest.mark.parametrize("keys", zip(RENAMED_KEYS, RENAMED_KEYS.values()))
+def test_a_finished_run_is_reused_whatever_it_shows_of_itself(tmp_path, keys):
+    """The keys of DISTILL.INSIGHT do not change a run's result, by their names now and in earlier versions."""
+    run = finished(tmp_path / "done", 10.0, 100, 20.0)
+    for key in keys:
+        claim_folder(Run(run.folder, CONFIG, [key, "run" if key.endswith("BASELINE") else "9"], 100))
+
+
+def test_the_folder_of_a_run_of_an_earlier_version_is_compared_by_the_new_names(tmp_path):
+    run = finished(tmp_path / "done", 10.0, 100, 20.0)
+    now = load_config(CONFIG, ["SOLVER.MAX_ITER", 100, "MODEL.DEVICE", "cpu", "DISTILL.INSIGHT.PERIOD", 50]).dump()
+    (run.folder / "config.yaml").write_text(as_an_earlier_version_wrote_it(now))
+    assert deciding_keys(as_an_earlier_version_wrote_it(now)) == deciding_keys(now)
+    with pytest.raises(GDetKDError, match="another config: DISTILL.SGFI.WEIGHT 6.0 -> 9.0. Use that config again"):
+        claim_folder(Run(run.folder, CONFIG, ["DISTILL.SGFI.WEIGHT", "9.0"], 100))
 
 
 def test_another_teacher_at_the_same_path_is_another_run(tmp_path):

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def pair(distill_cfg, tiny_dataset, tmp_path):
     """Return the runs of a baseline and a distillation, with a config file that another process can read."""
     entry = {"name": "tiny2", "kind": "coco", "json": str(tiny_dataset / "tiny.json"), "images": str(tiny_dataset)}
-    keys = {"DATASETS.REGISTER": [entry], "DATASETS.TRAIN": ("tiny2",), "DISTILL.VIS_PERIOD": 1}
+    keys = {"DATASETS.REGISTER": [entry], "DATASETS.TRAIN": ("tiny2",), "DISTILL.INSIGHT.PERIOD": 1}
     cfg = distill_cfg({**keys, "DISTILL.LOSSES": ("SGFI", "CKD")}, teacher=WIDER)
     path = tmp_path / "pair.yaml"
     path.write_text(cfg.dump())

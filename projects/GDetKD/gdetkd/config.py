@@ -7,15 +7,10 @@ The authors of G-DetKD published no code, so the method's values have three sour
 - "our choice": no source gives the value, and we chose it.
 """
 
-from typing import Any, Dict, Mapping
-
-import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from .losses import DISTILL_LOSS_REGISTRY
-
-# Keys of earlier versions. An old file, such as the config.yaml of a run, may still have them. They do nothing.
-REMOVED_KEYS = ("DISTILL.TEACHER.COMPILE", "DISTILL.FGFI.PER_LEVEL")
+from .old_names import register_old_keys
 
 
 def add_gdetkd_config(cfg: CfgNode) -> None:
@@ -77,14 +72,6 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # is larger.
     cfg.DISTILL.WARMUP_ITERS = 0
 
-    # Record what distillation does every VIS_PERIOD iterations: level matching, tau, similarity of classes, gradients
-    # of the terms, detections. OUTPUT_DIR/visualization/index.html and TensorBoard show the records. 0: never.
-    cfg.DISTILL.VIS_PERIOD = 0
-    # Number of labelled images for these records, spread evenly over DATASETS.TEST[0].
-    cfg.DISTILL.VIS_IMAGES = 32
-    # OUTPUT_DIR of a finished run of the student alone, for comparison. Empty: no comparison.
-    cfg.DISTILL.VIS_BASELINE = ""
-
     # Number of steps that a run may skip, with a warning, because a loss is infinite or not a number. The next such
     # step stops the run.
     cfg.DISTILL.SKIP_NONFINITE = 0
@@ -92,8 +79,8 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     _add_teacher_node(cfg)
     _add_regions_node(cfg)
     _add_loss_nodes(cfg)
-    for key in REMOVED_KEYS:
-        cfg.register_deprecated_key(key)
+    _add_insight_node(cfg)
+    register_old_keys(cfg)
 
 
 def _add_sampler_keys(cfg: CfgNode) -> None:
@@ -139,32 +126,6 @@ def without_gdetkd_keys(cfg: CfgNode) -> CfgNode:
     return plain
 
 
-def score_prefix(cfg: CfgNode) -> str:
-    """Return Detectron2's prefix of "bbox/AP" for DATASETS.TEST[0]. It is empty if there is only one dataset."""
-    return f"{cfg.DATASETS.TEST[0]}/" if len(cfg.DATASETS.TEST) > 1 else ""
-
-
-def flat_config(dump: str) -> Dict[str, Any]:
-    """Return a config's YAML dump as a flat dictionary {"SOLVER.MAX_ITER": 100, ...}."""
-    return _flat(yaml.safe_load(dump), "")
-
-
-def _flat(node: Mapping[str, Any], prefix: str) -> Dict[str, Any]:
-    flat: Dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> Dict[str, str]:
-    """Describe the differences between two flat configs, by key, for example "SOLVER.MAX_ITER 100 -> 200"."""
-    pairs = {key: (before.get(key, "absent"), now.get(key, "absent")) for key in sorted({*before, *now})}
-    return {key: f"{key} {a!r} -> {b!r}" for key, (a, b) in pairs.items() if a != b}
-
-
 def _keep_known(node: CfgNode, known: CfgNode) -> None:
     for key in list(node):
         if key not in known:
@@ -205,6 +166,18 @@ def _add_loss_nodes(cfg: CfgNode) -> None:
         # The weight rises linearly from 0 over this many iterations. 0: the weight is constant.
         node.WARMUP_ITERS = 0
         loss.add_keys(node)
+
+
+def _add_insight_node(cfg: CfgNode) -> None:
+    """Add the keys of the records that show what distillation does to the student."""
+    node = cfg.DISTILL.INSIGHT = CfgNode()
+    # Record every PERIOD iterations: level matching, tau, similarity of classes, gradients of the terms, detections.
+    # OUTPUT_DIR/insight/index.html and TensorBoard show the records. 0: never.
+    node.PERIOD = 0
+    # Number of labelled images for these records, spread evenly over DATASETS.TEST[0].
+    node.IMAGES = 32
+    # OUTPUT_DIR of a finished run of the student alone, for comparison. Empty: no comparison.
+    node.BASELINE = ""
 
 
 def _add_regions_node(cfg: CfgNode) -> None:

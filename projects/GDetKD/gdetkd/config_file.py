@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import logging
 import os
 from contextlib import suppress
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
@@ -10,9 +11,12 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.config.compat import guess_version
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import log_first_n
 
-from .config import add_gdetkd_config, flat_config
+from .config import add_gdetkd_config
+from .dotted_keys import flat_config, get_key, group_of, take_keys
 from .errors import GDetKDError
+from .old_names import RENAMED_KEYS
 
 BASE = "_BASE_"
 # Keys that hold a list of names. A single name is accepted as a list of one.
@@ -99,7 +103,10 @@ def merge_words(cfg: CfgNode, words: Sequence[Any], source: str = "the command l
             f"{source} must give pairs of KEY VALUE, but has {len(words)} words: {' '.join(map(str, words))}. Put a "
             'value with spaces or brackets in quotes, for example SOLVER.STEPS "(60, 80)".'
         )
-    for key, value in zip(words[::2], words[1::2]):
+    for word, value in zip(words[::2], words[1::2]):
+        key = RENAMED_KEYS.get(str(word), word)
+        if key != word:
+            _warn(f"{source}: {word} is called {key} now, which gets the value {value!r}. Use the new name.")
         _check_key(cfg, str(key), source)
         try:
             if key in LISTS_OF_NAMES:
@@ -111,9 +118,10 @@ def merge_words(cfg: CfgNode, words: Sequence[Any], source: str = "the command l
 
 def _merge(cfg: CfgNode, loaded: Dict[str, Any], path: str, places: Mapping[str, Place]) -> None:
     for key in LISTS_OF_NAMES:
-        section, name = key.split(".")
-        if isinstance(loaded.get(section), dict) and isinstance(loaded[section].get(name), str):
-            loaded[section][name] = _as_names(loaded[section][name])
+        group, name = group_of(loaded, key), key.rpartition(".")[2]
+        if isinstance(group.get(name), str):
+            group[name] = _as_names(group[name])
+    renamed = take_keys(loaded, RENAMED_KEYS)
     node = type(cfg)(loaded)
     if (node.get("VERSION") or guess_version(node, path)) != cfg.VERSION:
         _merge_older(cfg, path)
@@ -126,6 +134,26 @@ def _merge(cfg: CfgNode, loaded: Dict[str, Any], path: str, places: Mapping[str,
     except ValueError as e:
         key, value = next(pair for pair in _flat(loaded) if not _fits(before, *pair))
         raise GDetKDError(_wrong_kind(before, key, value, _where(places, key, path))) from e
+    for key, value in renamed.items():
+        if _new_name_counts(key, places):
+            reason = f"its new name {RENAMED_KEYS[key]} is set, too"
+            _warn(f"{_where(places, key, path)}: {key} has no effect, because {reason}. Remove the old name.")
+        else:
+            merge_words(cfg, [key, value], _where(places, key, path))
+
+
+def _new_name_counts(key: str, places: Mapping[str, Place]) -> bool:
+    """Return whether the new name of a key overrides the old one. It does in the same file, and over a base file."""
+    new = RENAMED_KEYS[key]
+    if key not in places or new not in places:
+        return new in places
+    order = list(places)
+    return places[new].file == places[key].file or order.index(new) < order.index(key)
+
+
+def _warn(message: str) -> None:
+    """Log a warning once, because a comparison reads its config many times."""
+    log_first_n(logging.WARNING, message, name=__name__, key="message")
 
 
 def _merge_older(cfg: CfgNode, path: str) -> None:
@@ -165,16 +193,6 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def get_key(cfg: CfgNode, key: str) -> Any:
-    """Return the value of a dotted key. Raise KeyError if the config has no such key."""
-    node: Any = cfg
-    for part in key.split("."):
-        if not isinstance(node, CfgNode) or part not in node:
-            raise KeyError(key)
-        node = node[part]
-    return node
-
-
 def _check_key(cfg: CfgNode, key: str, source: str) -> None:
     """Raise an error if the config has no such key."""
     with suppress(KeyError):
@@ -206,7 +224,10 @@ def _where(places: Mapping[str, Place], key: str, path: str) -> str:
 
 
 def _places(path: str) -> Dict[str, Place]:
-    """Return the place of each key in a file and its bases. A file counts before its bases."""
+    """Return the place of each key in a file and its bases, those of a file before those of its bases.
+
+    If several files have a key, the place is where its value comes from.
+    """
     with PathManager.open(path, "r") as file:
         root = yaml.compose(file, Loader=yaml.SafeLoader)
     places: Dict[str, Place] = {}
@@ -220,7 +241,7 @@ def _places(path: str) -> Dict[str, Place]:
         base = os.path.expanduser(base)
         if not base.startswith(("/", "http://", "https://")):
             base = os.path.join(os.path.dirname(path), base)
-        places = {**_places(base), **places}
+        places = {**places, **{key: place for key, place in _places(base).items() if key not in places}}
     return places
 
 

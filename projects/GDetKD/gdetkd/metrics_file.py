@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+from detectron2.config import CfgNode
+
 from .files import read_json_lines
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -18,13 +20,18 @@ class Point:
     metrics: Dict[str, float]
 
 
+def score_prefix(cfg: CfgNode) -> str:
+    """Return Detectron2's prefix of "bbox/AP" for DATASETS.TEST[0]. It is empty if there is only one dataset."""
+    return f"{cfg.DATASETS.TEST[0]}/" if len(cfg.DATASETS.TEST) > 1 else ""
+
+
 class MetricsFile:
     """Read what a run has logged so far.
 
     Args:
         folder: the run's OUTPUT_DIR.
         max_iter: the number of iterations of the run.
-        prefix: the beginning of the names of the run's metrics; see `config.score_prefix`.
+        prefix: the beginning of the names of the run's metrics; see `score_prefix`.
     """
 
     def __init__(self, folder: Path, max_iter: int = 0, prefix: str = "") -> None:

@@ -27,6 +27,15 @@ class BareTrainer(DefaultTrainer):
         """Set the trainer that runs the single steps. v0.6 and main set it in `DefaultTrainer.__init__` alone."""
         self._trainer = trainer
 
+    @property
+    def loss_scale(self) -> float:
+        """Return the factor on the losses in the backward pass. It is 1 without mixed precision.
+
+        v0.6 and main keep the scaler of the gradients in the trainer that runs the single steps.
+        """
+        scaler = getattr(self._trainer, "grad_scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
     def keep_results(self, results: Dict[str, Any]) -> None:
         """Keep the metrics that `train` returns. v0.6 and main have only the attribute."""
         self._last_eval_results = results

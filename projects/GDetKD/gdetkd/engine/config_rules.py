@@ -11,7 +11,7 @@ from detectron2.utils.registry import Registry
 
 from .._compat import has_compiled_ops
 from ..config import student_architecture
-from ..config_file import get_key
+from ..dotted_keys import get_key
 from ..errors import GDetKDError
 
 # Levels that Detectron2's and GDetKD's pyramids add to those of res2 to res5, by MODEL.BACKBONE.NAME.

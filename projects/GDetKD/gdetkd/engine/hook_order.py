@@ -6,7 +6,7 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PreciseBN
 from detectron2.utils import comm
 
-from ..config import score_prefix
+from ..metrics_file import score_prefix
 from .catch_up import CatchUp
 from .hooks import KeepBest, RandomState, Stopwatch
 from .precise_bn import PreciseStatistics

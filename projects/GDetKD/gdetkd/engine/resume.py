@@ -6,8 +6,8 @@ from typing import Any, Dict, Optional, Tuple
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from ..config import changed_keys, flat_config
 from ..distiller import GDetKD
+from ..dotted_keys import changed_keys, flat_config
 from ..errors import GDetKDError, some
 
 logger = logging.getLogger(__name__)

@@ -9,11 +9,11 @@ logger = logging.getLogger(__name__)
 
 
 def hooks_of(trainer: Any) -> ExtraHooks:
-    """Return the hooks that DISTILL.VIS_PERIOD adds to a `DistillTrainer`."""
-    if trainer.cfg.DISTILL.VIS_PERIOD <= 0:
+    """Return the hooks that DISTILL.INSIGHT.PERIOD adds to a `DistillTrainer`."""
+    if trainer.cfg.DISTILL.INSIGHT.PERIOD <= 0:
         return ExtraHooks()
     if trainer.distiller is None or not trainer.distiller.losses:
-        logger.info("DISTILL.VIS_PERIOD has no effect: this run trains without distillation losses.")
+        logger.info("DISTILL.INSIGHT.PERIOD has no effect: this run trains without distillation losses.")
         return ExtraHooks()
     from .hook import Insight, LastPage  # imports matplotlib, which takes a second
 

@@ -1,4 +1,4 @@
-"""Show what distillation does while it trains (DISTILL.VIS_PERIOD)."""
+"""Show what distillation does while it trains (DISTILL.INSIGHT.PERIOD)."""
 
 import logging
 from typing import Any, Dict, List, Optional
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Insight(HookBase):
-    """Write a record, TensorBoard's figures and the page every DISTILL.VIS_PERIOD iterations.
+    """Write a record, TensorBoard's figures and the page every DISTILL.INSIGHT.PERIOD iterations.
 
     The hook also writes before the first iteration and after the last. It does not change the training: on a CPU the
     results are bit-identical. It must run before the hook that writes metrics, and `LastPage` after that hook.
@@ -34,12 +34,12 @@ class Insight(HookBase):
         schedule: the schedule that weights the terms.
 
     Raises:
-        GDetKDError: DATASETS.TEST has no labelled image, or DISTILL.VIS_BASELINE is not a finished run.
+        GDetKDError: DATASETS.TEST has no labelled image, or DISTILL.INSIGHT.BASELINE is not a finished run.
     """
 
     def __init__(self, cfg: CfgNode, distiller: GDetKD, schedule: LossSchedule) -> None:
         self._cfg = cfg
-        self._period = cfg.DISTILL.VIS_PERIOD
+        self._period = cfg.DISTILL.INSIGHT.PERIOD
         self._distiller = distiller
         self._schedule = schedule
         self._parameters = _watched_parameters(distiller.student)
@@ -49,7 +49,7 @@ class Insight(HookBase):
         self._references: Optional[References] = None
         if comm.is_main_process():
             self._probe = load_probe(cfg, distiller.teacher)
-            self._baseline = FinishedRun(cfg.DISTILL.VIS_BASELINE) if cfg.DISTILL.VIS_BASELINE else None
+            self._baseline = FinishedRun(cfg.DISTILL.INSIGHT.BASELINE) if cfg.DISTILL.INSIGHT.BASELINE else None
             self._file = RecordFile(cfg.OUTPUT_DIR)
 
     def attach(self, model: nn.Module) -> Any:
@@ -66,10 +66,8 @@ class Insight(HookBase):
         # Detectron2 estimates BatchNorm statistics (TEST.PRECISE_BN) with forward passes that have no gradient.
         if not model.training or not torch.is_grad_enabled() or not self._is_due(self.trainer.iter + 1):
             return
-        scaler = getattr(self.trainer._trainer, "grad_scaler", None)
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
         # Every process takes part, because the backward pass of SyncBN waits for all of them.
-        self._gradients = term_gradients(losses, self._schedule.terms, self._parameters, scale)
+        self._gradients = term_gradients(losses, self._schedule.terms, self._parameters, self.trainer.loss_scale)
 
     def before_train(self) -> None:
         if not comm.is_main_process():

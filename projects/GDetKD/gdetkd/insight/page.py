@@ -73,7 +73,7 @@ def _page(cfg: CfgNode, records: Sequence[Dict[str, Any]], headline: str, sectio
         "Run": cfg.OUTPUT_DIR,
         "Iterations": f"{records[-1]['iterations']} of {cfg.SOLVER.MAX_ITER}",
         "Objects": f"{records[-1]['objects']} on images of {cfg.DATASETS.TEST[0]}",
-        "Baseline": cfg.DISTILL.VIS_BASELINE or "none; name a run in DISTILL.VIS_BASELINE to compare with",
+        "Baseline": cfg.DISTILL.INSIGHT.BASELINE or "none; name a run in DISTILL.INSIGHT.BASELINE to compare with",
     }
     return render_page("What distillation did to the student", headline, setting, sections)
 

@@ -66,30 +66,30 @@ class Probe:
 
 
 def load_probe(cfg: CfgNode, teacher: FrozenTeacher) -> Probe:
-    """Load DISTILL.VIS_IMAGES images with objects, evenly spread over the first dataset of DATASETS.TEST.
+    """Load DISTILL.INSIGHT.IMAGES images with objects, evenly spread over the first dataset of DATASETS.TEST.
 
     Raises:
         GDetKDError: DATASETS.TEST is empty, or the dataset has no labelled image or no class names.
     """
     if not cfg.DATASETS.TEST:
         raise GDetKDError(
-            "DISTILL.VIS_PERIOD needs images of DATASETS.TEST, which is empty. Name a dataset there, or set "
-            "DISTILL.VIS_PERIOD to 0."
+            "DISTILL.INSIGHT.PERIOD needs images of DATASETS.TEST, which is empty. Name a dataset there, or set "
+            "DISTILL.INSIGHT.PERIOD to 0."
         )
     name = cfg.DATASETS.TEST[0]
     labelled = [sample for sample in load_dataset(name) if _annotations(sample)]
     if not labelled:
         raise GDetKDError(
-            f"DISTILL.VIS_PERIOD needs labelled images, and {name!r} in DATASETS.TEST has none. Set "
-            "DISTILL.VIS_PERIOD to 0, or name a labelled dataset first."
+            f"DISTILL.INSIGHT.PERIOD needs labelled images, and {name!r} in DATASETS.TEST has none. Set "
+            "DISTILL.INSIGHT.PERIOD to 0, or name a labelled dataset first."
         )
     names = MetadataCatalog.get(name).get("thing_classes")
     if not names:
         raise GDetKDError(
-            f"DISTILL.VIS_PERIOD shows objects by class, and the dataset {name!r} has no class names. Set them with "
-            f"MetadataCatalog.get({name!r}).set(thing_classes=[...]), or set DISTILL.VIS_PERIOD to 0."
+            f"DISTILL.INSIGHT.PERIOD shows objects by class, and the dataset {name!r} has no class names. Set them "
+            f"with MetadataCatalog.get({name!r}).set(thing_classes=[...]), or set DISTILL.INSIGHT.PERIOD to 0."
         )
-    inputs = [_read_labelled(sample, cfg) for sample in evenly_spread(labelled, max(1, cfg.DISTILL.VIS_IMAGES))]
+    inputs = [_read_labelled(sample, cfg) for sample in evenly_spread(labelled, max(1, cfg.DISTILL.INSIGHT.IMAGES))]
     scales = [image["image"].shape[1] / image["height"] for image in inputs for _ in range(len(image["instances"]))]
     return Probe(name, inputs, torch.tensor(scales), tuple(names), _teachers_classes(cfg, teacher, name))
 

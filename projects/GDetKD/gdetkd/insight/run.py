@@ -7,14 +7,13 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from ..config import score_prefix
 from ..config_file import load_config
 from ..detectors import DetectorAdapter, build_adapter
 from ..distiller import GDetKD
 from ..engine import build_plain_student
 from ..engine.checkpoint import NUMBERED
 from ..errors import GDetKDError
-from ..metrics_file import MetricsFile
+from ..metrics_file import MetricsFile, score_prefix
 from ..safe_load import SafeCheckpointer, read_weights
 
 

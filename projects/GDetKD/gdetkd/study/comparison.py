@@ -15,11 +15,11 @@ import torch
 from detectron2.config import CfgNode
 from tqdm import tqdm
 
-from ..config import flat_config
 from ..config_file import load_config
 from ..data import register_datasets
 from ..data.shapes import make_shapes_for
 from ..distiller import GDetKD
+from ..dotted_keys import flat_config
 from ..engine import DistillTrainer, evaluate_teacher
 from ..engine.preflight import check_student
 from ..errors import GDetKDError

@@ -7,7 +7,7 @@ from typing import Any, Dict
 
 import yaml
 
-from ..config import changed_keys, flat_config
+from ..dotted_keys import changed_keys, flat_config
 from ..errors import GDetKDError
 from ..losses import DISTILL_LOSS_REGISTRY
 from ..safe_load import sha256_of_file
@@ -17,7 +17,7 @@ from .run import Run
 # Keys, or beginnings of keys, that do not affect the result of a run. Device and folder are set when the run starts.
 WITHOUT_EFFECT = (
     "DISTILL.EVAL_TEACHER",
-    "DISTILL.VIS_",
+    "DISTILL.INSIGHT.",
     "MODEL.DEVICE",
     "OUTPUT_DIR",
     "SOLVER.CHECKPOINT_PERIOD",

@@ -23,7 +23,7 @@ class Run:
         config_file: config of the full distillation.
         opts: KEY VALUE changes to the config.
         max_iter: iterations of the run.
-        prefix: the beginning of the names of the run's metrics; see `score_prefix`.
+        prefix: the beginning of the names of the run's metrics; see `metrics_file.score_prefix`.
     """
 
     folder: Path

@@ -68,7 +68,7 @@ class _Stepper(DistillTrainer):
     def __init__(self, cfg: CfgNode, folder: str) -> None:
         cfg = cfg.clone()
         cfg.OUTPUT_DIR = folder  # StepGuard writes a report there if a step is not finite
-        cfg.DISTILL.VIS_PERIOD = 0
+        cfg.DISTILL.INSIGHT.PERIOD = 0
         super().__init__(cfg)
         self.resume_or_load(resume=False)
         self.iter, self.storage = LATE, EventStorage(LATE)

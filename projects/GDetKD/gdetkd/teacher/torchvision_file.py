@@ -98,8 +98,8 @@ class TorchvisionTeacher(TeacherFile):
         unknown = set(self._options).difference(*(inspect.signature(function).parameters for function in known))
         if unknown:
             raise GDetKDError(
-                f"DISTILL.TEACHER.OPTS has {some(sorted(unknown))}, but torchvision's {self._name} has no such argument. "
-                "Correct the name."
+                f"DISTILL.TEACHER.OPTS has {some(sorted(unknown))}, but torchvision's {self._name} has no such "
+                "argument. Correct the name."
             )
         return model
 

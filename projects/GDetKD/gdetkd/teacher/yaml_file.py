@@ -7,9 +7,10 @@ from detectron2.data import build_detection_test_loader
 from detectron2.modeling import build_model
 from torch import nn
 
-from ..config import add_gdetkd_config, flat_config, plain_config
+from ..config import add_gdetkd_config, plain_config
 from ..config_file import merge_config_file, merge_words
 from ..data.class_names import class_names
+from ..dotted_keys import flat_config
 from ..errors import GDetKDError
 from .base import TeacherFile
 

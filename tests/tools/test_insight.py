@@ -1,4 +1,4 @@
-"""Test tools/visualize.py on the folders of finished runs."""
+"""Test tools/insight.py on the folders of finished runs."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from detectron2.data import MetadataCatalog
 
+from conftest import as_an_earlier_version_wrote_it, make_cfg
 from gdetkd import DistillTrainer
 from gdetkd.errors import GDetKDError
 from gdetkd.insight.records import RecordFile
@@ -15,8 +16,8 @@ from gdetkd.insight.run import FinishedRun
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def visualize(*args):
-    command = [sys.executable, str(ROOT / "tools/visualize.py"), *map(str, args)]
+def show(*args):
+    command = [sys.executable, str(ROOT / "tools/insight.py"), *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -26,7 +27,7 @@ def finished(distill_cfg, tmp_path):
 
     def make(name, changes):
         keys = {"DATASETS.REGISTER": [dict(MetadataCatalog.get("tiny").gdetkd_entry)], "DATASETS.TEST": ("tiny",)}
-        keys.update({"SOLVER.MAX_ITER": 2, "SOLVER.CHECKPOINT_PERIOD": 1, "DISTILL.VIS_IMAGES": 3})
+        keys.update({"SOLVER.MAX_ITER": 2, "SOLVER.CHECKPOINT_PERIOD": 1, "DISTILL.INSIGHT.IMAGES": 3})
         (tmp_path / name).mkdir()
         cfg = distill_cfg({**keys, "OUTPUT_DIR": str(tmp_path / name), **changes})
         (tmp_path / name / "config.yaml").write_text(cfg.dump())  # as default_setup does
@@ -40,14 +41,21 @@ def finished(distill_cfg, tmp_path):
 
 def test_a_run_without_records_is_shown_from_its_checkpoints(finished):
     distilled, alone = finished("distilled", {}), finished("alone", {"DISTILL.LOSSES": ()})
-    seen = visualize(distilled, "--baseline", alone)
+    seen = show(distilled, "--baseline", alone)
     assert seen.returncode == 0, seen.stderr
-    page = (distilled / "visualization" / "index.html").read_text()
+    page = (distilled / "insight" / "index.html").read_text()
     assert "the baseline finds" in page and "Matching over training" in page and "What pulls" not in page
     assert [record["iterations"] for record in RecordFile(str(distilled)).read()] == [1, 2]
 
-    refused = visualize(alone)
+    refused = show(alone)
     assert refused.returncode != 0 and "without distillation losses" in refused.stderr
+
+
+def test_a_run_of_an_earlier_version_is_read(tmp_path):
+    cfg = make_cfg({"DISTILL.INSIGHT.IMAGES": 3, "DISTILL.INSIGHT.BASELINE": "my/run"})
+    (tmp_path / "config.yaml").write_text(as_an_earlier_version_wrote_it(cfg.dump()))
+    (tmp_path / "model_final.pth").touch()
+    assert FinishedRun(str(tmp_path)).cfg.DISTILL.INSIGHT == cfg.DISTILL.INSIGHT
 
 
 def test_a_run_on_fewer_processes_than_its_config_is_for_is_shown_to_its_end(finished):

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Show what distillation did in a finished run: levels, classes, loss terms, AP and detections.
 
-python tools/visualize.py RUN [--baseline RUN] [--images 32]
+python tools/insight.py RUN [--baseline RUN] [--images 32]
 
 RUN is the OUTPUT_DIR of a distillation. Start the tool in the folder where the training was started. It writes
-RUN/visualization/index.html from the records of DISTILL.VIS_PERIOD. If there are none, it reads the checkpoints, and
-the page has no gradients. See docs/visualization.md.
+RUN/insight/index.html from the records of DISTILL.INSIGHT.PERIOD. If there are none, it reads the checkpoints, and
+the page has no gradients. See docs/insight.md.
 """
 
 import argparse
@@ -33,7 +33,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("run", help="the OUTPUT_DIR of a finished distillation")
     parser.add_argument("--baseline", default="", help="the OUTPUT_DIR of the student trained alone")
     parser.add_argument(
-        "--images", type=int, help="number of labelled images of DATASETS.TEST; default: DISTILL.VIS_IMAGES of the run"
+        "--images",
+        type=int,
+        help="number of labelled images of DATASETS.TEST; default: DISTILL.INSIGHT.IMAGES of the run",
     )
     return parser.parse_args()
 
@@ -44,8 +46,8 @@ def configure(run: FinishedRun, args: argparse.Namespace) -> CfgNode:
         raise GDetKDError(
             f"{args.run!r} is a run without distillation losses, so there is nothing to show. Name a distillation."
         )
-    cfg.DISTILL.VIS_BASELINE = args.baseline or cfg.DISTILL.VIS_BASELINE
-    cfg.DISTILL.VIS_IMAGES = args.images or cfg.DISTILL.VIS_IMAGES
+    cfg.DISTILL.INSIGHT.BASELINE = args.baseline or cfg.DISTILL.INSIGHT.BASELINE
+    cfg.DISTILL.INSIGHT.IMAGES = args.images or cfg.DISTILL.INSIGHT.IMAGES
     make_shapes_for(cfg)
     register_datasets(cfg)
     return cfg
@@ -65,7 +67,7 @@ def main() -> None:
     args = parse_arguments()
     run = FinishedRun(args.run)
     cfg = configure(run, args)
-    baseline = FinishedRun(cfg.DISTILL.VIS_BASELINE) if cfg.DISTILL.VIS_BASELINE else None
+    baseline = FinishedRun(cfg.DISTILL.INSIGHT.BASELINE) if cfg.DISTILL.INSIGHT.BASELINE else None
     distiller = GDetKD(cfg)
     probe = load_probe(cfg, distiller.teacher)
     file = RecordFile(args.run)
