@@ -106,9 +106,9 @@ def teacher_keys(tmp_path):
                 if isinstance(module, nn.BatchNorm2d):
                     module.momentum = None
             model.train().backbone(torch.rand(2, 3, SIZE, SIZE))
-            for head in ("roi_heads", "head"):
+            for head, noise in (("roi_heads", 0.1), ("head", 0.02)):
                 for parameter in getattr(model, head, nn.Module()).parameters():
-                    parameter.add_(0.1 * torch.randn_like(parameter))
+                    parameter.add_(noise * torch.randn_like(parameter))
             if isinstance(model, FCOS):  # else the boxes have no area
                 model.head.regression_head.bbox_reg.bias.add_(2.0)
         torch.save(model.state_dict(), tmp_path / "tiny-1.pth")
