@@ -14,6 +14,7 @@ from PIL import Image
 from conftest import make_cfg, write_coco
 from gdetkd.data import register_datasets
 from gdetkd.data.instaboost import InstaBoostMapper, _run_lengths
+from gdetkd.data.teacher_view import TEACHER_IMAGE, TeacherViewMapper
 from gdetkd.data.train_loader import build_train_loader
 from gdetkd.errors import GDetKDError
 from gdetkd.random_state import random_state
@@ -85,6 +86,14 @@ def test_the_package_sees_bgr_and_uncompressed_masks_without_crowds(package, sam
 def test_the_students_channel_order_is_kept(package, sample):
     out = InstaBoostMapper(boosting_cfg(INPUT__FORMAT="RGB"))(sample)
     assert out["image"].flatten(1).unique(dim=1).tolist() == [[30], [20], [10]]
+
+
+def test_a_larger_teacher_sees_the_same_boosted_image(package, sample):
+    cfg = boosting_cfg()
+    mapper = TeacherViewMapper(DatasetMapper(cfg, is_train=True), 2.0)
+    out = InstaBoostMapper(cfg, mapper)(sample)
+    assert out[TEACHER_IMAGE].flatten(1).unique(dim=1).tolist() == [[10], [20], [30]]  # the boosted image's colour
+    assert list(out[TEACHER_IMAGE].shape[1:]) == [2 * side for side in out["image"].shape[1:]]
 
 
 def test_the_authors_defaults_are_passed_on(package, sample):

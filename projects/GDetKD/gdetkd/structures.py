@@ -43,6 +43,10 @@ class Regions:
         boxes = self.tensor()
         return torch.cat([self.image_ids()[:, None].to(boxes.dtype), boxes], dim=1)
 
+    def scaled(self, factor: float) -> "Regions":
+        """Return the regions in an image that is `factor` times as large. `sources` do not change."""
+        return Regions([Boxes(boxes.tensor * factor) for boxes in self.boxes], self.sources)
+
     def split_by_level(self, levels: torch.Tensor, num_levels: int) -> Tuple[List["Regions"], torch.Tensor]:
         """Split the regions by level. This waits for the device once.
 
@@ -87,7 +91,7 @@ class DetectorOutputs:
 
     Attributes:
         pyramid: feature maps (images, C, H, W) by name, finest first.
-        strides: pixels of the input image per cell of a map, by the same names.
+        strides: pixels of the student's input image per cell of a map, by the same names.
         regions: the boxes of the fields below.
         pooled: (N, C, h, w) features pooled by RoIAlign on the level that the box-size rule assigns.
         embeddings: (N, D) vectors before the classification layer.
@@ -184,6 +188,25 @@ class DetectorSpec:
         if self.dense is None:
             return "TWO_STAGE"
         return "ANCHOR_BASED" if self.dense.anchor_based else "ANCHOR_FREE"
+
+
+def seen_at_scale(spec: DetectorSpec, scale: float) -> DetectorSpec:
+    """Describe a detector that sees images at `scale` times their size: strides and anchors in pixels of the images."""
+    if scale == 1:
+        return spec
+    dense = spec.dense
+    if dense is not None:
+        anchors = tuple((stride / scale, _divided(cells, scale)) for stride, cells in dense.anchors)
+        dense = replace(dense, anchors=anchors)
+    location_anchors = spec.location_anchors
+    if location_anchors is not None:
+        location_anchors = {name: _divided(cells, scale) for name, cells in location_anchors.items()}
+    strides = {name: stride / scale for name, stride in spec.strides.items()}
+    return replace(spec, strides=strides, dense=dense, location_anchors=location_anchors)
+
+
+def _divided(cells: Tuple[Tuple[float, ...], ...], scale: float) -> Tuple[Tuple[float, ...], ...]:
+    return tuple(tuple(side / scale for side in cell) for cell in cells)
 
 
 def with_class_names(spec: DetectorSpec, names: Optional[Tuple[str, ...]]) -> DetectorSpec:

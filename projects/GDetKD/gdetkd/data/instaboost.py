@@ -5,7 +5,7 @@ InstaBoost cuts objects out along their masks, fills the holes, and pastes the o
 
 import copy
 import importlib
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -24,19 +24,20 @@ Boost = Callable[[List[Dict[str, Any]], np.ndarray], Tuple[List[Dict[str, Any]],
 
 
 class InstaBoostMapper:
-    """Apply InstaBoost with probability INPUT.INSTABOOST.PROBABILITY, and then Detectron2's mapper of training samples.
+    """Apply InstaBoost with probability INPUT.INSTABOOST.PROBABILITY, and then another mapper.
 
     InstaBoost does not move crowds, and leaves images without objects as they are.
 
     Args:
         cfg: a config whose INPUT.INSTABOOST holds InstaBoost's parameters under their original names.
+        mapper: the mapper that follows, with `augmentations`. None: Detectron2's mapper of training samples.
 
     Raises:
         GDetKDError: the package is not installed, or, when called, an object has no mask.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
-        self._mapper = DatasetMapper(cfg, is_train=True)
+    def __init__(self, cfg: CfgNode, mapper: Optional[Any] = None) -> None:
+        self._mapper = mapper or DatasetMapper(cfg, is_train=True)
         self._boost = _load_boost(cfg.INPUT.INSTABOOST)
         self._probability = cfg.INPUT.INSTABOOST.PROBABILITY
 

@@ -23,6 +23,7 @@ from .clean import BadImages, without_bad_images
 from .headers import IMAGE_ERRORS
 from .instaboost import InstaBoostMapper
 from .samplers import build_sampler, check_sampler
+from .teacher_view import TeacherViewMapper
 from .train_images import are_wide, describe, load_images
 
 Sample = Dict[str, Any]
@@ -219,7 +220,7 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
     sampler = build_sampler(cfg, dicts, datasets[kept])
     loader = ResumableLoader(
         DatasetFromList(dicts, copy=False),
-        InstaBoostMapper(cfg) if cfg.INPUT.INSTABOOST.ENABLED else DatasetMapper(cfg, is_train=True),
+        _build_mapper(cfg),
         lambda seed: BatchStream(lambda: iter(sampler(seed)), count, wide),
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
@@ -228,6 +229,13 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
     )
     _check_same_everywhere(loader, names)
     return loader
+
+
+def _build_mapper(cfg: CfgNode) -> Callable[[Sample], Sample]:
+    mapper: Any = DatasetMapper(cfg, is_train=True)
+    if cfg.DISTILL.TEACHER.SCALE != 1 and cfg.DISTILL.LOSSES:
+        mapper = TeacherViewMapper(mapper, cfg.DISTILL.TEACHER.SCALE)
+    return InstaBoostMapper(cfg, mapper) if cfg.INPUT.INSTABOOST.ENABLED else mapper
 
 
 def _check_same_everywhere(loader: ResumableLoader, names: str) -> None:

@@ -86,7 +86,9 @@ class Check:
     def _detectors(self) -> str:
         columns = {"student": _describe(self._student, self._trainer.student_spec, self._cfg.INPUT.FORMAT)}
         if self._teacher is not None:
-            described = _describe(self._teacher.model, self._teacher.spec, self._teacher.file.input_format)
+            described = _describe(self._teacher.model, self._teacher.adapter.spec, self._teacher.file.input_format)
+            scale = self._cfg.DISTILL.TEACHER.SCALE
+            described["images"] += f", {scale:g} times as large" if scale != 1 else ""
             columns = {"teacher": described, **columns}
         rows = [[key, *(column[key] for column in columns.values())] for key in columns["student"]]
         return tabulate(rows, ["", *columns], disable_numparse=True)

@@ -15,6 +15,7 @@ from detectron2.data import transforms as T
 from detectron2.evaluation import inference_context
 from torch import nn
 
+from ..data.teacher_view import TEACHER_IMAGE, at_scale
 from ..detectors import DetectorAdapter
 from ..distiller import GDetKD
 from ..engine.preflight import load_dataset
@@ -128,6 +129,9 @@ def read_at_test_size(file_name: str, cfg: CfgNode) -> Tuple[Dict[str, Any], T.T
 def _read_labelled(sample: Dict[str, Any], cfg: CfgNode) -> Dict[str, Any]:
     inputs, resize = read_at_test_size(sample["file_name"], cfg)
     size = tuple(inputs["image"].shape[1:])
+    if cfg.DISTILL.TEACHER.SCALE != 1:
+        pixels = utils.read_image(sample["file_name"], cfg.INPUT.FORMAT)
+        inputs[TEACHER_IMAGE] = at_scale(pixels, cfg.DISTILL.TEACHER.SCALE, size)
     keys = ("bbox", "bbox_mode", "category_id")
     annotations = [{key: annotation[key] for key in keys} for annotation in _annotations(sample)]
     resized = [utils.transform_instance_annotations(annotation, [resize], size) for annotation in annotations]
@@ -207,8 +211,8 @@ def match_teacher(teacher: FrozenTeacher, probe: Probe) -> List[MatchedDetection
 
 def _without_labels(batch: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """Return the images without objects, sized so that a model predicts in pixels of the inputs, not of the files."""
-    images = [inputs["image"] for inputs in batch]
-    return [{"image": image, "height": image.shape[1], "width": image.shape[2]} for image in images]
+    images = [{key: inputs[key] for key in ("image", TEACHER_IMAGE) if key in inputs} for inputs in batch]
+    return [{**image, "height": image["image"].shape[1], "width": image["image"].shape[2]} for image in images]
 
 
 def _match(outputs: List[Dict[str, Any]], probe: Probe) -> List[MatchedDetections]:

@@ -1,6 +1,7 @@
 """The frozen teacher, which looks at the student's regions."""
 
 import logging
+from dataclasses import replace
 from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -8,11 +9,12 @@ from detectron2.config import CfgNode
 from detectron2.structures import ImageList
 from torch import nn
 
+from ..data.teacher_view import TEACHER_IMAGE
 from ..detectors import build_adapter
 from ..device import SideStream
 from ..errors import GDetKDError, some
 from ..inference import for_inference, parse_dtype
-from ..structures import DetectorOutputs, Regions, with_class_names
+from ..structures import DetectorOutputs, Regions, seen_at_scale, with_class_names
 from .files import TeacherFile, read_teacher_file
 from .weights import load_weights
 
@@ -42,9 +44,10 @@ class FrozenTeacher:
         self._reorder = _needs_reordering(cfg.INPUT.FORMAT, self.file.input_format)
         self.model: nn.Module = self.file.build()
         self.adapter = build_adapter(self.model, "teacher", cfg)
+        self._scale = cfg.DISTILL.TEACHER.SCALE
         _check_size(cfg, self.model)
         names = _teachers_classes(cfg, self.file, self.adapter.spec.num_classes)
-        self.spec = with_class_names(self.adapter.spec, names)
+        self.spec = with_class_names(seen_at_scale(self.adapter.spec, self._scale), names)
         config = cfg.DISTILL.TEACHER
         self._device = torch.device(cfg.MODEL.DEVICE)
         self._stream = SideStream(self._device, config.OWN_STREAM)
@@ -102,7 +105,12 @@ class FrozenTeacher:
         """
         self._stream.hand_over(features)
         with self._autocast():
-            return self.adapter.look(features, regions, needs, later_regions)
+            if self._scale == 1:
+                return self.adapter.look(features, regions, needs, later_regions)
+            scaled = None if regions is None else regions.scaled(self._scale)
+            later = [stage.scaled(self._scale) for stage in later_regions]
+            outputs = self.adapter.look(features, scaled, needs, later)
+        return replace(outputs, regions=regions, strides=self.spec.strides)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, self._dtype, enabled=torch.finfo(self._dtype).bits < 32)
@@ -110,13 +118,20 @@ class FrozenTeacher:
     @torch.no_grad()
     def detect(self, batched_inputs: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
         """Return the teacher's predictions, in the teacher's classes, for inputs in the student's channel order."""
-        return self.model([{**inputs, "image": self._reordered(inputs["image"])} for inputs in batched_inputs])
+        return self.model([{**inputs, "image": self._image_of(inputs)} for inputs in batched_inputs])
 
     def preprocess(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:
         """Convert images to the teacher's channel order, normalise and pad them as the teacher does."""
-        return self.model.preprocess_image([{"image": self._reordered(inputs["image"])} for inputs in batched_inputs])
+        return self.model.preprocess_image([{"image": self._image_of(inputs)} for inputs in batched_inputs])
 
-    def _reordered(self, image: torch.Tensor) -> torch.Tensor:
+    def _image_of(self, inputs: Dict[str, Any]) -> torch.Tensor:
+        """Return the image (3, H, W) that the teacher sees, in its own channel order."""
+        if self._scale != 1 and TEACHER_IMAGE not in inputs:
+            raise GDetKDError(
+                f"DISTILL.TEACHER.SCALE is {self._scale}, but a training sample has no {TEACHER_IMAGE!r}. Use GDetKD's "
+                "training loader, or wrap your mapper in gdetkd.data.teacher_view.TeacherViewMapper."
+            )
+        image = inputs["image"] if self._scale == 1 else inputs[TEACHER_IMAGE]
         return image.flip(0) if self._reorder else image
 
     def describe(self) -> Dict[str, str]:
@@ -125,6 +140,8 @@ class FrozenTeacher:
         for name in ("pixel_mean", "pixel_std"):  # a user's own detector may lack them
             if (part := getattr(self.model, name, None)) is not None:
                 images += f", {name} {part.flatten().tolist()}"
+        if self._scale != 1:
+            images += f", {self._scale:g} times as large as the student's"
         return {"weights": self.file.weights, "sha256": self.sha256, "images": images}
 
 
@@ -152,10 +169,12 @@ def _check_size(cfg: CfgNode, teacher: nn.Module) -> None:
     A plain vision transformer pads images to a square of a fixed size. It cannot take larger images.
     """
     square = getattr(teacher.backbone, "padding_constraints", {}).get("square_size", 0)
-    if 0 < square < cfg.INPUT.MAX_SIZE_TRAIN:
+    scale = cfg.DISTILL.TEACHER.SCALE
+    if 0 < square < scale * cfg.INPUT.MAX_SIZE_TRAIN:
         raise GDetKDError(
             f"The teacher takes images of at most {square} pixels on a side, but INPUT.MAX_SIZE_TRAIN is "
-            f"{cfg.INPUT.MAX_SIZE_TRAIN}. Set INPUT.MAX_SIZE_TRAIN to {square} or less."
+            f"{cfg.INPUT.MAX_SIZE_TRAIN} and DISTILL.TEACHER.SCALE is {scale}. Set INPUT.MAX_SIZE_TRAIN to "
+            f"{int(square / scale)} or less."
         )
 
 
