@@ -45,7 +45,7 @@ RLE = {"size": [64, 64], "counts": [64 * 64]}
     "change, match",
     [
         (change_image(id=1), "image id 1 stands twice"),
-        (change_image(id=None), "image id None is no id"),
+        (change_image(id=None), "image id None is not a number or text"),
         (change_image(width=0), "image 2 has the width 0"),
         (change_image(height="tall"), "image 2 has the height 'tall'"),
         (change_image(file_name="a\0.png"), "zero byte"),

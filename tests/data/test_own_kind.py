@@ -50,7 +50,7 @@ def test_the_example_is_read_and_checked(cfg_of, caplog):
 @pytest.mark.parametrize(
     "changes, match",
     [
-        ({"json": "a"}, "'mine' \\(kind csv\\) has json"),
+        ({"json": "a"}, "'mine' \\(kind csv\\) has the unknown key json"),
         ({"csv": "nowhere.csv"}, "nowhere.csv.*does not exist"),
         ({"classes": ["dog"]}, "mine.csv', line 2: the class 'cat' is not in `classes`"),
     ],

@@ -171,9 +171,9 @@ def test_unknown_or_contradictory_classes_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "entry, match",
     [
-        ({"split": None}, "lacks split"),
-        ({"yaml": None}, "lacks yaml"),
-        ({"classes": CLASSES}, "has classes"),
+        ({"split": None}, "lacks the key split"),
+        ({"yaml": None}, "lacks the key yaml"),
+        ({"classes": CLASSES}, "has the unknown key classes"),
         ({"yaml": "nowhere.yaml"}, "nowhere.yaml.*which does not exist"),
         ({"split": 3}, "has split 3, not text"),
     ],

@@ -19,7 +19,8 @@ ROUNDING = 0.5  # pixels by which a box may reach over the edge because it was r
 
 
 class Label(NamedTuple):
-    """
+    """Hold a label.
+
     Attributes:
         category: the index of the class.
         box: x1, y1, x2, y2 in shares of the image.
