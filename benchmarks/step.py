@@ -31,8 +31,8 @@ from tabulate import tabulate
 from timing import WARM_UP, machine, quartiles
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--steps", type=int, default=20, help="measured steps")
@@ -87,7 +87,7 @@ def timed_parts(model: GDetKD, seconds: Dict[str, List[float]]) -> Iterator[None
         return run
 
     parts = [(model.student, "forward", "student's forward"), (model.adapter, "observe", "regions")]
-    parts += [(model.teacher, "look", "teacher's forward")]
+    parts += [(model.teacher, "extract", "teacher's backbone"), (model.teacher, "look_at", "teacher on the regions")]
     if model.level_chooser is not None:
         parts += [(model.level_chooser, "pool", "RoIAlign, all levels (part of SGFI)")]
     parts += [(loss, "forward", f"{name}, forward") for name, loss in model.losses.items()]
@@ -112,15 +112,15 @@ def breakdown(model: GDetKD, batch: List[Dict[str, Any]], steps: int) -> Dict[st
 
 
 def record_look(model: GDetKD, batch: List[Dict[str, Any]]) -> Any:
-    """Return the arguments with which the teacher is called in one step: the images and the student's regions."""
+    """Return the arguments with which the teacher looks in one step: the batch, and the student's regions."""
     calls = []
-    look = model.teacher.look
+    look_at = model.teacher.look_at
 
-    def record(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        return look(*args, **kwargs)
+    def record(features: Any, *args: Any) -> Any:
+        calls.append((batch, *args))
+        return look_at(features, *args)
 
-    with mock.patch.object(model.teacher, "look", record), EventStorage(LATE):
+    with mock.patch.object(model.teacher, "look_at", record), EventStorage(LATE):
         model(batch)
     return calls[0]
 
@@ -187,7 +187,7 @@ def as_text(result: Dict[str, Any]) -> str:
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = parse_arguments(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         result = run(make_config(args, folder), args)
     if args.json:

@@ -19,13 +19,11 @@ from detectron2.engine.hooks import PreciseBN
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators, coco_evaluation
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
-from fvcore.common.checkpoint import Checkpointer
 from fvcore.nn.precise_bn import update_bn_stats
 from torch import nn
 from torch.distributed import distributed_c10d
 
 from gdetkd._compat import evaluation, imports, processes, training
-from gdetkd._compat.checkpoint import CheckpointSteps
 
 ROOT = Path(__file__).parents[1]
 IS_MAIN = hasattr(HookBase, "after_backward")
@@ -210,9 +208,3 @@ def test_the_parts_of_evaluators():
     both = DatasetEvaluators(["first", "second"])
     check_both_need("parts_of", "evaluators" not in public(both))
     assert evaluation.parts_of(both) == ["first", "second"] and evaluation.parts_of("alone") == ["alone"]
-
-
-@pytest.mark.parametrize("step", ["_load_file", "_load_model"])
-def test_the_steps_of_loading(step):
-    check_both_need("CheckpointSteps", hasattr(Checkpointer, step) and not hasattr(Checkpointer, step.lstrip("_")))
-    assert f"self.{step}(" in source(Checkpointer.load) and step in vars(CheckpointSteps)

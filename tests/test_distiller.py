@@ -92,6 +92,19 @@ def test_evaluation_is_the_plain_students(distill_cfg):
         assert torch.equal(output["instances"].scores, plain_output["instances"].scores)
 
 
+def test_the_teachers_backbone_starts_before_the_student_on_the_same_copy_of_the_batch(distill_cfg, monkeypatch):
+    model, batch = build_model(distill_cfg()).train(), make_batch()
+    seen = []
+    extract, forward = model.teacher.extract, model.student.forward
+    monkeypatch.setattr(model.teacher, "extract", lambda inputs: seen.append(("teacher", inputs)) or extract(inputs))
+    monkeypatch.setattr(model.student, "forward", lambda inputs: seen.append(("student", inputs)) or forward(inputs))
+    before = [(dict(inputs), inputs["instances"].get_fields().copy()) for inputs in batch]
+    one_step(model, batch)
+    assert [who for who, _ in seen] == ["teacher", "student"] and seen[0][1] is seen[1][1]
+    after = [(inputs, inputs["instances"].get_fields()) for inputs in batch]
+    assert all(a[name] is b[name] for pair in zip(before, after) for b, a in zip(*pair) for name in b)
+
+
 def test_no_hook_is_left_behind(distill_cfg):
     model = build_model(distill_cfg()).train()
     one_step(model, make_batch())

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "projects" / "GDetKD" / "gdetkd"
 # The floors from the ground up. A file may import from the floors below its own, and from its own floor.
 FLOORS = (
-    ("_compat", "errors", "files", "metrics_file", "program", "random_state", "recorder", "structures"),
+    ("_compat", "device", "errors", "files", "metrics_file", "program", "random_state", "recorder", "structures"),
     ("figures", "inference", "regions", "safe_load", "weights_layout"),
     ("detectors", "losses"),
     ("config", "config_file"),
@@ -27,7 +27,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ALONE = {
     "figures": set(),
     "losses": {"errors", "structures"},
-    "detectors": {"errors", "recorder", "regions", "structures"},
+    "detectors": {"device", "errors", "recorder", "regions", "structures"},
 }
 
 

@@ -67,6 +67,24 @@ def test_roi_align_cpu_without_a_region():
     assert pooled.shape == (0, 1, 2, 7, 7) and features.grad.abs().sum() == 0
 
 
+@pytest.mark.parametrize("kind", ["ROIAlign", "ROIAlignV2", "ROIPool"])
+def test_pooling_gives_exactly_what_the_detectors_pooler_gives(kind):
+    maps = [torch.randn(3, 2, 48 // stride, 64 // stride) for stride in (4, 8, 16)]
+    pooler = ROIPooler(7, [1 / 4, 1 / 8, 1 / 16], 0, kind, canonical_box_size=24, canonical_level=3)
+    assert torch.equal(pool_in_full_precision(pooler, maps, Regions(BOXES)), pooler(maps, BOXES))
+
+
+def test_splits_regions_by_level():
+    boxes = Regions(BOXES).tensor()
+    levels = torch.tensor([2, 0, 0, 2, 0, 2, 0])
+    by_level, places = Regions(BOXES).split_by_level(levels, 3)
+    assert [[len(boxes) for boxes in part.boxes] for part in by_level] == [[3, 0, 1], [0, 0, 0], [2, 0, 1]]
+    assert torch.equal(torch.cat([part.tensor() for part in by_level])[places], boxes)
+    assert torch.equal(by_level[0].rois()[:, 0], torch.tensor([0.0, 0, 0, 2]))
+    invalid, _ = Regions(BOXES).split_by_level(torch.tensor([-(2**62), 9, 0, 0, 0, 0, 0]), 3)
+    assert [len(part) for part in invalid] == [6, 0, 1]
+
+
 def test_image_ids_follow_the_boxes():
     assert Regions(BOXES).image_ids().tolist() == [0] * 5 + [2] * 2
     assert Regions(BOXES).image_ids().dtype == torch.long

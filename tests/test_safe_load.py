@@ -125,7 +125,7 @@ def test_a_file_that_python_2_wrote_loads(tmp_path):
     )
     (tmp_path / "x.pkl").write_bytes(b"\x80\x02}U\x05blobs}U\x07conv1_w" + array + b"ss.")
     assert read_weights(str(tmp_path / "x.pkl"))["blobs"]["conv1_w"].tolist() == [1.5, -2.0]
-    loaded = SafeCheckpointer(torch.nn.Linear(1, 1))._load_file(str(tmp_path / "x.pkl"))
+    loaded = SafeCheckpointer(torch.nn.Linear(1, 1)).read_file(str(tmp_path / "x.pkl"))
     assert loaded["__author__"] == "Caffe2" and list(loaded["model"]) == ["conv1_w"]
 
 

@@ -79,6 +79,9 @@ def test_datasets_that_are_unknown_or_empty_are_refused(tmp_path):
         check_datasets(make_cfg({"DATASETS.TRAIN": ("tinny",)}))
     with pytest.raises(GDetKDError, match="DATASETS.TRAIN is empty"):
         check_datasets(make_cfg({"DATASETS.TRAIN": ()}))
+    keys = {"MODEL.META_ARCHITECTURE": "GDetKD", "DISTILL.EVAL_TEACHER": True, "DATASETS.TEST": ()}
+    with pytest.raises(GDetKDError, match="EVAL_TEACHER is True, but DATASETS.TEST is empty"):
+        check_datasets(make_cfg(keys))
     write_coco(tmp_path, 0, name="mine")
     with pytest.raises(GDetKDError, match="'mine' has no image"):
         check_datasets(

@@ -229,10 +229,26 @@ def test_samples_positives_and_negatives_one_to_three():
     objects = torch.tensor([[0.0, 0, 20, 20]])
     near, far = objects.repeat(30, 1), objects.repeat(50, 1) + 100
     boxes = torch.cat([near, far])
-    sampled = match_and_sample(boxes, objects, config)
-    assert (sampled < 30).sum() == 4 and len(sampled) == 16 and len(sampled.unique()) == 16
-    assert len(match_and_sample(boxes, objects[:0], config)) == 16  # no object: negatives alone
-    assert len(match_and_sample(boxes[:0], objects, config)) == 0
+    everything = torch.ones(80, dtype=torch.bool)
+    sampled = match_and_sample(boxes, everything, objects, config)
+    assert sampled[:30].sum() == 4 and sampled.sum() == 16
+    assert match_and_sample(boxes, everything, objects[:0], config).sum() == 16  # no object: negatives alone
+    assert match_and_sample(boxes[:0], everything[:0], objects, config).shape == (0,)
+    few = torch.arange(80) % 20 == 0  # two near the object, two far from it
+    assert torch.equal(match_and_sample(boxes, few, objects, config), few)
+
+
+def test_every_box_is_sampled_equally_often():
+    _, _, cfg = build("retinanet")
+    config = cfg.DISTILL.REGIONS
+    config.BATCH_SIZE_PER_IMAGE, config.POSITIVE_FRACTION = 8, 0.5
+    objects = torch.tensor([[0.0, 0, 20, 20]])
+    boxes = torch.cat([objects.repeat(10, 1), objects.repeat(20, 1) + 100])
+    everything = torch.ones(30, dtype=torch.bool)
+    times = sum(match_and_sample(boxes, everything, objects, config).float() for _ in range(2000))
+    # 4 of 10 positives and 4 of 20 negatives each time; the tolerance is four standard deviations
+    torch.testing.assert_close(times[:10], torch.full((10,), 800.0), rtol=0, atol=4 * (2000 * 0.4 * 0.6) ** 0.5)
+    torch.testing.assert_close(times[10:], torch.full((20,), 400.0), rtol=0, atol=4 * (2000 * 0.2 * 0.8) ** 0.5)
 
 
 def test_a_box_is_positive_from_the_threshold_on_with_any_object():
@@ -240,7 +256,9 @@ def test_a_box_is_positive_from_the_threshold_on_with_any_object():
     objects = torch.tensor([[0.0, 0, 20, 20], [300, 0, 320, 20]])
     half = torch.tensor([[300.0, 0, 320, 10]])  # IoU 0.5 with the second object, 0 with the first
     far = torch.tensor([[100.0, 100, 120, 120]]).repeat(50, 1)
-    assert match_and_sample(torch.cat([far, half]), objects, cfg.DISTILL.REGIONS)[0] == 50  # positives come first
+    config = cfg.DISTILL.REGIONS
+    config.BATCH_SIZE_PER_IMAGE, config.POSITIVE_FRACTION = 4, 1.0  # all positives, and negatives for the rest
+    assert match_and_sample(torch.cat([far, half]), torch.ones(51, dtype=torch.bool), objects, config)[50]
 
 
 SIZES = [[x, x * 2 ** (1 / 3), x * 2 ** (2 / 3)] for x in (32, 64, 128, 256, 512)]  # RetinaNet's default

@@ -77,7 +77,7 @@ def test_a_sigmoid_teacher_shows_its_foreground_classes_alone(family):
     regions = Regions([inputs["instances"].gt_boxes for inputs in make_batch()])
     later = [regions, regions] if family else []
     with Recorder(adapter.points()) as calls, torch.no_grad():
-        outputs = adapter.look(images, regions, {"logits", "deltas"}, later)
+        outputs = adapter.look(adapter.extract(images), regions, {"logits", "deltas"}, later)
     assert len(stages_of(outputs)) == 1 + len(later)
     for k, stage in enumerate(stages_of(outputs)):
         logits, deltas = calls[f"predictor{k}"][0].output
@@ -114,7 +114,8 @@ def losses_for(student_sigmoid, teacher_sigmoid, names=("class0", "class1", "cla
     student_outputs = student.observe(calls, batch)
     later = [stage.regions for stage in student_outputs.later_stages]
     with torch.no_grad():
-        teacher_outputs = teacher.look(torch.randn(2, 3, 64, 64), student_outputs.regions, {"logits", "deltas"}, later)
+        features = teacher.extract(torch.randn(2, 3, 64, 64))
+        teacher_outputs = teacher.look(features, student_outputs.regions, {"logits", "deltas"}, later)
     specs = with_class_names(student.spec, ("class0", "class1", "class2")), with_class_names(teacher.spec, names)
     cls = CLS(cfg, *specs) if student_sigmoid == teacher_sigmoid else None
     return cls, REG(cfg, *specs), student_outputs, teacher_outputs

@@ -81,6 +81,10 @@ def test_levels_and_anchors_that_do_not_fit_are_refused(distill_cfg, changes, me
         ({"MODEL.META_ARCHITECTURE": "GDetKd"}, "MODEL.META_ARCHITECTURE is 'GDetKd', .* mean GDetKD"),
         ({"MODEL.ROI_HEADS.NAME": "StandardRoiHeads"}, "MODEL.ROI_HEADS.NAME .* mean StandardROIHeads"),
         ({"MODEL.PROPOSAL_GENERATOR.NAME": "rpn"}, "PROPOSAL_GENERATOR.NAME is 'rpn', .* RPN"),
+        *(
+            ({key: "PrecomputedProposals"}, f"{key} is 'PrecomputedProposals', which is not registered")
+            for key in ("DISTILL.STUDENT_META_ARCHITECTURE", "MODEL.BACKBONE.NAME", "MODEL.ROI_HEADS.NAME")
+        ),
         ({"TEST.AUG.ENABLED": True}, "TEST.AUG.ENABLED is True.*set it to False"),
         ({"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, True, True, True]}, "DEFORM_ON_PER_STAGE .*compiled"),
     ],

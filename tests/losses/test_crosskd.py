@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from fvcore.nn import giou_loss
 from test_ckd import iou
 from torch.autograd import gradcheck
 
 from gdetkd.losses import cross_classification, cross_localization
-from gdetkd.losses.crosskd import align_scale
+from gdetkd.losses.crosskd import _giou_loss, align_scale
 
 LABELS = torch.tensor([[1, 0, -1, 1], [0, 0, 1, -1]])
 
@@ -42,6 +43,16 @@ def giou(a, b):
     overlap = iou(a, b)
     union = (area(a) + area(b)) / (1 + overlap)
     return overlap - (area(hull) - union) / area(hull)
+
+
+def test_the_giou_loss_and_its_gradient_are_those_of_fvcore():
+    first, second = random_boxes().requires_grad_(), random_boxes()
+    second[0, 0] = first[0, 0].detach() + 100  # apart from each other
+    losses, expected = _giou_loss(first, second), giou_loss(first, second)
+    torch.testing.assert_close(losses, expected)
+    weights = torch.randn_like(losses)
+    gradients = [torch.autograd.grad((loss * weights).sum(), first)[0] for loss in (losses, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_localization_matches_plain_loops():

@@ -186,6 +186,9 @@ def _add_teacher_node(cfg: CfgNode) -> None:
     # Precision of the teacher: "float32", "float16" (CUDA only) or "bfloat16". Empty: float16 if SOLVER.AMP.ENABLED,
     # else float32.
     cfg.DISTILL.TEACHER.DTYPE = ""
+    # On CUDA, run the teacher's backbone on a stream of its own, so that it can run beside the student's forward pass.
+    # This takes more memory, and it is faster only if the student alone does not fill the GPU.
+    cfg.DISTILL.TEACHER.OWN_STREAM = False
     # Lowest AP (percent) that `--check` accepts on a sample of the student's data. A lower AP suggests that the weights
     # are not loaded or the images are normalised wrongly.
     cfg.DISTILL.TEACHER.MIN_AP = 5.0

@@ -1,5 +1,6 @@
 """Read config files and KEY VALUE words safely. Errors name the file, the line and the closest valid key."""
 
+import ast
 import difflib
 import os
 from contextlib import suppress
@@ -102,7 +103,7 @@ def merge_words(cfg: CfgNode, words: Sequence[Any], source: str = "the command l
         _check_key(cfg, str(key), source)
         try:
             if key in LISTS_OF_NAMES:
-                value = _as_names(cfg, value)
+                value = _as_names(value)
             cfg.merge_from_list([key, value])
         except ValueError as e:
             raise GDetKDError(_wrong_kind(cfg, key, value, source)) from e
@@ -112,7 +113,7 @@ def _merge(cfg: CfgNode, loaded: Dict[str, Any], path: str, places: Mapping[str,
     for key in LISTS_OF_NAMES:
         section, name = key.split(".")
         if isinstance(loaded.get(section), dict) and isinstance(loaded[section].get(name), str):
-            loaded[section][name] = _as_names(cfg, loaded[section][name])
+            loaded[section][name] = _as_names(loaded[section][name])
     node = type(cfg)(loaded)
     if (node.get("VERSION") or guess_version(node, path)) != cfg.VERSION:
         _merge_older(cfg, path)
@@ -138,9 +139,11 @@ def _merge_older(cfg: CfgNode, path: str) -> None:
         ) from e
 
 
-def _as_names(cfg: CfgNode, value: Any) -> Any:
-    decoded = cfg._decode_cfg_value(value)
-    return (decoded,) if isinstance(decoded, str) and decoded else decoded
+def _as_names(value: Any) -> Any:
+    """Return a list of one name for a name. Any other value is returned as it is, or read as a literal, as by yacs."""
+    with suppress(ValueError, SyntaxError):  # a plain name is no literal
+        value = ast.literal_eval(value)
+    return (value,) if isinstance(value, str) and value else value
 
 
 def _fits(cfg: CfgNode, key: str, value: Any) -> bool:

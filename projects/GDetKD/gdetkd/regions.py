@@ -7,8 +7,7 @@ from typing import Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.sampling import subsample_labels
+from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
 from torchvision.ops import box_iou, nms
 
 from .structures import Regions, full_precision
@@ -20,7 +19,19 @@ def pool_in_full_precision(pooler: ROIPooler, maps: Sequence[torch.Tensor], regi
     Detectron2 gives the boxes the precision of the maps. In bfloat16, a coordinate beyond pixel 256 is only exact to 2
     pixels, and beyond pixel 1,024 to 8 pixels.
     """
-    return pooler([full_precision(feature_map) for feature_map in maps], regions.boxes)
+    maps = [full_precision(feature_map) for feature_map in maps]
+    if type(pooler) is not ROIPooler or len(maps) == 1:
+        return pooler(maps, regions.boxes)
+    # `ROIPooler` does the same, but waits for the device at each level.
+    by_level, places = regions.split_by_level(levels_by_box_size(pooler, regions), len(maps))
+    pooled = [pool(level, part.rois()) for pool, level, part in zip(pooler.level_poolers, maps, by_level)]
+    return torch.cat(pooled)[places]
+
+
+def levels_by_box_size(pooler: ROIPooler, regions: Regions) -> torch.Tensor:
+    """Return the index (N,) of the level that a pooler's box-size rule assigns to each region."""
+    rule = pooler.min_level, pooler.max_level, pooler.canonical_box_size, pooler.canonical_level
+    return assign_boxes_to_levels(regions.boxes, *rule)
 
 
 def suppress(boxes: torch.Tensor, scores: torch.Tensor, config: CfgNode) -> torch.Tensor:
@@ -34,18 +45,32 @@ def suppress(boxes: torch.Tensor, scores: torch.Tensor, config: CfgNode) -> torc
     return nms(boxes, scores, config.NMS_THRESH)[: config.POST_NMS_TOPK]
 
 
-def match_and_sample(boxes: torch.Tensor, gt_boxes: torch.Tensor, config: CfgNode) -> torch.Tensor:
+def match_and_sample(
+    boxes: torch.Tensor, is_candidate: torch.Tensor, gt_boxes: torch.Tensor, config: CfgNode
+) -> torch.Tensor:
     """Sample the boxes of an image that become regions: positives, which overlap an object, and negatives.
+
+    This is Detectron2's `subsample_labels` without its waits for the device.
 
     Args:
         boxes: (K, 4) xyxy in pixels.
+        is_candidate: (K,) false for boxes that are left out.
         gt_boxes: (G, 4) xyxy in pixels, G may be 0.
         config: the node DISTILL.REGIONS.
 
     Returns:
-        indices of at most BATCH_SIZE_PER_IMAGE boxes. If there are few positives, negatives fill the rest.
+        (K,) true for the sampled boxes, at most BATCH_SIZE_PER_IMAGE. If there are few positives, negatives fill the
+        rest.
     """
     overlap = box_iou(gt_boxes, boxes).amax(dim=0) if len(gt_boxes) else boxes.new_zeros(len(boxes))
-    labels = (overlap >= config.IOU_THRESHOLD).long()
-    sampled = subsample_labels(labels, config.BATCH_SIZE_PER_IMAGE, config.POSITIVE_FRACTION, bg_label=0)
-    return torch.cat(sampled)
+    positive = is_candidate & (overlap >= config.IOU_THRESHOLD)
+    negative = is_candidate & ~positive
+    size = config.BATCH_SIZE_PER_IMAGE
+    positive = positive & (_random_rank(positive) < int(size * config.POSITIVE_FRACTION))
+    return positive | (negative & (_random_rank(negative) < size - positive.sum()))
+
+
+def _random_rank(mask: torch.Tensor) -> torch.Tensor:
+    """Return ranks (K,) in a random order in which the elements of the mask come first."""
+    keys = torch.rand(len(mask), device=mask.device)
+    return (keys + (~mask).float()).argsort().argsort()

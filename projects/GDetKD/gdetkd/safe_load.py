@@ -4,23 +4,19 @@ import errno
 import hashlib
 import os
 import pickle
-import re
 import zlib
 from collections import OrderedDict
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, BinaryIO, Dict, Tuple
 
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
-from fvcore.common.checkpoint import Checkpointer
 
+from ._compat.checkpoint import CheckpointSteps
+from ._compat.pickles import numpy_allowed, numpy_names, refused_name
 from .errors import GDetKDError
 from .weights_layout import is_tensor, with_model
 
-# Names in the message of torch's loader about a file that asks for more than tensors and plain containers.
-REFUSAL = re.compile(r"GLOBAL (\S+)|class (\S+)|function (\S+)")
 # Errors that the loaders raise for a file that is cut off or no weights file.
 DAMAGE = (
     pickle.UnpicklingError,
@@ -89,19 +85,8 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode(encoding)
 
 
-def _numpy_names() -> Dict[Tuple[str, str], Any]:
-    """Return NumPy's functions that rebuild arrays and scalars, by the names in pickles of NumPy 1 and 2."""
-    core = getattr(np, "_core", None) or np.core
-    names: Dict[Tuple[str, str], Any] = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
-    for package in ("numpy.core", "numpy._core"):
-        names[f"{package}.multiarray", "_reconstruct"] = core.multiarray._reconstruct
-        names[f"{package}.multiarray", "scalar"] = core.multiarray.scalar
-        names[f"{package}.numeric", "_frombuffer"] = core.numeric._frombuffer
-    return names
-
-
 _ALLOWED: Dict[Tuple[str, str], Any] = {
-    **_numpy_names(),
+    **numpy_names(),
     ("collections", "OrderedDict"): OrderedDict,
     **{(module, kind.__name__): kind for module in ("builtins", "__builtin__") for kind in (set, frozenset, bytearray)},
 }
@@ -129,7 +114,7 @@ def read_weights(path: str) -> Dict[str, Any]:
                 "intact. Check the access rights, the disk and the free memory, and try again. If you do not need the "
                 "file, remove it."
             ) from e
-        if asked := _asked_for(e):
+        if asked := refused_name(e):
             raise UntrustedFileError(_refusal(path, f"it asks for {asked}")) from e
         reason = (str(e).strip().splitlines() or ["it ends too early"])[0]
         raise DamagedFileError(
@@ -171,27 +156,8 @@ def _check_plain(content: Any) -> None:
 
 
 def _read_torch(path: str) -> Any:
-    with _numpy_allowed():
+    with numpy_allowed():
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _numpy_allowed() -> AbstractContextManager:
-    """Allow NumPy's types in torch's loader: plain Detectron2 can write NumPy numbers beside the weights."""
-    if not hasattr(torch.serialization, "safe_globals"):
-        return nullcontext()
-    kinds = [getattr(np.dtypes, name) for name in np.dtypes.__all__] if hasattr(np, "dtypes") else []
-    named = [(value, f"{module}.{name}") for (module, name), value in _numpy_names().items()]
-    return torch.serialization.safe_globals([*named, *kinds])
-
-
-def _asked_for(error: BaseException) -> str:
-    if not isinstance(error, pickle.UnpicklingError):
-        return ""
-    for line in str(error).splitlines():
-        if re.search(r"nsupported (global|class)|unsupported GLOBAL|reduce for|instantiate", line):
-            match = REFUSAL.search(line)
-            return next(filter(None, match.groups()), "") if match else line.strip()
-    return ""
 
 
 def _refusal(path: str, reason: str) -> str:
@@ -202,14 +168,7 @@ def _refusal(path: str, reason: str) -> str:
     )
 
 
-class _SafeTorchFormat(Checkpointer):
-    """Read torch's format for Detectron2's checkpointer, whose base class it replaces."""
-
-    def _load_file(self, f: str) -> Dict[str, Any]:
-        return with_model(read_weights(f), f)
-
-
-class SafeCheckpointer(DetectionCheckpointer, _SafeTorchFormat):
+class SafeCheckpointer(CheckpointSteps):
     """Load checkpoints as Detectron2's checkpointer does, but from files that need not be trusted.
 
     Raises:
@@ -230,9 +189,12 @@ class SafeCheckpointer(DetectionCheckpointer, _SafeTorchFormat):
             raise GDetKDError(f"The weights {file!r} are not there. The current folder is {os.getcwd()}. {remedy}")
         return super().load(path, *args, **kwargs)
 
-    def _load_file(self, filename: str) -> Dict[str, Any]:
+    def read_torch_file(self, filename: str) -> Dict[str, Any]:
+        return with_model(read_weights(filename), filename)
+
+    def read_file(self, filename: str) -> Dict[str, Any]:
         if not filename.endswith((".pkl", ".pyth")):
-            return super()._load_file(filename)
+            return super().read_file(filename)
         content = read_weights(filename)
         if filename.endswith(".pyth"):  # pycls writes these
             if "model_state" not in content:

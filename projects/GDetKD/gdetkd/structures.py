@@ -38,6 +38,30 @@ class Regions:
         ids = [boxes.tensor.new_full((len(boxes),), image, dtype=torch.long) for image, boxes in enumerate(self.boxes)]
         return torch.cat(ids)
 
+    def rois(self) -> torch.Tensor:
+        """Return the regions (N, 5) as RoIAlign takes them: index of the image, and xyxy in pixels."""
+        boxes = self.tensor()
+        return torch.cat([self.image_ids()[:, None].to(boxes.dtype), boxes], dim=1)
+
+    def split_by_level(self, levels: torch.Tensor, num_levels: int) -> Tuple[List["Regions"], torch.Tensor]:
+        """Split the regions by level. This waits for the device once.
+
+        Args:
+            levels: (N,) index of each region's level.
+
+        Returns:
+            the regions of each level, over the same images and without `sources`; and the place (N,) of each region in
+            their concatenation.
+        """
+        images = len(self.boxes)
+        # The box-size rule gives no valid level to a box that is not finite.
+        groups = levels.clamp(0, num_levels - 1) * images + self.image_ids()
+        order = groups.argsort(stable=True)
+        sizes = (groups[:, None] == torch.arange(num_levels * images, device=groups.device)).sum(dim=0).tolist()
+        parts = [Boxes(boxes) for boxes in self.tensor()[order].split(sizes)]
+        by_level = [Regions(parts[first : first + images]) for first in range(0, len(parts), images)]
+        return by_level, order.argsort()
+
     def __len__(self) -> int:
         return sum(len(boxes) for boxes in self.boxes)
 

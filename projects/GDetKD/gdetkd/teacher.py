@@ -11,6 +11,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from .detectors import build_adapter
+from .device import SideStream
 from .errors import GDetKDError, first_line, some
 from .inference import for_inference, parse_dtype
 from .safe_load import DamagedFileError, SafeCheckpointer, sha256_of_file
@@ -28,8 +29,8 @@ CLASS_FREQUENCIES = "fed_loss_cls_weights"
 class CompleteCheckpointer(SafeCheckpointer):
     """Load weights as Detectron2 does, but raise an error if a tensor stays unloaded. Detectron2 only warns."""
 
-    def _load_model(self, checkpoint: Any) -> Any:
-        incompatible = super()._load_model(checkpoint)
+    def load_weights(self, checkpoint: Any) -> Any:
+        incompatible = super().load_weights(checkpoint)
         # A BatchNorm's count of batches does not matter in eval mode, and old files lack it.
         missing = [key for key in incompatible.missing_keys if not key.endswith("num_batches_tracked")]
         misshapen = [f"{key} {have} for {want}" for key, have, want in incompatible.incorrect_shapes]
@@ -128,6 +129,8 @@ class FrozenTeacher:
         names = _teachers_classes(cfg, self.file, self.adapter.spec.num_classes)
         self.spec = with_class_names(self.adapter.spec, names)
         config = cfg.DISTILL.TEACHER
+        self._device = torch.device(cfg.MODEL.DEVICE)
+        self._stream = SideStream(self._device, config.OWN_STREAM)
         self._dtype = parse_dtype(config.DTYPE, cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED)
         self.sha256 = load_weights(self.model, self.file.weights)
         self.model.eval()
@@ -145,18 +148,47 @@ class FrozenTeacher:
         needs: Collection[str],
         later_regions: Sequence[Regions] = (),
     ) -> DetectorOutputs:
-        """Compute the teacher's features and predictions for the regions of a training batch.
+        """Call `extract` and `look_at`."""
+        return self.look_at(self.extract(batched_inputs), regions, needs, later_regions)
+
+    @torch.no_grad()
+    def extract(self, batched_inputs: List[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
+        """Run the teacher's backbone on a training batch. This depends on nothing that the student computes.
 
         Args:
             batched_inputs: the student's inputs, in the student's channel order, not normalised.
-            regions: boxes in pixels of these images.
+
+        Returns:
+            the backbone's features by name. On a stream of its own, they are ready only for `look_at`.
+        """
+        with self._stream:
+            images = self.preprocess(batched_inputs).tensor
+            images = images.to(self._dtype).contiguous(memory_format=torch.channels_last)
+            with self._autocast():
+                return self.adapter.extract(images)
+
+    @torch.no_grad()
+    def look_at(
+        self,
+        features: Dict[str, torch.Tensor],
+        regions: Optional[Regions],
+        needs: Collection[str],
+        later_regions: Sequence[Regions] = (),
+    ) -> DetectorOutputs:
+        """Compute the teacher's features and predictions for the regions of a training batch.
+
+        Args:
+            features: what `extract` returned for this batch.
+            regions: boxes in pixels of the batch's images.
             needs: fields of `DetectorOutputs` to fill.
             later_regions: boxes of the later stages, if the student is a cascade.
         """
-        images = self.preprocess(batched_inputs).tensor
-        images = images.to(self._dtype).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, self._dtype, enabled=torch.finfo(self._dtype).bits < 32):
-            return self.adapter.look(images, regions, needs, later_regions)
+        self._stream.hand_over(features)
+        with self._autocast():
+            return self.adapter.look(features, regions, needs, later_regions)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self._dtype, enabled=torch.finfo(self._dtype).bits < 32)
 
     @torch.no_grad()
     def detect(self, batched_inputs: List[Dict[str, Any]]) -> List[Dict[str, Any]]:

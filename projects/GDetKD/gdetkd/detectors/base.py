@@ -25,8 +25,8 @@ REGION_FIELDS = frozenset({"pooled", "levels", "embeddings", "logits", "deltas"}
 class DetectorAdapter(ABC):
     """Read a detector's pyramid, regions, embeddings and predictions.
 
-    A student runs its own training step, and `observe` reads the recorded calls. A teacher runs in `look`, on the
-    student's regions.
+    A student runs its own training step, and `observe` reads the recorded calls. A teacher runs in `extract` and
+    `look`, on the student's regions.
 
     Args:
         model: a plain Detectron2 detector.
@@ -34,8 +34,8 @@ class DetectorAdapter(ABC):
         cfg: the config of the distillation.
 
     Attributes:
-        backbone: backbone that `look` runs on images, the model's or a faster copy. None if the model has no attribute
-            of that name.
+        backbone: backbone that `extract` runs on images, the model's or a faster copy. None if the model has no
+            attribute of that name.
         needs: fields of `DetectorOutputs` that losses read. `observe` may leave the other fields empty.
         stages_compared: number of stages that CLS and REG compare; more than 1 only between two cascades.
 
@@ -74,10 +74,18 @@ class DetectorAdapter(ABC):
             batched_inputs: images and ground truth of the step, in Detectron2's format.
         """
 
+    def extract(self, images: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Return a teacher's feature maps by name. `look` gets them, and needs no images.
+
+        Args:
+            images: (B, 3, H, W), normalised and padded for this detector.
+        """
+        return self.backbone(images)
+
     @abstractmethod
     def look(
         self,
-        images: torch.Tensor,
+        features: Dict[str, torch.Tensor],
         regions: Optional[Regions],
         needs: Collection[str],
         later_regions: Sequence[Regions] = (),
@@ -85,8 +93,8 @@ class DetectorAdapter(ABC):
         """Compute a teacher's features and predictions for given regions.
 
         Args:
-            images: (B, 3, H, W), normalised and padded for this detector.
-            regions: boxes in pixels of these images. None if `needs` has no field about regions.
+            features: what `extract` returned.
+            regions: boxes in pixels of the images. None if `needs` has no field about regions.
             needs: fields of `DetectorOutputs` to fill beside the pyramid: "pooled", "levels", "embeddings", "logits",
                 "deltas", "head".
             later_regions: boxes of a student cascade's stages after the first. A teacher that is a cascade fills

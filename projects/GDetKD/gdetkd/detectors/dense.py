@@ -17,6 +17,7 @@ from detectron2.structures import Boxes
 from torch import nn
 from torchvision.ops import roi_align
 
+from ..device import on_device
 from ..errors import GDetKDError
 from ..recorder import Call
 from ..regions import match_and_sample, pool_in_full_precision, suppress
@@ -112,13 +113,12 @@ class DenseAdapter(DetectorAdapter):
 
     def look(
         self,
-        images: torch.Tensor,
+        features: Dict[str, torch.Tensor],
         regions: Optional[Regions],
         needs: Collection[str],
         later_regions: Sequence[Regions] = (),
     ) -> DetectorOutputs:
         model = self.model
-        features = self.backbone(images)
         maps = [features[name] for name in self._features]
         outputs = DetectorOutputs(dict(zip(self._features, maps)), self.spec.strides, regions)
         if "head" in needs:
@@ -145,10 +145,24 @@ class DenseAdapter(DetectorAdapter):
     def _find_regions(
         self, maps: List[torch.Tensor], predictions: Sequence[List[torch.Tensor]], batched_inputs: List[Dict[str, Any]]
     ) -> Regions:
-        decoded = self._decode_best(maps, predictions)
-        chosen = [self._choose(*candidates, inputs) for *candidates, inputs in zip(*decoded, batched_inputs)]
-        boxes, sources = zip(*chosen)
-        return Regions([Boxes(image_boxes) for image_boxes in boxes], torch.cat(sources))
+        boxes, anchors, sources, scores = self._decode_best(maps, predictions)
+        boxes, is_candidate = self._clip(boxes, anchors, scores, batched_inputs)
+        config = self.cfg.DISTILL.REGIONS
+        kept, sampled = [], []
+        for image, inputs in enumerate(batched_inputs):
+            best = suppress(boxes[image], scores[image].where(is_candidate[image], -math.inf), config)
+            gt_boxes = inputs["instances"].gt_boxes.tensor.to(boxes.device)
+            sampled.append(match_and_sample(boxes[image, best], is_candidate[image, best], gt_boxes, config))
+            kept.append(best)
+        counts = torch.stack([mask.sum() for mask in sampled]).tolist()
+        chosen = [
+            best[mask.long().argsort(descending=True, stable=True)[:count]]
+            for best, mask, count in zip(kept, sampled, counts)
+        ]
+        return Regions(
+            [Boxes(boxes[image, indices]) for image, indices in enumerate(chosen)],
+            torch.cat([sources[image, indices] for image, indices in enumerate(chosen)]),
+        )
 
     def _decode_best(
         self, maps: List[torch.Tensor], predictions: Sequence[List[torch.Tensor]]
@@ -170,25 +184,23 @@ class DenseAdapter(DetectorAdapter):
         boxes = self.model.box2box_transform.apply_deltas(deltas.float(), anchors.flatten(0, 1))
         return boxes.view_as(anchors), anchors, sources, flat.gather(1, best)
 
-    def _choose(
-        self, boxes: torch.Tensor, anchors: torch.Tensor, sources: torch.Tensor, scores: torch.Tensor, inputs: Any
+    def _clip(
+        self, boxes: torch.Tensor, anchors: torch.Tensor, scores: torch.Tensor, batched_inputs: List[Dict[str, Any]]
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Choose the regions of an image among its K candidates, as `_decode_best` gives them.
+        """Clip decoded boxes to their images, which are not padded.
 
         Returns:
-            boxes (M, 4) and sources (M, 4) of the M chosen candidates.
+            boxes (B, K, 4), and a mask (B, K) of the candidates. A candidate is finite, not smaller than MIN_SIZE, and
+            its anchor's centre lies in the image. The other boxes are 0, so that NMS suppresses nothing by them.
         """
-        config = self.cfg.DISTILL.REGIONS
-        height, width = inputs["image"].shape[-2:]  # not padded
-        inside = (anchors[:, :2] + anchors[:, 2:]) / 2 < anchors.new_tensor([width, height])
-        valid = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores) & inside.all(dim=1)
-        clipped = Boxes(boxes.nan_to_num())  # `clip` fails on boxes that are not finite; `valid` leaves them out
-        clipped.clip((height, width))
-        valid = torch.nonzero(valid & clipped.nonempty(threshold=config.MIN_SIZE))[:, 0]
-        kept = valid[suppress(clipped.tensor[valid], scores[valid], config)]
-        gt_boxes = inputs["instances"].gt_boxes.tensor.to(boxes.device)
-        kept = kept[match_and_sample(clipped.tensor[kept], gt_boxes, config)]
-        return clipped.tensor[kept], sources[kept]
+        sides = [inputs["image"].shape[:-3:-1] for inputs in batched_inputs]
+        sides = on_device(sides, like=boxes)[:, None]  # (B, 1, 2) width and height
+        is_inside = (anchors[..., :2] + anchors[..., 2:]) / 2 < sides
+        is_candidate = torch.isfinite(boxes).all(dim=2) & torch.isfinite(scores) & is_inside.all(dim=2)
+        clipped = torch.minimum(boxes.nan_to_num().clamp(min=0), sides.repeat(1, 1, 2))
+        is_large = (clipped[..., 2:] - clipped[..., :2] > self.cfg.DISTILL.REGIONS.MIN_SIZE).all(dim=2)
+        is_candidate = is_candidate & is_large
+        return clipped * is_candidate[..., None], is_candidate
 
     def _assign_levels(self, regions: Regions) -> torch.Tensor:
         return assign_boxes_to_levels(regions.boxes, **self._level_range, **self._level_rule)
@@ -202,19 +214,19 @@ class DenseAdapter(DetectorAdapter):
         Returns:
             (N, D)
         """
-        levels = self._assign_levels(regions)
-        boxes, image_ids = regions.tensor(), regions.image_ids()
-        towers = [full_precision(tower) for tower in towers]  # as in `pool_in_full_precision`
-        embeddings = towers[0].new_zeros(len(boxes), towers[0].shape[1])
-        for level, (tower, stride) in enumerate(zip(towers, self.spec.strides.values())):
-            chosen = torch.nonzero(levels == level)[:, 0]
+        strides = self.spec.strides.values()
+        by_level, places = regions.split_by_level(self._assign_levels(regions), len(towers))
+        embeddings = []
+        for tower, stride, part in zip(map(full_precision, towers), strides, by_level):
             # RoIAlign of one cell is interpolation at its centre. RoIAlign puts the centre of cell i at (i + 0.5)
             # strides, the detector puts its anchors at (i + offset) strides.
             shift = (0.5 - self.model.anchor_generator.offset) * stride
-            centre = (boxes[chosen, :2] + boxes[chosen, 2:]) / 2 + shift
-            cell = torch.cat([image_ids[chosen, None], centre - stride / 2, centre + stride / 2], dim=1).to(tower.dtype)
-            embeddings[chosen] = roi_align(tower, cell, 1, 1.0 / stride, sampling_ratio=1, aligned=True).flatten(1)
-        return embeddings
+            boxes = part.tensor()
+            centre = (boxes[:, :2] + boxes[:, 2:]) / 2 + shift
+            cell = torch.cat([part.image_ids()[:, None], centre - stride / 2, centre + stride / 2], dim=1)
+            pooled = roi_align(tower, cell.to(tower.dtype), 1, 1.0 / stride, sampling_ratio=1, aligned=True)
+            embeddings.append(pooled.flatten(1))
+        return torch.cat(embeddings)[places]
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()

@@ -6,13 +6,12 @@ from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN
-from detectron2.modeling.poolers import assign_boxes_to_levels
 from torch import nn
 from torch.func import functional_call
 
 from ..errors import GDetKDError
 from ..recorder import Call
-from ..regions import pool_in_full_precision
+from ..regions import levels_by_box_size, pool_in_full_precision
 from ..structures import DetectorOutputs, DetectorSpec, Predictions, Regions
 from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter
 
@@ -93,18 +92,16 @@ class _TwoStageAdapter(DetectorAdapter):
 
     def look(
         self,
-        images: torch.Tensor,
+        features: Dict[str, torch.Tensor],
         regions: Optional[Regions],
         needs: Collection[str],
         later_regions: Sequence[Regions] = (),
     ) -> DetectorOutputs:
         pooler = self.model.roi_heads.box_pooler
-        features = self.backbone(images)
         maps = [features[name] for name in self._features]
         outputs = DetectorOutputs(dict(zip(self._features, maps)), self.spec.strides, regions)
         if "levels" in needs:
-            rule = pooler.min_level, pooler.max_level, pooler.canonical_box_size, pooler.canonical_level
-            outputs.levels = assign_boxes_to_levels(regions.boxes, *rule)
+            outputs.levels = levels_by_box_size(pooler, regions)
         if {"pooled", "embeddings", "logits", "deltas"} & set(needs):
             outputs.pooled = pool_in_full_precision(pooler, maps, regions)
         if not {"embeddings", "logits", "deltas"} & set(needs):

@@ -37,7 +37,7 @@ def by_anchor(prediction: torch.Tensor, width: int) -> torch.Tensor:
 
 def without_anchor(sources: torch.Tensor) -> torch.Tensor:
     """Set the anchor of sources (N, 4) to 0, for maps that have one vector for all anchors of a location."""
-    return sources * sources.new_tensor([1, 1, 1, 0])
+    return torch.cat([sources[:, :3], torch.zeros_like(sources[:, :1])], dim=1)
 
 
 def places(level: int, scores: torch.Tensor) -> torch.Tensor:

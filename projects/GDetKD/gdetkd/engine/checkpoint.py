@@ -8,7 +8,6 @@ from typing import Any, Dict, List, Optional, Tuple
 from detectron2.utils import comm
 from torch import nn
 
-from .._compat.checkpoint import CheckpointSteps
 from ..errors import GDetKDError
 from ..files import PARTIAL, written_whole
 from ..safe_load import DamagedFileError, SafeCheckpointer, UnreadableFileError, read_weights
@@ -33,7 +32,7 @@ class _WholeFiles:
         return getattr(self._files, name)
 
 
-class DurableCheckpointer(CheckpointSteps, SafeCheckpointer):
+class DurableCheckpointer(SafeCheckpointer):
     """Write a checkpoint to a temporary file, sync and rename it, and go on when the disk is full.
 
     Resuming takes the checkpoint that `last_checkpoint` names, or an earlier checkpoint if that file is damaged.

@@ -7,6 +7,7 @@ from typing import Any, Callable, List, NamedTuple, Sequence
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.modeling.proposal_generator.build import PROPOSAL_GENERATOR_REGISTRY
+from detectron2.utils.registry import Registry
 
 from .._compat import has_compiled_ops
 from ..config import student_architecture
@@ -128,21 +129,23 @@ def _wrong_weights(cfg: CfgNode) -> List[str]:
 
 def _unknown_names(cfg: CfgNode) -> List[str]:
     """Compare the names of parts with Detectron2's registries, whose errors do not name the config's key."""
-    key = "DISTILL.STUDENT_META_ARCHITECTURE" if cfg.MODEL.META_ARCHITECTURE == "GDetKD" else "MODEL.META_ARCHITECTURE"
-    parts = [(key, META_ARCH_REGISTRY), ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY)]
-    if get_key(cfg, key) == "GeneralizedRCNN":
-        parts += [
-            ("MODEL.ROI_HEADS.NAME", ROI_HEADS_REGISTRY),
-            ("MODEL.PROPOSAL_GENERATOR.NAME", PROPOSAL_GENERATOR_REGISTRY),
-        ]
+    is_distilled = cfg.MODEL.META_ARCHITECTURE == "GDetKD"
+    architecture = "DISTILL.STUDENT_META_ARCHITECTURE" if is_distilled else "MODEL.META_ARCHITECTURE"
+    known = {architecture: _names(META_ARCH_REGISTRY), "MODEL.BACKBONE.NAME": _names(BACKBONE_REGISTRY)}
+    if get_key(cfg, architecture) == "GeneralizedRCNN":
+        known["MODEL.ROI_HEADS.NAME"] = _names(ROI_HEADS_REGISTRY)
+        known["MODEL.PROPOSAL_GENERATOR.NAME"] = [*_names(PROPOSAL_GENERATOR_REGISTRY), PRECOMPUTED]
     wrong = []
-    for key, registry in parts:
-        known = [name for name, _ in registry]
-        if get_key(cfg, key) not in (*known, PRECOMPUTED):
-            similar = difflib.get_close_matches(str(get_key(cfg, key)), known, n=3, cutoff=0.0)
-            known_names = " or ".join(similar)
-            wrong.append(f"{key} is {get_key(cfg, key)!r}, which is not registered (did you mean {known_names}?)")
+    for key, names in known.items():
+        name = get_key(cfg, key)
+        if name not in names:
+            similar = " or ".join(difflib.get_close_matches(str(name), names, n=3, cutoff=0.0))
+            wrong.append(f"{key} is {name!r}, which is not registered (did you mean {similar}?)")
     return wrong
+
+
+def _names(registry: Registry) -> List[str]:
+    return [name for name, _ in registry]
 
 
 def _unsupported(cfg: CfgNode) -> List[str]:

@@ -1,6 +1,6 @@
 """Communicate small flags between the processes of a run, on the CPU."""
 
-from typing import List
+from typing import List, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,19 @@ def on_any_process(*flags: bool) -> List[bool]:
     together = torch.tensor(flags, dtype=torch.int32)
     dist.all_reduce(together, op=dist.ReduceOp.MAX, group=cpu_group())
     return together.bool().tolist()
+
+
+def any_and_mean(flags: Sequence[bool], values: Sequence[float]) -> Tuple[List[bool], List[float]]:
+    """Return each flag, raised where any process raises it, and the mean of each value over the processes.
+
+    All processes must call this together, with as many flags and values. A value that is not finite spoils no flag.
+    """
+    if comm.get_world_size() == 1:
+        return list(flags), list(values)
+    together = torch.tensor([*map(float, flags), *values], dtype=torch.float64)
+    dist.all_reduce(together, group=cpu_group())
+    sums = together.tolist()
+    return [total > 0 for total in sums[: len(flags)]], [total / comm.get_world_size() for total in sums[len(flags) :]]
 
 
 class Notice:

@@ -6,7 +6,6 @@ import math
 import os
 from typing import Any, Dict, List, Mapping, Tuple
 
-import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
@@ -56,12 +55,11 @@ class StepGuard(HookBase):
         self._state.save()
         self._random_before = get_random_state()
 
-    def find(self, losses: Mapping[str, torch.Tensor]) -> Dict[str, str]:
-        """Return the losses of this process that are not finite, as text. This waits for the device."""
-        values = dict(zip(losses, torch.stack([loss.float().sum() for loss in losses.values()]).tolist()))
+    def find(self, losses: Mapping[str, float]) -> Dict[str, str]:
+        """Return the losses of this process that are not finite, as text."""
         if self._model.failure:
             return {"the forward pass": f"not finite ({self._model.failure})"}
-        return {name: str(value) for name, value in values.items() if not math.isfinite(value)}
+        return {name: str(value) for name, value in losses.items() if not math.isfinite(value)}
 
     def skip_or_stop(self, terms: Mapping[str, str]) -> None:
         """Undo the forward pass, and end the step or the run. All processes must call this together.

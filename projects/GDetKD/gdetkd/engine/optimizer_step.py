@@ -1,13 +1,15 @@
 """Let all processes agree before each optimizer step, and take the step or leave it out."""
 
-from typing import Any, Dict, Tuple, Union
+from typing import Any, Dict, List, Tuple, Union
 
 import torch
 from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from .._compat.training import AfterBackward
-from .exchange import on_any_process
+from .exchange import any_and_mean
 from .guard import StepGuard, StepSkipped
 from .schedule import LossSchedule
 from .stopping import StopRequest
@@ -16,13 +18,14 @@ from .stopping import StopRequest
 class StepAgreement(HookBase):
     """Exchange two flags before each optimizer step: a loss is not finite, and the run is asked to stop.
 
-    Both flags share one exchange, because every exchange makes the processes wait for each other. The hook belongs to
+    The flags and the values of the distillation terms, to log, share one exchange, because every exchange makes the
+    processes wait for each other. The losses and these values are read from the device together. The hook belongs to
     the trainer that runs the single steps.
 
     Args:
         guard: finds losses that are not finite, and ends the step or the run.
         request: learns whether any process is asked to stop.
-        schedule: logs the distillation terms of the step.
+        schedule: gives the values of the distillation terms.
     """
 
     def __init__(self, guard: StepGuard, request: StopRequest, schedule: LossSchedule) -> None:
@@ -52,12 +55,22 @@ class StepAgreement(HookBase):
             StepSkipped: a loss of some process is not finite, and that is tolerated.
             NonFiniteError: a loss of some process is not finite, and that is not tolerated.
         """
-        losses, self._losses = self._losses, {}
+        losses, scalars = _read(self._losses, self._schedule.take_scalars())
+        self._losses = {}
         terms = self._guard.find(losses)
-        some_not_finite, self._request.is_agreed = on_any_process(bool(terms), self._request.is_asked)
+        flags, means = any_and_mean([bool(terms), self._request.is_asked], list(scalars.values()))
+        some_not_finite, self._request.is_agreed = flags
         if some_not_finite:
             self._guard.skip_or_stop(terms)
-        self._schedule.log()
+        if comm.is_main_process():
+            get_event_storage().put_scalars(smoothing_hint=False, **dict(zip(scalars, means)))
+
+
+def _read(*groups: Dict[str, torch.Tensor]) -> List[Dict[str, float]]:
+    """Return groups of scalar tensors as numbers. This waits for the device, once."""
+    tensors = [tensor.float().sum() for group in groups for tensor in group.values()]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [{name: next(numbers) for name in group} for group in groups]
 
 
 class _MaySkip(AfterBackward):

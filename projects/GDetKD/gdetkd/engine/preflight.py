@@ -48,9 +48,15 @@ def check_datasets(cfg: CfgNode) -> None:
             - A dataset is not registered or has no images.
             - Two datasets have their classes in different orders.
             - A dataset of DATASETS.TEST cannot be evaluated on, or an image of it cannot be read.
+            - DATASETS.TEST is empty although DISTILL.EVAL_TEACHER asks for an evaluation.
     """
     if not cfg.DATASETS.TRAIN:
         raise GDetKDError("DATASETS.TRAIN is empty. Name the dataset to train on.")
+    if cfg.MODEL.META_ARCHITECTURE == "GDetKD" and cfg.DISTILL.EVAL_TEACHER and not cfg.DATASETS.TEST:
+        raise GDetKDError(
+            "DISTILL.EVAL_TEACHER is True, but DATASETS.TEST is empty. Name a dataset to evaluate the teacher on, or "
+            "set DISTILL.EVAL_TEACHER to False."
+        )
     for name in cfg.DATASETS.TRAIN:
         check_train_labels(cfg, load_dataset(name), name)
     check_test_sets(cfg)

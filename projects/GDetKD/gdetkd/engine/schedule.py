@@ -1,10 +1,9 @@
-"""Weight the distillation terms over the training, and log their values."""
+"""Weight the distillation terms over the training."""
 
 from typing import Any, Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
@@ -21,7 +20,7 @@ class LossSchedule:
     def __init__(self, cfg: CfgNode) -> None:
         self._warmup_iters = cfg.DISTILL.WARMUP_ITERS
         self._nodes = {term_name(name): cfg.DISTILL[name] for name in cfg.DISTILL.LOSSES}
-        self._waiting: Dict[str, torch.Tensor] = {}  # the values of this step, for `log`
+        self._scalars: Dict[str, torch.Tensor] = {}
 
     @property
     def terms(self) -> List[str]:
@@ -45,7 +44,7 @@ class LossSchedule:
         }
 
     def attach(self, model: nn.Module) -> Any:
-        """Weight the losses that `model` returns in training, and keep them for `log`.
+        """Weight the losses that `model` returns in training, and keep values for `take_scalars`.
 
         Returns:
             the handle that undoes this.
@@ -60,20 +59,14 @@ class LossSchedule:
         weighted = self(output, storage.iter)
         # A student's loss may have the shape (1,), so it is summed.
         total = torch.stack([loss.detach().sum() for loss in weighted.values()]).sum()
-        self._waiting = {f"raw/{name}": output[name].detach().sum() for name in self._nodes}
-        self._waiting.update({f"share/{name}": weighted[name].detach().sum() / total for name in self._nodes})
+        self._scalars = {f"raw/{name}": output[name].detach().sum() for name in self._nodes}
+        self._scalars.update({f"share/{name}": weighted[name].detach().sum() / total for name in self._nodes})
         return weighted
 
-    def log(self) -> None:
-        """Log each term's raw value and its share of the total loss. All processes must call this together.
+    def take_scalars(self) -> Dict[str, torch.Tensor]:
+        """Return each term's raw value and its share of the total loss in this step, to log, and forget them.
 
-        Call it after the backward pass: it waits for the device and for the other processes. The trainer logs the
-        weighted values.
+        The trainer logs the weighted values.
         """
-        waiting, self._waiting = self._waiting, {}
-        if not waiting:
-            return
-        values = comm.reduce_dict(waiting)
-        if comm.is_main_process():
-            names, numbers = list(values), torch.stack(list(values.values())).tolist()
-            get_event_storage().put_scalars(smoothing_hint=False, **dict(zip(names, numbers)))
+        scalars, self._scalars = self._scalars, {}
+        return scalars

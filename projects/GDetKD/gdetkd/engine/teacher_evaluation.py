@@ -27,23 +27,31 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_teacher(cfg: CfgNode, teacher: Optional[FrozenTeacher] = None) -> Dict[str, Any]:
-    """Evaluate the teacher on the student's DATASETS.TEST, with the teacher's own image size and preprocessing.
-
-    Its classes are found by name among the classes of the dataset. DISTILL.CLASS_MAP counts.
+    """Register and check the student's DATASETS.TEST, and evaluate the teacher on it as `evaluate_on_test_sets` does.
 
     Args:
         cfg: the config of the distillation.
         teacher: built from `cfg` if it is not given.
-
-    Returns:
-        metrics in percent as Detectron2 gives them, by task. Several datasets give one such dict each, by name.
 
     Raises:
         GDetKDError: a dataset is wrong, or has none of the teacher's classes.
     """
     register_datasets(cfg)
     check_test_sets(cfg, needed=True)
-    teacher = teacher or FrozenTeacher(cfg)
+    return evaluate_on_test_sets(cfg, teacher or FrozenTeacher(cfg))
+
+
+def evaluate_on_test_sets(cfg: CfgNode, teacher: FrozenTeacher) -> Dict[str, Any]:
+    """Evaluate the teacher on DATASETS.TEST, which is checked already, with the teacher's own preprocessing.
+
+    Its classes are found by name among the classes of the dataset. DISTILL.CLASS_MAP counts.
+
+    Returns:
+        metrics in percent as Detectron2 gives them, by task. Several datasets give one such dict each, by name.
+
+    Raises:
+        GDetKDError: a dataset has none of the teacher's classes.
+    """
     logger.info("Evaluating the teacher.")
     folder = os.path.join(cfg.OUTPUT_DIR, "teacher")
     results = {name: evaluate_on(cfg, teacher, name, folder) for name in cfg.DATASETS.TEST}
@@ -137,7 +145,7 @@ class TeacherScore(HookBase):
     """Log the teacher's metrics beside the metrics of the student.
 
     Args:
-        metrics: what `evaluate_teacher` returned.
+        metrics: what `evaluate_on_test_sets` returned.
     """
 
     def __init__(self, metrics: Dict[str, Any]) -> None:

@@ -27,7 +27,8 @@ from ..random_state import random_state
 from ..structures import DetectorSpec
 from ..teacher import transfer_heads
 from .config_rules import check_values
-from .evaluators import DiskTolerant, build_evaluator
+from .disk_tolerant import DiskTolerant
+from .evaluators import build_evaluator
 from .extensions import EXTENSIONS
 from .forward_guard import ForwardGuard
 from .guard import StepGuard
@@ -41,7 +42,7 @@ from .resume import DistillState, RunRecord, warn_of_other_data
 from .schedule import LossSchedule
 from .stopping import Interruptible, LeaveAtTheEnd, LeftEarly, StopRequest
 from .student_weights import StudentCheckpointer
-from .teacher_evaluation import TeacherScore, evaluate_teacher
+from .teacher_evaluation import TeacherScore, evaluate_on_test_sets
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ class DistillTrainer(BareTrainer):
 
     def train(self) -> Any:
         if self.cfg.DISTILL.EVAL_TEACHER and self.distiller is not None and self.start_iter == 0:
-            self.register_hooks([TeacherScore(evaluate_teacher(self.cfg, self.distiller.teacher))])
+            self.register_hooks([TeacherScore(evaluate_on_test_sets(self.cfg, self.distiller.teacher))])
         with self._request.listening():
             results = super().train()
         if "model_final" in self.checkpointer.failed:

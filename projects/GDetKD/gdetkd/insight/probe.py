@@ -172,7 +172,7 @@ def look_at_objects(distiller: GDetKD, probe: Probe) -> Look:
 def look_with_student(adapter: DetectorAdapter, batch: List[Dict[str, Any]], regions: Regions) -> DetectorOutputs:
     """Return a student's pyramid of a batch, and the embeddings of given regions."""
     images = adapter.model.preprocess_image([{"image": inputs["image"]} for inputs in batch]).tensor
-    return adapter.look(images, regions, {"embeddings"})
+    return adapter.look(adapter.extract(images), regions, {"embeddings"})
 
 
 def embed_objects(adapter: DetectorAdapter, probe: Probe) -> torch.Tensor:

@@ -112,9 +112,10 @@ def gather_embeddings(embeddings: torch.Tensor) -> Tuple[int, List[torch.Tensor]
     embeddings = embeddings.detach()
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return 0, [embeddings]
-    counts = [torch.zeros(1, dtype=torch.long, device=embeddings.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(embeddings)], device=embeddings.device))
-    sizes = [int(count) for count in counts]
+    count = torch.full((1,), len(embeddings), dtype=torch.long, device=embeddings.device)
+    counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    sizes = torch.cat(counts).tolist()
     padded = embeddings.new_zeros(max(sizes), embeddings.shape[1])
     padded[: len(embeddings)] = embeddings
     gathered = [torch.empty_like(padded) for _ in sizes]
@@ -135,6 +136,8 @@ class EmbeddingQueue(nn.Module):
         self.register_buffer("embeddings", torch.zeros(size, dim))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
         self.register_buffer("next", torch.zeros((), dtype=torch.long))
+        # The same two numbers for Python. Reading the buffers would make the CPU wait for the GPU at every step.
+        self._filled, self._next = 0, 0
         self._pending: Optional[torch.Tensor] = None
 
     def push(self, embeddings: torch.Tensor) -> None:
@@ -144,7 +147,7 @@ class EmbeddingQueue(nn.Module):
     def contents(self) -> torch.Tensor:
         """Return the stored embeddings (filled, D). The result is a view, valid until the next call."""
         self._write_pending()
-        return self.embeddings[: int(self.filled)]
+        return self.embeddings[: self._filled]
 
     def settle(self) -> None:
         """Write the pending embeddings before a step. Then `drop_pending` drops those of the step alone."""
@@ -160,12 +163,14 @@ class EmbeddingQueue(nn.Module):
         if new is None or size == 0:
             return
         new = new[-size:]
-        places = (torch.arange(len(new), device=new.device) + self.next) % size
+        places = torch.arange(self._next, self._next + len(new), device=new.device) % size
         # `where` needs no row count. Indexing by a mask would make the GPU wait for the number of rows.
         is_finite = torch.isfinite(new).all(dim=1, keepdim=True)  # (N, 1)
         self.embeddings[places] = torch.where(is_finite, new.to(self.embeddings.dtype), self.embeddings[places])
-        self.next.copy_((self.next + len(new)) % size)
-        self.filled.copy_((self.filled + len(new)).clamp(max=size))
+        self._next = (self._next + len(new)) % size
+        self._filled = min(self._filled + len(new), size)
+        self.next.fill_(self._next)
+        self.filled.fill_(self._filled)
 
     def _save_to_state_dict(self, destination: Dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self._write_pending()
@@ -177,6 +182,7 @@ class EmbeddingQueue(nn.Module):
         if saved is not None and len(saved) != len(self.embeddings):
             state_dict = {**state_dict, **self._fitted(state_dict, prefix)}
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._filled, self._next = int(self.filled), int(self.next)
 
     def _fitted(self, state_dict: Dict[str, Any], prefix: str) -> Dict[str, torch.Tensor]:
         """Return the state of a saved queue of another length, fitted to this one. The newest embeddings are kept.

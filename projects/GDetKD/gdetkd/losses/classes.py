@@ -5,6 +5,7 @@ Shapes: N regions, n foreground classes of a detector, m common classes.
 
 import logging
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Dict, Optional, Tuple
 
 import torch
@@ -147,6 +148,12 @@ def _check_one_to_one(pairs: Dict[str, str], student: Tuple[str, ...], teacher: 
         student_name_of[teacher_name] = name
 
 
+@lru_cache(maxsize=64)
+def _index(classes: Tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return an index tensor. It is kept, because a copy to the GPU at every step would make the CPU wait."""
+    return torch.tensor(classes, device=device)
+
+
 def merge_logits(logits: torch.Tensor, classes: Optional[Tuple[int, ...]]) -> torch.Tensor:
     """Keep the softmax logits of the given classes, and merge all other columns into the last one.
 
@@ -165,13 +172,14 @@ def merge_logits(logits: torch.Tensor, classes: Optional[Tuple[int, ...]]) -> to
     """
     if classes is None:
         return logits
-    merged = [index for index in range(logits.shape[1]) if index not in classes]
-    return torch.cat([logits[:, list(classes)], logits[:, merged].logsumexp(dim=1, keepdim=True)], dim=1)
+    merged = tuple(index for index in range(logits.shape[1]) if index not in classes)
+    kept = logits[:, _index(classes, logits.device)]
+    return torch.cat([kept, logits[:, _index(merged, logits.device)].logsumexp(dim=1, keepdim=True)], dim=1)
 
 
 def select_logits(logits: torch.Tensor, classes: Optional[Tuple[int, ...]]) -> torch.Tensor:
     """Select the sigmoid logits of the given classes: (N, n) -> (N, m). A sigmoid needs no merged column."""
-    return logits if classes is None else logits[:, list(classes)]
+    return logits if classes is None else logits[:, _index(classes, logits.device)]
 
 
 def class_probabilities(logits: torch.Tensor, classes: Optional[Tuple[int, ...]], independent: bool) -> torch.Tensor:
@@ -195,4 +203,4 @@ def select_deltas(deltas: torch.Tensor, num_classes: int, classes: Optional[Tupl
     """
     if classes is None or deltas.shape[1] == 4 and num_classes != 1:
         return deltas
-    return deltas.unflatten(1, (-1, 4))[:, list(classes)].flatten(1)
+    return deltas.unflatten(1, (-1, 4))[:, _index(classes, deltas.device)].flatten(1)

@@ -104,15 +104,17 @@ class FGFI(MapLoss):
                 "FGFI compares cells whose anchors are near objects, but the student has no anchors on "
                 f"{', '.join(lacking)}. Replace FGFI in DISTILL.LOSSES, for example by GTMASK, which needs no anchors."
             )
-        self.anchors = [anchors[level.student] for level in self.levels]
+        for index, level in enumerate(self.levels):  # a buffer moves to the GPU once
+            self.register_buffer(f"anchors{index}", torch.tensor(anchors[level.student]), persistent=False)
         self.offset = student_spec.anchor_offset
         self.adapters = adapters(self.levels, student_spec, teacher_spec, kernel_size=3)
 
     def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         student_maps, teacher_maps = zip(*self.maps(student, teacher))
+        cells = [self.get_buffer(f"anchors{index}") for index in range(len(self.levels))]
         anchors = [
-            place_anchors(teacher_map.new_tensor(cell), level.stride, self.offset, teacher_map.shape[-2:])
-            for cell, level, teacher_map in zip(self.anchors, self.levels, teacher_maps)
+            place_anchors(cell.to(teacher_map.dtype), level.stride, self.offset, teacher_map.shape[-2:])
+            for cell, level, teacher_map in zip(cells, self.levels, teacher_maps)
         ]
         by_image = [near_object_cells(anchors, boxes.tensor, self.factor) for boxes in student.gt_boxes]
         masks = [torch.stack(level_masks) for level_masks in zip(*by_image)]

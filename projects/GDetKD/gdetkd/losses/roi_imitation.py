@@ -8,11 +8,10 @@ Shapes: B images, N regions, L student levels, C channels, (h, w) the pooled siz
 
 import logging
 import math
-from typing import List, Sequence, Tuple
+from typing import Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import Boxes
 from torch import nn
 
 from ..errors import GDetKDError
@@ -65,15 +64,13 @@ def pool_on_levels(
     Returns:
         (N, C, h, w)
     """
-    by_image = levels.split([len(boxes) for boxes in regions.boxes])
-    pooled: List[torch.Tensor] = []
-    order: List[torch.Tensor] = []
-    for index, (feature_map, stride) in enumerate(zip(maps, strides)):
-        on_level = Regions([Boxes(boxes.tensor[image == index]) for boxes, image in zip(regions.boxes, by_image)])
-        # A level without regions stays in the graph, so that SyncBN's backward pass is the same on every process.
-        pooled.append(pool_all_levels([feature_map], [stride], on_level, size, sampling_ratio)[:, 0])
-        order.append(torch.nonzero(levels == index)[:, 0])
-    return torch.cat(pooled)[torch.cat(order).argsort()]
+    by_level, places = regions.split_by_level(levels, len(maps))
+    # A level without regions stays in the graph, so that SyncBN's backward pass is the same on every process.
+    pooled = [
+        pool_all_levels([feature_map], [stride], on_level, size, sampling_ratio)[:, 0]
+        for feature_map, stride, on_level in zip(maps, strides, by_level)
+    ]
+    return torch.cat(pooled)[places]
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -113,9 +110,10 @@ class ROIFI(DistillLoss):
                 ", ".join(moved),
             )
         self.adapter = nn.Conv2d(student_spec.channels, teacher_spec.channels, kernel_size=1)
+        self.register_buffer("level_map", torch.tensor(self.student_level), persistent=False)
 
     def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         maps = list(student.pyramid.values())
-        levels = torch.as_tensor(self.student_level, device=teacher.levels.device)[teacher.levels]
+        levels = self.level_map[teacher.levels]
         pooled = pool_on_levels(maps, self.strides, student.regions, levels, self.size, self.sampling_ratio)
         return roi_imitation(self.adapter(pooled), full_precision(teacher.pooled))
