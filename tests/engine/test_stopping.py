@@ -207,8 +207,8 @@ def test_precise_bn_uses_only_the_student_and_a_resumed_run_is_the_same(precise_
     cfg = precise_cfg("whole", **{"SOLVER.CHECKPOINT_PERIOD": 2})
     looks = []
     trainer = DistillTrainer(cfg)
-    look = trainer.distiller.teacher.look
-    trainer.distiller.teacher.look = lambda *args: (looks.append(torch.is_grad_enabled()), look(*args))[1]
+    look_at = trainer.distiller.teacher.look_at
+    trainer.distiller.teacher.look_at = lambda *args: (looks.append(torch.is_grad_enabled()), look_at(*args))[1]
     trainer.resume_or_load(resume=False)
     trainer.train()
     assert looks == [True] * 4  # one for each iteration
