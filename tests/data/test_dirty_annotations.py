@@ -44,13 +44,13 @@ RLE = {"size": [64, 64], "counts": [64 * 64]}
 @pytest.mark.parametrize(
     "change, match",
     [
-        (change_image(id=1), "image id 1 stands twice"),
+        (change_image(id=1), "image id 1 occurs twice"),
         (change_image(id=None), "image id None is not a number or text"),
         (change_image(width=0), "image 2 has the width 0"),
         (change_image(height="tall"), "image 2 has the height 'tall'"),
         (change_image(file_name="a\0.png"), "zero byte"),
         (change_image(file_name=7), "image 2 has no file name"),
-        (lambda content: content["categories"].append({"id": 1, "name": "again"}), "category id 1 stands twice"),
+        (lambda content: content["categories"].append({"id": 1, "name": "again"}), "category id 1 occurs twice"),
         (lambda content: content["categories"].clear(), "names no category"),
         (lambda content: content.update(images={}), "no list of images"),
         (change_annotation(category_id=0), "category_id=0, which is none of its categories"),

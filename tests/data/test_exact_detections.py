@@ -59,7 +59,7 @@ CHANGES = {
     "as it is": lambda content: None,
     "annotation ids from 0": annotations(lambda item: item.update(id=item["id"] - 1)),
     "annotation ids as text": annotations(lambda item: item.update(id=f"a{item['id']}")),
-    "annotation ids that stand twice": annotations(lambda item: item.update(id=7)),
+    "annotation ids that occur twice": annotations(lambda item: item.update(id=7)),
     "no annotation ids": annotations(drop("id")),
     "image ids of annotations as text": annotations(lambda item: item.update(image_id=str(item["image_id"]))),
     "image ids as text": of_each("images", lambda item: item.update(id=str(item["id"]))),

@@ -83,7 +83,7 @@ def _unique_ids(what: str, items: List[Item], *types: type) -> Set[Any]:
         identity = item.get("id")
         is_valid = isinstance(identity, types) and not isinstance(identity, bool)
         _require(is_valid, f"{what} id {identity!r} is not a number{' or text' if str in types else ''}")
-        _require(identity not in seen, f"{what} id {identity!r} stands twice")
+        _require(identity not in seen, f"{what} id {identity!r} occurs twice")
         seen.add(identity)
     return seen
 
