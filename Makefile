@@ -1,8 +1,9 @@
-# make quickstart   a distillation on generated data, from nothing; PAIR=teacher-student
-# make test         the tests, in a random order; DETECTRON2=DIR runs them against another Detectron2 source tree
-# make soak         the long tests: kills, leaks, fuzzing (11 minutes on 2 cores)
-# make lint         ruff, lint and format
-# make lock         remakes requirements.txt from requirements.in
+# make quickstart   builds the environment if there is none, and distils on generated data; PAIR=TEACHER-STUDENT
+# make test         runs the tests in a random order; DETECTRON2=DIR runs them with another Detectron2 source tree
+# make soak         runs the long tests: kills, leaks, fuzzing (11 minutes on 2 cores)
+# make lint         checks lint and format with ruff
+# make format       rewrites files with ruff
+# make lock         resolves requirements.in into requirements.txt
 # make teacher      retrains a teacher of the quickstart (about 20 minutes on 2 cores); TEACHER=FasterRCNN
 
 PAIR ?= faster_rcnn-faster_rcnn
@@ -10,7 +11,7 @@ TEACHER ?= FasterRCNN
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-# The packaged Detectron2 v0.6 has no C++ sources: see tools/build_without_extension.
+# The packaged Detectron2 v0.6 has no C++ sources, see tools/build_without_extension.
 UV := PYTHONPATH="$(CURDIR)/tools/build_without_extension" $(PYTHON) -m uv pip
 NO_ISOLATION := --no-build-isolation-package pb1-detectron2
 PACKAGES := $(CURDIR)/projects/GDetKD
@@ -22,7 +23,8 @@ export PYTHONWARNINGS := ignore
 quickstart: $(INSTALLED)
 	$(PYTHON) tools/quickstart.py --pair $(PAIR)
 
-# A process for each core, up to four: tiny detectors gain nothing from more threads.
+# Run a process for each core, up to four, with one thread each: tiny detectors gain nothing from more threads.
+
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 

@@ -1,4 +1,4 @@
-"""Installs gdetkd beside a torch and a Detectron2 that are already there; it pins neither."""
+"""Install gdetkd into an environment that has torch and Detectron2. No version of these two is pinned."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,8 @@ setup(
     package_dir={"": PACKAGES},
     packages=find_packages(PACKAGES),
     package_data={"gdetkd": ["py.typed", "figures/*.html"]},
-    # Both are needed, but how to get them differs between machines: `import gdetkd` says what is missing.
+    # torch and Detectron2 are not listed, because their installation depends on the machine. `import gdetkd` says which
+    # of them is missing.
     install_requires=["defusedxml", "jinja2", "matplotlib", "tqdm"],
     extras_require={
         "quickstart": ["opencv-python-headless"],

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Count what a distillation step has to compute at least: the student's step, the teacher's forward pass, the losses.
+"""Count the least work of a distillation step: the student's step, the teacher's forward pass and the losses.
 
-Nothing is timed.
+The tool measures no time.
 
 python benchmarks/floor.py [--config-file FILE] [--image-size 800 1333] [--images 1] [--regions 512] [--queue N]
 
-FLOPs are torch's count for matrix products and convolutions: two for each multiply-add. "MB kept" is the memory that
+FLOPs are torch's count for matrix products and convolutions. A multiply-add counts as two. "MB kept" is the memory that
 the forward pass keeps for the backward pass, in float32.
 """
 
@@ -50,7 +50,7 @@ def count(work: Callable[[], Any]) -> Tuple[float, float]:
 
 
 def weights(*modules: nn.Module) -> float:
-    """Return the size of the modules' parameters in MB, in float32."""
+    """Return the size of all parameters of the modules in MB, in float32."""
     return sum(parameter.numel() for module in modules for parameter in module.parameters()) * 4 / 1e6
 
 
@@ -62,10 +62,13 @@ def made_up_embeddings(spec: DetectorSpec, regions: Regions, train: bool) -> Det
 
 
 def made_up_regions(student: DetectorSpec, teacher: DetectorSpec, count: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Return the student's random regions on all levels, (N, L, C_S, H, W), and the teacher's, (N, C_T, H, W).
+    """Return random features of N regions: the student's on all levels, and the teacher's. RoIAlign is not counted.
 
-    The student's are channels last in memory, as RoIAlign returns them. RoIAlign itself is not counted.
+    Returns:
+        the student's features (N, L, C_S, H, W), channels last in memory as RoIAlign returns them, and the teacher's
+        features (N, C_T, H, W).
     """
+
     cells = torch.randn(count, len(student.strides), *teacher.pooled_size, student.channels, requires_grad=True)
     return cells.permute(0, 1, 4, 2, 3), torch.randn(count, teacher.channels, *teacher.pooled_size)
 

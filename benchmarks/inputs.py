@@ -1,15 +1,16 @@
-"""Images and objects that are made up: time does not depend on what they show."""
+"""Random images and objects. The time of a step does not depend on what they show."""
 
 from typing import Any, Dict, List
 
 import torch
 from detectron2.structures import Boxes, Instances
 
-OBJECTS = 8  # an image
+OBJECTS = 8  # in each image
 
 
 def make_batch(images: int, height: int, width: int) -> List[Dict[str, Any]]:
-    """A training batch of images of one size, in pixels."""
+    """Return a training batch in Detectron2's format. All images have the same size in pixels."""
+
     rng = torch.Generator().manual_seed(0)
     batch = []
     for _ in range(images):

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Measures the memory that a training loader holds on a dataset of COCO's size, Detectron2's loader against ours.
+"""Compare the memory of Detectron2's training loader and GDetKD's on a dataset of COCO's size.
 
 python benchmarks/memory.py [--images 118000] [--boxes 860000] [--polygons] [--json FILE]
 
-The dataset is made up: a JSON file, and links to one image. Each loader is built in a process of its own, which reads
-the JSON, takes one batch and then prints its resident memory. "nothing" is a process that has only imported both.
+The dataset is generated: a JSON file, and links to one image. Each loader has a process of its own, which reads the
+JSON, takes one batch and prints its resident memory. "nothing" is a process that only imports both packages.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from timing import machine
 
 from gdetkd.data import build_train_loader, register_datasets
 
-NAME = "memory"  # of the registered dataset
+NAME = "memory"  # name of the registered dataset
 CATEGORIES = 80
 WIDTH, HEIGHT = 640, 480
-POLYGON_POINTS = 22  # of an object, about COCO's mean
+POLYGON_POINTS = 22  # corners of a polygon, about COCO's mean
 LOADERS = ("nothing", "Detectron2", "GDetKD")
 
 
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=118_000)
     parser.add_argument("--boxes", type=int, default=860_000)
     parser.add_argument("--polygons", action="store_true", help="give every object a polygon")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--hold", choices=LOADERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -65,14 +65,14 @@ def write_dataset(folder: Path, images: int, boxes: int, polygons: bool) -> None
 
 def _annotations(images: int, boxes: int, polygons: bool) -> Iterable[Dict[str, Any]]:
     rng = np.random.default_rng(0)
-    owners = np.sort(rng.integers(0, images, boxes)).tolist()
+    image_ids = np.sort(rng.integers(0, images, boxes)).tolist()
     categories = rng.integers(1, CATEGORIES + 1, boxes).tolist()
     corners = (rng.random((boxes, 2)) * 300).round(2)
     sizes = (1 + rng.random((boxes, 2)) * 170).round(2)
-    for index, (owner, category) in enumerate(zip(owners, categories)):
+    for index, (image_id, category) in enumerate(zip(image_ids, categories)):
         annotation = {
             "id": index + 1,
-            "image_id": owner,
+            "image_id": image_id,
             "category_id": category,
             "bbox": [*corners[index].tolist(), *sizes[index].tolist()],
             "area": float(sizes[index].prod()),
@@ -114,7 +114,7 @@ def hold(loader: str, folder: Path) -> None:
 
 
 def memory(key: str) -> float:
-    """Return a figure of this process in MB, as Linux counts it."""
+    """Return the memory of this process in MB, by the name that Linux gives it (VmRSS, VmHWM)."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
     return int(line.split()[1]) / 1024
 
@@ -138,8 +138,8 @@ def main() -> None:
         args.json.write_text(json.dumps({"machine": machine("cpu"), "runs": results}, indent=2) + "\n")
     base = results[0]["resident"]
     rows = [
-        [each["loader"], f"{each['resident']:.0f}", f"{each['resident'] - base:.0f}", f"{each['peak']:.0f}"]
-        for each in results
+        [run["loader"], f"{run['resident']:.0f}", f"{run['resident'] - base:.0f}", f"{run['peak']:.0f}"]
+        for run in results
     ]
     print(f"{args.images} images, {args.boxes} boxes{', polygons' if args.polygons else ''}; {machine('cpu')}\n")
     headers = ["loader", "resident, MB", "more than nothing, MB", "peak, MB"]

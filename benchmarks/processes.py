@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Time CKD with its gathering and its backward pass as processes are added (gloo, on the CPU).
+"""Time CKD, its gathering of embeddings and its backward pass, with several numbers of processes (gloo, on the CPU).
 
 python benchmarks/processes.py [--processes 1,2,4] [--regions 256] [--queue 8192] [--rounds 20] [--json FILE]
 
-Every process has the same number of regions. With more processes than cores, processes also wait for a core: the time
-of gathering includes that wait. Embeddings have 1,024 numbers, as those of a Faster R-CNN with a ResNet-50.
+Every process has the same number of regions. Embeddings have 1,024 numbers, as in a Faster R-CNN with a ResNet-50. If
+there are more processes than cores, the time of gathering includes the time that a process waits for a core.
 """
 
 import argparse
@@ -32,16 +32,16 @@ from tabulate import tabulate
 from timing import WARM_UP, machine, numbers
 
 EMBEDDING = 1024
-IMAGES = 2  # of each process
+IMAGES = 2  # in each process
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=numbers, default=[1, 2, 4])
+    parser.add_argument("--processes", type=numbers, default=[1, 2, 4], help="numbers separated by commas")
     parser.add_argument("--regions", type=int, default=256, help="regions of each process")
-    parser.add_argument("--queue", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--queue", type=int, default=8192, help="embeddings in CKD's queue")
+    parser.add_argument("--rounds", type=int, default=20, help="measured rounds")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser.parse_args()
 
 
@@ -95,7 +95,7 @@ def run(world_size: int, args: argparse.Namespace) -> Dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(work, (world_size, port, args, folder), nprocs=world_size)
         found = [json.loads(Path(folder, str(rank)).read_text()) for rank in range(world_size)]
-    seconds = {name: max(each[name] for each in found) for name in ("gathering", "whole")}
+    seconds = {name: max(medians[name] for medians in found) for name in ("gathering", "whole")}
     received = (world_size - 1) * args.regions * EMBEDDING * 4 / 1e6
     return {"processes": world_size, "seconds": seconds, "megabytes_received": received}
 
@@ -106,10 +106,11 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
     rows = [
-        [each["processes"], f"{each['megabytes_received']:.1f}", *(f"{s:.4f}" for s in each["seconds"].values())]
-        for each in results
+        [result["processes"], f"{result['megabytes_received']:.1f}", *(f"{s:.4f}" for s in result["seconds"].values())]
+        for result in results
     ]
-    headers = ["processes", "received by each, MB", "gathering, s", "CKD whole, s"]
+    headers = ["processes", "MB received by a process", "gathering, s", "CKD whole, s"]
+
     print(f"{machine('cpu')}, of {os.cpu_count()} cores; {args.regions} regions a process, queue {args.queue}\n")
     print(tabulate(rows, headers, "github", disable_numparse=True))
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Times a training step with and without distillation, and its parts, interleaved in one run.
+"""Time a training step with and without distillation, and the parts of a step, in turn in one process.
 
 python benchmarks/step.py --config-file FILE [--device cuda] [--image-size H W] [--json FILE] [KEY VALUE ...]
 
-The floor is the student's own step plus the teacher's forward pass on the student's regions. Images and boxes are made
-up; a teacher whose weights are not there is measured with random ones (--random-weights).
+The floor is the student's own step plus the teacher's forward pass on the student's regions. Images and boxes are
+random. If you do not have the teacher's weights, use --random-weights.
 """
 
 import argparse
@@ -35,10 +35,14 @@ def parse_arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="default: of the config, 4:3")
-    parser.add_argument("--random-weights", action="store_true", help="of the teacher: time does not depend on them")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--steps", type=int, default=20, help="measured steps")
+    parser.add_argument(
+        "--image-size", type=int, nargs=2, metavar=("H", "W"), help="default: the config's short side, 4:3"
+    )
+    parser.add_argument(
+        "--random-weights", action="store_true", help="give the teacher random weights; they do not change the time"
+    )
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE changes to the config")
     return parser.parse_args()
 
@@ -53,7 +57,7 @@ def make_config(args: argparse.Namespace, folder: str) -> CfgNode:
 
 
 def build(cfg: CfgNode, losses: Tuple[str, ...], like: Any = None) -> GDetKD:
-    """A distiller with some of the losses; the teacher is that of another, where one is given."""
+    """Build a distiller with some of the losses. It shares the teacher of the distiller `like`, if there is one."""
     cfg = cfg.clone()
     cfg.DISTILL.LOSSES = losses
     return GDetKD(cfg, like.teacher if like else None).train()
@@ -67,7 +71,11 @@ def step(model: torch.nn.Module, batch: List[Dict[str, Any]]) -> None:
 
 @contextmanager
 def timed_parts(model: GDetKD, seconds: Dict[str, List[float]]) -> Iterator[None]:
-    """Inside, the parts of the model's forward pass write down how long they take."""
+    """Record inside how long each part of the model's forward pass takes.
+
+    Args:
+        seconds: maps a part to the seconds of its calls; this function adds to it.
+    """
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -90,7 +98,7 @@ def timed_parts(model: GDetKD, seconds: Dict[str, List[float]]) -> Iterator[None
 
 
 def breakdown(model: GDetKD, batch: List[Dict[str, Any]], steps: int) -> Dict[str, float]:
-    """Median seconds of each part of a step with all losses."""
+    """Return the median seconds of each part of a step with all losses."""
     seconds: Dict[str, List[float]] = {}
     with timed_parts(model, seconds):
         for _ in range(WARM_UP + steps):
@@ -103,18 +111,18 @@ def breakdown(model: GDetKD, batch: List[Dict[str, Any]], steps: int) -> Dict[st
     return {name: statistics.median(values[WARM_UP:]) for name, values in seconds.items()}
 
 
-def regions_of(model: GDetKD, batch: List[Dict[str, Any]]) -> Any:
-    """The regions of one step."""
-    caught = []
+def record_look(model: GDetKD, batch: List[Dict[str, Any]]) -> Any:
+    """Return the arguments with which the teacher looks in one step: the batch, and the student's regions."""
+    calls = []
     look_at = model.teacher.look_at
 
-    def catch(features: Any, *args: Any) -> Any:
-        caught.append((batch, *args))
+    def record(features: Any, *args: Any) -> Any:
+        calls.append((batch, *args))
         return look_at(features, *args)
 
-    with mock.patch.object(model.teacher, "look_at", catch), EventStorage(LATE):
+    with mock.patch.object(model.teacher, "look_at", record), EventStorage(LATE):
         model(batch)
-    return caught[0]
+    return calls[0]
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Any]:
@@ -124,7 +132,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Any]:
     full = build(cfg, everything)
     distillers = {name: build(cfg, (name,), full) for name in everything} if len(everything) > 1 else {}
     distillers["all"] = full
-    look = regions_of(full, batch)
+    look = record_look(full, batch)
     images = full.teacher.preprocess(batch).tensor
 
     def backbone() -> None:

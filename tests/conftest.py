@@ -1,4 +1,4 @@
-"""Tiny detectors of stock Detectron2 parts, and a tiny data set, for every test."""
+"""Tiny detectors made of Detectron2's own parts, and a tiny dataset, for every test."""
 
 import json
 import os
@@ -26,8 +26,9 @@ from torch.utils._pytree import tree_leaves
 
 from isolation import isolated  # noqa: F401  an autouse fixture
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU, on a machine with GPUs too
-os.environ["DETECTRON2_DATASETS"] = "/there/are/no/datasets"  # not those that `make quickstart` drew in this checkout
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests run on the CPU, also on a machine with GPUs
+# Do not read the datasets that `make quickstart` generated in this checkout.
+os.environ["DETECTRON2_DATASETS"] = "/there/are/no/datasets"
 NUM_CLASSES = 3
 TINY = {
     "MODEL.DEVICE": "cpu",
@@ -72,13 +73,13 @@ TINY = {
     "DISTILL.CKD.QUEUE_SIZE": 24,
     "SEED": 3,
 }
-# What makes a detector wider than the tiny one.
+# Keys that make the tiny detector wider.
 WIDER = {
     "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
     "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
     "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
 }
-# What makes the tiny detector a dense one; for a student, the meta-architecture stands under DISTILL.
+# Keys that make the tiny detector dense. A student's meta-architecture is under DISTILL.
 DENSE = {
     "MODEL.BACKBONE.NAME": "build_retinanet_resnet_fpn_backbone",
     "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
@@ -90,7 +91,7 @@ DENSE = {
     "MODEL.FCOS.NORM": "",
 }
 CASCADE = {"MODEL.ROI_HEADS.NAME": "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True}
-# Families by the names that pairs are called by.
+# Meta-architecture and keys of each family, by the family's name in a pair.
 FAMILIES = {
     "faster_rcnn": ("GeneralizedRCNN", {}),
     "mask_rcnn": ("GeneralizedRCNN", {"MODEL.MASK_ON": True}),
@@ -109,10 +110,10 @@ def make_cfg(changes: Dict[str, Any]) -> CfgNode:
 
 
 def plain_keys_of(cfg: CfgNode) -> CfgNode:
-    """The config without GDetKD's keys, as a teacher's or a plain Detectron2 user's file would be."""
+    """Return the config without GDetKD's keys, like the file of a teacher or of a plain Detectron2 user."""
     plain = without_gdetkd_keys(cfg)
     if cfg.MODEL.META_ARCHITECTURE == "FCOS":
-        plain.MODEL.FCOS = cfg.MODEL.FCOS.clone()  # which is not Detectron2's, but a teacher of ours can have it
+        plain.MODEL.FCOS = cfg.MODEL.FCOS.clone()  # GDetKD adds this node, and a teacher's file may have it
     return plain
 
 
@@ -127,7 +128,12 @@ def as_an_earlier_version_wrote_it(dump: str) -> str:
 
 
 def make_batch(sizes=((64, 64), (64, 48)), boxes_each: int = 3, seed: int = 0) -> List[Dict[str, Any]]:
-    """A training batch of random images (height, width) in pixels."""
+    """Return a training batch of random images.
+
+    Args:
+        sizes: (height, width) of each image in pixels.
+        boxes_each: number of objects in each image.
+    """
     rng = torch.Generator().manual_seed(seed)
     batch = []
     for height, width in sizes:
@@ -145,13 +151,13 @@ def make_batch(sizes=((64, 64), (64, 48)), boxes_each: int = 3, seed: int = 0) -
 
 
 def pytest_configure(config):
-    """Let pytest-randomly choose the order of the tests alone: `isolated` seeds the random numbers."""
+    """Let pytest-randomly choose only the order of the tests. `isolated` seeds the random numbers."""
     config.option.randomly_reset_seed = False
 
 
 @pytest.fixture(scope="session", autouse=True)
 def tiny_dataset(tmp_path_factory) -> Path:
-    """Twelve images with up to three objects each, registered as "tiny"; returns the folder."""
+    """Register twelve images with up to three objects each as "tiny". Return their folder."""
     folder = tmp_path_factory.mktemp("tiny")
     write_coco(folder, count=12, masks=True)
     entry = {"name": "tiny", "kind": "coco", "json": str(folder / "tiny.json"), "images": str(folder)}
@@ -196,7 +202,7 @@ def write_coco(folder: Path, count: int, name: str = "tiny", seed: int = 0, mask
 
 @pytest.fixture
 def make_teacher(tmp_path):
-    """Writes a teacher's config and weights; returns the config keys that name them."""
+    """Return a function that writes a teacher's config and weights, and returns the config keys that name them."""
 
     def make(changes: Dict[str, Any] = WIDER, seed: int = 7) -> Dict[str, Any]:
         cfg = plain_keys_of(make_cfg(changes))
@@ -212,22 +218,22 @@ def make_teacher(tmp_path):
 
 
 def settle_batch_norm(model: torch.nn.Module) -> None:
-    """Gives an untrained detector running statistics, without which its features in eval mode are in the thousands."""
+    """Give an untrained detector running statistics. Without them its features in eval mode are in the thousands."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # the running statistics become those of the one batch
+            module.momentum = None  # the running statistics become the statistics of one batch
     with torch.no_grad():
         model.train().backbone(model.preprocess_image(make_batch()).tensor)
 
 
 def look_through_the_model(teacher, dtype: torch.dtype = torch.float32) -> None:
-    """Without the faster copy of its backbone, whose rounding is another."""
+    """Make a teacher run its own backbone, not the faster copy, which rounds differently."""
     teacher.adapter.backbone, teacher._dtype = teacher.model.backbone, dtype
 
 
 @pytest.fixture
 def distill_cfg(make_teacher, tmp_path):
-    """The config of a distillation with the given changes; its teacher is the wider tiny detector."""
+    """Return a function that makes the config of a distillation. The teacher is the wider tiny detector."""
 
     def make(changes: Dict[str, Any] = {}, teacher: Dict[str, Any] = WIDER) -> CfgNode:
         keys = {"MODEL.META_ARCHITECTURE": "GDetKD", "DISTILL.LOSSES": ALL_LOSSES, "OUTPUT_DIR": str(tmp_path / "run")}
@@ -239,11 +245,14 @@ def distill_cfg(make_teacher, tmp_path):
 
 @pytest.fixture
 def shared_cfg(distill_cfg):
-    """The config of a distillation in several processes, each of which registers the set for itself."""
+    """Return a function that makes the config of a distillation in several processes.
+
+    Every process registers the dataset for itself.
+    """
 
     def make(world_size: int, changes: Dict[str, Any] = {}) -> CfgNode:
         keys = {"DATASETS.REGISTER": [dict(MetadataCatalog.get("tiny").gdetkd_entry)]}
-        # An untrained teacher is far off: at the tiny runs' rate twenty steps would not stay finite.
+        # The outputs of an untrained teacher are large. With the usual learning rate, twenty steps do not stay finite.
         keys.update({"SOLVER.BASE_LR": 1e-5, "SOLVER.IMS_PER_BATCH": world_size})
         return distill_cfg({**keys, **changes})
 
@@ -252,7 +261,7 @@ def shared_cfg(distill_cfg):
 
 @pytest.fixture
 def pair_cfg(distill_cfg):
-    """The config of a tiny pair, named as in configs/: "teacher-student"."""
+    """Return a function that makes the config of a tiny pair. Pairs have names as in configs/: "teacher-student"."""
 
     def make(pair: str, changes: Dict[str, Any] = {}, teacher: Dict[str, Any] = {}) -> CfgNode:
         (teacher_arch, teacher_keys), (student_arch, student_keys) = (FAMILIES[name] for name in pair.split("-"))
@@ -266,7 +275,11 @@ def pair_cfg(distill_cfg):
 
 
 class LargeTensors(TorchDispatchMode):
-    """Collects the storages of at least so many numbers that anything inside writes to."""
+    """Collect the storages of large tensors that operations inside return.
+
+    Args:
+        numbers: how many numbers a large tensor has at least.
+    """
 
     def __init__(self, numbers):
         super().__init__()
@@ -277,5 +290,6 @@ class LargeTensors(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.numel() >= self.numbers:
                 storage = tensor.untyped_storage()
-                self.storages[storage.data_ptr()] = storage  # held, so that no later one gets its address
+                self.storages[storage.data_ptr()] = storage  # kept, so that no later storage gets its address
+
         return result

@@ -1,8 +1,8 @@
 """Undo what a test changes in its process, so that no test depends on which tests ran before it.
 
-`isolated` is the one autouse fixture that does this; `tests/conftest.py` imports it. Each `_keep_*` below is a
-generator: it notes a part of the process's state, yields, and puts that part back. The warning filters are not here,
-because pytest restores them itself. Imported modules stay imported.
+`isolated` is an autouse fixture that does this. `tests/conftest.py` imports it. Each `_keep_*` below is a generator: it
+notes a part of the process's state, yields, and restores that part. pytest itself restores the warning filters.
+Imported modules stay imported.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ from gdetkd.engine.launch import leave_process_groups
 from gdetkd.losses.build import DISTILL_LOSS_REGISTRY
 
 SEED = 0
-# SIGCHLD is not among them: torch sets its handler once in a process, for the workers of all its data loaders.
+# SIGCHLD is missing, because torch sets its handler once in a process, for the workers of all its data loaders.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM)
 REGISTRIES = [
-    *(each for each in vars(detectron2.modeling).values() if isinstance(each, Registry)),
+    *(registry for registry in vars(detectron2.modeling).values() if isinstance(registry, Registry)),
     DATASET_KIND_REGISTRY,
     DETECTOR_ADAPTER_REGISTRY,
     DISTILL_LOSS_REGISTRY,
@@ -66,7 +66,7 @@ def isolated() -> Iterator[None]:
 
 @contextlib.contextmanager
 def keeping_state() -> Iterator[None]:
-    """Put the process's state back as it was, however the body ends."""
+    """Restore the process's state when the body ends, also by an error."""
     seed_all()
     keepers = [keep() for keep in KEEPERS]
     for keeper in keepers:
@@ -76,7 +76,7 @@ def keeping_state() -> Iterator[None]:
     finally:
         for keeper in reversed(keepers):
             next(keeper, None)
-        seed_all()  # a module's fixtures are set up between tests, and may draw as well
+        seed_all()  # a module's fixtures are set up between tests, and may draw random numbers
 
 
 def seed_all() -> None:
@@ -113,7 +113,7 @@ def _keep_loggers() -> Iterator[None]:
 
 
 def _loggers() -> List[logging.Logger]:
-    return [each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)]
+    return [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
 
 
 def _logger_state(logger: logging.Logger) -> Tuple[int, bool, bool, List[Any], List[Any]]:
@@ -123,7 +123,7 @@ def _logger_state(logger: logging.Logger) -> Tuple[int, bool, bool, List[Any], L
 def _set_logger(
     logger: logging.Logger, level: int, propagate: bool, disabled: bool, handlers: List[Any], filters: List[Any]
 ) -> None:
-    logger.setLevel(level)  # which also clears what the loggers remember about levels
+    logger.setLevel(level)  # this also clears the levels that the loggers have cached
     logger.propagate, logger.disabled, logger.handlers, logger.filters = propagate, disabled, handlers[:], filters[:]
 
 
@@ -156,7 +156,7 @@ def _keep_process() -> Iterator[None]:
     for name, value in environment.items():
         if os.environ.get(name) != value:
             os.environ[name] = value
-    os.chdir(folder)  # without a look at the current folder, which may have been removed
+    os.chdir(folder)  # do not ask for the current folder first, because it may not exist any more
     sys.path[:], sys.argv[:] = path, arguments
     sys.excepthook, threading.excepthook = hooks
 
@@ -199,7 +199,7 @@ def _has_process_group() -> bool:
 
 def _keep_matplotlib() -> Iterator[None]:
     parameters = dict.copy(matplotlib.rcParams)
-    del parameters["backend"]  # importing gdetkd's charts chooses it, and that import happens once
+    del parameters["backend"]  # importing gdetkd's charts sets it, and that import happens once
     yield
     if plt.get_fignums():
         plt.close("all")

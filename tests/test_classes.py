@@ -1,4 +1,4 @@
-"""Student and teacher with different classes."""
+"""Match the classes of student and teacher, and compare only those that both have."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_classes_match_by_name_in_any_order_and_the_log_says_which(caplog):
     assert "Student: cow. Teacher: eel." in caplog.text
 
 
-def test_other_names_of_the_same():
+def test_class_map_pairs_different_names_for_one_class():
     cfg = make_cfg({"DISTILL.CLASS_MAP": [["car", "vehicle"]]})
     assert match_classes("REG", cfg, spec("cat", "car"), spec("vehicle", "cat")) == ClassMap((0, 1), (1, 0))
     with pytest.raises(GDetKDError, match="CLASS_MAP.*'car'.*vehicle|CLASS_MAP.*car"):
@@ -55,18 +55,18 @@ def test_other_names_of_the_same():
         ),
     ],
 )
-def test_a_class_that_would_be_two_of_the_others_is_refused(pairs, message):
+def test_a_class_with_two_partners_is_refused(pairs, message):
     cfg = make_cfg({"DISTILL.CLASS_MAP": pairs})
     with pytest.raises(GDetKDError, match=f"{message}.*Remove"):
         match_classes("CLS", cfg, spec("car", "truck"), spec("vehicle", "car"))
 
 
-def test_two_teacher_classes_of_one_name_are_refused():
+def test_two_teacher_classes_with_one_name_are_refused():
     with pytest.raises(GDetKDError, match="2 classes with the name 'cat'.*DISTILL.TEACHER.CLASSES"):
         match_classes("CLS", make_cfg({}), spec("cat", "dog"), spec("cat", "cat"))
 
 
-def test_classes_that_change_names_are_one_to_one():
+def test_class_map_can_swap_two_names():
     cfg = make_cfg({"DISTILL.CLASS_MAP": [["a", "b"], ["b", "a"]]})
     assert match_classes("CLS", cfg, spec("a", "b"), spec("a", "b")) == ClassMap((0, 1), (1, 0))
 
@@ -76,7 +76,7 @@ def test_no_class_in_common_is_refused():
         match_classes("CLS", make_cfg({}), spec("cat"), spec("eel"))
 
 
-def test_unknown_names_are_assumed_only_for_equal_numbers_and_aloud(caplog):
+def test_unknown_names_are_assumed_equal_only_for_equal_numbers_and_with_a_warning(caplog):
     assert match_classes("CLS", make_cfg({}), spec("a", "b"), spec(count=2)) == ClassMap()
     assert "same classes in the same order" in caplog.text
     with pytest.raises(GDetKDError, match="DISTILL.TEACHER.CLASSES"):
@@ -93,7 +93,7 @@ def test_merged_probabilities_are_sums():
     assert merge_logits(logits, None) is logits
 
 
-def test_independent_classes_are_selected_and_softmax_ones_merged():
+def test_sigmoid_classes_are_selected_and_softmax_classes_merged():
     logits = torch.randn(5, 7)
     assert torch.equal(select_logits(logits, (4, 1)), logits[:, [4, 1]]) and select_logits(logits, None) is logits
     torch.testing.assert_close(class_probabilities(logits, (4, 1), True), logits[:, [4, 1]].sigmoid())
@@ -102,7 +102,7 @@ def test_independent_classes_are_selected_and_softmax_ones_merged():
     torch.testing.assert_close(class_probabilities(logits, None, False), logits.softmax(dim=1)[:, :6])
 
 
-def test_selected_deltas():
+def test_deltas_of_the_common_classes_are_selected():
     deltas = torch.arange(24.0).view(1, 24)
     assert select_deltas(deltas, 6, (2, 0))[0].tolist() == [8, 9, 10, 11, 0, 1, 2, 3]
     agnostic = torch.ones(1, 4)

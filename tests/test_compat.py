@@ -131,7 +131,7 @@ def test_the_scale_of_the_losses():
 
 
 def test_default_trainer_passes_no_backward_pass_on():
-    """So `StepAgreement` belongs to the inner trainer."""
+    """`DefaultTrainer` does not call `after_backward`, so `StepAgreement` belongs to the inner trainer."""
     assert "after_backward" not in source(DefaultTrainer), "StepAgreement can be a hook of DistillTrainer."
 
 

@@ -1,4 +1,4 @@
-"""A mistake in a config file or in KEY VALUE words names the file, the line and the key that was meant."""
+"""The error for a mistake in a config file or in KEY VALUE words names the file, the line and the nearest key."""
 
 import pytest
 
@@ -25,14 +25,14 @@ from gdetkd.errors import GDetKDError
         ("MODEL:\n  FORK: {HEADS: 3}\n", "line 2: 'MODEL.FORK.HEADS' is no config key"),
     ],
 )
-def test_a_mistake_in_a_file(tmp_path, text, message):
+def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path, text, message):
     path = tmp_path / "own.yaml"
     path.write_text(text)
     with pytest.raises(GDetKDError, match=f"The config '.*own.yaml', {message}"):
         merge_config_file(make_cfg({}), str(path))
 
 
-def test_a_mistake_in_a_base_names_the_base(tmp_path):
+def test_a_mistake_in_a_base_is_named_with_the_base(tmp_path):
     (tmp_path / "base.yaml").write_text("SOLVER:\n  GAMA: 0.1\n")
     (tmp_path / "own.yaml").write_text("_BASE_: base.yaml\nSOLVER: {BASE_LR: 0.5}\n")
     with pytest.raises(GDetKDError, match="base.yaml', line 2: 'SOLVER.GAMA' is no config key. .*'SOLVER.GAMMA'"):
@@ -49,7 +49,7 @@ def test_a_mistake_in_a_base_names_the_base(tmp_path):
         ),
     ],
 )
-def test_other_mistakes_in_a_file(tmp_path, text, message):
+def test_other_mistakes_in_a_file_are_named(tmp_path, text, message):
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(GDetKDError, match=message):
         merge_config_file(make_cfg({}), str(tmp_path / "own.yaml"))
@@ -58,7 +58,7 @@ def test_other_mistakes_in_a_file(tmp_path, text, message):
 @pytest.mark.parametrize(
     "path, message", [("", "Name one with --config-file"), ("no.yaml", "'no.yaml'.*current folder")]
 )
-def test_no_file(path, message):
+def test_a_missing_file_is_named(path, message):
     with pytest.raises(GDetKDError, match=message):
         merge_config_file(make_cfg({}), path)
 
@@ -72,13 +72,13 @@ def test_no_file(path, message):
         (["SOLVER.IMS_PER_BATCH", "four"], "SOLVER.IMS_PER_BATCH is 'four' \\(type str\\), but it must be of type int"),
     ],
 )
-def test_a_mistake_on_the_command_line(words, message):
+def test_a_mistake_on_the_command_line_is_named(words, message):
     with pytest.raises(GDetKDError, match=message):
         merge_words(make_cfg({}), words)
 
 
 @pytest.mark.parametrize("key", ["DISTILL.LOSSES", "DATASETS.TRAIN", "DATASETS.TEST"])
-def test_a_single_name_stands_for_a_list_of_one(tmp_path, key):
+def test_a_single_name_becomes_a_list_of_one(tmp_path, key):
     section, name = key.split(".")
     from_words, from_file = make_cfg({}), make_cfg({})
     merge_words(from_words, [key, "one"])
@@ -89,7 +89,7 @@ def test_a_single_name_stands_for_a_list_of_one(tmp_path, key):
     assert from_words[section][name] == ("one", "two")
 
 
-def test_what_a_file_says_is_merged_as_detectron2_merges_it(tmp_path):
+def test_files_are_merged_as_detectron2_merges_them(tmp_path):
     (tmp_path / "base.yaml").write_text("SOLVER: {BASE_LR: 0.5, STEPS: [1, 2]}\n")
     (tmp_path / "own.yaml").write_text("_BASE_: base.yaml\nSOLVER:\n  STEPS: (3,)\nVERSION: 2\n")
     found, expected = make_cfg({}), make_cfg({})

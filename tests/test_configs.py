@@ -1,4 +1,4 @@
-"""Every config for a CPU builds, and its teacher fits its student; for the others see test_recipes.py."""
+"""Every config for a CPU builds, and its teacher fits its student. test_recipes.py tests the configs for GPUs."""
 
 from pathlib import Path
 
@@ -38,19 +38,21 @@ def test_pair_builds(path, tmp_path, monkeypatch):
     model = build_model(cfg)
     teacher, student = path.stem.split("-")
     assert set(model.losses) == set(cfg.DISTILL.LOSSES) >= {"SGFI", "CKD"}
-    family = next(each for each in FAMILIES if f"{student}_".startswith(f"{each}_"))  # a suffix says what is special
+    # The name of the student may have a suffix, such as "_PKD".
+    family = next(family for family in FAMILIES if f"{student}_".startswith(f"{family}_"))
     assert type(model.student).__name__ == FAMILIES[family][0]
     assert type(model.teacher.model).__name__ == FAMILIES[teacher][0]
 
 
 @pytest.mark.parametrize("path", TEACHERS, ids=name)
-def test_teacher_starts_from_weights_that_are_made_first(path):
+def test_teacher_starts_from_scratch_or_from_weights_that_exist_or_that_another_teacher_writes(path):
     weights = load(path).MODEL.WEIGHTS
-    made_by_others = {f"{load(other).OUTPUT_DIR}/model_final.pth" for other in TEACHERS if other != path}
-    assert weights == "" or weights in made_by_others or (CONFIGS.parent / weights).exists()
+    written_by_others = {f"{load(other).OUTPUT_DIR}/model_final.pth" for other in TEACHERS if other != path}
+    assert weights == "" or weights in written_by_others or (CONFIGS.parent / weights).exists()
 
 
-def test_every_pair_has_a_row_in_the_docs():
+def test_every_pair_of_the_quickstart_has_a_row_in_the_docs():
+
     page = (CONFIGS.parent / "docs" / "detector-families.md").read_text()
     for path in [path for path in PAIRS if path.parent.name == "quickstart"]:
         assert f"(../{path.relative_to(CONFIGS.parent)})" in page, f"{path.stem} has no row"

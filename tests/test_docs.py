@@ -1,4 +1,4 @@
-"""The pages name only files and headings that exist."""
+"""Links and file names in the pages lead to files and headings that exist."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-# A file of the repository in a command or a sentence. Capitals are placeholders, such as configs/quickstart/PAIR.yaml.
+# Matches a file of the repository in a command or a sentence. A name in capitals is a placeholder, such as
+# configs/quickstart/PAIR.yaml.
 NAMED = re.compile(r"(?<![\w/.-])(?:tools|benchmarks|tests|configs)/[\w./-]+\.(?:py|yaml|pth)\b")
 PLACEHOLDER = re.compile(r"/[A-Z]+\.")
 
@@ -21,6 +22,7 @@ def anchors(page):
 
 
 def broken_links(page):
+    """Yield the links of a page that lead to no file or to no heading."""
     for link in LINK.findall(page.read_text()):
         if link.startswith(("http://", "https://")):
             continue
@@ -31,7 +33,7 @@ def broken_links(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_links_lead_to_files_and_headings(page):
     assert list(broken_links(page)) == []
 
 

@@ -1,4 +1,7 @@
-"""The package is a house: no file imports a file of a higher floor, and no files import each other in a circle."""
+"""The package has floors. No file imports a file of a higher floor, and no files import each other in a circle.
+
+A room is a file or folder of the package.
+"""
 
 import ast
 from pathlib import Path
@@ -6,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "projects" / "GDetKD" / "gdetkd"
-# From the ground up. A file may import the floors below its own, and the rooms beside its own on the same floor.
+# The floors from the ground up. A file may import from the floors below its own, and from its own floor.
 FLOORS = (
     ("_compat", "device", "errors", "files", "metrics_file", "program", "random_state", "recorder", "structures"),
     ("figures", "inference", "regions", "safe_load", "weights_layout"),
@@ -20,7 +23,7 @@ FLOORS = (
     ("study", "gdetkd"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-# Rooms on one floor that may not look into each other either.
+# Rooms that may import only these rooms of the package.
 ALONE = {
     "figures": set(),
     "losses": {"errors", "structures"},
@@ -73,14 +76,14 @@ def test_nothing_imports_upward(module):
     allowed = ALONE.get(room)
     if allowed is not None:
         others = {room_of(name) for name in GRAPH[module]} - allowed - {room}
-        assert not others, f"{module} imports {sorted(others)}; {room} may import {sorted(allowed)} alone"
+        assert not others, f"{module} imports {sorted(others)}, but {room} may import only {sorted(allowed)}"
 
 
 def test_no_circle():
     done, path = set(), []
 
     def visit(module):
-        assert module not in path, f"a circle: {' -> '.join([*path[path.index(module) :], module])}"
+        assert module not in path, f"Imports form a circle: {' -> '.join([*path[path.index(module) :], module])}"
         if module in done:
             return
         path.append(module)

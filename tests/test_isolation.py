@@ -1,4 +1,4 @@
-"""Tests leave nothing behind: each change of global state is undone, and the order of two tests does not matter."""
+"""Each change of global state is undone after a test, so the order of tests does not matter."""
 
 import contextlib
 import logging
@@ -39,9 +39,8 @@ def set_up_loggers():
 
 def state_of_loggers():
     loggers = [logging.getLogger(name) for name in (*NAMES, "gdetkd.engine", "gdetkd.teacher")]
-    return [(each.level, each.propagate, each.disabled, each.handlers[:], each.filters[:]) for each in loggers], (
-        logging.root.manager.disable
-    )
+    states = [(item.level, item.propagate, item.disabled, item.handlers[:], item.filters[:]) for item in loggers]
+    return states, logging.root.manager.disable
 
 
 def change_catalogs():
@@ -148,14 +147,14 @@ def test_a_change_is_undone(change, state, fails, tmp_path):
     assert state() == before
 
 
-def test_detectron2_sets_its_loggers_up_again():
-    """Its `setup_logger` is cached: without a cleared cache a second test would get no handlers."""
+def test_detectron2_can_set_up_its_loggers_again():
+    """Detectron2 caches `setup_logger`. If the cache is not cleared, a second test gets no handlers."""
     for _ in range(2):
         with keeping_state():
             assert setup_logger(name="gdetkd").handlers and not logging.getLogger("gdetkd").propagate
 
 
-def test_what_is_logged_once_is_logged_in_the_next_test_again(caplog):
+def test_a_message_that_is_logged_once_is_logged_again_in_the_next_test(caplog):
     for _ in range(2):
         with keeping_state():
             for _ in range(2):
@@ -163,7 +162,7 @@ def test_what_is_logged_once_is_logged_in_the_next_test_again(caplog):
     assert caplog.messages == ["only once"] * 2
 
 
-def test_random_numbers_start_alike():
+def test_random_numbers_start_from_the_same_seed():
     drawn = []
     for _ in range(2):
         with keeping_state():
@@ -173,7 +172,7 @@ def test_random_numbers_start_alike():
 
 
 def test_the_datasets_of_the_checkout_are_not_read():
-    """A dataset that `make quickstart` drew once told a teacher's class names to a test that needs them unknown."""
+    """Otherwise a dataset that `make quickstart` generated gives class names to a test that needs unknown names."""
     assert not os.path.exists(resolve("."))
 
 
@@ -196,10 +195,10 @@ CHANGES, LOOKS = "test_two.py::test_that_changes", "test_two.py::test_that_looks
     "conftest, order, passed",
     [
         ("from isolation import isolated", (CHANGES, LOOKS), 2),
-        ("import gdetkd", (CHANGES, LOOKS), 1),  # without the fixture the second test does fail
+        ("import gdetkd", (CHANGES, LOOKS), 1),  # without the fixture the second test fails
     ],
 )
-def test_a_test_after_one_that_changes(conftest, order, passed, tmp_path):
+def test_a_change_of_one_test_does_not_reach_the_next_test(conftest, order, passed, tmp_path):
     (tmp_path / "conftest.py").write_text(conftest)
     (tmp_path / "test_two.py").write_text(TWO_TESTS)
     command = [sys.executable, "-W", "ignore", "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", *order]

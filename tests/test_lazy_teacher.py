@@ -90,7 +90,7 @@ dataloader = dict(
 
 @pytest.fixture
 def lazy_teacher(tmp_path):
-    """Write a LazyConfig file and weights for it. Return the config keys that name them."""
+    """Return a function that writes a LazyConfig file and its weights, and returns the config keys that name them."""
 
     def make(change=lambda text: text):
         (tmp_path / "teacher.py").write_text(change(FILE))
@@ -104,7 +104,7 @@ def lazy_teacher(tmp_path):
     return make
 
 
-def test_it_teaches_with_all_terms(distill_cfg, lazy_teacher):
+def test_a_lazy_teacher_teaches_with_all_terms(distill_cfg, lazy_teacher):
     trainer = DistillTrainer(distill_cfg(lazy_teacher()))
     teacher = trainer.distiller.teacher
     before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
@@ -114,7 +114,7 @@ def test_it_teaches_with_all_terms(distill_cfg, lazy_teacher):
     assert all(torch.isfinite(parameter).all() for parameter in trainer.student.parameters())
 
 
-def test_its_channel_order_is_its_own(distill_cfg, lazy_teacher):
+def test_the_teacher_keeps_its_channel_order(distill_cfg, lazy_teacher):
     teacher = FrozenTeacher(distill_cfg(lazy_teacher()))  # the student's is BGR
     batch = make_batch()
     image = teacher.preprocess(batch).tensor[0, :, :64, :64]
@@ -122,21 +122,21 @@ def test_its_channel_order_is_its_own(distill_cfg, lazy_teacher):
     torch.testing.assert_close(image, batch[0]["image"].flip(0) - mean)
 
 
-def test_what_reads_its_images_says_their_channel_order(distill_cfg, lazy_teacher, caplog):
+def test_the_dataloader_decides_the_channel_order(distill_cfg, lazy_teacher, caplog):
     keys = lazy_teacher(lambda text: text.replace('image_format="RGB"', 'image_format="BGR"'))
     assert FrozenTeacher(distill_cfg(keys)).file.input_format == "BGR"
     assert "has the channel order BGR in its dataloader and RGB in model.input_format" in caplog.text
 
 
-def test_its_classes_are_its_data_sets(distill_cfg, lazy_teacher):
+def test_class_names_come_from_the_teachers_dataset(distill_cfg, lazy_teacher):
     for _ in range(2):
         assert FrozenTeacher(distill_cfg(lazy_teacher())).spec.class_names == ("class0", "class1", "class2")
-        DatasetCatalog.get("tiny")  # before, the data set was registered, but not read
+        DatasetCatalog.get("tiny")  # in the first round, the dataset is registered, but not read
     unknown = lazy_teacher(lambda text: text.replace('names="tiny"', 'names=("nobody", "knows")'))
     assert FrozenTeacher(distill_cfg(unknown)).spec.class_names is None
 
 
-def test_it_is_evaluated_in_its_own_size(distill_cfg, lazy_teacher):
+def test_the_teacher_is_evaluated_at_its_own_image_size(distill_cfg, lazy_teacher):
     cfg = distill_cfg({**lazy_teacher(), "DATASETS.TEST": ("tiny",)})
     teacher = FrozenTeacher(cfg)
     [sample] = next(iter(teacher.file.test_loader("tiny")))
@@ -144,7 +144,7 @@ def test_it_is_evaluated_in_its_own_size(distill_cfg, lazy_teacher):
     assert "AP" in evaluate_teacher(cfg, teacher)["bbox"]
 
 
-def test_opts_change_it(distill_cfg, lazy_teacher):
+def test_opts_change_the_teachers_config(distill_cfg, lazy_teacher):
     keys = lazy_teacher()
     opts = ["model.roi_heads.num_classes", NUM_CLASSES + 1]
     with pytest.raises(GDetKDError, match="unloaded .*same detector"):
@@ -164,8 +164,8 @@ def test_opts_change_it(distill_cfg, lazy_teacher):
         ("model.backbone[_target_]", "os.mkdir"),
     ],
 )
-def test_opts_cannot_name_what_is_called(distill_cfg, lazy_teacher, tmp_path, monkeypatch, key, value):
-    """The options come from a yaml, which must run nothing but the file that it names."""
+def test_opts_cannot_change_what_the_file_calls(distill_cfg, lazy_teacher, tmp_path, monkeypatch, key, value):
+    """A yaml may name a .py file to run. Its options must not run anything else."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(GDetKDError, match=r"DISTILL.TEACHER.OPTS: 'model.*into the teacher's .py file"):
         FrozenTeacher(distill_cfg({**lazy_teacher(), "DISTILL.TEACHER.OPTS": [key, value]}))
@@ -180,26 +180,26 @@ def test_opts_cannot_name_what_is_called(distill_cfg, lazy_teacher, tmp_path, mo
         (("dataloader = dict(", "loader = dict("), "no dataloader.test.mapper"),
     ],
 )
-def test_what_the_file_lacks_is_named(distill_cfg, lazy_teacher, tmp_path, change, match):
+def test_a_missing_part_of_the_file_is_named(distill_cfg, lazy_teacher, tmp_path, change, match):
     keys = lazy_teacher()
     (tmp_path / "teacher.py").write_text(FILE.replace(*change))
-    if match is None:  # the data's own channel order is enough
+    if match is None:  # the channel order of the dataloader is enough
         assert FrozenTeacher(distill_cfg(keys)).file.input_format == "RGB"
         return
     with pytest.raises(GDetKDError, match=match):
         FrozenTeacher(distill_cfg(keys)).file.test_loader("tiny")
 
 
-def test_channel_order_that_nothing_tells(distill_cfg, lazy_teacher, tmp_path):
+def test_an_unknown_channel_order_is_refused(distill_cfg, lazy_teacher, tmp_path):
     keys = lazy_teacher()
     (tmp_path / "teacher.py").write_text(FILE.replace('image_format="RGB",', "").replace('input_format="RGB",', ""))
     with pytest.raises(GDetKDError, match="RGB or BGR.*model.input_format"):
         FrozenTeacher(distill_cfg(keys))
-    told = {**keys, "DISTILL.TEACHER.OPTS": ["model.input_format", "BGR"]}
-    assert FrozenTeacher(distill_cfg(told)).file.input_format == "BGR"
+    with_order = {**keys, "DISTILL.TEACHER.OPTS": ["model.input_format", "BGR"]}
+    assert FrozenTeacher(distill_cfg(with_order)).file.input_format == "BGR"
 
 
-def test_a_teacher_of_fixed_size_is_never_given_a_larger_image(distill_cfg, monkeypatch):
+def test_a_teacher_with_a_fixed_image_size_refuses_larger_images(distill_cfg, monkeypatch):
     # Detectron2's plain vision transformers have this attribute.
     monkeypatch.setattr(FPN, "padding_constraints", {"square_size": 1024}, raising=False)
     with pytest.raises(GDetKDError, match=r"at most 1024 pixels.*INPUT.MAX_SIZE_TRAIN to 1024 or less"):

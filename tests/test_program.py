@@ -1,4 +1,4 @@
-"""Programs end with a message alone for a known mistake, and with the traceback for any other error."""
+"""A program shows only a message for a known mistake, and a traceback for any other error."""
 
 import errno
 import traceback

@@ -1,4 +1,4 @@
-"""The configs for COCO and VOC: what they build is the published architecture, and the zoo's files are whole for it."""
+"""The recipes for COCO, VOC and BDD100K build the published architectures, and the model zoo's weights fit them."""
 
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ def load(path):
 
 
 def build_without_weights(cfg):
-    """Shapes alone: no memory, no time."""
+    """Build a config's detector on the "meta" device, with shapes but without memory."""
     cfg = plain_config(cfg).clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
@@ -41,29 +41,29 @@ def build_without_weights(cfg):
 
 
 def family_and_backbone(path):
-    """Of a student or a teacher, from the file's name: "teacher-faster_rcnn_R_50" is ("faster_rcnn", "R_50")."""
+    """Return the family and backbone in a file's name: ("faster_rcnn", "R_50") for "teacher-faster_rcnn_R_50"."""
     name = path.stem.split("-")[-1]
     backbone = next(backbone for backbone in BACKBONES if backbone in name)
     return name.split(f"_{backbone}")[0], backbone
 
 
 def torchvision_count(family, backbone):
-    """Parameters of the same architecture, 80 classes, in torchvision, which has its own code for all of it."""
+    """Return the number of parameters of torchvision's detector with the same architecture and 80 classes."""
     make = partial(resnet_fpn_backbone, backbone_name=BACKBONES[backbone], weights=None, trainable_layers=5)
     make = partial(make, norm_layer=torchvision.ops.FrozenBatchNorm2d)
     with torch.device("meta"):
         if family == "faster_rcnn":
-            # Detectron2 has no deltas for background: four rows of 1,024 weights and a bias less.
+            # Detectron2 has no deltas for background. So it lacks four rows of 1,024 weights and a bias.
             return count(FasterRCNN(make(), num_classes=81)) - 4 * 1025
         if family == "mask_rcnn":
-            # Nor has it a mask for background.
+            # Detectron2 has no mask for background either.
             return count(MaskRCNN(make(), num_classes=81)) - 4 * 1025 - 257
         levels = {"returned_layers": [2, 3, 4]}
         if family == "retinanet":
             return count(RetinaNet(make(extra_blocks=LastLevelP6P7(LAST_CHANNELS[backbone], 256), **levels), 80))
         if family == "fcos":
             return count(FCOS(make(extra_blocks=LastLevelP6P7(256, 256), **levels), 80))
-    raise AssertionError(f"no counterpart of {family}")
+    raise AssertionError(f"torchvision has no counterpart of {family}")
 
 
 def count(model):
@@ -77,12 +77,13 @@ def test_parameters_are_those_of_the_published_architecture(path):
     assert count(build_without_weights(load(path))) == torchvision_count(family, backbone)
 
 
-def test_figures_that_everyone_knows():
+def test_numbers_of_parameters_that_docs_state():
     millions = {path.stem: count(build_without_weights(load(path))) / 1e6 for path in FILES}
     assert millions["faster_rcnn_R_50_1x"] == pytest.approx(41.7, abs=0.05)
     assert millions["teacher-faster_rcnn_R_101"] == pytest.approx(60.6, abs=0.05)
     assert millions["teacher-mask_rcnn_R_50"] == pytest.approx(44.3, abs=0.05)
-    # Two box heads (12544 x 1024, 1024 x 1024) and predictors more, and four class-agnostic deltas instead of 320.
+    # A cascade has two more box heads (12544 x 1024, 1024 x 1024) and predictors, and four class-agnostic deltas
+    # instead of 320.
     head, cls, box = 12545 * 1024 + 1025 * 1024, 1025 * 81, 1025 * 4
     two_more = 2 * (head + cls + box) - 1025 * (320 - 4)
     assert millions["teacher-cascade_mask_rcnn_R_50"] == pytest.approx(
@@ -110,7 +111,7 @@ def both(*names):
 
 
 def zoo_names(family, backbone):
-    """The names of the tensors in the zoo's file of such a detector, but for anchors, which are made anew."""
+    """Return the names of the tensors in the zoo's weights of a detector, without anchors, which are computed."""
     first = 3 if family == "retinanet" else 2
     names = resnet_names(BLOCKS[backbone])
     names += both(*(f"backbone.fpn_{kind}{level}" for kind in ("lateral", "output") for level in range(first, 6)))
@@ -133,14 +134,14 @@ ZOO = [path for path in FILES if path.stem.startswith("teacher-") and "InstaBoos
 
 
 @pytest.mark.parametrize("path", ZOO, ids=lambda path: path.stem)
-def test_a_file_of_the_zoo_is_whole_for_the_teacher(path):
-    wanted = set(build_without_weights(load(path)).state_dict())
-    assert wanted == set(zoo_names(*family_and_backbone(path)))
+def test_the_zoos_weights_have_every_tensor_of_the_teacher(path):
+    expected = set(build_without_weights(load(path)).state_dict())
+    assert expected == set(zoo_names(*family_and_backbone(path)))
 
 
 @pytest.mark.parametrize("path", ZOO, ids=lambda path: path.stem)
 def test_weights_of_the_zoo_are_in_detectron2s_list(path):
-    """The family and depth of the file named are the config's: "faster_rcnn_R_50_FPN_3x" for faster_rcnn and R_50."""
+    """The weights have the family and backbone of the config: "faster_rcnn_R_50_FPN_3x" for faster_rcnn and R_50."""
     from detectron2.model_zoo.model_zoo import _ModelZooUrls
 
     folder, name, number, file = load(path).MODEL.WEIGHTS.replace("detectron2://", "").split("/")
@@ -160,12 +161,12 @@ def name(path):
 
 @pytest.mark.parametrize("path", PAIRS, ids=name)
 def test_pair_builds(path, monkeypatch):
-    """Teacher, student and losses fit; weights are another test's."""
+    """Teacher, student and losses fit. Weights are not loaded here."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("gdetkd.teacher.frozen.load_weights", lambda model, path: "0" * 64)
     cfg = load(path)
     teacher, student = path.stem.split("-")
-    # A dense detector's anchors are compared by value, so it has to be somewhere.
+    # Losses compare the values of a dense detector's anchors, and "meta" tensors have no values.
     cfg.MODEL.DEVICE = "meta" if "rcnn" in student else "cpu"
     with torch.device(cfg.MODEL.DEVICE):
         model = build_model(cfg)
@@ -182,16 +183,17 @@ def test_pair_builds(path, monkeypatch):
 def test_detector_builds(path):
     cfg = load(path)
     assert cfg.MODEL.META_ARCHITECTURE != "GDetKD" and count(build_without_weights(cfg)) > 1e7
-    # What a teacher's file trains is where the pairs look for it.
+    # If a teacher is trained here, its pairs name the weights that the training writes.
     if path.stem.startswith("teacher-") and "detectron2://ImageNet" in cfg.MODEL.WEIGHTS:
         weights = f"{cfg.OUTPUT_DIR}/model_final.pth"
-        of_it = [load(pair) for pair in PAIRS if f"{path.stem}.yaml" in load(pair).DISTILL.TEACHER.CONFIG_FILE]
-        of_it = [pair for pair in of_it if pair.DISTILL.TEACHER.CONFIG_FILE.split("/")[1] == path.parent.name]
-        assert of_it and all(pair.DISTILL.TEACHER.WEIGHTS == weights for pair in of_it)
+        pairs = [load(pair) for pair in PAIRS if f"{path.stem}.yaml" in load(pair).DISTILL.TEACHER.CONFIG_FILE]
+        pairs = [pair for pair in pairs if pair.DISTILL.TEACHER.CONFIG_FILE.split("/")[1] == path.parent.name]
+        assert pairs and all(pair.DISTILL.TEACHER.WEIGHTS == weights for pair in pairs)
 
 
-def test_every_recipe_stands_in_the_docs():
-    """By its own name or, of a student alone, as the last part of a pair's."""
+def test_the_docs_name_every_recipe():
+    """A student alone may be named as the last part of a pair's name."""
+
     text = (ROOT / "docs" / "recipes.md").read_text()
     files = [path for path in RECIPE_FILES if "Base-" not in path.stem]
     assert not [name(path) for path in files if f"{path.stem}`" not in text]

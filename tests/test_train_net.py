@@ -1,4 +1,4 @@
-"""The command line, run as a user runs it."""
+"""Run train_net.py in a process of its own, as a user does."""
 
 import fcntl
 import json
@@ -30,7 +30,7 @@ def run(*arguments, environment=None):
 def config_file(distill_cfg, tmp_path):
     entry = dict(MetadataCatalog.get("tiny").gdetkd_entry)
     cfg = distill_cfg({"DATASETS.REGISTER": [entry], "DATASETS.TEST": ("tiny",), "SOLVER.MAX_ITER": 2})
-    cfg.merge_from_list(["MODEL.DEVICE", "cuda"])  # as in every config of Detectron2
+    cfg.merge_from_list(["MODEL.DEVICE", "cuda"])  # Detectron2's default
     path = tmp_path / "distill.yaml"
     path.write_text(cfg.dump())
     return str(path)
@@ -53,22 +53,22 @@ def test_trains_and_evaluates_without_cuda_and_without_teacher(config_file, tmp_
     assert "are not there" in result.stderr.splitlines()[-1]
 
 
-def test_weights_that_are_not_all_of_the_student_are_not_evaluated(config_file, tmp_path):
+def test_incomplete_weights_are_not_evaluated(config_file, tmp_path):
     config = tmp_path / "run" / "config.yaml"
     config.write_text("of the training")
     torch.save({"model": {"backbone.fpn_output2.bias": torch.zeros(8)}}, tmp_path / "few.pth")
     for weights in ("", str(tmp_path / "few.pth")):
         result = run("train_net.py", "--config-file", config_file, "--eval-only", "MODEL.WEIGHTS", weights)
         assert result.returncode == 1 and "Traceback" not in result.stderr
-        said = f"The weights {weights!r} leave" if weights else "MODEL.WEIGHTS is empty, which leaves"
-        assert said in result.stderr.splitlines()[-1]
+        message = f"The weights {weights!r} leave" if weights else "MODEL.WEIGHTS is empty, which leaves"
+        assert message in result.stderr.splitlines()[-1]
     keys = ["MODEL.ROI_HEADS.NUM_CLASSES", "4", "MODEL.WEIGHTS", str(tmp_path / "few.pth")]
     result = run("train_net.py", "--config-file", config_file, "--eval-only", *keys)
     assert result.returncode == 1 and "has 3 classes and the student 4" in result.stderr.splitlines()[-1]
-    assert config.read_text() == "of the training"  # which an evaluation leaves alone
+    assert config.read_text() == "of the training"  # an evaluation does not overwrite it
 
 
-def test_one_training_at_a_time_in_a_folder(config_file, tmp_path):
+def test_only_one_training_at_a_time_uses_a_folder(config_file, tmp_path):
     command = ["train_net.py", "--config-file", config_file]
     config = tmp_path / "run" / "config.yaml"
     config.write_text("of the training")
@@ -92,26 +92,24 @@ def test_a_finished_training_is_not_overwritten(config_file, tmp_path):
     files = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     result = run(*command)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    said = result.stderr.splitlines()[-1]
-    assert (
-        "holds checkpoints of another training (model_best.pth, model_final.pth)" in said
-        and "--resume" in said
-        and "--overwrite" in said
-    )
+    message = result.stderr.splitlines()[-1]
+    assert "holds checkpoints of another training (model_best.pth, model_final.pth)" in message
+    assert "--resume" in message and "--overwrite" in message
     assert all(path.read_bytes() == content for path, content in files.items())
     (tmp_path / "run" / "model_0000001.pth").touch()
     result = run(*command, "--overwrite")
-    assert not (tmp_path / "run" / "model_0000001.pth").exists()  # or a resumed run could go on with the old one
+    # Otherwise --resume could continue from the checkpoint of the old training.
+    assert not (tmp_path / "run" / "model_0000001.pth").exists()
     assert result.returncode == 0 and "Starting training from iteration 0" in result.stdout, result.stderr[-2000:]
 
 
-def test_more_gpus_than_there_are(config_file):
+def test_more_gpus_than_the_machine_has_are_refused(config_file):
     result = run("train_net.py", "--config-file", config_file, "--num-gpus", "64")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "--num-gpus is 64" in result.stderr and "leave --num-gpus out" in result.stderr
 
 
-def test_the_device_and_the_exchange_have_to_fit(monkeypatch):
+def test_the_device_must_fit_the_backend_of_the_processes(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     check_device("cpu")
@@ -122,7 +120,7 @@ def test_the_device_and_the_exchange_have_to_fit(monkeypatch):
     for backend, device in (("gloo", "cpu"), ("nccl", "cuda:1")):
         monkeypatch.setattr(torch.distributed, "get_backend", lambda backend=backend: backend)
         check_device(device)
-    assert chosen == ["cuda:1"]  # a process of several has its own
+    assert chosen == ["cuda:1"]  # with several processes, each has chosen a device already
     with pytest.raises(GDetKDError, match="MODEL.DEVICE is 'mps'.*cpu, cuda"):
         check_device("mps")
     with pytest.raises(GDetKDError, match="MODEL.DEVICE is cpu.*NCCL.*CUDA_VISIBLE_DEVICES="):
@@ -132,8 +130,8 @@ def test_the_device_and_the_exchange_have_to_fit(monkeypatch):
 def test_evaluates_the_teacher_alone(config_file):
     result = run("train_net.py", "--config-file", config_file, "--eval-teacher")
     assert result.returncode == 0 and "Evaluation results for bbox" in result.stdout, result.stderr[-2000:]
-    for way in ("--eval-teacher", "--eval-only"):
-        result = run("train_net.py", "--config-file", config_file, way, "DATASETS.TEST", "()")
+    for flag in ("--eval-teacher", "--eval-only"):
+        result = run("train_net.py", "--config-file", config_file, flag, "DATASETS.TEST", "()")
         assert result.returncode == 1 and "Traceback" not in result.stderr
         assert "DATASETS.TEST is empty" in result.stderr.splitlines()[-1]
 
@@ -187,7 +185,7 @@ def test_without_detectron2_the_import_says_how_to_get_it(tmp_path):
     assert result.returncode != 0 and "pip install" in result.stderr and "facebookresearch/detectron2" in result.stderr
 
 
-def test_every_config_is_understood():
+def test_every_config_has_only_known_keys():
     for path in (ROOT / "configs").rglob("*.yaml"):
         cfg = make_cfg({})
         os.chdir(ROOT)

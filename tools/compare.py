@@ -26,7 +26,7 @@ TRAIN_NET = Path(__file__).resolve().parents[1] / "train_net.py"
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, help="config of the distillation that GDetKD stands for")
+    parser.add_argument("--config-file", required=True, help="config of a distillation, as the method GDetKD uses it")
     parser.add_argument("--methods", help="separated by commas; none is always included. Default: none,SGFI,CKD,GDetKD")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds; the seeds are 1, 2, ...")
     parser.add_argument("--jobs", type=int, default=1, help="number of trainings that run at once")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a teacher, and write a file with only the weights, which loads without running code.
+"""Train a teacher, and write its weights to a file that loads without running code.
 
 python tools/make_teacher.py --config-file configs/quickstart/teacher-FasterRCNN.yaml --output teacher.pth
 """

@@ -1,4 +1,4 @@
-"""What is wrong with a user's data is left out or named, with counts, before training."""
+"""Problems in a user's data are left out or refused, with counts, before training."""
 
 import json
 
@@ -21,7 +21,13 @@ BOX = {"area": 100, "iscrowd": 0, "category_id": 1, "image_id": 1}
 
 
 def dataset(folder, change=lambda content: None, count=4, **entry):
-    """A set named "mine" of 64x64 images (the first and every third 80x64), its JSON changed."""
+    """Write and register the dataset "mine", and return a config that trains on it.
+
+    The images have 64x64 pixels, but the first and every third one 80x64.
+
+    Args:
+        change: changes the content of the JSON file in place.
+    """
     write_coco(folder, count, name="mine")
     content = json.loads((folder / "mine.json").read_text())
     change(content)
@@ -52,11 +58,11 @@ def test_annotations_of_each_kind_are_counted_once(tmp_path, caplog):
     dataset(tmp_path, with_boxes(*boxes, [5, 5, 9, 9]))
     for _ in range(2):
         kept = [a["bbox"] for a in DatasetCatalog.get("mine")[0]["annotations"]]
-        assert kept == [[5, 2, 9, 3], [70, 5, 30, 9], [5, 5, 9, 9]]  # the first had its corners in another order
-    said = (
+        assert kept == [[5, 2, 9, 3], [70, 5, 30, 9], [5, 5, 9, 9]]  # the corners of the first box are put in order
+    warning = (
         "mine: 1 boxes have their corners in another order; 3 annotations without area are left out; 2 annotations out"
     )
-    assert caplog.text.count(said) == 1
+    assert caplog.text.count(warning) == 1
     assert "1 boxes reach over the edge" in caplog.text
 
 
@@ -66,7 +72,7 @@ def test_crowds_are_counted_and_stay(tmp_path, caplog):
     assert "2 are crowds" in caplog.text
 
 
-def test_sound_annotations_are_not_spoken_of(tmp_path, caplog):
+def test_sound_annotations_cause_no_warning(tmp_path, caplog):
     def change(content):
         with_boxes([0, 0, 80, 64], [5, 5, 9, 9], [6, 6, 9, 9])(content)
         for index, annotation in enumerate(content["annotations"]):
@@ -77,7 +83,7 @@ def test_sound_annotations_are_not_spoken_of(tmp_path, caplog):
     assert "mine:" not in caplog.text
 
 
-def test_categories_that_skip_ids(tmp_path):
+def test_category_ids_may_skip_numbers(tmp_path):
     def change(content):
         with_boxes([5, 5, 9, 9], category_id=90)(content)
         content["categories"] = [{"id": 7, "name": "cat"}, {"id": 90, "name": "dog"}]
@@ -95,14 +101,14 @@ def test_categories_that_skip_ids(tmp_path):
         (with_boxes("no box at all"), "cannot be read from .*mine.json"),
     ],
 )
-def test_json_that_cannot_be_used(tmp_path, change, match):
+def test_an_unusable_json_is_refused(tmp_path, change, match):
     dataset(tmp_path, change)
     with pytest.raises(GDetKDError, match=match) as error:
         DatasetCatalog.get("mine")
     assert "DATASETS.REGISTER" in str(error.value)
 
 
-def test_json_that_is_cut_off(tmp_path):
+def test_a_truncated_json_is_refused(tmp_path):
     dataset(tmp_path)
     (tmp_path / "mine.json").write_text((tmp_path / "mine.json").read_text()[:100])
     with pytest.raises(GDetKDError, match="mine.json.*JSONDecodeError"):
@@ -110,24 +116,25 @@ def test_json_that_is_cut_off(tmp_path):
 
 
 def break_images(folder):
-    """Of four images one that is gone, one that is no image and one of another size."""
+    """Break three of four images: remove one, overwrite one with text, and give one another size."""
     (folder / "mine0.png").unlink()
     (folder / "mine1.png").write_bytes(b"<html>404</html>")
     Image.new("RGB", (64, 50)).save(folder / "mine2.png")
 
 
-def test_image_too_large_to_be_honest(tmp_path, monkeypatch):
+def test_an_image_that_is_too_large_does_not_open(tmp_path, monkeypatch):
     dataset(tmp_path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     reasons = set(find_bad_images(DatasetCatalog.get("mine")).values())
     assert reasons == {"does not open (DecompressionBombError)"}
 
 
-def test_images_that_cannot_be_used(tmp_path):
+def test_unusable_images_are_found_with_a_reason(tmp_path):
     dataset(tmp_path)
     assert find_bad_images(DatasetCatalog.get("mine")) == {}
     break_images(tmp_path)
-    reasons = {path.rsplit("/", 1)[1]: why for path, why in find_bad_images(DatasetCatalog.get("mine")).items()}
+    bad = find_bad_images(DatasetCatalog.get("mine"))
+    reasons = {path.rsplit("/", 1)[1]: reason for path, reason in bad.items()}
     assert reasons == {
         "mine0.png": "not there",
         "mine1.png": "does not open (UnidentifiedImageError)",
@@ -135,7 +142,7 @@ def test_images_that_cannot_be_used(tmp_path):
     }
 
 
-def test_a_photograph_that_is_turned_on_reading_has_the_turned_size(tmp_path):
+def test_an_image_that_exif_turns_has_the_turned_size(tmp_path):
     write_coco(tmp_path, 1, name="mine")
     exif = Image.Exif()
     exif[274] = 6
@@ -163,7 +170,7 @@ def test_a_bad_image_of_a_test_set_is_named_before_training(tmp_path):
         check_datasets(cfg)
 
 
-def test_voc_with_a_class_that_was_not_named(tmp_path):
+def test_a_voc_class_that_the_entry_does_not_list_is_refused(tmp_path):
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "ImageSets/Main/train.txt").write_text("1\n")
@@ -180,7 +187,7 @@ def test_voc_with_a_class_that_was_not_named(tmp_path):
         DatasetCatalog.get("mine")
 
 
-def test_images_alone_are_predicted_on_but_not_trained_on(tmp_path):
+def test_images_without_labels_are_predicted_on_but_not_trained_on(tmp_path):
     for name in ("b.JPG", "a.png", "notes.txt"):
         Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / name, format="PNG")
     entry = {"name": "mine", "kind": "images", "images": str(tmp_path)}
@@ -213,7 +220,7 @@ def test_detections_of_all_batches_are_written(tmp_path):
     assert written == [{"image_id": name, **expected} for name in ("a", "b")]
 
 
-def test_registered_on_the_command_line(tmp_path):
+def test_a_dataset_can_be_registered_on_the_command_line(tmp_path):
     write_coco(tmp_path, 2, name="mine")
     cfg = make_cfg({})
     entry = f"[{{'name': 'mine', 'kind': 'coco', 'json': '{tmp_path}/mine.json', 'images': '{tmp_path}'}}]"

@@ -1,4 +1,4 @@
-"""Annotations as they come: left out with a count, or an error that names them; paths that lead elsewhere."""
+"""Faulty annotations are left out with a count, or an error names them. Paths do not leave their folder."""
 
 import os
 
@@ -21,7 +21,7 @@ from gdetkd.engine.preflight import check_datasets
 from gdetkd.errors import GDetKDError
 
 
-def test_coordinates_from_far_away_are_left_out(tmp_path, caplog):
+def test_boxes_with_huge_coordinates_are_left_out(tmp_path, caplog):
     far = [[1e30, 5, 9, 9], [5, 5, 10**30, 9], [5, 5, 10**400, 9], [-1e8, 5, 2e8, 9], [5, 5, 1e308, 1e308]]
     nan, inf = float("nan"), float("inf")
     none = [[5, 5, nan, 9], [5, 5, 9, -inf], [10**400, nan, 9, 9], [5, 10**400, 9, inf]]
@@ -44,13 +44,13 @@ RLE = {"size": [64, 64], "counts": [64 * 64]}
 @pytest.mark.parametrize(
     "change, match",
     [
-        (change_image(id=1), "image id 1 stands twice"),
-        (change_image(id=None), "image id None is no id"),
+        (change_image(id=1), "image id 1 occurs twice"),
+        (change_image(id=None), "image id None is not a number or text"),
         (change_image(width=0), "image 2 has the width 0"),
         (change_image(height="tall"), "image 2 has the height 'tall'"),
         (change_image(file_name="a\0.png"), "zero byte"),
         (change_image(file_name=7), "image 2 has no file name"),
-        (lambda content: content["categories"].append({"id": 1, "name": "again"}), "category id 1 stands twice"),
+        (lambda content: content["categories"].append({"id": 1, "name": "again"}), "category id 1 occurs twice"),
         (lambda content: content["categories"].clear(), "names no category"),
         (lambda content: content.update(images={}), "no list of images"),
         (change_annotation(category_id=0), "category_id=0, which is none of its categories"),
@@ -70,7 +70,7 @@ RLE = {"size": [64, 64], "counts": [64 * 64]}
         (change_annotation(keypoints=["x"]), "keypoints that are not numbers"),
     ],
 )
-def test_annotations_that_cannot_be_meant(tmp_path, change, match):
+def test_an_item_with_an_impossible_value_is_refused_by_name(tmp_path, change, match):
     dataset(tmp_path, change)
     with pytest.raises(GDetKDError, match=f"mine.json.*{match}.*Correct that file"):
         DatasetCatalog.get("mine")
@@ -86,8 +86,8 @@ def test_annotations_that_cannot_be_meant(tmp_path, change, match):
         change_annotation(bbox=[5, 5, 10**400, 9]),
     ],
 )
-def test_what_pycocotools_would_fail_on_is_put_right(tmp_path, change):
-    """It reads the file itself at the first evaluation. Then the evaluation writes a file of what training reads."""
+def test_the_evaluation_does_not_read_a_file_that_pycocotools_cannot_read(tmp_path, change):
+    """pycocotools reads the file that the metadata name. So the evaluation writes a file of what training reads."""
     cfg = dataset(tmp_path, change)
     cfg.DATASETS.TEST = ("mine",)
     check_datasets(cfg)
@@ -96,7 +96,7 @@ def test_what_pycocotools_would_fail_on_is_put_right(tmp_path, change):
     assert MetadataCatalog.get("mine").json_file != str(tmp_path / "mine.json")
 
 
-def test_a_shortened_test_set_is_written_anew_with_what_evaluation_needs(tmp_path):
+def test_the_evaluation_writes_a_file_of_a_shortened_test_set(tmp_path):
     cfg = dataset(tmp_path, lambda content: [a.pop("area") for a in content["annotations"]], limit=2)
     cfg.DATASETS.TEST = ("mine",)
     check_datasets(cfg)
@@ -110,7 +110,7 @@ def test_a_shortened_test_set_is_written_anew_with_what_evaluation_needs(tmp_pat
     assert "AP" in evaluator.evaluate()["bbox"]
 
 
-def test_masks_that_pycocotools_wrote_are_understood(tmp_path):
+def test_masks_that_pycocotools_wrote_are_read(tmp_path):
     import pycocotools.mask as mask_util
 
     rng = np.random.default_rng(0)
@@ -132,7 +132,7 @@ def test_masks_that_pycocotools_wrote_are_understood(tmp_path):
 @pytest.mark.parametrize(
     "path, out", [("a/../b.png", False), ("../b.png", True), ("a/../../b", True), ("/b", True), ("..b/c", False)]
 )
-def test_what_leads_out(path, out):
+def test_paths_that_leave_their_folder_are_found(path, out):
     assert leaves(path) == out
 
 
@@ -151,7 +151,7 @@ def test_file_names_do_not_lead_out_of_their_folder(tmp_path, where):
     assert os.path.samefile(DatasetCatalog.get("mine")[1]["file_name"], tmp_path / "outside.png")
 
 
-def test_paths_of_an_entry_do_not_lead_out_of_the_folder_of_data_sets(tmp_path, monkeypatch):
+def test_paths_of_an_entry_do_not_lead_out_of_detectron2s_data_folder(tmp_path, monkeypatch):
     (tmp_path / "datasets").mkdir()
     write_coco(tmp_path, 2, name="mine")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
@@ -187,7 +187,7 @@ def test_voc_is_read_as_detectron2_reads_it(tmp_path):
     assert load_voc(root, "train", ["cat", "dog"])[0] == load_voc_instances(root, "train", ["cat", "dog"])
 
 
-def test_voc_of_one_image(tmp_path):
+def test_a_voc_dataset_with_one_image_is_read(tmp_path):
     entry = {"name": "mine", "kind": "voc", "root": voc(tmp_path), "split": "train", "classes": ["cat", "dog"]}
     register_datasets(make_cfg({"DATASETS.REGISTER": [entry]}))
     assert len(DatasetCatalog.get("mine")) == 1
@@ -215,14 +215,14 @@ def test_voc_of_one_image(tmp_path):
         ("<annotation>", "ParseError"),
     ],
 )
-def test_voc_annotations_that_are_none(tmp_path, text, match):
+def test_a_file_that_is_no_voc_annotation_is_refused(tmp_path, text, match):
     root = voc(tmp_path, text=text)
     with pytest.raises(GDetKDError, match=f"one.xml' is not a VOC annotation.*{match}"):
         load_voc(root, "train", ["cat"])
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_a_document_type_in_another_encoding_is_seen(tmp_path, encoding):
+def test_a_document_type_in_another_encoding_is_refused(tmp_path, encoding):
     root = voc(tmp_path)
     text = '<?xml version="1.0" encoding="utf-16"?><!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>'
     (tmp_path / "Annotations" / "one.xml").write_bytes(text.encode(encoding))
@@ -251,14 +251,14 @@ def test_an_annotation_that_only_mentions_a_document_type_is_read(tmp_path, enco
     assert load_voc(root, "train", ["cat"])[0][0]["annotations"] == []
 
 
-def test_outlines_are_long_or_too_long():
+def test_outlines_are_accepted_up_to_a_length():
     zigzag = [value for x in range(1500) for value in (x, 5000 * (x % 2))]
-    assert _is_near(zigzag) and not _is_near(zigzag * 3)  # of 7,500,000 pixels, and of three times as many
+    assert _is_near(zigzag) and not _is_near(zigzag * 3)  # 7,500,000 pixels, and three times as many
     assert _outline([0, 0, 4, 0, 4, 3]) == 4 + 3 + 4
 
 
 @pytest.mark.parametrize("listed", [["../../etc/passwd"], ["one", "one"], ["one -1"], ["/etc/passwd"]])
-def test_voc_lists_that_are_refused(tmp_path, listed):
+def test_invalid_voc_lists_are_refused(tmp_path, listed):
     with pytest.raises(GDetKDError, match="train.txt' has the line"):
         load_voc(voc(tmp_path, listed=listed), "train", ["cat", "dog"])
     entry = {"name": "mine", "kind": "voc", "root": str(tmp_path), "split": "../../x", "classes": ["cat"]}

@@ -1,4 +1,4 @@
-"""Images as they come: loaded right, left out with a count, or an error that names them."""
+"""Unusual images load correctly. Faulty images are left out with a count, or an error names them."""
 
 import json
 import os
@@ -19,20 +19,23 @@ from gdetkd.errors import GDetKDError
 
 
 def photograph(width=64, height=48):
-    """Bright at the left, dark at the right, red above and blue below: any turn or swap of channels shows."""
+    """Make an image that shows every turn and every swap of channels.
+
+    It is bright on the left and dark on the right, red in the upper half and blue in the lower half.
+    """
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[: height // 2, :, 0] = pixels[height // 2 :, :, 2] = np.linspace(250, 20, width).astype(np.uint8)
     return Image.fromarray(pixels)
 
 
-def error_of(image, reference):
+def mean_error(image, reference):
     return np.abs(image.astype(float) - np.asarray(reference.convert("RGB"), float)).mean()
 
 
 @pytest.mark.parametrize(
     "turn", [None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270]
 )
-def test_an_image_that_exif_turns_is_turned(tmp_path, turn):
+def test_images_are_turned_as_exif_says(tmp_path, turn):
     upright, path = photograph(), tmp_path / "x.jpg"
     exif = Image.Exif()
     undo = {Image.Transpose.ROTATE_90: 6, Image.Transpose.ROTATE_180: 3, Image.Transpose.ROTATE_270: 8}
@@ -40,17 +43,17 @@ def test_an_image_that_exif_turns_is_turned(tmp_path, turn):
         exif[274] = undo[turn]
     (upright if turn is None else upright.transpose(turn)).save(path, exif=exif, quality=95)
     assert find_bad_images([{"file_name": str(path), "width": 64, "height": 48}], whole=True) == {}
-    assert error_of(read_image(str(path), "RGB"), upright) < 6
+    assert mean_error(read_image(str(path), "RGB"), upright) < 6
 
 
 @pytest.mark.parametrize(
     "mode, ending", [("L", "png"), ("CMYK", "jpg"), ("RGBA", "png"), ("LA", "png"), ("P", "png"), ("1", "png")]
 )
-def test_other_modes_load_as_they_look(tmp_path, mode, ending):
+def test_images_of_other_modes_load_as_a_viewer_shows_them(tmp_path, mode, ending):
     original, path = photograph().convert(mode), tmp_path / f"x.{ending}"
     original.save(path, quality=95)
     assert find_bad_images([{"file_name": str(path), "width": 64, "height": 48}], whole=True) == {}
-    assert error_of(read_image(str(path), "RGB"), original) < 6
+    assert mean_error(read_image(str(path), "RGB"), original) < 6
 
 
 @pytest.mark.parametrize("name", ["JPEG", "JPEG2000", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "MPO", "TGA"])
@@ -71,7 +74,7 @@ def test_a_format_that_another_program_reads_is_refused_by_name(tmp_path, monkey
     assert reason.startswith("is EPS, not one of ") and reason.endswith("WEBP: convert it") and not started
 
 
-def test_sixteen_bits_of_colour_load_and_of_grey_are_named(tmp_path):
+def test_colour_of_sixteen_bits_loads_and_grey_of_sixteen_bits_is_refused(tmp_path):
     grey = np.linspace(0, 65535, 64 * 48).reshape(48, 64)
     Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "grey.png")
     Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tiff")
@@ -85,7 +88,7 @@ def test_sixteen_bits_of_colour_load_and_of_grey_are_named(tmp_path):
 
 
 def truncate(path):
-    """A JPEG with its header whole and half of its pixels."""
+    """Write an image as a JPEG with a whole header and only half of its pixels."""
     Image.open(path).convert("RGB").save(path, format="JPEG", quality=95)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -98,24 +101,25 @@ def batches_of(cfg, count, start=0):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_breaks_off_is_replaced_and_named(tmp_path, caplog, workers):
+def test_a_truncated_image_is_replaced_and_named(tmp_path, caplog, workers):
     cfg = dataset(tmp_path, count=6)
     sound = batches_of(cfg, 12)
     truncate(tmp_path / "mine1.png")
-    assert find_bad_images(DatasetCatalog.get("mine")) == {}  # its header says nothing of it
+    assert find_bad_images(DatasetCatalog.get("mine")) == {}  # the header does not show that the file is truncated
     cfg.INPUT.MAX_BAD_FRACTION, cfg.DATALOADER.NUM_WORKERS = 0.2, workers
     batches = batches_of(cfg, 12)
     names = [os.path.basename(name) for batch in batches for name, _ in batch]
     assert "mine1.png" not in names and caplog.text.count("1 of 6 images cannot be used so far, now mine1.png") == 1
     for before, after in zip(sound, batches):
-        for (name, image), (other, replaced) in zip(before, after):
-            assert name.endswith("mine1.png") or (name == other and torch.equal(image, replaced))
-    for first, second in zip(batches[5:], batches_of(cfg, 7, start=5)):  # a function of seed and position still
+        for (name, image), (name_after, image_after) in zip(before, after):
+            assert name.endswith("mine1.png") or (name == name_after and torch.equal(image, image_after))
+    # Seed and position alone decide which image takes the place.
+    for first, second in zip(batches[5:], batches_of(cfg, 7, start=5)):
         assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(first, second))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_mistake_in_a_mapper_is_not_taken_for_a_broken_image(tmp_path, monkeypatch, workers):
+def test_an_error_of_the_mapper_is_not_taken_for_a_broken_image(tmp_path, monkeypatch, workers):
     cfg = dataset(tmp_path, count=6)
     cfg.INPUT.MAX_BAD_FRACTION, cfg.DATALOADER.NUM_WORKERS = 1.0, workers
     monkeypatch.setattr(DatasetMapper, "_transform_annotations", lambda *args: {}["no such key"])
@@ -133,7 +137,7 @@ def test_an_image_that_changes_its_size_in_training_is_replaced(tmp_path, caplog
     assert "mine1.png" not in names and "now mine1.png" in caplog.text
 
 
-def test_too_many_images_that_break_off_stop_the_run(tmp_path, caplog):
+def test_too_many_truncated_images_stop_the_run(tmp_path, caplog):
     cfg = dataset(tmp_path, count=6)
     truncate(tmp_path / "mine1.png"), truncate(tmp_path / "mine4.png")
     cfg.INPUT.MAX_BAD_FRACTION, cfg.DATALOADER.NUM_WORKERS = 0.2, 1
@@ -144,14 +148,14 @@ def test_too_many_images_that_break_off_stop_the_run(tmp_path, caplog):
         batches_of(cfg, 12)
 
 
-def test_images_found_bad_at_the_start_count_with_those_found_later():
+def test_bad_images_found_at_the_start_and_later_are_counted_together():
     count = BadImages(total=100, left_out=2, max_fraction=0.03, names="mine")
     count.note({"a.jpg": "broken"}), count.note({"a.jpg": "broken"}), count.note({})
     with pytest.raises(GDetKDError, match="4 of 100 images cannot be used so far, now b.jpg broken"):
         count.note({"b.jpg": "broken"})
 
 
-def test_when_no_image_can_be_used_the_run_stops(tmp_path):
+def test_a_run_without_a_usable_image_stops(tmp_path):
     cfg = dataset(tmp_path, count=1)
     truncate(tmp_path / "mine0.png")
     cfg.INPUT.MAX_BAD_FRACTION = 1.0
@@ -167,8 +171,8 @@ def test_a_truncated_image_of_a_test_set_is_named_before_training(tmp_path):
         check_datasets(cfg)
 
 
-def strange(kind):
-    """Sizes of images (width, height), and boxes of the first."""
+def strange_images(kind):
+    """Return the sizes (width, height) of the images of a strange dataset, and the boxes of the first image."""
     return {
         "one pixel": ([(1, 1), (64, 64)], [[0, 0, 1, 1]]),
         "10,000 pixels wide": ([(10_000, 20), (64, 64)], [[100, 2, 5000, 10]]),
@@ -178,8 +182,8 @@ def strange(kind):
 
 
 @pytest.mark.parametrize("kind", ["one pixel", "10,000 pixels wide", "5,000 boxes", "one image"])
-def test_strange_images_are_trained_on(distill_cfg, tmp_path, kind):
-    sizes, boxes = strange(kind)
+def test_a_run_trains_on_strange_images(distill_cfg, tmp_path, kind):
+    sizes, boxes = strange_images(kind)
     folder = tmp_path / "images"
     folder.mkdir()
     images = [{"id": i, "file_name": f"{i}.png", "width": w, "height": h} for i, (w, h) in enumerate(sizes)]

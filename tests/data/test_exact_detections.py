@@ -1,7 +1,7 @@
 """Exact detections have an AP of 100, whatever ids, types, orders and counts an annotation tool writes.
 
-Each change below leaves the meaning of the file as it is. Training has to see every object, and the evaluation has to
-count every object that is found.
+Each change below keeps the meaning of the file. Training must see every object, and the evaluation must count every
+object that is found.
 """
 
 import json
@@ -23,13 +23,13 @@ from gdetkd.errors import GDetKDError
 COUNT = 6
 
 
-def each(key, function):
-    """A change of every item of a list in the file."""
+def of_each(key, function):
+    """Return a change of the file's content: call a function for each item of a list."""
     return lambda content: [function(item) for item in content[key]]
 
 
 def annotations(function):
-    return each("annotations", function)
+    return of_each("annotations", function)
 
 
 def drop(*keys):
@@ -59,32 +59,32 @@ CHANGES = {
     "as it is": lambda content: None,
     "annotation ids from 0": annotations(lambda item: item.update(id=item["id"] - 1)),
     "annotation ids as text": annotations(lambda item: item.update(id=f"a{item['id']}")),
-    "annotation ids that stand twice": annotations(lambda item: item.update(id=7)),
+    "annotation ids that occur twice": annotations(lambda item: item.update(id=7)),
     "no annotation ids": annotations(drop("id")),
     "image ids of annotations as text": annotations(lambda item: item.update(image_id=str(item["image_id"]))),
-    "image ids as text": each("images", lambda item: item.update(id=str(item["id"]))),
+    "image ids as text": of_each("images", lambda item: item.update(id=str(item["id"]))),
     "image ids of half of the annotations as text": annotations(
         lambda item: item.update(image_id=str(item["image_id"]) if item["id"] % 2 else item["image_id"])
     ),
     "image ids as floats": annotations(lambda item: item.update(image_id=float(item["image_id"]))),
     "image ids that are names": lambda content: [
-        *each("images", lambda item: item.update(id=f"image{item['id']}"))(content),
+        *of_each("images", lambda item: item.update(id=f"image{item['id']}"))(content),
         *annotations(lambda item: item.update(image_id=f"image{item['image_id']}"))(content),
     ],
     "image ids from 0": lambda content: [
-        *each("images", lambda item: item.update(id=item["id"] - 1))(content),
+        *of_each("images", lambda item: item.update(id=item["id"] - 1))(content),
         *annotations(lambda item: item.update(image_id=item["image_id"] - 1))(content),
     ],
     "category ids as text": lambda content: [
-        *each("categories", lambda item: item.update(id=str(item["id"])))(content),
+        *of_each("categories", lambda item: item.update(id=str(item["id"])))(content),
         *annotations(lambda item: item.update(category_id=str(item["category_id"])))(content),
     ],
     "category ids from 0": lambda content: [
-        *each("categories", lambda item: item.update(id=item["id"] - 1))(content),
+        *of_each("categories", lambda item: item.update(id=item["id"] - 1))(content),
         *annotations(lambda item: item.update(category_id=item["category_id"] - 1))(content),
     ],
     "category ids with gaps": lambda content: [
-        *each("categories", lambda item: item.update(id=10 * item["id"]))(content),
+        *of_each("categories", lambda item: item.update(id=10 * item["id"]))(content),
         *annotations(lambda item: item.update(category_id=10 * item["category_id"]))(content),
     ],
     "another order": shuffled,
@@ -100,9 +100,9 @@ CHANGES = {
         lambda item: item.update(segmentation=[[1, 2, 3, 4]] if item["id"] % 2 else [[5, 5, 20, 5, 20, 20]])
     ),
     "swapped corners": annotations(swap),
-    "spaces around class names": each("categories", lambda item: item.update(name=f" {item['name']} ")),
-    "backslashes in file names": each("images", lambda item: item.update(file_name=f".\\{item['file_name']}")),
-    "another case of file names": each("images", lambda item: item.update(file_name=item["file_name"].upper())),
+    "spaces around class names": of_each("categories", lambda item: item.update(name=f" {item['name']} ")),
+    "backslashes in file names": of_each("images", lambda item: item.update(file_name=f".\\{item['file_name']}")),
+    "another case of file names": of_each("images", lambda item: item.update(file_name=item["file_name"].upper())),
     "boxes without area beside the others": lambda content: content["annotations"].append(
         {**content["annotations"][0], "id": 999, "bbox": [5, 5, 0, 0], "area": 0}
     ),
@@ -112,8 +112,12 @@ CHANGES = {
 }
 
 
-def registered(folder, change, encoding="utf-8", **keys):
-    """A config whose set "exact" is read from a changed file, and the objects of each image before the change."""
+def register_changed(folder, change, encoding="utf-8", **keys):
+    """Register the dataset "exact" from a changed file.
+
+    Returns:
+        the config, and the objects of each image before the change: (x, y, width, height) and class name.
+    """
     write_coco(folder, COUNT, name="exact")
     content = json.loads((folder / "exact.json").read_text())
     objects = {}
@@ -130,7 +134,7 @@ def registered(folder, change, encoding="utf-8", **keys):
 
 
 def ap_of_exact_detections(cfg, objects):
-    """AP (percent) of detections that are the objects that were written."""
+    """Return the AP (percent) of detections that equal the objects."""
     check_datasets(cfg)
     evaluator = build_evaluator(cfg, "exact")
     evaluator.reset()
@@ -148,19 +152,19 @@ def ap_of_exact_detections(cfg, objects):
 
 @pytest.mark.parametrize("implementation", ["pycocotools", "faster-coco-eval"])
 @pytest.mark.parametrize("change", list(CHANGES))
-def test_the_ap_of_exact_detections(tmp_path, change, implementation):
-    cfg, objects = registered(tmp_path, CHANGES[change], **{"TEST.COCO_EVAL": implementation})
+def test_exact_detections_have_an_ap_of_100(tmp_path, change, implementation):
+    cfg, objects = register_changed(tmp_path, CHANGES[change], **{"TEST.COCO_EVAL": implementation})
     assert ap_of_exact_detections(cfg, objects) == pytest.approx(100.0)
     assert sum(len(image["annotations"]) for image in DatasetCatalog.get("exact")) == sum(map(len, objects.values()))
 
 
-def test_a_byte_order_mark_is_read_over(tmp_path):
-    cfg, objects = registered(tmp_path, lambda content: None, encoding="utf-8-sig")
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    cfg, objects = register_changed(tmp_path, lambda content: None, encoding="utf-8-sig")
     assert ap_of_exact_detections(cfg, objects) == pytest.approx(100.0)
 
 
-def test_a_thousand_detections_of_an_image_are_counted_if_asked_for(tmp_path):
-    """COCO's metrics count 100 an image: 150 exact detections of 150 objects had 66.34 AP."""
+def test_ap_counts_up_to_detections_per_image(tmp_path):
+    """COCO's metrics count 100 detections an image, so 150 exact detections of 150 objects have an AP of 66.34."""
     Image.fromarray(np.zeros((200, 200, 3), np.uint8)).save(tmp_path / "one.png")
     boxes = [[13 * (i % 15), 13 * (i // 15), 10, 10] for i in range(150)]
     found = [
@@ -190,7 +194,7 @@ def test_annotations_of_no_image_are_left_out_up_to_a_share(tmp_path, caplog, sh
         for item in content["annotations"][:number]:
             item["image_id"] = 77
 
-    cfg, objects = registered(tmp_path, change, **{"INPUT.MAX_BAD_FRACTION": 0.2})
+    cfg, objects = register_changed(tmp_path, change, **{"INPUT.MAX_BAD_FRACTION": 0.2})
     if refused:
         with pytest.raises(
             GDetKDError, match="annotations are of no image of the file, the first with image_id 77.*0.2"
@@ -202,17 +206,17 @@ def test_annotations_of_no_image_are_left_out_up_to_a_share(tmp_path, caplog, sh
 
 
 @pytest.mark.parametrize("name, change", [(n, c) for n, c in CHANGES.items() if n not in ("as it is", "another order")])
-def test_what_is_put_right_is_said_once(tmp_path, caplog, name, change):
-    registered(tmp_path, change)
+def test_a_correction_is_logged_once(tmp_path, caplog, name, change):
+    register_changed(tmp_path, change)
     for _ in range(3):
         DatasetCatalog.get("exact")
-    said = [message for message in caplog.messages if message.startswith("exact: ")]
+    warnings = [message for message in caplog.messages if message.startswith("exact: ")]
     is_quiet = name in ("image ids from 0", "image ids that are names", "category ids from 0", "category ids with gaps")
-    assert len(said) == (0 if is_quiet else 1), said
+    assert len(warnings) == (0 if is_quiet else 1), warnings
 
 
-def test_an_object_keeps_its_box_where_its_polygon_is_none(tmp_path, caplog):
-    registered(tmp_path, CHANGES["two corners for some polygons"])
+def test_an_object_with_an_invalid_polygon_keeps_its_box(tmp_path, caplog):
+    register_changed(tmp_path, CHANGES["two corners for some polygons"])
     found = [item for image in DatasetCatalog.get("exact") for item in image["annotations"]]
     assert {"segmentation" in item for item in found} == {True, False} and all("bbox" in item for item in found)
     assert "objects have polygons of fewer than three corners; they keep their box" in caplog.text

@@ -1,4 +1,4 @@
-"""Exact detections have an AP of 100 on VOC's layout, in whatever way an annotation tool writes it."""
+"""Exact detections have an AP of 100 on VOC's layout, in all variants that annotation tools write."""
 
 import json
 import re
@@ -17,7 +17,7 @@ ENTRY = {"name": "exact", "kind": "voc", "split": "train", "classes": CLASSES}
 
 
 def write_voc(folder):
-    """VOC's layout of `COUNT` images; returns their objects as (x, y, width, height) and class by file name."""
+    """Write `COUNT` images in VOC's layout. Return their objects by file name: (x, y, width, height) and class."""
     for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (folder / part).mkdir(parents=True)
     write_coco(folder / "JPEGImages", COUNT, name="exact")
@@ -46,7 +46,7 @@ def write_xml(folder, image, objects):
 
 
 def each_xml(function):
-    """A change of the text of every annotation."""
+    """Return a change of the folder: rewrite the text of every annotation by a function."""
 
     def change(folder):
         for path in sorted((folder / "Annotations").iterdir()):
@@ -79,7 +79,7 @@ def rename(folder, function):
 
 
 def flat(folder):
-    """Roboflow's layout: a folder for each split, of images and annotations."""
+    """Make Roboflow's layout: a folder for each split, with images and annotations."""
     (folder / "train").mkdir()
     for part in ("Annotations", "JPEGImages"):
         for path in sorted((folder / part).iterdir()):
@@ -94,12 +94,12 @@ def vott(folder):
     (main / "train.txt").unlink()
     for name in CLASSES:
         (main / f"{name}_train.txt").write_text(
-            "".join(f"{each}.png {1 if i % 2 else -1}\n" for i, each in enumerate(names))
+            "".join(f"{image}.png {1 if i % 2 else -1}\n" for i, image in enumerate(names))
         )
 
 
 def into_subfolder(folder):
-    """CVAT keeps the folders of a task in the names of its images."""
+    """Move the files into a subfolder. CVAT keeps the folders of a task in the names of its images."""
     for part in ("Annotations", "JPEGImages"):
         (folder / part / "task").mkdir()
         for path in sorted((folder / part).glob("*.*")):
@@ -117,7 +117,7 @@ def split_lines(function, encoding="utf-8"):
 
 
 def rotated(text):
-    """roLabelImg's boxes, turned by 180 degrees."""
+    """Replace boxes by roLabelImg's rotated boxes, turned by 180 degrees."""
 
     def box(match):
         x1, y1, x2, y2 = (float(match[i]) for i in range(1, 5))
@@ -146,7 +146,7 @@ PART = (
 )
 FLAT = {"split": "train"}
 NO_SPLIT = {"split": None}
-# By what changes: the change of the folder, what the entry says otherwise, and whether GDetKD says nothing about it.
+# Maps a variant to the change of the folder, the changes of the entry, and whether GDetKD reads it without a warning.
 CHANGES = {
     "as it is": (lambda folder: None, {}, True),
     "PNG images": (lambda folder: None, {}, True),
@@ -245,7 +245,7 @@ CHANGES = {
 }
 
 
-def registered(folder, change=lambda folder: None, prepare=lambda objects: None, **entry):
+def register_changed(folder, change=lambda folder: None, prepare=lambda objects: None, **entry):
     objects = write_voc(folder)
     prepare(objects)
     for name in objects:
@@ -260,11 +260,11 @@ def registered(folder, change=lambda folder: None, prepare=lambda objects: None,
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_the_ap_of_exact_detections_and_one_warning(tmp_path, caplog, name):
+def test_exact_detections_have_an_ap_of_100_and_one_warning(tmp_path, caplog, name):
     change, entry, is_quiet = CHANGES[name]
     prepare = begin_at_zero if name == "corners from 0" else lambda objects: None
-    cfg, objects = registered(tmp_path / "voc", change, prepare, **entry)
-    # A change can rename images: detections are found by the digit in the name.
+    cfg, objects = register_changed(tmp_path / "voc", change, prepare, **entry)
+    # A change can rename images, so find their objects by the digit in the name.
     by_digit = {re.findall(r"\d", image)[0]: found for image, found in objects.items()}
     images = DatasetCatalog.get("exact")
     exact = {
@@ -274,5 +274,5 @@ def test_the_ap_of_exact_detections_and_one_warning(tmp_path, caplog, name):
     assert (
         sum(len(image["annotations"]) for image in images) == sum(map(len, objects.values())) and len(images) == COUNT
     )
-    said = [message for message in caplog.messages if message.startswith("exact: ")]
-    assert len(said) == (0 if is_quiet else 1), said
+    warnings = [message for message in caplog.messages if message.startswith("exact: ")]
+    assert len(warnings) == (0 if is_quiet else 1), warnings

@@ -1,4 +1,4 @@
-"""Exact detections have an AP of 100 on YOLO's layout, in whatever way an annotation tool writes it."""
+"""Exact detections have an AP of 100 on YOLO's layout, in all variants that annotation tools write."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ NAMES = "names: [class0, class1, class2]\n"
 
 
 def write_yolo(folder):
-    """Ultralytics' layout of `COUNT` images; returns their objects as (x, y, width, height) and class by file name."""
+    """Write `COUNT` images in Ultralytics' layout. Return their objects by file: (x, y, width, height) and class."""
     images, labels = folder / "images/train", folder / "labels/train"
     images.mkdir(parents=True)
     labels.mkdir(parents=True)
@@ -40,7 +40,7 @@ def label(category, box, width, height):
 
 
 def each_line(function):
-    """A change of the columns of every label."""
+    """Return a change of the folder: rewrite the columns of every label by a function."""
 
     def change(folder):
         for path in sorted((folder / "labels/train").iterdir()):
@@ -68,7 +68,7 @@ def yaml(text):
 
 
 def roboflow(folder):
-    """A folder for each split, beside data.yaml, which names them as if they were one folder above."""
+    """Make Roboflow's layout: a folder for each split beside data.yaml, which names them as if one folder above."""
     (folder / "train").mkdir()
     for part in ("images", "labels"):
         (folder / part / "train").rename(folder / "train" / part)
@@ -77,7 +77,7 @@ def roboflow(folder):
 
 
 def darknet(folder):
-    """CVAT's "YOLO 1.1": labels beside images, and paths that start one folder above."""
+    """Make CVAT's "YOLO 1.1": labels beside images, and paths that start one folder above."""
     (folder / "obj_train_data").mkdir()
     for part in ("images", "labels"):
         for path in sorted((folder / part / "train").iterdir()):
@@ -91,7 +91,7 @@ def darknet(folder):
 
 
 def listed(line, where="train.txt", encoding="utf-8"):
-    """A text file that names the images, as the data.yaml says."""
+    """Return a change of the folder: write a text file with a line for each image, and name it in data.yaml."""
 
     def change(folder):
         names = sorted(path.name for path in (folder / "images/train").iterdir())
@@ -108,14 +108,14 @@ def two_folders(folder):
     yaml(f"train: [images/train, images/more]\n{NAMES}")(folder)
 
 
-def deeper(folder):
+def into_subfolders(folder):
     for part in ("images", "labels"):
         (folder / part / "train").rename(folder / part / "scene")
         (folder / part / "train").mkdir()
         (folder / part / "scene").rename(folder / part / "train/scene")
 
 
-def beside(folder):
+def labels_beside_images(folder):
     for path in sorted((folder / "labels/train").iterdir()):
         path.rename(folder / "images/train" / path.name)
     shutil.rmtree(folder / "labels")
@@ -127,7 +127,7 @@ def upper_case(folder):
 
 
 def turned(folder):
-    """The image is stored on its side, and EXIF says so. Labels are shares of the upright image."""
+    """Store an image on its side, with EXIF that turns it. Labels are shares of the upright image."""
     path = folder / "images/train/exact0.png"
     image = Image.open(path)
     exif = Image.Exif()
@@ -145,7 +145,7 @@ def pose(folder):
 
 
 BY_FOLDER = {"yaml": None, "split": None, "images": "images/train"}
-# By what changes: the change of the folder, what the entry says otherwise, and whether GDetKD says nothing about it.
+# Maps a variant to the change of the folder, the changes of the entry, and whether GDetKD reads it without a warning.
 CHANGES = {
     "as it is": (lambda folder: None, {}, True),
     "names by index": (yaml("train: images/train\nnames: {0: class0, 2: class2, 1: class1}\n"), {}, True),
@@ -155,7 +155,7 @@ CHANGES = {
     "Roboflow's folders": (roboflow, {}, True),
     "darknet's obj.data": (darknet, {"yaml": "obj.data"}, True),
     "two folders": (two_folders, {}, True),
-    "subfolders": (deeper, {}, True),
+    "subfolders": (into_subfolders, {}, True),
     "a list from its folder": (listed("./images/train/{}\n"), {}, True),
     "a list from its folder, without a dot": (listed("images/train/{}\r\n", encoding="utf-8-sig"), {}, True),
     "a list with backslashes": (listed("images\\train\\{}\n"), {}, True),
@@ -164,7 +164,7 @@ CHANGES = {
     "no data.yaml": (lambda f: (f / "data.yaml").unlink(), {**BY_FOLDER, "classes": CLASSES}, True),
     "labelImg's classes.txt": (class_file("labels/train/classes.txt"), BY_FOLDER, True),
     "Label Studio's classes.txt": (class_file("classes.txt"), {**BY_FOLDER, "images": "images"}, True),
-    "labels beside images": (beside, {}, True),
+    "labels beside images": (labels_beside_images, {}, True),
     "another case of file names": (upper_case, {}, True),
     "empty lines, Windows line ends": (each_text(lambda text: "\r\n\r\n" + text.replace("\n", "\r\n\r\n")), {}, True),
     "byte order marks": (each_text(str, "utf-8-sig"), {}, True),
@@ -192,7 +192,7 @@ def polygon_of(line):
     return " ".join(map(str, [columns[0], *corners(columns)]))
 
 
-def registered(folder, change=lambda folder: None, allow_outside=False, **entry):
+def register_changed(folder, change=lambda folder: None, allow_outside=False, **entry):
     objects = write_yolo(folder)
     change(folder)
     entry = {"name": "exact", "kind": "yolo", "yaml": "data.yaml", "split": "train", **entry}
@@ -205,23 +205,23 @@ def registered(folder, change=lambda folder: None, allow_outside=False, **entry)
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_the_ap_of_exact_detections_and_one_warning(tmp_path, caplog, name):
+def test_exact_detections_have_an_ap_of_100_and_one_warning(tmp_path, caplog, name):
     change, entry, is_quiet = CHANGES[name]
-    cfg, objects = registered(tmp_path / "yolo", change, **entry)
+    cfg, objects = register_changed(tmp_path / "yolo", change, **entry)
     assert ap_of_exact_detections(cfg, objects) == pytest.approx(100.0)
     images = DatasetCatalog.get("exact")
     assert sum(len(image["annotations"]) for image in images) == sum(map(len, objects.values()))
     assert len(images) == COUNT
     assert class_names(cfg) == tuple(MetadataCatalog.get("exact").thing_classes) == tuple(CLASSES)
-    said = [message for message in caplog.messages if message.startswith("exact: ")]
-    assert len(said) == (0 if is_quiet else 1), said
+    warnings = [message for message in caplog.messages if message.startswith("exact: ")]
+    assert len(warnings) == (0 if is_quiet else 1), warnings
 
 
-def test_polygons_are_kept_for_detectors_of_masks(tmp_path):
-    registered(tmp_path, CHANGES["polygons"][0])
-    for each in [each for image in DatasetCatalog.get("exact") for each in image["annotations"]]:
-        x1, y1, x2, y2 = each["bbox"]
-        assert each["segmentation"][0] == pytest.approx([x1, y1, x2, y1, x2, y2, x1, y2])
+def test_polygons_become_masks(tmp_path):
+    register_changed(tmp_path, CHANGES["polygons"][0])
+    for annotation in [item for image in DatasetCatalog.get("exact") for item in image["annotations"]]:
+        x1, y1, x2, y2 = annotation["bbox"]
+        assert annotation["segmentation"][0] == pytest.approx([x1, y1, x2, y1, x2, y2, x1, y2])
 
 
 def test_images_without_labels_show_no_object(tmp_path, caplog):
@@ -229,7 +229,7 @@ def test_images_without_labels_show_no_object(tmp_path, caplog):
         (folder / "labels/train/exact1.txt").unlink()
         (folder / "labels/train/exact2.txt").write_text("\n")
 
-    registered(tmp_path, change)
+    register_changed(tmp_path, change)
     annotations = {image["image_id"]: image["annotations"] for image in DatasetCatalog.get("exact")}
     assert annotations["images/train/exact1.png"] == annotations["images/train/exact2.png"] == []
     assert len(annotations) == COUNT
@@ -237,8 +237,8 @@ def test_images_without_labels_show_no_object(tmp_path, caplog):
 
 
 def test_boxes_over_the_edge_are_cut_and_counted(tmp_path, caplog):
-    registered(tmp_path, each_line(lambda c: [c[0], 0.99, 0.5, 0.1, 1.05]))
+    register_changed(tmp_path, each_line(lambda c: [c[0], 0.99, 0.5, 0.1, 1.05]))
     for image in DatasetCatalog.get("exact"):
-        for each in image["annotations"]:
-            assert each["bbox"] == pytest.approx([0.94 * image["width"], 0, image["width"], 64])
+        for annotation in image["annotations"]:
+            assert annotation["bbox"] == pytest.approx([0.94 * image["width"], 0, image["width"], 64])
     assert "boxes reach over the edge of their image and are cut there" in caplog.text

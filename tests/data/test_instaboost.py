@@ -1,4 +1,4 @@
-"""InstaBoost around Detectron2's mapper: with a stand-in for the authors' package, and with the package where it is."""
+"""Test InstaBoost in Detectron2's mapper, with a stand-in for the authors' package and with the package itself."""
 
 import sys
 import types
@@ -24,7 +24,10 @@ SHIFT = 4
 
 @pytest.fixture
 def package(monkeypatch):
-    """Moves every object SHIFT pixels to the right, paints the image grey, and remembers what it was given."""
+    """Replace the authors' package by a stand-in, and return it.
+
+    The stand-in moves every object SHIFT pixels to the right, paints the image grey, and keeps its arguments in `seen`.
+    """
     module = types.ModuleType("instaboostfast")
     module.seen = []
 
@@ -48,7 +51,7 @@ def package(monkeypatch):
 
 @pytest.fixture
 def sample(tmp_path):
-    """An image with an object whose mask is a compressed run-length code, and a crowd."""
+    """Return an image in Detectron2's format with a crowd, and an object whose mask is a compressed run-length code."""
     Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)).save(tmp_path / "a.png")
     mask = np.zeros((64, 64), np.uint8, order="F")
     mask[10:30, 8:20] = 1
@@ -111,7 +114,7 @@ def test_the_authors_defaults_are_passed_on(package, sample):
 
 
 @pytest.mark.parametrize("case", ["never", "no object"])
-def test_otherwise_it_is_detectron2s_mapper(case, package, sample):
+def test_an_image_that_is_not_augmented_is_mapped_as_by_detectron2(case, package, sample):
     if case == "no object":
         sample["annotations"] = []
     cfg = boosting_cfg(INPUT__INSTABOOST__PROBABILITY=0.0 if case == "never" else 1.0)
@@ -125,19 +128,19 @@ def test_the_sample_itself_is_not_changed(package, sample):
     assert sample["annotations"][0]["bbox"] == [8, 10, 12, 20]
 
 
-def test_object_without_mask(package, sample):
+def test_an_object_without_a_mask_is_refused(package, sample):
     del sample["annotations"][0]["segmentation"]
     with pytest.raises(GDetKDError, match=r"a\.png has none.*INPUT\.INSTABOOST\.ENABLED"):
         InstaBoostMapper(boosting_cfg())(sample)
 
 
-def test_package_not_installed(monkeypatch):
+def test_a_missing_package_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "instaboostfast", None)
     with pytest.raises(GDetKDError, match=r"pip install 'gdetkd\[instaboost\]'"):
         InstaBoostMapper(boosting_cfg())
 
 
-def test_the_training_loader_uses_it(package, tmp_path):
+def test_the_training_loader_uses_instaboost(package, tmp_path):
     batch = next(iter(build_train_loader(boosting_cfg())))
     assert package.seen and all(sample["instances"].has("gt_masks") for sample in batch)
     write_coco(tmp_path, 4, name="boxes")
@@ -148,14 +151,14 @@ def test_the_training_loader_uses_it(package, tmp_path):
         build_train_loader(cfg)
 
 
-def test_run_lengths_are_pycocotools():
+def test_run_lengths_equal_those_of_pycocotools():
     for seed in range(20):
         mask = (np.random.default_rng(seed).random((7, 5)) < seed / 19).astype(np.uint8)
         code = mask_util.frPyObjects({"size": [7, 5], "counts": _run_lengths(mask)}, 7, 5)
         assert np.array_equal(mask_util.decode(code), mask)
 
 
-def test_with_the_authors_package(sample):
+def test_the_authors_package_moves_objects(sample):
     pytest.importorskip("instaboostfast")
     mapper = InstaBoostMapper(boosting_cfg())
     boxes = []

@@ -1,4 +1,4 @@
-"""Datasets in VOC's and YOLO's layouts are trained on, checked, and evaluated with student and teacher."""
+"""A run trains on datasets in VOC's and YOLO's layouts, checks them, and evaluates student and teacher on them."""
 
 import json
 
@@ -15,7 +15,8 @@ from gdetkd.errors import GDetKDError
 MASKS = {"MODEL.MASK_ON": True}
 
 
-def entry(kind, folder):
+def write_dataset(kind, folder):
+    """Write a dataset of a kind, and return its entry of DATASETS.REGISTER."""
     if kind == "voc":
         write_voc(folder)
         return {"name": "mine", "kind": "voc", "root": str(folder), "split": "train", "classes": CLASSES}
@@ -26,8 +27,8 @@ def entry(kind, folder):
 
 
 @pytest.mark.parametrize("kind", ["voc", "yolo", "polygons"])
-def test_a_run_with_evaluations_and_the_check(distill_cfg, tmp_path, kind):
-    keys = {"DATASETS.REGISTER": [entry(kind, tmp_path / "data")], "DATASETS.TRAIN": ("mine",)}
+def test_a_training_with_evaluations_and_the_check(distill_cfg, tmp_path, kind):
+    keys = {"DATASETS.REGISTER": [write_dataset(kind, tmp_path / "data")], "DATASETS.TRAIN": ("mine",)}
     keys.update({"DATASETS.TEST": ("mine",), "DISTILL.EVAL_TEACHER": True, "TEST.EVAL_PERIOD": 2, "SOLVER.MAX_ITER": 2})
     masks = MASKS if kind == "polygons" else {}
     cfg = distill_cfg({**keys, **masks, "DISTILL.TEACHER.MIN_AP": 0.0}, {**WIDER, **masks})
@@ -43,8 +44,12 @@ def test_a_run_with_evaluations_and_the_check(distill_cfg, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["voc", "yolo"])
-def test_a_broken_image_stops_a_training_above_the_share_that_may_be_bad(distill_cfg, tmp_path, kind):
-    keys = {"DATASETS.REGISTER": [entry(kind, tmp_path / "data")], "DATASETS.TRAIN": ("mine",), "SOLVER.MAX_ITER": 1}
+def test_a_broken_image_stops_a_training_if_too_many_are_bad(distill_cfg, tmp_path, kind):
+    keys = {
+        "DATASETS.REGISTER": [write_dataset(kind, tmp_path / "data")],
+        "DATASETS.TRAIN": ("mine",),
+        "SOLVER.MAX_ITER": 1,
+    }
     broken = next(path for path in (tmp_path / "data").rglob("exact1.png"))
     broken.write_bytes(b"no image")
     with pytest.raises(GDetKDError, match="1 of 6 images cannot be used .exact1.png does not open"):

@@ -1,4 +1,4 @@
-"""A dataset registered in Python whose dicts hold what Detectron2 requires for training, and nothing else."""
+"""A dataset that is registered in Python may have only the keys that Detectron2 requires for training."""
 
 import io
 from pathlib import Path
@@ -25,7 +25,7 @@ REMOTE = "minimal://"
 
 @pytest.fixture
 def register(tmp_path):
-    """Registers eight images, named "minimal"; the first four are wider than high."""
+    """Return a function that registers eight images as "minimal". The first four are wider than high."""
 
     def make(prefix=str(tmp_path) + "/", classes=CLASSES, **keys):
         for index in range(8):
@@ -45,7 +45,7 @@ def register(tmp_path):
 
 @pytest.fixture
 def remote(tmp_path):
-    """Makes "minimal://0.png" an image that Detectron2 fetches."""
+    """Make "minimal://0.png" a remote image, which Detectron2 fetches. Return the prefix."""
 
     class Handler(PathHandler):
         def _get_supported_prefixes(self):
@@ -67,7 +67,7 @@ def batches_of(cfg, count=12):
     return [next(stream) for _ in range(count)]
 
 
-def test_it_trains_and_is_checked(register, distill_cfg):
+def test_a_minimal_dataset_is_trained_on_and_checked(register, distill_cfg):
     register()
     cfg = distill_cfg({"DATASETS.TRAIN": ("minimal",), "DISTILL.TEACHER.MIN_AP": -1.0})
     trainer = DistillTrainer(cfg)
@@ -80,7 +80,7 @@ def test_it_trains_and_is_checked(register, distill_cfg):
 
 def test_paths_may_be_objects_and_classes_need_no_names(register, distill_cfg, tmp_path):
     register(classes=None)
-    dicts = [{**each, "file_name": Path(each["file_name"])} for each in DatasetCatalog.get("minimal")]
+    dicts = [{**image, "file_name": Path(image["file_name"])} for image in DatasetCatalog.get("minimal")]
     DatasetCatalog.remove("minimal")
     DatasetCatalog.register("minimal", lambda: dicts)
     check = Check(distill_cfg({"DATASETS.TRAIN": ("minimal",), "DISTILL.LOSSES": ("SGFI",)}), images=4)
@@ -89,25 +89,25 @@ def test_paths_may_be_objects_and_classes_need_no_names(register, distill_cfg, t
     assert "'minimal' does not name its classes" in unknown
 
 
-def test_sizes_of_headers_make_the_groups(register, distill_cfg):
+def test_images_are_grouped_by_the_size_in_their_header(register, distill_cfg):
     register()
     for batch in batches_of(distill_cfg({"DATASETS.TRAIN": ("minimal",)})):
         assert len({is_wide(sample) for sample in batch}) == 1
 
 
-def test_a_turned_photograph_has_the_turned_size(tmp_path):
+def test_an_image_that_exif_turns_has_the_turned_size(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     Image.new("RGB", (64, 80)).save(tmp_path / "turned.jpg", exif=exif)
     annotated = {"file_name": str(tmp_path / "turned.jpg"), "height": 64}
     for sample in ({"file_name": annotated["file_name"]}, annotated):
         before = dict(sample)
-        ((known,), _) = without_bad_images([sample], 0, "mine")
-        assert (known["width"], known["height"]) == (80, 64) and sample == before
+        ((with_size,), _) = without_bad_images([sample], 0, "mine")
+        assert (with_size["width"], with_size["height"]) == (80, 64) and sample == before
 
 
 def test_remote_images_without_a_size_are_one_group(register, remote, distill_cfg, caplog):
-    """Their headers are not fetched at the start, so that wide and high ones share batches."""
+    """Their headers are not fetched at the start, so wide and high images share batches."""
     register(prefix=remote)
     cfg = distill_cfg({"DATASETS.TRAIN": ("minimal",)})
     with caplog.at_level("INFO"):
@@ -115,7 +115,7 @@ def test_remote_images_without_a_size_are_one_group(register, remote, distill_cf
     assert "minimal: 8 images are remote and have no width and height" in caplog.text
     assert {is_wide(sample) for batch in batches for sample in batch} == {True, False}
     assert any(len({is_wide(sample) for sample in batch}) == 2 for batch in batches)
-    assert batches[0][0]["width"] in (64, 80)  # known when it has been fetched
+    assert batches[0][0]["width"] in (64, 80)  # the size is known after the image was fetched
 
 
 def test_remote_images_are_checked(register, remote, distill_cfg):
@@ -133,13 +133,13 @@ def test_remote_images_are_checked(register, remote, distill_cfg):
         ({"image_id": 1, "width": 80, "height": 64}, None, "does not name its classes"),
     ],
 )
-def test_what_an_evaluation_reads_is_asked_for_before_training(register, distill_cfg, keys, classes, lacks):
+def test_keys_that_an_evaluation_needs_are_required_before_training(register, distill_cfg, keys, classes, lacks):
     register(classes=classes, **keys)
     with pytest.raises(GDetKDError, match=f"'minimal' cannot be evaluated on.*{lacks}"):
         check_datasets(distill_cfg({"DATASETS.TEST": ("minimal",)}))
 
 
-def test_a_probe_needs_names_of_classes(register, distill_cfg):
+def test_a_probe_needs_class_names(register, distill_cfg):
     register(classes=None)
     with pytest.raises(GDetKDError, match="'minimal' has no class names"):
         load_probe(distill_cfg({"DATASETS.TEST": ("minimal",)}), teacher=None)

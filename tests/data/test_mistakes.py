@@ -1,4 +1,4 @@
-"""Annotations that can be read but cannot be meant are warned of, with a count, or refused."""
+"""Annotations that can be read but are probably a mistake cause a warning with a count, or are refused."""
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -20,7 +20,7 @@ def images(*boxes, mode=BoxMode.XYWH_ABS, size=(64, 48), categories=None):
     return [{"file_name": "a.png", "width": size[0], "height": size[1], "annotations": found}]
 
 
-def test_sound_boxes_are_not_spoken_of():
+def test_sound_boxes_cause_no_warning():
     boxes = ([5, 5, 20, 20], [0, 0, 64, 48], [40, 30, 30, 30])
     assert find_mistakes(images(*boxes, categories=[0, 1, 1]), ["cat", "dog"], "mine") == []
     assert find_mistakes([{"file_name": "a.png"}], ["cat"], "mine") == []
@@ -32,29 +32,27 @@ def test_boxes_in_units_of_the_image_are_refused(tmp_path):
         DatasetCatalog.get("mine")
 
 
-def test_one_small_box_among_others_is_no_unit():
+def test_one_small_box_among_other_boxes_is_accepted():
     assert find_mistakes(images([0, 0, 1, 1], [5, 5, 20, 20]), ["cat"], "mine") == []
 
 
 @pytest.mark.parametrize("boxes, count", [([[30, 20, 60, 40]] * 3, 3), ([[30, 20, 60, 40], [1, 1, 9, 9]], 0)])
-def test_boxes_that_look_like_two_corners(boxes, count):
-    warnings = [each for each in find_mistakes(images(*boxes), ["cat"], "mine") if "two corners" in each]
+def test_boxes_that_look_like_two_corners_cause_a_warning(boxes, count):
+    warnings = [text for text in find_mistakes(images(*boxes), ["cat"], "mine") if "two corners" in text]
     assert bool(warnings) == bool(count) and (not count or f"{count} of {len(boxes)} boxes" in warnings[0])
 
 
-def test_corners_that_are_said_to_be_corners_are_right():
+def test_boxes_that_are_declared_as_two_corners_cause_no_warning():
     warnings = find_mistakes(images([30, 20, 60, 40], mode=BoxMode.XYXY_ABS), ["cat"], "mine")
     assert warnings == []
 
 
-def test_doubles_and_classes(tmp_path, caplog):
+def test_repeated_annotations_and_doubtful_classes_cause_warnings(tmp_path, caplog):
     dicts = images([5, 5, 9, 9], [5, 5, 9, 9], [6, 6, 9, 9])
-    said = "; ".join(find_mistakes(dicts, ["cat", "group", "cat"], "mine"))
-    assert (
-        "1 annotations repeat another with the same image" in said
-        and "1 class names stand for several classes (cat)" in said
-    )
-    assert "2 of 3 classes have no object (group, cat)" in said
+    warnings = "; ".join(find_mistakes(dicts, ["cat", "group", "cat"], "mine"))
+    assert "1 annotations repeat another with the same image" in warnings
+    assert "1 class names stand for several classes (cat)" in warnings
+    assert "2 of 3 classes have no object (group, cat)" in warnings
     dataset(tmp_path, with_boxes([5, 5, 9, 9]))
     for _ in range(2):
         DatasetCatalog.get("mine")
@@ -66,27 +64,28 @@ def spec(*names):
 
 
 @pytest.mark.parametrize("student, teacher", [(("dot", "dot"), ("dot", "box")), (("dot", "box"), ("dot", "dot"))])
-def test_a_class_is_not_taught_to_two(student, teacher):
-    """A teacher that was 80 % sure of a circle gave 0.445 to each of two classes of that name."""
+def test_two_classes_with_one_name_are_refused(student, teacher):
+    """Otherwise, a teacher that is 80 % sure of a class would give 0.445 to each of two classes with that name."""
     with pytest.raises(GDetKDError, match="two student classes, 'dot' and 'dot'|2 classes with the name 'dot'"):
         match_classes("CLS", make_cfg({}), spec(*student), spec(*teacher))
 
 
-def test_the_entry_of_a_config_counts_where_the_catalog_has_another_of_that_name(tmp_path):
-    """Detectron2's tutorial calls every dataset my_dataset_train: a teacher's file and the student's both do."""
-    students, teachers = tmp_path / "student", tmp_path / "teacher"
-    for folder in (students, teachers):
+def test_the_configs_own_entry_counts_if_the_catalog_has_another_dataset_of_that_name(tmp_path):
+    """Teacher and student may use one name for two datasets, such as my_dataset_train of Detectron2's tutorial."""
+    folders = tmp_path / "student", tmp_path / "teacher"
+    for folder in folders:
         folder.mkdir()
         write_coco(folder, 2, name="mine")
-    path = teachers / "mine.json"
+    path = tmp_path / "teacher" / "mine.json"
     path.write_text(path.read_text().replace("class0", "other").replace("class2", "class0"))
     entries = [
-        {"name": "same_name", "kind": "coco", "json": str(f / "mine.json"), "images": str(f)}
-        for f in (students, teachers)
+        {"name": "same_name", "kind": "coco", "json": str(folder / "mine.json"), "images": str(folder)}
+        for folder in folders
     ]
-    own, teacher = (make_cfg({"DATASETS.REGISTER": [e], "DATASETS.TRAIN": ("same_name",)}) for e in entries)
-    register_datasets(own)
-    assert class_names(teacher) == ("other", "class1", "class0")  # before and after the student's is read
-    DatasetCatalog.get("same_name")
+    student, teacher = (make_cfg({"DATASETS.REGISTER": [entry], "DATASETS.TRAIN": ("same_name",)}) for entry in entries)
+    register_datasets(student)
     assert class_names(teacher) == ("other", "class1", "class0")
-    assert class_names(own) == tuple(MetadataCatalog.get("same_name").thing_classes) == ("class0", "class1", "class2")
+    DatasetCatalog.get("same_name")  # reads the student's dataset
+    assert class_names(teacher) == ("other", "class1", "class0")
+    names = ("class0", "class1", "class2")
+    assert class_names(student) == tuple(MetadataCatalog.get("same_name").thing_classes) == names

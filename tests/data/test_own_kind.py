@@ -1,4 +1,4 @@
-"""The example in docs/dataset-kinds.md, as it stands there, is read, checked, trained on and evaluated."""
+"""The example in docs/dataset-kinds.md runs as written: the dataset is read, checked, trained on and evaluated."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_the_example_is_read_and_checked(cfg_of, caplog):
 @pytest.mark.parametrize(
     "changes, match",
     [
-        ({"json": "a"}, "'mine' \\(kind csv\\) has json"),
+        ({"json": "a"}, "'mine' \\(kind csv\\) has the unknown key json"),
         ({"csv": "nowhere.csv"}, "nowhere.csv.*does not exist"),
         ({"classes": ["dog"]}, "mine.csv', line 2: the class 'cat' is not in `classes`"),
     ],
@@ -63,7 +63,7 @@ def test_mistakes_of_an_entry_are_named(cfg_of, changes, match):
 
 
 @pytest.mark.parametrize("name", ["../mine0.png", "/etc/passwd"])
-def test_file_names_that_leave_the_folder(cfg_of, tmp_path, name):
+def test_file_names_that_leave_the_folder_are_refused(cfg_of, tmp_path, name):
     (tmp_path / "mine.csv").write_text(LINES.replace("mine0.png", name))
     cfg = cfg_of()
     register_datasets(cfg)
@@ -81,7 +81,7 @@ def test_class_names_are_known_without_reading_the_file(cfg_of, tmp_path):
     assert class_names(cfg) == ("cat", "dog")
 
 
-def test_a_training_and_an_evaluation(cfg_of, tmp_path):
+def test_a_run_trains_and_evaluates_on_the_example(cfg_of, tmp_path):
     cfg = cfg_of(limit=1)
     cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / "run"), "SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 1])
     cfg.merge_from_list(["MODEL.ROI_HEADS.NUM_CLASSES", 2])

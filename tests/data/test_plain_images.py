@@ -1,4 +1,4 @@
-"""Images without labels: every image of the folder is read, and files that are passed over are counted."""
+"""Images without labels: every image of the folder is read, and skipped files are counted."""
 
 import pytest
 from detectron2.data import DatasetCatalog
@@ -12,7 +12,7 @@ from gdetkd.data.folders import Listing, is_inside, walk
 FILES = ["b.JPG", "a.png", "sub/deep/c.jfif", "sub/d.gif", "e.tiff"]
 
 
-def registered(folder, files=FILES):
+def register_images(folder, files=FILES):
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         ending = name.rsplit(".", 1)[1].lower()
@@ -21,24 +21,24 @@ def registered(folder, files=FILES):
 
 
 def test_subfolders_and_all_endings_are_read_in_order(tmp_path, caplog):
-    registered(tmp_path)
+    register_images(tmp_path)
     images = DatasetCatalog.get("mine")
     assert [image["image_id"] for image in images] == sorted(FILES)
     assert all(read_image(image["file_name"], "BGR").shape == (6, 8, 3) for image in images)
     assert "mine:" not in caplog.text
 
 
-def test_files_that_are_passed_over_are_counted_by_their_ending_once(tmp_path, caplog):
-    registered(tmp_path, ["a.png", "x.heic", "sub/y.HEIC"])
+def test_skipped_files_are_counted_once_by_their_ending(tmp_path, caplog):
+    register_images(tmp_path, ["a.png", "x.heic", "sub/y.HEIC"])
     (tmp_path / "README").write_text("")
     for _ in range(2):
         assert len(DatasetCatalog.get("mine")) == 1
-    said = "mine: 3 files are skipped because they are not images (2 .heic, 1 without an ending)"
-    assert caplog.text.count(said) == 1
+    warning = "mine: 3 files are skipped because they are not images (2 .heic, 1 without an ending)"
+    assert caplog.text.count(warning) == 1
 
 
-def test_hidden_files_are_no_data_and_links_are_followed_once(tmp_path, caplog):
-    registered(tmp_path / "images", ["a.png", "._a.png", ".git/b.png", "__MACOSX/a.png"])
+def test_hidden_files_are_skipped_and_links_are_followed_once(tmp_path, caplog):
+    register_images(tmp_path / "images", ["a.png", "._a.png", ".git/b.png", "__MACOSX/a.png"])
     (tmp_path / "elsewhere").mkdir()
     Image.new("RGB", (8, 6)).save(tmp_path / "elsewhere/c.png")
     (tmp_path / "images/linked").symlink_to(tmp_path / "elsewhere")
@@ -48,7 +48,7 @@ def test_hidden_files_are_no_data_and_links_are_followed_once(tmp_path, caplog):
     assert "mine:" not in caplog.text
 
 
-def test_a_listing_finds_one_file_of_another_case_or_accent(tmp_path):
+def test_a_listing_finds_a_file_whose_name_differs_in_case_or_accents(tmp_path):
     for name in ("One.png", "two.png", "Two.png", "e\u0301.png"):
         (tmp_path / name).touch()
     listing = Listing(str(tmp_path))
@@ -59,5 +59,5 @@ def test_a_listing_finds_one_file_of_another_case_or_accent(tmp_path):
 
 
 @pytest.mark.parametrize("path, inside", [("a/b", True), ("a", True), ("a/../c", False), ("ab", False), ("..", False)])
-def test_what_is_inside_a_folder(path, inside):
+def test_is_inside(path, inside):
     assert is_inside(path, "a") == inside

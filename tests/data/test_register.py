@@ -1,3 +1,5 @@
+"""Register datasets, and check them before training."""
+
 import json
 import os
 from pathlib import Path
@@ -25,17 +27,17 @@ def coco(folder, name="mine", **changes):
     return {"name": name, "kind": "coco", "json": str(folder / "mine.json"), "images": str(folder), **changes}
 
 
-def test_coco_and_limit(tmp_path):
+def test_a_coco_dataset_with_and_without_a_limit(tmp_path):
     write_coco(tmp_path, 5, name="mine")
     register(coco(tmp_path), coco(tmp_path, name="three", limit=3))
     assert len(DatasetCatalog.get("mine")) == 5 and len(DatasetCatalog.get("three")) == 3
     assert MetadataCatalog.get("mine").thing_classes == ["class0", "class1", "class2"]
-    register(coco(tmp_path))  # once more is no error
+    register(coco(tmp_path))  # registering an entry again is no error
     with pytest.raises(GDetKDError, match="has the name 'mine' already"):
         register(coco(tmp_path, limit=2))
 
 
-def test_relative_paths_are_seen_from_detectron2s_folder(tmp_path, monkeypatch):
+def test_relative_paths_start_at_detectron2s_data_folder(tmp_path, monkeypatch):
     write_coco(tmp_path, 2, name="mine")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path.parent))
     entry = {"name": "mine", "kind": "coco", "json": f"{tmp_path.name}/mine.json", "images": tmp_path.name}
@@ -61,18 +63,18 @@ def test_boxes_without_area_are_left_out_with_one_warning(tmp_path, caplog):
     [
         ({"kind": "coco"}, "needs a `name`"),
         ({"name": "x", "kind": "csv"}, "`kind` of coco, images, voc, yolo"),
-        ({"name": "x", "kind": "coco", "json": "a"}, "lacks images"),
-        ({"name": "x", "kind": "coco", "json": "a", "images": "b", "split": "c"}, "has split"),
+        ({"name": "x", "kind": "coco", "json": "a"}, "lacks the key images. Correct the entry"),
+        ({"name": "x", "kind": "coco", "json": "a", "images": "b", "split": "c"}, "has the unknown key split"),
         ({"name": "x", "kind": "coco", "json": "nowhere.json", "images": "b"}, "nowhere.json.*DETECTRON2_DATASETS"),
         ({"name": "x", "kind": "coco", "json": "a", "images": "b", "limit": 0}, "limit"),
     ],
 )
-def test_entries_that_are_refused(entry, match):
+def test_invalid_entries_are_refused(entry, match):
     with pytest.raises(GDetKDError, match=match):
         register(entry)
 
 
-def test_sets_that_are_not_registered_or_empty(tmp_path):
+def test_datasets_that_are_unknown_or_empty_are_refused(tmp_path):
     with pytest.raises(GDetKDError, match="'tinny' is not registered. Add it to DATASETS.REGISTER"):
         check_datasets(make_cfg({"DATASETS.TRAIN": ("tinny",)}))
     with pytest.raises(GDetKDError, match="DATASETS.TRAIN is empty"):
@@ -87,12 +89,12 @@ def test_sets_that_are_not_registered_or_empty(tmp_path):
         )
 
 
-def test_file_of_a_builtin_set_is_missing():
+def test_a_missing_file_of_a_builtin_dataset_is_reported():
     with pytest.raises(GDetKDError, match="instances_val2017.json.*DETECTRON2_DATASETS"):
         check_datasets(make_cfg({"DATASETS.TRAIN": ("coco_2017_val",)}))
 
 
-def test_number_of_classes_is_compared(tiny_dataset):
+def test_a_wrong_number_of_classes_is_refused(tiny_dataset):
     check_datasets(make_cfg({}))
     check_classes(["tiny"], 3)
     with pytest.raises(GDetKDError, match="has 3 classes and the student 80.*NUM_CLASSES"):
@@ -101,7 +103,7 @@ def test_number_of_classes_is_compared(tiny_dataset):
 
 @pytest.mark.parametrize("architecture, node", [("GeneralizedRCNN", "ROI_HEADS"), ("RetinaNet", "RETINANET")])
 @pytest.mark.parametrize("distilled", [False, True])
-def test_number_of_classes_is_compared_before_anything_is_built(architecture, node, distilled, monkeypatch):
+def test_a_wrong_number_of_classes_is_refused_before_anything_is_built(architecture, node, distilled, monkeypatch):
     monkeypatch.setattr(DistillTrainer, "build_model", None)
     keys = {**(DENSE if architecture == "RetinaNet" else {}), "MODEL.META_ARCHITECTURE": architecture}
     keys[f"MODEL.{node}.NUM_CLASSES"] = 80
@@ -112,8 +114,8 @@ def test_number_of_classes_is_compared_before_anything_is_built(architecture, no
         DistillTrainer(cfg)
 
 
-def sets_of_classes(folder, *names):
-    """COCO sets of two images each, with their classes by these names; the config has trains on the first."""
+def datasets_with_classes(folder, *names):
+    """Register a COCO dataset of two images for each list of class names. Return a config that trains on the first."""
     entries = []
     for index, classes in enumerate(names):
         (folder / str(index)).mkdir()
@@ -129,23 +131,23 @@ def sets_of_classes(folder, *names):
     return cfg
 
 
-def test_classes_in_another_order_are_refused_whatever_their_case(tmp_path):
-    cfg = sets_of_classes(tmp_path, "xyz", ["x", "Z", "Y"])
+def test_classes_in_another_order_are_refused_also_in_another_case(tmp_path):
+    cfg = datasets_with_classes(tmp_path, "xyz", ["x", "Z", "Y"])
     with pytest.raises(GDetKDError, match="'set0' and 'set1' have the same classes in different orders"):
         check_datasets(cfg)
 
 
-def test_classes_of_other_names_are_named(tmp_path, caplog):
-    check_datasets(sets_of_classes(tmp_path, "xyz", "XYZ", ["x", "person", "z"]))
+def test_differing_class_names_cause_a_warning(tmp_path, caplog):
+    check_datasets(datasets_with_classes(tmp_path, "xyz", "XYZ", ["x", "person", "z"]))
     assert caplog.text.count("name their classes differently") == 1
     assert "'y' is 'person' in the second" in caplog.text
 
 
 @pytest.mark.parametrize("crowds", [True, False])
-def test_a_test_set_without_an_object(tmp_path, caplog, crowds):
+def test_a_test_set_without_an_object_is_refused_or_causes_a_warning(tmp_path, caplog, crowds):
     write_coco(tmp_path, 4, name="mine")
     content = json.loads((tmp_path / "mine.json").read_text())
-    content["annotations"] = [{**each, "iscrowd": 1} for each in content["annotations"]] if crowds else []
+    content["annotations"] = [{**item, "iscrowd": 1} for item in content["annotations"]] if crowds else []
     (tmp_path / "mine.json").write_text(json.dumps(content))
     cfg = make_cfg({"DATASETS.TEST": ("mine",), "DATASETS.REGISTER": [coco(tmp_path)]})
     register_datasets(cfg)

@@ -1,4 +1,4 @@
-"""Every training sampler of Detectron2 v0.6 and main: its draws, the same on resume, on all processes and versions."""
+"""Test every training sampler of Detectron2 v0.6 and main: rates of images, exact resuming, and several processes."""
 
 import json
 
@@ -16,7 +16,7 @@ from gdetkd.data.samplers import SAMPLERS, build_sampler
 from gdetkd.data.train_images import load_images
 from gdetkd.errors import GDetKDError
 
-# Keys with which each sampler draws otherwise than by its defaults.
+# Keys with which the draws of each sampler differ from those of its defaults.
 KEYS = {
     "TrainingSampler": {},
     "RepeatFactorTrainingSampler": {"DATALOADER.REPEAT_THRESHOLD": 1.0, "DATALOADER.REPEAT_SQRT": False},
@@ -31,7 +31,7 @@ KEYS = {
 
 @pytest.fixture
 def cfg_of(tmp_path):
-    """The config of a sampler on two datasets: "many" has 16 images, "few" has 4."""
+    """Return a function that makes the config of a sampler on two datasets: "many" has 16 images, "few" has 4."""
     entries = []
     for seed, (name, count) in enumerate({"many": 16, "few": 4}.items()):
         write_coco(tmp_path, count, name=name, seed=seed)
@@ -53,7 +53,7 @@ def draws(cfg, count, seed=5):
 
 
 def rates(cfg, count=20_000):
-    """How often each image is drawn, on average 1."""
+    """Return how often each image is drawn, relative to the mean of all images."""
     drawn = np.bincount(draws(cfg, count), minlength=20)
     return drawn / drawn.mean()
 
@@ -64,15 +64,15 @@ def expected_rates(factors):
 
 
 def category_factors(dicts, threshold, sqrt):
-    """LVIS (Gupta et al., 2019), appendix B.2, written plainly."""
+    """Compute the repeat factor of each image by LVIS (Gupta et al., 2019), appendix B.2, in plain loops."""
     factors = []
     for image in dicts:
-        of_image = [1.0]
+        candidates = [1.0]
         for category in {annotation["category_id"] for annotation in image["annotations"]}:
-            having = sum(any(a["category_id"] == category for a in other["annotations"]) for other in dicts)
-            ratio = threshold / (having / len(dicts))
-            of_image.append(ratio**0.5 if sqrt else ratio)
-        factors.append(max(of_image))
+            images = sum(any(a["category_id"] == category for a in other["annotations"]) for other in dicts)
+            ratio = threshold / (images / len(dicts))
+            candidates.append(ratio**0.5 if sqrt else ratio)
+        factors.append(max(candidates))
     return np.array(factors)
 
 
@@ -89,9 +89,9 @@ def test_resume_is_exact(cfg_of, sampler):
     batches = iter(whole)
     before, after = ([next(batches) for _ in range(15)] for _ in range(2))
     again = iter(resumed)
-    for expected in after:
-        for one, other in zip(expected, next(again)):
-            assert one["file_name"] == other["file_name"] and torch.equal(one["image"], other["image"])
+    for batch in after:
+        for expected, found in zip(batch, next(again)):
+            assert expected["file_name"] == found["file_name"] and torch.equal(expected["image"], found["image"])
     assert names_of(before) != names_of(after)
 
 
@@ -105,8 +105,8 @@ def test_the_loader_draws_what_the_sampler_draws(cfg_of, sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_processes_share_one_stream(cfg_of, sampler, monkeypatch):
-    """The subset, the factors and the order are one. Each process takes every second index."""
+def test_processes_share_one_stream_of_indices(cfg_of, sampler, monkeypatch):
+    """All processes have the same subset, factors and order. Each process takes every second index."""
     cfg = cfg_of(sampler)
     alone = draws(cfg, 60)
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
@@ -127,17 +127,17 @@ def test_rare_categories_are_repeated(cfg_of, sqrt):
     assert np.allclose(rates(cfg), expected_rates(factors), atol=0.06)
 
 
-def test_the_root_is_that_of_detectron2_main(cfg_of):
+def test_factors_without_a_root_equal_those_of_detectron2_main(cfg_of):
     code = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency.__code__
     if "sqrt" not in code.co_varnames[: code.co_argcount]:
         pytest.skip("Detectron2 v0.6 always takes the root")
     cfg = cfg_of("RepeatFactorTrainingSampler", **{"DATALOADER.REPEAT_SQRT": False})
     dicts, datasets = load_images(cfg)
-    own = build_sampler(cfg, dicts, datasets)(5)
-    theirs = RepeatFactorTrainingSampler(
+    sampler = build_sampler(cfg, dicts, datasets)(5)
+    reference = RepeatFactorTrainingSampler(
         RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(dicts, 1.0, sqrt=False), seed=5
     )
-    assert torch.allclose(own._int_part + own._frac_part, theirs._int_part + theirs._frac_part)
+    assert torch.allclose(sampler._int_part + sampler._frac_part, reference._int_part + reference._frac_part)
 
 
 def test_a_random_subset_stays_the_same(cfg_of):
@@ -163,16 +163,16 @@ def test_datasets_and_their_categories_are_repeated(cfg_of):
 
 
 @pytest.mark.parametrize("sampler", ["WeightedTrainingSampler", "WeightedCategoryTrainingSampler"])
-def test_weighted_samplers_are_those_of_detectron2_main(cfg_of, sampler):
+def test_weighted_samplers_have_the_factors_of_detectron2_main(cfg_of, sampler):
     if not hasattr(detectron2_build, "_build_weighted_sampler"):
         pytest.skip("Detectron2 v0.6 has no weighted sampler")
     cfg = cfg_of(sampler)
-    theirs = detectron2_build._build_weighted_sampler(cfg, sampler == "WeightedCategoryTrainingSampler")
-    own = build_sampler(cfg, *load_images(cfg))(5)
-    assert torch.allclose(own._int_part + own._frac_part, theirs._int_part + theirs._frac_part)
+    reference = detectron2_build._build_weighted_sampler(cfg, sampler == "WeightedCategoryTrainingSampler")
+    built = build_sampler(cfg, *load_images(cfg))(5)
+    assert torch.allclose(built._int_part + built._frac_part, reference._int_part + reference._frac_part)
 
 
-def test_factors_stay_with_their_images_when_bad_ones_are_left_out(cfg_of, tmp_path):
+def test_factors_stay_with_their_images_if_bad_images_are_left_out(cfg_of, tmp_path):
     for index in range(8):
         (tmp_path / f"many{index}.png").unlink()
     cfg = cfg_of("WeightedTrainingSampler", **{"INPUT.MAX_BAD_FRACTION": 0.5})
@@ -206,12 +206,12 @@ def test_crowded_images_are_left_out_of_their_dataset(cfg_of, tmp_path):
         ("WeightedTrainingSampler", {"DATASETS.TRAIN_REPEAT_FACTOR": [["few"]]}, r"\['few'\] is not a pair"),
     ],
 )
-def test_values_that_no_sampler_understands(cfg_of, sampler, changes, match):
+def test_invalid_values_of_samplers_are_refused(cfg_of, sampler, changes, match):
     with pytest.raises(GDetKDError, match=match):
         build_train_loader(cfg_of(sampler, **changes))
 
 
-def test_sets_without_class_names_can_be_weighted(cfg_of):
+def test_datasets_without_class_names_can_be_weighted(cfg_of):
     cfg = cfg_of("WeightedTrainingSampler")
     for name in ("one", "two"):
         DatasetCatalog.register(name, lambda: DatasetCatalog.get("few"))

@@ -1,3 +1,5 @@
+"""Test the generated dataset of the quickstart."""
+
 import hashlib
 import json
 
@@ -16,7 +18,7 @@ def test_images_depend_on_the_seed_alone():
     assert not (first[0] == other[0]).all()
 
 
-def test_boxes_lie_in_the_image_and_hold_their_object():
+def test_boxes_lie_in_the_image_and_contain_their_object():
     sizes, classes = [], set()
     for seed in range(40):
         image, objects = shapes.draw_image(seed)

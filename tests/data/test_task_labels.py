@@ -1,4 +1,4 @@
-"""Masks, keypoints and panoptic labels: datasets that lack them are refused before training, or read without them."""
+"""Datasets without the masks, keypoints or panoptic labels that a detector needs are refused, or read without them."""
 
 import json
 
@@ -20,7 +20,10 @@ POINTS = {"MODEL.KEYPOINT_ON": True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 2}
 
 @pytest.fixture
 def labelled_cfg(tmp_path):
-    """The config of a plain student on a set with masks and keypoints, whose file `change` may change."""
+    """Return a function that makes the config of a plain student on a dataset with masks and keypoints.
+
+    `change` of that function changes the content of the dataset's file in place.
+    """
 
     def make(changes, change=lambda content: None):
         write_coco(tmp_path, 6, name="labelled", masks=True)
@@ -88,7 +91,7 @@ def test_run_lengths_need_bitmasks(labelled_cfg):
     check_datasets(labelled_cfg({**MASKS, "INPUT.MASK_FORMAT": "bitmask"}, change))
 
 
-def test_a_test_set_in_which_one_object_lacks_its_mask(labelled_cfg):
+def test_a_test_set_in_which_one_object_lacks_its_mask_is_refused(labelled_cfg):
     cfg = labelled_cfg(
         {**MASKS, "DATASETS.TEST": ("labelled",), "INPUT.MAX_BAD_FRACTION": 0.2}, without("segmentation", 1)
     )
@@ -109,7 +112,7 @@ def test_a_test_set_without_masks_is_evaluated_by_its_boxes(labelled_cfg, tmp_pa
     assert set(train_and_test(cfg)) == {"bbox", "segm"}
 
 
-def test_a_student_of_keypoints_reads_their_names_from_the_file(labelled_cfg):
+def test_a_keypoint_detector_reads_the_names_from_the_file(labelled_cfg):
     def change(content):
         without("keypoints", 1)(content)
         for annotation in content["annotations"]:
@@ -134,19 +137,19 @@ def rename(*names):
         ({"DATASETS.TEST": ("labelled",)}, rename(*KEYPOINTS), "KEYPOINT_OKS_SIGMAS has 0 numbers.*2 keypoints"),
     ],
 )
-def test_keypoints_that_do_not_fit(labelled_cfg, changes, change, match):
+def test_keypoints_that_do_not_fit_the_student_are_refused(labelled_cfg, changes, change, match):
     with pytest.raises(GDetKDError, match=match):
         check_datasets(labelled_cfg({**POINTS, **changes}, change))
 
 
-def test_keypoints_without_sides_are_warned_of(labelled_cfg, caplog):
+def test_keypoints_without_left_and_right_cause_a_warning(labelled_cfg, caplog):
     check_datasets(labelled_cfg({**POINTS, "INPUT.RANDOM_FLIP": "none"}, rename("top", "bottom")))
     assert "differ by left and right" not in caplog.text
     check_datasets(labelled_cfg(POINTS, rename("top", "bottom")))
     assert "labelled: no names of keypoints differ by left and right" in caplog.text
 
 
-def test_flip_map():
+def test_flip_map_pairs_left_and_right_by_name():
     names = ["nose", "left_eye", "right_eye", "l_ear", "r_ear", "paw.L", "paw.R", "leftHand", "rightHand", "left"]
     pairs = [("left_eye", "right_eye"), ("l_ear", "r_ear"), ("paw.L", "paw.R"), ("leftHand", "rightHand")]
     assert flip_map(names) == pairs
@@ -161,11 +164,11 @@ def test_flip_map():
         ([{"keypoints": "a"}, {"keypoints": []}], None),
     ],
 )
-def test_names_are_those_of_all_categories(categories, names):
+def test_keypoint_names_need_to_agree_in_all_categories(categories, names):
     assert keypoint_names(categories) == names
 
 
 @pytest.mark.parametrize("architecture", ["PanopticFPN", "SemanticSegmentor"])
-def test_panoptic_labels_are_needed(labelled_cfg, architecture):
+def test_images_without_panoptic_labels_are_refused_for_a_panoptic_detector(labelled_cfg, architecture):
     with pytest.raises(GDetKDError, match=f"A {architecture} cannot learn from 'labelled': 6 of its 6 images have no"):
         check_datasets(labelled_cfg({"MODEL.META_ARCHITECTURE": architecture}))

@@ -1,3 +1,5 @@
+"""Test the training loader: order, augmentations, resuming, workers and memory."""
+
 import gc
 import multiprocessing
 import random
@@ -32,18 +34,18 @@ def same(first, second):
 
 
 @pytest.mark.parametrize("grouping", [True, False])
-def test_starts_where_it_is_told_with_the_same_augmentations(grouping):
+def test_a_loader_starts_at_its_iteration_with_the_same_augmentations(grouping):
     keys = {"DATALOADER.ASPECT_RATIO_GROUPING": grouping}
     whole = batches(20, **keys)
     assert same(whole[7:], batches(13, start=7, **keys))
     assert not same(whole[6:19], whole[7:])
 
 
-def test_workers_do_not_matter():
+def test_workers_do_not_change_the_batches():
     assert same(batches(6), batches(6, **{"DATALOADER.NUM_WORKERS": 2}))
 
 
-def test_seed_does_matter():
+def test_another_seed_gives_other_batches():
     assert not same(batches(6), batches(6, SEED=4))
 
 
@@ -52,7 +54,7 @@ def test_epochs_draw_other_augmentations():
     assert len(drawn) >= 2 and len(set(drawn)) > 1
 
 
-def test_training_draws_as_if_there_were_no_loader():
+def test_the_loader_leaves_the_global_random_states_alone():
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     batches(3)
     assert torch.equal(before[0], torch.get_rng_state())
@@ -64,7 +66,7 @@ def test_every_image_is_seen_once_an_epoch():
     assert len(set(names)) == 12
 
 
-def test_batches_are_of_one_kind_with_grouping():
+def test_grouped_batches_have_only_wide_or_only_high_images():
     stream = iter(BatchStream(lambda: iter(range(100)), 2, wide=[i % 3 == 0 for i in range(100)]))
     for _ in range(20):
         (a, _), (b, _) = next(stream)
@@ -80,7 +82,7 @@ def test_random_state_is_restored_after_an_exception():
 
 
 class FakeGPU:
-    """A generator in the place of the current GPU's, and a record of what would touch all of them."""
+    """Put a generator in the place of the current GPU's generator, and record whether all GPUs are seeded."""
 
     def __init__(self, monkeypatch):
         self.generator = torch.Generator().manual_seed(7)
@@ -110,8 +112,8 @@ def test_random_state_leaves_a_gpu_as_it_was(monkeypatch):
     assert not gpu.reseeded_all
 
 
-def test_workers_outlive_a_clusters_warning_and_end_with_the_training():
-    """SIGTERM to every process may not end a worker before the step is done and saved; the loader's own must."""
+def test_workers_survive_a_sigterm_to_all_processes_and_end_with_the_training():
+    """A cluster's SIGTERM must not end a worker before the step is done and saved. The loader's own SIGTERM must."""
     loader = build_train_loader(make_cfg({"DATALOADER.NUM_WORKERS": 1}))
     stream, before = iter(loader), set(multiprocessing.active_children())
     next(stream)
@@ -124,7 +126,7 @@ def test_workers_outlive_a_clusters_warning_and_end_with_the_training():
     assert worker.exitcode == 0
 
 
-def test_processes_that_read_different_images_are_told(monkeypatch):
+def test_processes_that_read_different_images_are_refused(monkeypatch):
     other = {"images": 11, "sha256": "another"}
     monkeypatch.setattr("gdetkd.data.train_loader.comm.all_gather", lambda mine: [mine, other])
     with pytest.raises(GDetKDError, match="12 for process 0, 11 for process 1"):
@@ -132,13 +134,13 @@ def test_processes_that_read_different_images_are_told(monkeypatch):
 
 
 class Tracked(dict):
-    """A dict that can be referred to weakly."""
+    """Allow weak references to a dict."""
 
 
 @pytest.fixture
 def alive():
-    """Registers "tracked", and returns a function that counts which of its images and annotations are in memory."""
-    DatasetCatalog.get("tiny")  # names its classes
+    """Register the dataset "tracked". Return a function that counts its images and annotations in memory."""
+    DatasetCatalog.get("tiny")  # sets the class names in the metadata
     references = []
 
     def load():
@@ -146,7 +148,7 @@ def alive():
         for image in DatasetCatalog.get("tiny"):
             image["annotations"] = [Tracked(annotation) for annotation in image["annotations"]]
             dicts.append(Tracked(image))
-        references.extend(weakref.ref(each) for image in dicts for each in (image, *image["annotations"]))
+        references.extend(weakref.ref(item) for image in dicts for item in (image, *image["annotations"]))
         return dicts
 
     def count():
@@ -163,8 +165,8 @@ def alive():
     "change, sampler",
     [*(("none", name) for name in SAMPLERS), ("no sizes", "TrainingSampler"), ("bad images", "TrainingSampler")],
 )
-def test_a_loader_holds_the_images_serialised_alone(alive, sampler, change, monkeypatch):
-    if change == "no sizes":  # images are copied to get them
+def test_a_loader_holds_only_serialised_images(alive, sampler, change, monkeypatch):
+    if change == "no sizes":  # then the loader copies the dicts to add sizes
         monkeypatch.setattr(headers, "has_size", lambda sample: False)
     elif change == "bad images":
         read = headers._read_header
@@ -180,8 +182,8 @@ def test_a_loader_holds_the_images_serialised_alone(alive, sampler, change, monk
     assert alive() == 0 and loader.description["images"] == (11 if change == "bad images" else 12)
 
 
-def test_a_training_holds_no_dict_of_its_datasets(alive, distill_cfg):
-    """Not the checks before it, nor the second loader, which Detectron2 builds for TEST.PRECISE_BN."""
+def test_a_training_keeps_no_dict_of_its_datasets_in_memory(alive, distill_cfg):
+    """This includes the checks before a training, and the second loader that Detectron2 builds for TEST.PRECISE_BN."""
     keys = {"DATASETS.TRAIN": ("tracked",), "DATASETS.TEST": ("tracked",), "TEST.EVAL_PERIOD": 2}
     keys.update({"TEST.PRECISE_BN.ENABLED": True, "TEST.PRECISE_BN.NUM_ITER": 1})
     watched = DistillTrainer(distill_cfg({**keys, "DISTILL.INSIGHT.PERIOD": 2}))

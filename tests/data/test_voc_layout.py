@@ -1,4 +1,4 @@
-"""What cannot be meant in VOC's layout is warned of or refused, with the item and the remedy."""
+"""Mistakes in VOC's layout cause a warning or an error, which names the item and the remedy."""
 
 import re
 import shutil
@@ -6,14 +6,14 @@ import shutil
 import pytest
 from detectron2.data import DatasetCatalog
 from test_exact_detections import COUNT, ap_of_exact_detections
-from test_exact_detections_voc import CLASSES, NO_SPLIT, each_xml, flat, registered, replace, write_voc
+from test_exact_detections_voc import CLASSES, NO_SPLIT, each_xml, flat, register_changed, replace, write_voc
 
 from gdetkd.data import register_datasets
 from gdetkd.errors import GDetKDError
 
 
 def test_a_box_that_reaches_over_the_edge_by_a_pixel_is_cut(tmp_path, caplog):
-    registered(tmp_path, replace("<xmax>.*?</xmax>", "<xmax>65</xmax>"))
+    register_changed(tmp_path, replace("<xmax>.*?</xmax>", "<xmax>65</xmax>"))
     found = [
         box["bbox"] for image in DatasetCatalog.get("exact") for box in image["annotations"] if image["width"] == 64
     ]
@@ -21,25 +21,25 @@ def test_a_box_that_reaches_over_the_edge_by_a_pixel_is_cut(tmp_path, caplog):
     assert f"{len(found)} boxes reach over the edge by a pixel and are cut there" in caplog.text
 
 
-def test_boxes_that_look_like_widths_and_heights(tmp_path, caplog):
+def test_boxes_that_look_like_widths_and_heights_cause_a_warning(tmp_path, caplog):
     def prepare(objects):
         for found in objects.values():
             found[:] = [([40, 30, 20 + 1, 10 + 1], name) for _, name in found]
 
     change = each_xml(lambda text: text.replace("<xmax>61</xmax><ymax>41", "<xmax>21</xmax><ymax>11"))
-    registered(tmp_path, change, prepare)
+    register_changed(tmp_path, change, prepare)
     DatasetCatalog.get("exact")
     assert "boxes look like x, y, width and height in place of two corners" in caplog.text
 
 
 def test_boxes_in_units_of_the_image_are_refused(tmp_path):
-    registered(tmp_path, replace(r"<([xy]m..)>\d+<", r"<\1>0.5<"))
+    register_changed(tmp_path, replace(r"<([xy]m..)>\d+<", r"<\1>0.5<"))
     with pytest.raises(GDetKDError, match="boxes in units of the image"):
         DatasetCatalog.get("exact")
 
 
 def test_unknown_classes_are_all_named_with_counts(tmp_path):
-    registered(tmp_path, classes=["Class0"])
+    register_changed(tmp_path, classes=["Class0"])
     with pytest.raises(GDetKDError) as error:
         DatasetCatalog.get("exact")
     total = [name for objects in write_voc(tmp_path / "again").values() for _, name in objects]
@@ -49,13 +49,15 @@ def test_unknown_classes_are_all_named_with_counts(tmp_path):
 
 
 def test_without_classes_the_error_lists_them(tmp_path):
-    registered(tmp_path, classes=None)
+    register_changed(tmp_path, classes=None)
     with pytest.raises(GDetKDError, match=r"List them as `classes: \[class0, class1, class2\]`"):
         DatasetCatalog.get("exact")
 
 
-def test_a_class_without_objects_and_doubles_are_warned_of(tmp_path, caplog):
-    registered(tmp_path, each_xml(lambda t: re.sub("(<object>.*</object>)", r"\1\1", t)), classes=[*CLASSES, "none"])
+def test_a_class_without_objects_and_repeated_objects_cause_warnings(tmp_path, caplog):
+    register_changed(
+        tmp_path, each_xml(lambda t: re.sub("(<object>.*</object>)", r"\1\1", t)), classes=[*CLASSES, "none"]
+    )
     DatasetCatalog.get("exact")
     assert (
         "annotations repeat another with the same image" in caplog.text
@@ -64,8 +66,8 @@ def test_a_class_without_objects_and_doubles_are_warned_of(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("most, refused", [(0.5, False), (0.01, True)])
-def test_listed_images_without_an_annotation(tmp_path, caplog, most, refused):
-    cfg, _ = registered(tmp_path, lambda folder: (folder / "Annotations/exact1.xml").unlink())
+def test_listed_images_without_an_annotation_are_left_out_up_to_a_share(tmp_path, caplog, most, refused):
+    cfg, _ = register_changed(tmp_path, lambda folder: (folder / "Annotations/exact1.xml").unlink())
     if refused:
         with pytest.raises(GDetKDError, match="1 of 6 images of a list .*exact1.xml.*MAX_BAD_FRACTION 0.01"):
             DatasetCatalog.get("exact")
@@ -77,18 +79,18 @@ def test_listed_images_without_an_annotation(tmp_path, caplog, most, refused):
     assert "1 listed images have no annotation and are left out" in caplog.text
 
 
-def test_images_without_an_annotation_beside_them_are_counted(tmp_path, caplog):
-    registered(tmp_path, lambda folder: [flat(folder), (folder / "train/exact1.xml").unlink()])
+def test_images_without_an_annotation_in_a_flat_folder_are_counted(tmp_path, caplog):
+    register_changed(tmp_path, lambda folder: [flat(folder), (folder / "train/exact1.xml").unlink()])
     assert len(DatasetCatalog.get("exact")) == COUNT - 1
     assert "1 images have no annotation and are skipped" in caplog.text
 
 
-def two_images_of_a_name(folder):
+def give_an_annotation_two_images(folder):
     shutil.copy(folder / "JPEGImages/exact1.png", folder / "JPEGImages/exact1.jpg")
     each_xml(lambda text: text.replace("exact1.png", "other.png"))(folder)
 
 
-def one_image_for_two(folder):
+def give_two_annotations_one_image(folder):
     (folder / "JPEGImages/exact1.png").unlink()
     each_xml(lambda text: text.replace("exact1.png", "exact2.png"))(folder)
 
@@ -96,12 +98,12 @@ def one_image_for_two(folder):
 @pytest.mark.parametrize(
     "change, match",
     [
-        (two_images_of_a_name, "exact1.xml' could be of exact1.jpg or exact1.png"),
-        (one_image_for_two, "exact1.xml' and .*exact2.xml' are both annotations of .*exact2.png"),
+        (give_an_annotation_two_images, "exact1.xml' could be of exact1.jpg or exact1.png"),
+        (give_two_annotations_one_image, "exact1.xml' and .*exact2.xml' are both annotations of .*exact2.png"),
     ],
 )
-def test_images_that_could_be_of_several(tmp_path, change, match):
-    registered(tmp_path, change)
+def test_ambiguous_pairs_of_image_and_annotation_are_refused(tmp_path, change, match):
+    register_changed(tmp_path, change)
     with pytest.raises(GDetKDError, match=match):
         DatasetCatalog.get("exact")
 
@@ -125,13 +127,13 @@ def test_images_that_could_be_of_several(tmp_path, change, match):
         ),
     ],
 )
-def test_layouts_that_are_refused(tmp_path, change, entry, match):
+def test_invalid_layouts_and_entries_are_refused(tmp_path, change, entry, match):
     with pytest.raises(GDetKDError, match=match):
-        registered(tmp_path, change, **entry)
+        register_changed(tmp_path, change, **entry)
 
 
-def test_an_image_that_is_gone_and_has_no_size(tmp_path):
-    cfg, objects = registered(
+def test_a_missing_image_without_a_size_is_reported(tmp_path):
+    cfg, objects = register_changed(
         tmp_path, lambda f: [(f / "JPEGImages/exact1.png").unlink(), replace("<size>.*</size>", "")(f)]
     )
     with pytest.raises(GDetKDError, match="1 of 6 images cannot be used for evaluation .exact1.png not there"):

@@ -1,4 +1,4 @@
-"""What cannot be meant in YOLO's layout is refused, with file, line and remedy, and paths stay in their folder."""
+"""Mistakes in YOLO's layout are refused with file, line and remedy, and paths stay in their folder."""
 
 import shutil
 
@@ -12,7 +12,7 @@ from test_exact_detections_yolo import (
     each_line,
     listed,
     pose,
-    registered,
+    register_changed,
     roboflow,
     write_yolo,
     yaml,
@@ -24,8 +24,10 @@ from gdetkd.data.clean import without_bad_images
 from gdetkd.errors import GDetKDError
 
 
-def test_an_image_that_cannot_be_read_is_left_to_the_check_of_images(tmp_path):
-    cfg, objects = registered(tmp_path, lambda folder: (folder / "images/train/exact1.png").write_bytes(b"<html>"))
+def test_an_unreadable_image_is_reported_by_the_check_of_images(tmp_path):
+    cfg, objects = register_changed(
+        tmp_path, lambda folder: (folder / "images/train/exact1.png").write_bytes(b"<html>")
+    )
     with pytest.raises(GDetKDError, match="1 of 6 images cannot be used for evaluation .exact1.png does not open"):
         ap_of_exact_detections(cfg, objects)
 
@@ -45,14 +47,14 @@ def test_an_image_that_cannot_be_read_is_left_to_the_check_of_images(tmp_path):
         ("0 0.5 0.5 0.1 0.1 0.9 0.8 0.7", "it has 8 columns.*kpt_shape"),
     ],
 )
-def test_labels_that_cannot_be_meant(tmp_path, line, match):
-    registered(tmp_path, lambda folder: (folder / "labels/train/exact0.txt").write_text(f"\n{line}\n"))
+def test_invalid_labels_are_refused_with_file_and_line(tmp_path, line, match):
+    register_changed(tmp_path, lambda folder: (folder / "labels/train/exact0.txt").write_text(f"\n{line}\n"))
     with pytest.raises(GDetKDError, match=f"exact0.txt', line 2: {match}"):
         DatasetCatalog.get("exact")
 
 
-def test_a_label_of_a_pose_has_the_columns_of_kpt_shape(tmp_path):
-    registered(tmp_path, lambda folder: [pose(folder), each_line(lambda columns: columns[:-1])(folder)])
+def test_a_label_with_keypoints_needs_the_columns_of_kpt_shape(tmp_path):
+    register_changed(tmp_path, lambda folder: [pose(folder), each_line(lambda columns: columns[:-1])(folder)])
     with pytest.raises(GDetKDError, match="line 1: it has 10 columns. By kpt_shape of data.yaml a label has 11, or 5"):
         DatasetCatalog.get("exact")
 
@@ -74,15 +76,15 @@ def test_a_label_of_a_pose_has_the_columns_of_kpt_shape(tmp_path):
         (f"train: images/nowhere\n{NAMES}", "names 'images/nowhere', which does not exist"),
     ],
 )
-def test_descriptions_that_are_refused(tmp_path, text, match):
+def test_invalid_descriptions_are_refused(tmp_path, text, match):
     with pytest.raises(GDetKDError, match=match):
-        registered(tmp_path, yaml(text))
+        register_changed(tmp_path, yaml(text))
 
 
 def test_an_exponential_yaml_is_refused_with_a_short_message(tmp_path):
     levels = "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9))
     with pytest.raises(GDetKDError, match="data.yaml") as error:
-        registered(tmp_path, yaml(f"a0: &a0 [x]\n{levels}train: *a9\nnames: *a9\n"))
+        register_changed(tmp_path, yaml(f"a0: &a0 [x]\n{levels}train: *a9\nnames: *a9\n"))
     assert len(str(error.value)) < 1000
 
 
@@ -102,87 +104,87 @@ def test_paths_do_not_lead_out_of_the_folder(tmp_path, change):
         change(folder)
 
     with pytest.raises(GDetKDError, match="leads to .*elsewhere.*DATASETS.ALLOW_OUTSIDE to True"):
-        registered(tmp_path / "yolo", both)
+        register_changed(tmp_path / "yolo", both)
     for part in ("yolo", "elsewhere"):
         shutil.rmtree(tmp_path / part)
-    cfg, objects = registered(tmp_path / "yolo", both, allow_outside=True)
+    cfg, objects = register_changed(tmp_path / "yolo", both, allow_outside=True)
     assert ap_of_exact_detections(cfg, objects) == pytest.approx(100.0)
 
 
-def test_a_path_from_detectron2s_folder(tmp_path, monkeypatch):
+def test_path_may_start_at_detectron2s_data_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
 
     def change(folder):
         (folder / "lists").mkdir()
         (folder / "lists/data.yaml").write_text(f"path: yolo\ntrain: images/train\n{NAMES}")
 
-    cfg, objects = registered(tmp_path / "yolo", change, yaml="lists/data.yaml")
+    cfg, objects = register_changed(tmp_path / "yolo", change, yaml="lists/data.yaml")
     assert ap_of_exact_detections(cfg, objects) == pytest.approx(100.0)
 
 
-def test_two_folders_that_a_path_could_mean(tmp_path):
+def test_a_path_that_could_mean_two_folders_is_refused(tmp_path):
     def change(folder):
         roboflow(folder)
         shutil.copytree(folder / "train", folder.parent / "train")
 
     with pytest.raises(GDetKDError, match=r"'../train/images', which could be .* or .*train/images"):
-        registered(tmp_path / "yolo", change, allow_outside=True)
+        register_changed(tmp_path / "yolo", change, allow_outside=True)
 
 
-def test_names_that_only_nc_counts_and_a_split_of_another_name(tmp_path):
-    cfg, _ = registered(tmp_path, yaml("valid: images/train\nnc: 3\n"), split="val")
+def test_nc_without_names_and_another_name_of_a_split(tmp_path):
+    cfg, _ = register_changed(tmp_path, yaml("valid: images/train\nnc: 3\n"), split="val")
     assert class_names(cfg) == ("class_0", "class_1", "class_2") and len(DatasetCatalog.get("exact")) == COUNT
 
 
-def test_a_text_file_in_place_of_a_folder(tmp_path):
-    cfg, objects = registered(
+def test_images_may_be_a_text_file(tmp_path):
+    cfg, objects = register_changed(
         tmp_path, listed("images/train/{}\n"), **{**BY_FOLDER, "images": "train.txt"}, classes=CLASSES
     )
     assert ap_of_exact_detections(cfg, objects) == pytest.approx(100.0)
 
 
-def test_the_classes_of_a_teachers_dataset_that_is_not_registered(tmp_path):
+def test_class_names_are_known_without_registering_the_dataset(tmp_path):
     write_yolo(tmp_path)
     entry = {"name": "elsewhere", "kind": "yolo", "yaml": str(tmp_path / "data.yaml"), "split": "train"}
     cfg = make_cfg({"DATASETS.REGISTER": [entry], "DATASETS.TRAIN": ("elsewhere",)})
     assert class_names(cfg) == tuple(CLASSES)
 
 
-def test_no_label_at_all(tmp_path):
-    registered(tmp_path, lambda folder: shutil.rmtree(folder / "labels"))
+def test_a_dataset_without_any_label_file_is_refused(tmp_path):
+    register_changed(tmp_path, lambda folder: shutil.rmtree(folder / "labels"))
     with pytest.raises(GDetKDError, match="None of 6 images .* has a label file"):
         DatasetCatalog.get("exact")
 
 
-def test_classes_that_are_not_known_or_in_doubt(tmp_path):
+def test_unknown_or_contradictory_classes_are_refused(tmp_path):
     with pytest.raises(GDetKDError, match="classes of .* are not known: there is no classes.txt"):
-        registered(tmp_path / "none", **BY_FOLDER)
+        register_changed(tmp_path / "none", **BY_FOLDER)
 
     def two(folder):
         (folder / "classes.txt").write_text("a\nb\n")
         (folder / "images/obj.names").write_text("b\na\n")
 
     with pytest.raises(GDetKDError, match="obj.names and .*classes.txt list different names"):
-        registered(tmp_path / "two", two, **{**BY_FOLDER, "images": "images"})
+        register_changed(tmp_path / "two", two, **{**BY_FOLDER, "images": "images"})
 
 
 @pytest.mark.parametrize(
     "entry, match",
     [
-        ({"split": None}, "lacks split"),
-        ({"yaml": None}, "lacks yaml"),
-        ({"classes": CLASSES}, "has classes"),
+        ({"split": None}, "lacks the key split"),
+        ({"yaml": None}, "lacks the key yaml"),
+        ({"classes": CLASSES}, "has the unknown key classes"),
         ({"yaml": "nowhere.yaml"}, "nowhere.yaml.*which does not exist"),
         ({"split": 3}, "has split 3, not text"),
     ],
 )
-def test_entries_that_are_refused(tmp_path, entry, match):
+def test_invalid_entries_are_refused(tmp_path, entry, match):
     with pytest.raises(GDetKDError, match=match):
-        registered(tmp_path, **entry)
+        register_changed(tmp_path, **entry)
 
 
-def test_limit_and_bad_images(tmp_path):
-    registered(tmp_path, lambda folder: (folder / "images/train/exact1.png").write_bytes(b""), limit=4)
+def test_bad_images_within_a_limit_are_counted(tmp_path):
+    register_changed(tmp_path, lambda folder: (folder / "images/train/exact1.png").write_bytes(b""), limit=4)
     dicts = DatasetCatalog.get("exact")
     assert len(dicts) == 4
     kept, is_kept = without_bad_images(dicts, 0.5, "exact")

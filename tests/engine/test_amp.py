@@ -1,6 +1,6 @@
 """Every family trains under autocast, as a student and as a teacher, through the real AMP trainer.
 
-There is no GPU here, so bfloat16 autocast on the CPU stands in: the dtypes meet in the same places.
+The tests have no GPU. They use bfloat16 autocast on the CPU, where the same dtypes meet in the same places.
 """
 
 import math
@@ -19,7 +19,7 @@ SIZES = ((128, 128), (128, 96))
 
 
 class Trainer(DistillTrainer):
-    """Trains on fixed batches."""
+    """Train on fixed batches."""
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -28,7 +28,7 @@ class Trainer(DistillTrainer):
 
 @pytest.fixture
 def amp_on_cpu(monkeypatch):
-    """Lets Detectron2's AMP trainer run on a CPU: it asks for CUDA and uses CUDA's autocast and scaler."""
+    """Let Detectron2's AMP trainer run on a CPU. It asks for CUDA, and uses CUDA's autocast and scaler."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda.amp, "autocast", lambda **keys: torch.autocast("cpu", torch.bfloat16))
     monkeypatch.setattr(torch.cuda.amp, "GradScaler", lambda: torch.amp.GradScaler("cpu", init_scale=4.0))
@@ -50,7 +50,7 @@ def test_a_step_of_the_amp_trainer(pair_cfg, amp_on_cpu, teacher, student):
     cfg = pair_cfg(f"{teacher}-{student}", {**keys, "SOLVER.AMP.ENABLED": True, "SOLVER.MAX_ITER": 1})
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
-    if student == "fcos":  # untrained, half of its boxes have no area
+    if student == "fcos":  # half of the boxes of an untrained FCOS have no area
         torch.nn.init.constant_(trainer.student.head.bbox_pred.bias, 1.0)
     before = [parameter.detach().clone() for parameter in trainer.distiller.parameters()]
     assert trainer.loss_scale == 4.0
@@ -63,17 +63,17 @@ def test_a_step_of_the_amp_trainer(pair_cfg, amp_on_cpu, teacher, student):
 
 
 @pytest.mark.parametrize("family", ["retinanet", "fcos"])
-def test_dense_losses_under_autocast_are_those_of_the_same_predictions_in_float32(pair_cfg, family):
-    """A sum over thousands of locations in half precision, or boxes of 8 bits, would be other losses."""
+def test_dense_losses_under_autocast_are_computed_in_float32(pair_cfg, family):
+    """Half precision would change the losses: they sum over thousands of locations, and boxes would have 8 bits."""
     student = DistillTrainer(pair_cfg(f"{family}-{family}")).student.train()
     images = student.preprocess_image(make_batch())
-    targets = [each["instances"] for each in make_batch()]
+    targets = [sample["instances"] for sample in make_batch()]
     with EventStorage(), torch.autocast("cpu", torch.bfloat16):
         maps = [student.backbone(images.tensor)[name] for name in student.head_in_features]
         predictions = student.head(maps)
         found = student.forward_training(images, maps, predictions, targets)
-    exact = [[each.detach().float() for each in level] for level in predictions]
-    student.loss_normalizer = 100 if family == "retinanet" else 300  # as before the first
+    exact = [[tensor.detach().float() for tensor in level] for level in predictions]
+    student.loss_normalizer = 100 if family == "retinanet" else 300  # the value before the first forward pass
     with EventStorage():
         expected = student.forward_training(images, maps, exact, targets)
     assert found.keys() == expected.keys()
@@ -81,7 +81,7 @@ def test_dense_losses_under_autocast_are_those_of_the_same_predictions_in_float3
         assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected[name].item(), rel=1e-5), name
 
 
-def test_norms_of_gradients_are_those_outside_of_autocast():
+def test_gradient_norms_are_the_same_inside_and_outside_of_autocast():
     torch.manual_seed(0)
     layer = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
     parameters = list(layer.parameters())

@@ -1,4 +1,4 @@
-"""The preflight check: what it shows of a sound run, and the named reason for each thing broken on purpose."""
+"""The preflight check shows a summary of a sound run, and names the reason for each problem."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ IMAGES = 16
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Some images of the quickstart's kind, in COCO's format."""
+    """Write some images like those of the quickstart, in COCO's format. Return their folder."""
     folder = tmp_path_factory.mktemp("shapes")
     images, annotations = [], []
     for index in range(IMAGES):
@@ -50,7 +50,7 @@ def write(path, images, annotations, classes):
 
 @pytest.fixture
 def shapes_cfg(shapes, tmp_path, monkeypatch):
-    """The quickstart's pair on the shapes, with changes."""
+    """Return a function that makes the config of the quickstart's pair on these images, with changes."""
     monkeypatch.chdir(ROOT)
 
     def make(**changes):
@@ -79,7 +79,7 @@ def problems_of(cfg):
 
 
 def save_untrained_teacher(folder, opts=()):
-    """The quickstart's teacher with changes, as it was initialised; returns the path of its weights."""
+    """Write the weights of an untrained teacher with the quickstart's config and changes. Return their path."""
     teacher = get_cfg()
     add_gdetkd_config(teacher)
     teacher.merge_from_file("configs/quickstart/teacher-FasterRCNN.yaml")
@@ -88,7 +88,7 @@ def save_untrained_teacher(folder, opts=()):
     return str(folder / "untrained.pth")
 
 
-def test_a_sound_run(shapes_cfg):
+def test_a_sound_run_has_no_problem(shapes_cfg):
     check = Check(shapes_cfg(), images=IMAGES)
     teacher = {name: tensor.clone() for name, tensor in check._teacher.model.state_dict().items()}
     screen = check.run()
@@ -111,34 +111,34 @@ def test_a_sound_run(shapes_cfg):
     assert len(screen.splitlines()) < 40
 
 
-def test_teacher_with_another_std(shapes_cfg):
+def test_a_teacher_with_a_wrong_std_is_found(shapes_cfg):
     [problem] = problems_of(shapes_cfg(DISTILL__TEACHER__OPTS=["MODEL.PIXEL_STD", [1.0, 1.0, 1.0]]))
     assert "less than DISTILL.TEACHER.MIN_AP 20" in problem
     assert "with images in BGR, mean (103.53, 116.28, 123.675), std (57.375, 57.12, 58.395). Set" in problem
 
 
-def test_teacher_with_another_channel_order_that_is_not_weak(shapes_cfg):
+def test_a_wrong_channel_order_is_found_although_the_teacher_is_not_weak(shapes_cfg):
     opts = ["INPUT.FORMAT", "RGB"]
     [problem] = problems_of(shapes_cfg(DISTILL__TEACHER__OPTS=opts, DISTILL__TEACHER__MIN_AP=1.0))
     assert "with images in BGR" in problem and "MIN_AP" not in problem
 
 
-def test_teacher_that_is_not_trained(shapes_cfg, tmp_path):
+def test_an_untrained_teacher_is_found(shapes_cfg, tmp_path):
     [problem] = problems_of(shapes_cfg(DISTILL__TEACHER__WEIGHTS=save_untrained_teacher(tmp_path)))
     assert "no usual preprocessing makes it better" in problem and "MIN_AP 20" in problem
 
 
-def test_a_term_without_gradient(shapes_cfg):
+def test_a_loss_without_a_gradient_is_found(shapes_cfg):
     [problem] = problems_of(shapes_cfg(DISTILL__CKD__WEIGHT=0.0))
     assert problem.startswith("loss_distill_ckd sends no gradient to the student")
 
 
-def test_a_term_that_is_not_finite(shapes_cfg):
+def test_a_loss_that_is_not_finite_is_found(shapes_cfg):
     [problem] = problems_of(shapes_cfg(DISTILL__SGFI__WEIGHT=1e39))
     assert problem.startswith("loss_distill_sgfi is inf")
 
 
-def test_starting_weights_that_are_not_finite(shapes_cfg, tmp_path):
+def test_starting_weights_that_are_not_finite_are_found(shapes_cfg, tmp_path):
     torch.save(
         {"model": {"backbone.fpn_output2.weight": torch.full((32, 32, 3, 3), float("nan"))}}, tmp_path / "nan.pth"
     )
@@ -146,19 +146,19 @@ def test_starting_weights_that_are_not_finite(shapes_cfg, tmp_path):
     assert any("A training step fails" in problem and "finite" in problem for problem in problems)
 
 
-def test_starting_weights_of_another_backbone(shapes_cfg, tmp_path):
+def test_starting_weights_of_another_backbone_are_found(shapes_cfg, tmp_path):
     torch.save({"model": {"backbone.bottom_up.stem.conv1.weight": torch.zeros(16, 3, 7, 7)}}, tmp_path / "few.pth")
     [problem] = problems_of(shapes_cfg(MODEL__WEIGHTS=str(tmp_path / "few.pth")))
     assert "few.pth' leaves" in problem and "Check that the file belongs to MODEL.RESNETS." in problem
 
 
-def test_training_warns_of_such_weights(shapes_cfg, tmp_path, caplog):
+def test_training_warns_of_starting_weights_of_another_backbone(shapes_cfg, tmp_path, caplog):
     torch.save({"model": {"backbone.bottom_up.stem.conv1.weight": torch.zeros(16, 3, 7, 7)}}, tmp_path / "few.pth")
     DistillTrainer(shapes_cfg(MODEL__WEIGHTS=str(tmp_path / "few.pth"))).resume_or_load(resume=False)
     assert "few.pth' leaves" in caplog.text
 
 
-def test_teacher_with_values_that_are_not_finite(distill_cfg, tmp_path):
+def test_a_teacher_with_values_that_are_not_finite_is_refused(distill_cfg, tmp_path):
     cfg = distill_cfg()
     weights = torch.load(tmp_path / "teacher.pth", weights_only=True)
     weights["model"]["backbone.fpn_output2.bias"][1] = float("inf")
@@ -167,28 +167,28 @@ def test_teacher_with_values_that_are_not_finite(distill_cfg, tmp_path):
         FrozenTeacher(cfg)
 
 
-def test_data_sets_with_classes_in_another_order(shapes_cfg):
+def test_datasets_with_classes_in_different_orders_are_refused(shapes_cfg):
     with pytest.raises(
         GDetKDError, match="'check_shapes' and 'check_backwards' have the same classes in different orders"
     ):
         Check(shapes_cfg(DATASETS__TEST=("check_backwards",)))
 
 
-def test_head_transfer_to_classes_in_another_order(shapes_cfg):
+def test_head_transfer_to_classes_in_another_order_is_refused(shapes_cfg):
     backwards = shapes_cfg(DATASETS__TRAIN=("check_backwards",), DATASETS__TEST=("check_backwards",))
     with pytest.raises(GDetKDError, match="HEAD_TRANSFER would start.*order"):
         Check(backwards)
     backwards.DISTILL.HEAD_TRANSFER = False
-    Check(backwards)  # CLS and REG find classes by their names
+    Check(backwards)  # CLS and REG match classes by name
 
 
-def test_head_transfer_from_classes_without_names_is_said(shapes_cfg, caplog):
+def test_head_transfer_from_classes_without_names_causes_a_warning(shapes_cfg, caplog):
     cfg = shapes_cfg(DISTILL__TEACHER__CLASSES=(), DISTILL__LOSSES=("SGFI",))
     Check(cfg)
     assert "Head transfer assumes that student and teacher have the same classes in the same order" in caplog.text
 
 
-def test_names_given_to_the_teacher_in_another_order_than_its_own(shapes_cfg, tmp_path):
+def test_teacher_classes_in_another_order_than_the_datasets_are_refused(shapes_cfg, tmp_path):
     cfg = shapes_cfg(DISTILL__TEACHER__OPTS=["DATASETS.TRAIN", ("check_shapes",)])
     FrozenTeacher(cfg)
     cfg.DISTILL.TEACHER.CLASSES = CLASSES[::-1]
@@ -196,8 +196,8 @@ def test_names_given_to_the_teacher_in_another_order_than_its_own(shapes_cfg, tm
         FrozenTeacher(cfg)
 
 
-def test_the_teacher_is_scored_on_classes_found_by_name(shapes_cfg):
-    """The same AP, whatever the order of the data set's classes, and over those alone that both have."""
+def test_the_teacher_is_scored_on_classes_that_match_by_name(shapes_cfg):
+    """The order of the classes does not change the AP. Only classes that both detectors have count."""
     cfg = shapes_cfg(DISTILL__HEAD_TRANSFER=False)
     teacher = FrozenTeacher(cfg)
     straight = score_on_sample(cfg, teacher, "check_shapes", IMAGES)
@@ -214,16 +214,16 @@ def test_the_teacher_is_scored_on_classes_found_by_name(shapes_cfg):
         score_on_sample(cfg, FrozenTeacher(cfg), "check_shapes", IMAGES)
 
 
-def test_a_sample_without_objects_says_nothing_of_the_teacher(shapes_cfg):
+def test_a_teacher_cannot_be_scored_on_a_sample_without_objects(shapes_cfg):
     cfg = shapes_cfg()
     images = DatasetCatalog.get("check_shapes")
-    DatasetCatalog.register("check_empty", lambda: [{**each, "annotations": []} for each in images])
+    DatasetCatalog.register("check_empty", lambda: [{**image, "annotations": []} for image in images])
     MetadataCatalog.get("check_empty").set(thing_classes=list(CLASSES), evaluator_type="coco")
     with pytest.raises(GDetKDError, match="The 4 images of 'check_empty' .*have no object"):
         score_on_sample(cfg, FrozenTeacher(cfg), "check_empty", 4)
 
 
-def test_other_preprocessing_is_undone(shapes_cfg):
+def test_trying_another_preprocessing_does_not_change_the_teacher(shapes_cfg):
     cfg = shapes_cfg()
     teacher = FrozenTeacher(cfg)
     own = preprocessing_of(teacher.model, teacher.file.input_format)
@@ -234,15 +234,15 @@ def test_other_preprocessing_is_undone(shapes_cfg):
     assert score_on_sample(cfg, teacher, "check_shapes", 8) == straight
 
 
-def test_one_process_of_several(distill_cfg):
+def test_the_check_stands_for_one_of_several_processes(distill_cfg):
     keys = {"SOLVER.IMS_PER_BATCH": 8, "SOLVER.REFERENCE_WORLD_SIZE": 4, "DISTILL.CKD.QUEUE_SIZE": -1}
     check = Check(distill_cfg(keys), processes=2)
     assert check._cfg.SOLVER.IMS_PER_BATCH == 2 and check._cfg.SOLVER.MAX_ITER == 8
-    # What both processes gather in ten steps: 4 images of 8 regions each.
+    # In ten steps, both processes gather 4 images of 8 regions each.
     assert len(check._distiller.losses["CKD"].queue.embeddings) == 10 * 4 * 8
 
 
-def test_a_teacher_that_cannot_be_evaluated_is_said_at_the_end(shapes_cfg, tmp_path):
+def test_the_last_line_says_that_the_teacher_cannot_be_evaluated(shapes_cfg, tmp_path):
     cfg = shapes_cfg(DISTILL__TEACHER__CLASSES=(), DISTILL__LOSSES=("SGFI",), DISTILL__HEAD_TRANSFER=False)
     opts = ["MODEL.ROI_HEADS.NUM_CLASSES", 7]
     cfg.DISTILL.TEACHER.OPTS, cfg.DISTILL.TEACHER.WEIGHTS = opts, save_untrained_teacher(tmp_path, opts)
@@ -254,13 +254,13 @@ def test_a_teacher_that_cannot_be_evaluated_is_said_at_the_end(shapes_cfg, tmp_p
     assert "a wrong teacher would not be noticed." in last[1] and "in DISTILL.TEACHER.CLASSES" in last[1]
 
 
-def test_a_class_map_that_cannot_be_followed(shapes_cfg):
+def test_an_invalid_class_map_is_a_problem(shapes_cfg):
     classes = [["circle", "square"], ["square", "square"]]
     cfg = shapes_cfg(DISTILL__LOSSES=("SGFI",), DISTILL__HEAD_TRANSFER=False, DISTILL__CLASS_MAP=classes)
     assert any("The teacher class 'square' matches two student classes" in problem for problem in problems_of(cfg))
 
 
-def test_without_teacher_or_for_a_plain_detector(distill_cfg, tmp_path):
+def test_the_check_of_a_run_without_a_teacher(distill_cfg, tmp_path):
     keys = {"OUTPUT_DIR": str(tmp_path)}
     for cfg in (distill_cfg({"DISTILL.LOSSES": ()}), make_cfg(keys), plain_keys_of(make_cfg(keys))):
         if "DISTILL" in cfg:
@@ -268,7 +268,7 @@ def test_without_teacher_or_for_a_plain_detector(distill_cfg, tmp_path):
             assert "teacher" not in check.run().lower() and check.problems == []
 
 
-def test_command_line(distill_cfg, tmp_path):
+def test_the_check_on_the_command_line(distill_cfg, tmp_path):
     cfg = distill_cfg(
         {"DATASETS.REGISTER": [dict(MetadataCatalog.get("tiny").gdetkd_entry)], "DATASETS.TEST": ("tiny",)}
     )
@@ -279,7 +279,7 @@ def test_command_line(distill_cfg, tmp_path):
     def run(*changes):
         return subprocess.run([*command, *changes], cwd=ROOT, capture_output=True, text=True)
 
-    weak = run()  # the tiny teacher knows nothing
+    weak = run()  # the tiny teacher is untrained
     assert weak.returncode == 1 and "PROBLEMS: 1" in weak.stdout and "MIN_AP" in weak.stdout
     assert "Teacher on 5 images of tiny" in weak.stdout and "Traceback" not in weak.stderr
     sound = run("DISTILL.TEACHER.MIN_AP", "0.0")

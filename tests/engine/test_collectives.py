@@ -1,10 +1,10 @@
 """Every process makes the same exchanges in the same order, whatever is due, skipped or interrupted.
 
-If they did not, a run would hang. So each test runs real trainings in 2 and 3 processes (gloo), records each exchange
-on each rank, and compares the records.
+Otherwise a run would hang. The test runs real trainings in 2 and 3 processes (gloo), records each exchange on each
+rank, and compares the records.
 """
 
-import gdetkd  # noqa: F401, I001  first, in the spawned processes too
+import gdetkd  # noqa: F401, I001  imported first, also in the spawned processes
 import os
 import signal
 import sys
@@ -25,7 +25,11 @@ EXCHANGES = ("all_gather", "all_gather_object", "all_reduce", "barrier", "broadc
 
 
 class Recorder:
-    """Records the exchanges of this process while its context is open, and the forward passes between them."""
+    """Record the exchanges of this process while the context is open: function, and file and name of the caller.
+
+    Attributes:
+        record: the exchanges in order. `Steps` adds a mark for each step.
+    """
 
     def __init__(self):
         self.record = []
@@ -50,7 +54,7 @@ class Recorder:
 
 
 class Steps(HookBase):
-    """Marks the steps in the record, and sends SIGTERM to one rank in the given iteration."""
+    """Mark the steps in the record, and send SIGTERM to one rank in the given iteration."""
 
     def __init__(self, record, stop_at):
         self.record, self.stop_at = record, stop_at
@@ -61,7 +65,7 @@ class Steps(HookBase):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _spoil(monkeypatch, iteration):
+def _spoil_ckd(monkeypatch, iteration):
     """Make the CKD term of one rank and iteration not a number."""
     compute = CKD.compute
 
@@ -75,12 +79,12 @@ def _spoil(monkeypatch, iteration):
 
 
 def _run(cfg, stop_at=None, spoil_at=None, resume=False):
-    """What one process exchanges in a training, and its exit code."""
+    """Train in this process. Return the recorded exchanges and the exit code."""
     with Recorder() as recorder, pytest.MonkeyPatch.context() as monkeypatch:
-        # Drawing the page takes seconds, and the main process draws it alone.
+        # Drawing the page takes seconds, and only the main process draws it.
         monkeypatch.setattr("gdetkd.insight.hook.Insight.write_page", lambda self: None)
         if spoil_at is not None:
-            _spoil(monkeypatch, spoil_at)
+            _spoil_ckd(monkeypatch, spoil_at)
         trainer = DistillTrainer(cfg)
         trainer.resume_or_load(resume=resume)
         trainer.register_hooks([Steps(recorder.record, stop_at)])
@@ -97,13 +101,13 @@ def _run_all(rank, cfg, runs):
     register_datasets(cfg)
     results = []
     for number, (changes, keywords) in enumerate(runs):
-        own = cfg.clone()
-        own.merge_from_list([item for pair in changes.items() for item in pair])
-        own.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, str(number))
-        os.makedirs(own.OUTPUT_DIR, exist_ok=True)
-        results.append(_run(own, **keywords))
+        run_cfg = cfg.clone()
+        run_cfg.merge_from_list([item for pair in changes.items() for item in pair])
+        run_cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, str(number))
+        os.makedirs(run_cfg.OUTPUT_DIR, exist_ok=True)
+        results.append(_run(run_cfg, **keywords))
         if results[-1]["code"] == EXIT_STOPPED:
-            results.append(_run(own, resume=True))
+            results.append(_run(run_cfg, resume=True))
     return results
 
 
@@ -116,14 +120,17 @@ def periods(checkpoint, evaluation, insight=0, precise=False):
     }
 
 
-# Periods that coincide at iteration 2 or 4 and those that do not.
-PERIODS = [periods(*each) for each in [(2, 2, 2), (2, 2, 0), (2, 3, 0), (3, 2, 3), (3, 2, 2), (2, 3, 2), (3, 3, 0)]]
+# Some of these periods coincide at iteration 2 or 4, and others do not.
+PERIODS = [periods(*some) for some in [(2, 2, 2), (2, 2, 0), (2, 3, 0), (3, 2, 3), (3, 2, 2), (2, 3, 2), (3, 3, 0)]]
 TOGETHER, APART, PRECISE = periods(2, 2, 2), periods(3, 2, 0), periods(2, 2, 0, precise=True)
 
 
 @pytest.fixture
 def run_all(shared_cfg, tmp_path):
-    """Runs trainings of four iterations in so many processes; the results by run, each a list by rank."""
+    """Return a function that runs trainings of four iterations in several processes.
+
+    The function returns the results by run. Each result is a tuple by rank.
+    """
 
     def run(world_size, runs):
         (tiny,) = shared_cfg(world_size).DATASETS.REGISTER
@@ -138,19 +145,19 @@ def run_all(shared_cfg, tmp_path):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_exchanges_are_the_same_on_every_rank(run_all, world_size):
-    """Whatever is due together, with a step that is left out, and with SIGTERM to one rank in each iteration.
+    """Test periods that coincide, a skipped step, and SIGTERM to one rank in each iteration.
 
-    SIGTERM in the last iteration leaves its evaluation. Each run that is stopped is then resumed.
+    SIGTERM in the last iteration interrupts the evaluation. Each stopped run is then resumed.
     """
     whole = [(changes, {}) for changes in [*PERIODS, PRECISE]]
     skipping = [(TOGETHER, {"spoil_at": 1}), (PRECISE, {"spoil_at": 2})]
     stopped = [(TOGETHER, {"stop_at": iteration}) for iteration in range(4)]
     stopped += [(APART, {"stop_at": 1}), (APART, {"stop_at": 2}), (PRECISE, {"stop_at": 1}), (PRECISE, {"stop_at": 3})]
     results = run_all(world_size, [*whole, *skipping, *stopped])
-    for of_ranks in results:
-        first, *others = (result["record"] for result in of_ranks)
+    for by_rank in results:
+        first, *others = (result["record"] for result in by_rank)
         assert all(other == first for other in others)
-        assert len({result["code"] for result in of_ranks}) == 1
+        assert len({result["code"] for result in by_rank}) == 1
     count = len(whole) + len(skipping)
-    assert all(of_ranks[0]["code"] == 0 and "step 3" in of_ranks[0]["record"] for of_ranks in results[:count])
-    assert [of_ranks[0]["code"] for of_ranks in results[count:]] == [EXIT_STOPPED, 0] * len(stopped)
+    assert all(by_rank[0]["code"] == 0 and "step 3" in by_rank[0]["record"] for by_rank in results[:count])
+    assert [by_rank[0]["code"] for by_rank in results[count:]] == [EXIT_STOPPED, 0] * len(stopped)

@@ -1,4 +1,4 @@
-"""Invalid values are named before anything is built."""
+"""An error names invalid values before anything is built."""
 
 import pytest
 
@@ -33,13 +33,13 @@ from gdetkd.errors import GDetKDError
         ("DISTILL.CKD.WEIGHT", float("nan")),
     ],
 )
-def test_an_invalid_value(distill_cfg, key, value):
+def test_an_invalid_value_is_refused(distill_cfg, key, value):
     with pytest.raises(GDetKDError, match=f"invalid values: {key} is .* and must be"):
         DistillTrainer(distill_cfg({key: value}))
 
 
-def test_each_rule_is_broken_in_the_test_above():
-    names = {mark.args[1][i][0] for mark in test_an_invalid_value.pytestmark for i in range(20)}
+def test_every_rule_has_an_invalid_value_above():
+    names = {mark.args[1][i][0] for mark in test_an_invalid_value_is_refused.pytestmark for i in range(20)}
     assert names >= {rule.key for rule in RULES}
 
 
@@ -65,7 +65,7 @@ def test_each_rule_is_broken_in_the_test_above():
         ),
     ],
 )
-def test_levels_and_anchors_that_do_not_fit(distill_cfg, changes, message):
+def test_levels_and_anchors_that_do_not_fit_are_refused(distill_cfg, changes, message):
     with pytest.raises(GDetKDError, match=message):
         DistillTrainer(distill_cfg(changes))
 
@@ -89,13 +89,13 @@ def test_levels_and_anchors_that_do_not_fit(distill_cfg, changes, message):
         ({"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, True, True, True]}, "DEFORM_ON_PER_STAGE .*compiled"),
     ],
 )
-def test_parts_that_are_not_there(distill_cfg, monkeypatch, changes, message):
+def test_unknown_or_missing_parts_are_refused(distill_cfg, monkeypatch, changes, message):
     monkeypatch.setattr("gdetkd.engine.config_rules.has_compiled_ops", lambda: False)
     with pytest.raises(GDetKDError, match=message):
         DistillTrainer(distill_cfg(changes))
 
 
-def test_all_that_is_wrong_is_named_at_once(distill_cfg):
+def test_one_error_names_all_invalid_values(distill_cfg):
     with pytest.raises(GDetKDError, match="IMS_PER_BATCH is 0.*MAX_ITER is 0"):
         check_values(distill_cfg({"SOLVER.IMS_PER_BATCH": 0, "SOLVER.MAX_ITER": 0}))
 
@@ -119,11 +119,11 @@ def test_one_list_of_anchors_serves_all_levels(distill_cfg):
         {"INPUT.MIN_SIZE_TEST": 0, "SOLVER.STEPS": (30, 40), "SOLVER.MAX_ITER": 20},
     ],
 )
-def test_what_detectron2_accepts_is_accepted(distill_cfg, changes):
+def test_values_that_detectron2_accepts_are_accepted(distill_cfg, changes):
     check_values(distill_cfg(changes))
 
 
-def test_an_evaluation_is_of_what_the_config_asks_for(distill_cfg):
+def test_an_evaluation_checks_parts_but_not_values_of_training(distill_cfg):
     with pytest.raises(GDetKDError, match="TEST.AUG.ENABLED"):
         check_parts(distill_cfg({"TEST.AUG.ENABLED": True}))
     check_parts(distill_cfg({"SOLVER.MAX_ITER": 0}))

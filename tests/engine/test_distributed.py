@@ -1,6 +1,6 @@
-"""Two processes on the CPU (gloo): unequal regions do not hang them, and all that is shared stays equal."""
+"""Two processes on the CPU (gloo) with different numbers of regions do not hang, and their shared state stays equal."""
 
-import gdetkd  # noqa: F401, I001  first, in the spawned processes too: it prepares the import of Detectron2
+import gdetkd  # noqa: F401, I001  imported first, also in the spawned processes: it prepares the import of Detectron2
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
@@ -22,15 +22,15 @@ def _gather(rank):
     return [gather_embeddings(torch.full((counts[rank], 3), float(rank + 1))) for counts in COUNTS]
 
 
-def test_gathering_allows_for_unequal_and_no_embeddings(tmp_path):
+def test_processes_gather_different_numbers_of_embeddings(tmp_path):
     for rank, results in enumerate(run_in_processes(_gather, tmp_path, 2)):
-        for counts, (own_rank, parts) in zip(COUNTS, results):
-            assert own_rank == rank and [len(part) for part in parts] == list(counts)
+        for counts, (found_rank, parts) in zip(COUNTS, results):
+            assert found_rank == rank and [len(part) for part in parts] == list(counts)
             assert all((part == i + 1).all() for i, part in enumerate(parts))
 
 
 def _outputs(images):
-    """Embeddings of two regions, far apart, in each of the given images."""
+    """Return the embeddings of two regions, far apart, in each of the given images."""
     boxes = [Boxes(torch.tensor([[0.0, 0, 10, 10], [30, 30, 50, 50]])) for _ in images]
     embeddings = torch.cat([torch.randn(2, 6, generator=torch.Generator().manual_seed(image)) for image in images])
     return DetectorOutputs({}, {}, Regions(boxes), embeddings=embeddings)
@@ -44,7 +44,7 @@ def _contrast(rank, images_of_ranks):
 
 
 def test_regions_of_other_processes_are_negatives(tmp_path):
-    """Over all regions the mean of two processes is that of one process with both batches."""
+    """The mean over all regions of two processes equals the mean of one process with both batches."""
     losses = run_in_processes(_contrast, tmp_path, 2, [[0], [1, 2]])
     together = _contrast(0, [[0, 1, 2]])
     assert together == pytest.approx((losses[0] + 2 * losses[1]) / 3, rel=1e-5)
@@ -61,7 +61,7 @@ class _Record(HookBase):
 
 
 class _NoRegions:
-    """A sampler of proposals that keeps none."""
+    """Replace the sampler of proposals by a sampler that keeps no proposal."""
 
     def __init__(self, heads):
         self._original = heads.label_and_sample_proposals
@@ -90,13 +90,13 @@ def _train(rank, cfg):
     return {"queues": record.queues, "parameters": state, "teacher": trainer.distiller.teacher.sha256}
 
 
-def test_one_rank_without_any_region_neither_hangs_nor_parts_the_ranks(distill_cfg, tmp_path):
-    # The processes start anew and have to register the set for themselves.
+def test_one_rank_without_regions_does_not_hang_and_all_ranks_stay_equal(distill_cfg, tmp_path):
+    # Every process is a new one and must register the dataset for itself.
     keys = {"DATASETS.REGISTER": [MetadataCatalog.get("tiny").gdetkd_entry]}
     cfg = distill_cfg({**keys, "SOLVER.MAX_ITER": 3, "SOLVER.IMS_PER_BATCH": 4, "DISTILL.LOSSES": ALL_LOSSES})
     first, second = run_in_processes(_train, tmp_path, 2, cfg)
     assert len(first["queues"]) == 3
-    for (ours, filled), (theirs, their_filled) in zip(first["queues"], second["queues"]):
-        assert filled == their_filled > 0 and torch.equal(ours, theirs)
+    for (first_queue, first_filled), (second_queue, second_filled) in zip(first["queues"], second["queues"]):
+        assert first_filled == second_filled > 0 and torch.equal(first_queue, second_queue)
     for name, value in first["parameters"].items():
         assert torch.equal(value, second["parameters"][name]), name

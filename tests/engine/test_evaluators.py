@@ -1,4 +1,4 @@
-"""The metrics of a data set."""
+"""Evaluators: the metrics of a dataset, and the files of detections."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ XML = """<annotation><filename>{name}.jpg</filename><size><width>64</width><heig
 
 @pytest.fixture
 def voc(tmp_path):
-    """Two images of VOC's layout with a cat each, the second's difficult."""
+    """Register two images in VOC's layout with a cat each. The second cat is difficult. Return the dataset's name."""
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (tmp_path / folder).mkdir(parents=True)
     for difficult, name in enumerate(("000001", "000002")):
@@ -36,7 +36,7 @@ def voc(tmp_path):
 
 
 def evaluate(dataset, found, tmp_path):
-    """Metrics of a detector that finds the cats of the given images."""
+    """Return the metrics of a detector that finds the cats of the images in `found`."""
     evaluator = build_evaluator(make_cfg({"OUTPUT_DIR": str(tmp_path)}), dataset)
     evaluator.reset()
     for sample in DatasetCatalog.get(dataset):
@@ -49,36 +49,36 @@ def evaluate(dataset, found, tmp_path):
     return evaluator.evaluate()
 
 
-def test_vocs_sets_have_both_metrics(voc, tmp_path):
+def test_voc_datasets_have_both_metrics(voc, tmp_path):
     results = evaluate(voc, {"000001", "000002"}, tmp_path / "both")
     assert results["bbox"]["AP"] == pytest.approx(100)
-    # The average over classes counts the dog, which no image has, as 0 in VOC's metric.
+    # No image has a dog. VOC's metric counts that class as 0 in the average over classes.
     assert results["voc"]["AP50"] == pytest.approx(50) and set(results["voc"]) == {"AP", "AP50", "AP75"}
 
 
-def test_difficult_objects_count_in_cocos_metric_alone(voc, tmp_path):
+def test_difficult_objects_count_only_in_cocos_metric(voc, tmp_path):
     results = evaluate(voc, {"000001"}, tmp_path / "easy")
     assert results["voc"]["AP50"] == pytest.approx(50)
     assert results["bbox"]["AP"] == pytest.approx(50, abs=1)
 
 
-def test_other_sets_have_cocos(tmp_path):
+def test_other_datasets_have_cocos_metric(tmp_path):
     evaluator = build_evaluator(make_cfg({"OUTPUT_DIR": str(tmp_path)}), "tiny")
     assert type(evaluator) is CocoMetrics
 
 
-def test_a_conversion_of_an_earlier_run_is_not_believed(voc, tmp_path):
-    """Detectron2 would evaluate against the file that it finds, although the annotations have changed since."""
+def test_a_converted_file_of_an_earlier_run_is_not_used(voc, tmp_path):
+    """Detectron2 would evaluate against a file that it finds, although the annotations may have changed."""
     stale = tmp_path / "run" / "inference" / f"{voc}_coco_format.json"
     stale.parent.mkdir(parents=True)
     stale.write_text('{"images": [], "annotations": [], "categories": []}')
     assert evaluate(voc, {"000001", "000002"}, tmp_path / "run")["bbox"]["AP"] == pytest.approx(100)
-    # Within a run the file is kept: the metadata names it from then on.
+    # Within a run the file is used again, because the metadata name it.
     assert evaluate(voc, {"000001", "000002"}, tmp_path / "run")["bbox"]["AP"] == pytest.approx(100)
 
 
 def score_disturbed_truth(implementation, tmp_path):
-    """Metrics of detections that are the objects of "tiny", moved, some renamed, some missed, some doubled."""
+    """Return the metrics of detections that are the moved objects of "tiny". Some are renamed, missed or doubled."""
     evaluator = build_evaluator(make_cfg({"OUTPUT_DIR": str(tmp_path), "TEST.COCO_EVAL": implementation}), "tiny")
     return find_disturbed_truth(evaluator)["bbox"]
 
@@ -103,12 +103,13 @@ def find_disturbed_truth(evaluator):
 
 
 def test_detections_are_written_as_detectron2_writes_them(tmp_path):
-    theirs = find_disturbed_truth(COCOEvaluator("tiny", output_dir=str(tmp_path / "theirs"), use_fast_impl=False))
+    detectron2s = COCOEvaluator("tiny", output_dir=str(tmp_path / "detectron2"), use_fast_impl=False)
+    expected = find_disturbed_truth(detectron2s)
     keys = {"OUTPUT_DIR": str(tmp_path), "TEST.COCO_EVAL": "pycocotools"}
-    ours = find_disturbed_truth(build_evaluator(make_cfg(keys), "tiny"))
-    assert ours["bbox"] == pytest.approx(theirs["bbox"], rel=0, nan_ok=True)
+    found = find_disturbed_truth(build_evaluator(make_cfg(keys), "tiny"))
+    assert found["bbox"] == pytest.approx(expected["bbox"], rel=0, nan_ok=True)
     name, folder = "coco_instances_results.json", tmp_path / "inference"
-    assert json.loads((folder / name).read_text()) == json.loads((tmp_path / "theirs" / name).read_text()) != []
+    assert json.loads((folder / name).read_text()) == json.loads((tmp_path / "detectron2" / name).read_text()) != []
     assert [path.name for path in folder.iterdir()] == [name]
 
 
@@ -120,7 +121,7 @@ def test_the_fast_implementation_gives_the_official_figures(tmp_path):
     assert fast == pytest.approx(official, rel=1e-9, nan_ok=True)
 
 
-def test_the_fast_implementation_is_the_one_that_ran(tmp_path, monkeypatch):
+def test_the_config_chooses_the_implementation_that_runs(tmp_path, monkeypatch):
     package = pytest.importorskip("faster_coco_eval")
     calls = []
     evaluate_images = package.COCOeval_faster.evaluate
@@ -133,7 +134,7 @@ def test_the_fast_implementation_is_the_one_that_ran(tmp_path, monkeypatch):
     assert len(calls) == 1
 
 
-def test_an_implementation_that_is_not_there(tmp_path, monkeypatch):
+def test_an_unknown_or_missing_implementation_is_refused(tmp_path, monkeypatch):
     with pytest.raises(GDetKDError, match="TEST.COCO_EVAL is 'fast'"):
         score_disturbed_truth("fast", tmp_path)
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)

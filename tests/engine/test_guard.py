@@ -17,7 +17,7 @@ from gdetkd.safe_load import read_weights
 
 
 def spoil(monkeypatch, calls, value=float("nan")):
-    """Makes the CKD term of the given steps infinite or not a number, gradient and all."""
+    """Make CKD and its gradient infinite or not a number in the given calls."""
     compute, count = CKD.compute, iter(range(100))
 
     def spoiled(self, student, teacher):
@@ -28,7 +28,7 @@ def spoil(monkeypatch, calls, value=float("nan")):
 
 
 class States(HookBase):
-    """The student's state before each step."""
+    """Keep the student's state before each step."""
 
     def __init__(self):
         self.before = {}
@@ -65,8 +65,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer(distill_cf
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000001.pth"
 
 
-def test_batch_statistics_are_as_before_the_step(distill_cfg, monkeypatch):
-    """The forward pass writes them before the losses are known."""
+def test_batch_statistics_are_restored(distill_cfg, monkeypatch):
+    """The forward pass changes them before the losses are known."""
     spoil(monkeypatch, {1})
     trainer, states = with_states(distill_cfg({"MODEL.RESNETS.NORM": "BN"}))
     with pytest.raises(NonFiniteError):
@@ -76,8 +76,8 @@ def test_batch_statistics_are_as_before_the_step(distill_cfg, monkeypatch):
     assert same(trainer.student.state_dict(), states.before[1])
 
 
-def test_from_the_state_before_the_step_a_run_takes_it_again(distill_cfg, tmp_path, monkeypatch):
-    """To look at it; here it is finite the second time, and the run goes on as if it had been the first."""
+def test_a_run_can_repeat_the_step_from_the_state_before_it(distill_cfg, tmp_path, monkeypatch):
+    """The second time, the step is finite here. The run continues like a run that was not interrupted."""
     cfg = distill_cfg({"SOLVER.MAX_ITER": 6, "INPUT.MIN_SIZE_TRAIN": (48, 64)})
     _, uninterrupted = train(DistillTrainer, cfg)
     cfg.OUTPUT_DIR = str(tmp_path / "spoiled")
@@ -89,11 +89,11 @@ def test_from_the_state_before_the_step_a_run_takes_it_again(distill_cfg, tmp_pa
     cfg.DISTILL.SKIP_NONFINITE = 1
     trainer, steps = train(DistillTrainer, cfg, resume=True)
     assert steps == {iteration: uninterrupted[iteration] for iteration in (2, 3, 4, 5)}
-    assert trainer._guard.state_dict() == {}  # the step that ended the run was not one that was left out
+    assert trainer._guard.state_dict() == {}  # the step that ended the run does not count as left out
 
 
 @pytest.mark.parametrize("tolerated", [0, 1])
-def test_what_a_bad_step_pushed_is_not_in_the_queue(distill_cfg, monkeypatch, tolerated):
+def test_embeddings_of_a_bad_step_are_not_in_the_queue(distill_cfg, monkeypatch, tolerated):
     pushed, push = [], EmbeddingQueue.push
 
     def spoiled(queue, embeddings):
@@ -114,8 +114,8 @@ def test_what_a_bad_step_pushed_is_not_in_the_queue(distill_cfg, monkeypatch, to
     assert state["CKD.queue.filled"] == len(expected) and len(pushed) == (4 if tolerated else 3)
 
 
-def test_proposals_that_are_not_finite_cost_no_embedding_of_the_step_before(distill_cfg, monkeypatch):
-    """Where the forward pass breaks off, what waits to enter the queue would be another step's."""
+def test_proposals_that_are_not_finite_keep_the_embeddings_of_the_step_before(distill_cfg, monkeypatch):
+    """If the forward pass fails, the embeddings that wait to enter the queue belong to the step before."""
     trainer, _ = with_states(distill_cfg({"SOLVER.MAX_ITER": 2, "DISTILL.CKD.QUEUE_SIZE": 100}))
     generator, calls = trainer.student.proposal_generator, iter(range(10))
     forward = type(generator).forward
@@ -131,7 +131,7 @@ def test_proposals_that_are_not_finite_cost_no_embedding_of_the_step_before(dist
     assert trainer.distiller.losses.state_dict()["CKD.queue.filled"] > 0
 
 
-def test_so_many_steps_are_left_out_and_no_more(distill_cfg, caplog, monkeypatch):
+def test_at_most_skip_nonfinite_steps_are_left_out(distill_cfg, caplog, monkeypatch):
     spoil(monkeypatch, {1, 2, 4})
     keys = {"DISTILL.SKIP_NONFINITE": 2, "SOLVER.MAX_ITER": 8}
     trainer, states = with_states(distill_cfg(keys))
@@ -142,7 +142,7 @@ def test_so_many_steps_are_left_out_and_no_more(distill_cfg, caplog, monkeypatch
     assert caplog.text.count("The step is left out") == 2
 
 
-def test_left_out_steps_are_counted_over_a_resume(distill_cfg, monkeypatch):
+def test_a_resumed_run_continues_to_count_left_out_steps(distill_cfg, monkeypatch):
     spoil(monkeypatch, {1, 3})
     cfg = distill_cfg({"DISTILL.SKIP_NONFINITE": 1, "SOLVER.MAX_ITER": 6, "SOLVER.CHECKPOINT_PERIOD": 2})
     train(DistillTrainer, cfg, stop_at=2)
@@ -151,7 +151,7 @@ def test_left_out_steps_are_counted_over_a_resume(distill_cfg, monkeypatch):
 
 
 def test_proposals_that_are_not_finite_are_named(distill_cfg, tmp_path, monkeypatch):
-    """Detectron2 finds these in the forward pass."""
+    """Detectron2 raises an error for them in the forward pass."""
     trainer, states = with_states(distill_cfg({"DISTILL.SKIP_NONFINITE": 1}))
     generator, calls = trainer.student.proposal_generator, iter(range(10))
     forward = type(generator).forward

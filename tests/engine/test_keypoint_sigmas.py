@@ -1,4 +1,4 @@
-"""TEST.KEYPOINT_OKS_SIGMAS decides how far a keypoint may be from its place."""
+"""TEST.KEYPOINT_OKS_SIGMAS decides how far a detected keypoint may be from the true one."""
 
 import json
 
@@ -12,12 +12,12 @@ from gdetkd.data import register_datasets
 from gdetkd.engine.evaluators import build_evaluator
 
 KEYPOINTS = 2
-OFFSET = 3.0  # pixels that every detected keypoint is from its place
+OFFSET = 3.0  # distance of every detected keypoint from the true one, in pixels
 
 
 @pytest.fixture
 def keypoints_cfg(tmp_path):
-    """The config of a set whose objects have two keypoints each."""
+    """Return a function that makes the config of a dataset whose objects have two keypoints each."""
     write_coco(tmp_path, 4, name="mine")
     content = json.loads((tmp_path / "mine.json").read_text())
     for annotation in content["annotations"]:
@@ -35,18 +35,18 @@ def keypoints_cfg(tmp_path):
 
 
 def score(cfg):
-    """AP of keypoints that are all a little off."""
+    """Return the AP of keypoints that are all a little off."""
     evaluator = build_evaluator(cfg, "mine", ("keypoints",))
     evaluator.reset()
     for sample in DatasetCatalog.get("mine"):
         found = Instances((sample["height"], sample["width"]))
         objects = sample["annotations"]
-        points = torch.tensor([each["keypoints"] for each in objects]).view(-1, KEYPOINTS, 3).float()
+        points = torch.tensor([item["keypoints"] for item in objects]).view(-1, KEYPOINTS, 3).float()
         points[:, :, 0] += OFFSET
-        boxes = torch.tensor([each["bbox"] for each in objects], dtype=torch.float32)
+        boxes = torch.tensor([item["bbox"] for item in objects], dtype=torch.float32)
         found.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1))
         found.scores, found.pred_keypoints = torch.ones(len(objects)), points
-        found.pred_classes = torch.tensor([each["category_id"] for each in objects])
+        found.pred_classes = torch.tensor([item["category_id"] for item in objects])
         evaluator.process([sample], [{"instances": found}])
     return evaluator.evaluate()["keypoints"]["AP"]
 

@@ -1,6 +1,6 @@
-"""Processes that are stopped, die, or are started by torchrun."""
+"""Test processes that are stopped, that die, or that torchrun starts."""
 
-import gdetkd  # noqa: F401, I001  first, in the spawned processes too
+import gdetkd  # noqa: F401, I001  imported first, also in the spawned processes
 import contextlib
 import errno
 import os
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class _Signalled(HookBase):
-    """One rank gets a signal in the third step."""
+    """Send a signal to one rank in the third step."""
 
     def __init__(self, number):
         self.number = number
@@ -51,7 +51,8 @@ def _train_signalled(rank, cfg, number):
     trainer.train()
 
 
-def ended(context):
+def wait_for_failure(context):
+    """Wait until a process fails, and return the error that says which."""
     with pytest.raises(mp.ProcessExitedException) as error:
         end = time.monotonic() + TIMEOUT_SECONDS
         while not context.join(5):
@@ -59,10 +60,10 @@ def ended(context):
     return error.value
 
 
-def test_sigterm_of_one_rank_saves_and_stops_all(shared_cfg, tmp_path):
+def test_sigterm_to_one_rank_saves_and_stops_all_ranks(shared_cfg, tmp_path):
     cfg = shared_cfg(2, {"SOLVER.MAX_ITER": 50})
     context = spawn(_train_signalled, tmp_path, 2, cfg, signal.SIGTERM)
-    assert ended(context).exit_code == EXIT_STOPPED
+    assert wait_for_failure(context).exit_code == EXIT_STOPPED
     assert all(process.exitcode in (EXIT_STOPPED, -signal.SIGTERM) for process in context.processes)
     saved = read_weights(str(tmp_path / "run" / "model_0000002.pth"))
     assert len(saved["trainer"]["hooks"]["RandomState"]["states"]) == 2
@@ -78,22 +79,22 @@ def _train_signalled_on_a_full_disk(rank, cfg):
     return str(error.value)
 
 
-def test_sigterm_of_one_rank_with_no_room_to_save_is_an_error_of_all(shared_cfg, tmp_path):
+def test_sigterm_on_a_full_disk_is_an_error_on_all_ranks(shared_cfg, tmp_path):
     messages = run_in_processes(_train_signalled_on_a_full_disk, tmp_path, 2, shared_cfg(2, {"SOLVER.MAX_ITER": 50}))
     assert all("after iteration 2 and could NOT be saved" in message for message in messages)
     assert all("continues from the beginning" in message for message in messages)
 
 
-def test_a_rank_that_dies_ends_the_others_and_is_named(shared_cfg, tmp_path):
+def test_a_rank_that_dies_is_named_and_the_other_ranks_are_ended(shared_cfg, tmp_path):
     context = spawn(_train_signalled, tmp_path, 2, shared_cfg(2, {"SOLVER.MAX_ITER": 5000}), signal.SIGKILL)
-    error = ended(context)
+    error = wait_for_failure(context)
     assert "The process of rank 1 was killed by SIGKILL, and the other processes were ended." in which_ended(error)
     assert "rank 9" in which_ended(error, first_rank=8)
     assert not any(process.is_alive() for process in context.processes)
 
 
 def torchrun(config_file):
-    """Exit code and output of a training in two processes."""
+    """Train in two processes. Return the exit code and the output."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with subprocess.Popen(
         [*command, "train_net.py", "--config-file", str(config_file)],
@@ -106,7 +107,7 @@ def torchrun(config_file):
         try:
             output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
         finally:
-            process.terminate()  # it ends those that it started
+            process.terminate()  # torchrun then ends the processes that it started
     return process.returncode, output
 
 
@@ -117,7 +118,7 @@ def config_file(shared_cfg, tmp_path):
     return path
 
 
-def test_torchrun_trains_in_as_many_processes(config_file, tmp_path):
+def test_torchrun_trains_in_its_number_of_processes(config_file, tmp_path):
     code, output = torchrun(config_file)
     assert code == 0, output[-3000:]
     saved = read_weights(str(tmp_path / "run" / "model_final.pth"))
@@ -127,7 +128,7 @@ def test_torchrun_trains_in_as_many_processes(config_file, tmp_path):
 @pytest.mark.parametrize(
     "argument, match", [(["--num-gpus", "2"], "Leave them out"), (["--check"], "without torchrun")]
 )
-def test_what_does_not_go_together_with_torchrun(monkeypatch, argument, match):
+def test_flags_that_torchrun_excludes_are_refused(monkeypatch, argument, match):
     for name in TORCHRUN:
         monkeypatch.setenv(name, "1")
     parser = runpy.run_path(str(ROOT / "train_net.py"), run_name="train_net")["parser"]()
@@ -138,8 +139,8 @@ def test_what_does_not_go_together_with_torchrun(monkeypatch, argument, match):
 @pytest.mark.parametrize(
     "error, destroyed", [(None, 1), (SystemExit(EXIT_STOPPED), 1), (SystemExit(1), 0), (RuntimeError("one"), 0)]
 )
-def test_a_process_that_fails_alone_does_not_wait_for_the_others(monkeypatch, tmp_path, error, destroyed):
-    """NCCL's `destroy_process_group` waits for all processes."""
+def test_a_process_that_fails_alone_does_not_wait_for_other_processes(monkeypatch, tmp_path, error, destroyed):
+    """NCCL's `destroy_process_group` waits for all processes, so a process that fails alone must not call it."""
     calls = []
     for name in TORCHRUN:
         monkeypatch.setenv(name, "1")
@@ -157,7 +158,7 @@ def test_a_process_that_fails_alone_does_not_wait_for_the_others(monkeypatch, tm
     assert len(calls) == destroyed and dist.is_initialized() is not bool(destroyed)
 
 
-# The threads that a process has in `main` beside those that it had before are those of its process groups.
+# The process compares its threads before and in `main`. The new threads belong to its process groups.
 LEAVING = """
 import gdetkd  # first
 import os, sys
@@ -210,8 +211,8 @@ print(code, len(groups) > 0, len(groups & threads()), dist.is_initialized(), com
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="the threads of a process are in /proc on Linux alone")
 @pytest.mark.parametrize("is_stopped", [False, True])
 @pytest.mark.parametrize("is_launched", [False, True])
-def test_a_process_leaves_no_group_and_no_thread_of_a_group(is_launched, is_stopped):
-    """A thread that wants Python's lock while Python ends would abort the process."""
+def test_a_process_ends_its_groups_and_their_threads(is_launched, is_stopped):
+    """A thread that waits for Python's lock while Python ends would abort the process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -229,7 +230,7 @@ def test_a_process_leaves_no_group_and_no_thread_of_a_group(is_launched, is_stop
     assert done.stdout.splitlines()[-1] == f"{EXIT_STOPPED if is_stopped else 0} True 0 False None"
 
 
-def test_what_is_exchanged_beside_nccl_has_the_timeout_of_all_else(monkeypatch):
+def test_the_gloo_group_beside_nccl_has_the_timeout_of_the_run(monkeypatch):
     made = []
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
@@ -237,4 +238,4 @@ def test_what_is_exchanged_beside_nccl_has_the_timeout_of_all_else(monkeypatch):
     timeout, detectron2s = timedelta(minutes=7), comm._get_global_gloo_group
     assert launch._exchange_within(timeout, lambda args: comm._get_global_gloo_group(), Namespace()) == "the group"
     assert made == [{"backend": "gloo", "timeout": timeout}]
-    assert comm._get_global_gloo_group is detectron2s  # or the group would outlive the exchanges
+    assert comm._get_global_gloo_group is detectron2s  # restored, so that no group outlives the run

@@ -1,4 +1,4 @@
-"""What losses say of themselves is logged; SGFI warns if it no longer chooses among levels."""
+"""The scalars of losses are logged. SGFI warns if it no longer chooses among levels."""
 
 import json
 
@@ -19,8 +19,8 @@ def train(cfg, prepare=lambda trainer: None):
     trainer.train()
 
 
-def kill(trainer):
-    """No input is large enough for these biases: the embedding is 0 for every region."""
+def kill_embedding(trainer):
+    """Set the biases so low that SGFI's embedding is 0 for every region."""
     with torch.no_grad():
         trainer.distiller.losses["SGFI"].embed.conv2.bias.fill_(-1e3)
 
@@ -34,27 +34,27 @@ def look_often(monkeypatch):
 KEYS = {"DISTILL.LOSSES": ("SGFI",), "SOLVER.MAX_ITER": 4}
 
 
-def test_a_dead_embedding_is_said_once(distill_cfg, look_often, caplog, tmp_path):
-    train(distill_cfg(KEYS), kill)
+def test_a_dead_embedding_causes_one_warning(distill_cfg, look_often, caplog, tmp_path):
+    train(distill_cfg(KEYS), kill_embedding)
     assert caplog.text.count("no longer chooses among the student's levels") == 1
     assert "mean of the 4 levels" in caplog.text and "NEGATIVE_SLOPE" in caplog.text
     line = json.loads((tmp_path / "run" / "metrics.json").read_text().splitlines()[-1])
     assert line["sgfi/attention"] == 0.25
 
 
-def test_one_that_lives_is_not(distill_cfg, look_often, caplog, tmp_path):
+def test_a_live_embedding_causes_no_warning(distill_cfg, look_often, caplog, tmp_path):
     train(distill_cfg(KEYS))
     assert "no longer chooses" not in caplog.text
     line = json.loads((tmp_path / "run" / "metrics.json").read_text().splitlines()[-1])
     assert 0.25 < line["sgfi/attention"] <= 1
 
 
-def test_a_slope_leads_out(distill_cfg, look_often, caplog):
-    """A gradient reaches an embedding all of whose ReLUs are dead."""
+def test_a_slope_lets_a_gradient_reach_a_dead_embedding(distill_cfg, look_often, caplog):
+    """Without a slope, all ReLUs of the embedding are dead, and no gradient passes them."""
     found = {}
 
     def look(trainer, slope):
-        kill(trainer)
+        kill_embedding(trainer)
         found[slope] = trainer.distiller.losses["SGFI"].embed
 
     for slope in (0.0, 0.01):

@@ -1,6 +1,6 @@
-"""Values that are not finite, wherever they come up, end in the guard: the step is left out, or the run stops."""
+"""The guard finds values that are not finite in every part of a step. It leaves out the step, or stops the run."""
 
-import gdetkd  # noqa: F401, I001  first, in the spawned processes too
+import gdetkd  # noqa: F401, I001  imported first: it prepares the import of Detectron2
 import json
 
 import pytest
@@ -25,8 +25,8 @@ PLACES = {
 }
 
 
-def spoiled(output, value):
-    """What a module returns, with the first half of each tensor not finite."""
+def spoil_output(output, value):
+    """Return a module's output with a value that is not finite added to the first half of each tensor."""
     if isinstance(output, torch.Tensor):
         if output.dim() == 0:
             return output + value
@@ -34,12 +34,12 @@ def spoiled(output, value):
         output[: (len(output) + 1) // 2] += value
         return output
     if isinstance(output, dict):
-        return {name: spoiled(item, value) for name, item in output.items()}
-    return type(output)(spoiled(item, value) for item in output) if isinstance(output, (list, tuple)) else output
+        return {name: spoil_output(item, value) for name, item in output.items()}
+    return type(output)(spoil_output(item, value) for item in output) if isinstance(output, (list, tuple)) else output
 
 
-class Spoils(States):
-    """Spoils what a module of the student returns in the given iterations."""
+class SpoilModule(States):
+    """Spoil the output of a module of the student in the given iterations."""
 
     def __init__(self, place, value, iterations):
         super().__init__()
@@ -49,7 +49,9 @@ class Spoils(States):
         super().before_step()
         module = self.trainer.student.get_submodule(self.place)
         self.handle = module.register_forward_hook(
-            lambda module, inputs, output: spoiled(output, self.value) if self.trainer.iter in self.iterations else None
+            lambda module, inputs, output: (
+                spoil_output(output, self.value) if self.trainer.iter in self.iterations else None
+            )
         )
 
     def after_step(self):
@@ -62,13 +64,13 @@ CUT = {"DISTILL.CROSSKD.ANCHOR_BASED.SHARED_CONVS": 1, "DISTILL.CROSSKD.ANCHOR_F
 
 @pytest.fixture
 def trainer_of(pair_cfg):
-    """A trainer of a pair of one family, which tolerates one step that is not finite."""
+    """Return a function that makes a trainer of a pair of one family. It may skip one step."""
 
     def make(family, losses):
         keys = {"DISTILL.LOSSES": losses, "DISTILL.SKIP_NONFINITE": 1, "SOLVER.MAX_ITER": 3, **CUT}
         trainer = on_fixed_batches(DistillTrainer)(pair_cfg(f"{family}-{family}", keys))
         trainer.resume_or_load(resume=False)
-        if family == "fcos":  # untrained, half of its boxes have no area
+        if family == "fcos":  # half of the boxes of an untrained FCOS have no area
             torch.nn.init.constant_(trainer.student.head.bbox_pred.bias, 1.0)
         return trainer
 
@@ -81,16 +83,16 @@ def losses_of(family):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
 @pytest.mark.parametrize("family, place", PAIRS)
-def test_a_step_is_left_out_wherever_the_student_is_not_finite(trainer_of, family, place, value):
+def test_a_step_is_left_out_if_any_part_of_the_student_is_not_finite(trainer_of, family, place, value):
     trainer = trainer_of(family, losses_of(family))
-    spoils = Spoils(place, value, {1})
-    trainer.register_hooks([spoils])
+    spoiler = SpoilModule(place, value, {1})
+    trainer.register_hooks([spoiler])
     trainer.train()
     assert trainer._guard.state_dict() == {"skipped": 1}
-    assert same(spoils.before[1], spoils.before[2]) and not same(spoils.before[0], spoils.before[1])
+    assert same(spoiler.before[1], spoiler.before[2]) and not same(spoiler.before[0], spoiler.before[1])
 
 
-# FGFI's regions come from anchors, which FCOS has none of.
+# FGFI is missing for FCOS, because it needs anchors.
 TEACHERS = [
     *(("faster_rcnn", loss) for loss in (*ALL_LOSSES, "FITNET", "GTMASK", "FGFI", "ROIFI", "CWD", "PKD", "FGD", "MGD")),
     *(("retinanet", loss) for loss in (*ALL_LOSSES, "CROSSKD")),
@@ -100,18 +102,18 @@ TEACHERS = [
 
 
 @pytest.mark.parametrize("family, loss", TEACHERS)
-def test_a_step_is_left_out_where_the_teacher_is_not_finite(trainer_of, family, loss):
+def test_a_step_is_left_out_if_the_teacher_is_not_finite(trainer_of, family, loss):
     trainer = trainer_of(family, (loss,))
     trainer.distiller.teacher.adapter.backbone.register_forward_hook(
-        lambda module, inputs, output: spoiled(output, float("nan")) if trainer.iter == 1 else None
+        lambda module, inputs, output: spoil_output(output, float("nan")) if trainer.iter == 1 else None
     )
     trainer.train()
     assert trainer._guard.state_dict() == {"skipped": 1}
 
 
 @pytest.mark.parametrize("family", ["retinanet", "fcos"])
-def test_the_dense_detectors_moving_average_is_as_before_the_step(trainer_of, family):
-    """Detectron2 keeps it as a plain number, and the forward pass changes it."""
+def test_the_moving_average_of_a_dense_detector_is_restored(trainer_of, family):
+    """Detectron2 keeps the average as a plain number, and the forward pass changes it."""
     trainer = trainer_of(family, ("CKD",))
     seen = []
 
@@ -119,22 +121,22 @@ def test_the_dense_detectors_moving_average_is_as_before_the_step(trainer_of, fa
         def before_step(self):
             seen.append(getattr(self.trainer.student, "loss_normalizer", None))
 
-    trainer.register_hooks([Normalizer(), Spoils("head", float("nan"), {1})])
+    trainer.register_hooks([Normalizer(), SpoilModule("head", float("nan"), {1})])
     trainer.train()
     assert seen[0] is None and seen[1] is not None and seen[1] == seen[2]
 
 
-def test_a_run_that_tolerates_none_reports_what_the_forward_pass_found(trainer_of, tmp_path):
+def test_a_run_that_skips_no_step_reports_the_error_of_the_forward_pass(trainer_of, tmp_path):
     trainer = trainer_of("fcos", ("CKD",))
     trainer._guard._tolerated = 0
-    trainer.register_hooks([Spoils("head.bbox_pred", float("nan"), {1})])
+    trainer.register_hooks([SpoilModule("head.bbox_pred", float("nan"), {1})])
     with pytest.raises(NonFiniteError, match="1 the forward pass is not finite .bad box.*nonfinite_0000001"):
         trainer.train()
     (found,) = json.loads((tmp_path / "run" / "nonfinite_0000001.json").read_text())["processes"]
     assert "bad box" in found["terms"]["the forward pass"]
 
 
-def test_other_assertions_are_raised_as_they_are(trainer_of, monkeypatch):
+def test_other_assertions_are_not_caught(trainer_of, monkeypatch):
     def fails(*args):
         limit = torch.tensor([1.0, 2.0])
         assert limit.sum() > 5, "a mistake in the code"
@@ -146,7 +148,7 @@ def test_other_assertions_are_raised_as_they_are(trainer_of, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["tensor", "boxes", "list"])
-def test_what_an_assertion_is_about_is_told_by_the_values(where):
+def test_the_values_decide_whether_an_assertion_is_about_nonfinite_values(where):
     def assert_finite(values):
         raise AssertionError
 

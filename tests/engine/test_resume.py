@@ -1,4 +1,4 @@
-"""A run that goes on says what has changed since, and refuses what would corrupt it."""
+"""A resumed run names what has changed since the checkpoint, and refuses changes that would corrupt it."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def test_changes_of_the_config_are_named(distill_cfg, caplog):
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_what_the_optimizer_keeps_is_said_to_be_without_effect(distill_cfg, caplog, optimizer):
+def test_a_warning_names_changed_keys_that_the_optimizer_ignores(distill_cfg, caplog, optimizer):
     cfg = distill_cfg({"SOLVER.MAX_ITER": 3, "SOLVER.WARMUP_ITERS": 0, "SOLVER.OPTIMIZER": optimizer})
     before, _ = train(DistillTrainer, cfg, stop_at=1)
     cfg.SOLVER.BASE_LR, cfg.SOLVER.MOMENTUM, cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.GAMMA = 1e-7, 0.5, 0.3, 0.2
@@ -40,7 +40,7 @@ def test_what_the_optimizer_keeps_is_said_to_be_without_effect(distill_cfg, capl
     assert kept in caplog.text
     names = ("lr", "initial_lr", "weight_decay", "momentum", "betas")
     groups = [t.optimizer.param_groups for t in (before, after)]
-    first, second = ([{name: group.get(name) for name in names} for group in of_run] for of_run in groups)
+    first, second = ([{name: group.get(name) for name in names} for group in run_groups] for run_groups in groups)
     assert first == second and after.scheduler.base_lrs == before.scheduler.base_lrs
 
 
@@ -55,7 +55,7 @@ def test_a_checkpoint_of_an_earlier_version_is_compared_by_the_new_names(distill
     assert "changed since the checkpoint was written: DISTILL.INSIGHT.PERIOD 50 -> 20." in caplog.text
 
 
-def test_the_number_of_processes_is_named(distill_cfg, caplog):
+def test_a_changed_number_of_processes_is_named(distill_cfg, caplog):
     record = RunRecord(distill_cfg(), ("cat", "dog"))
     record.load_state_dict({**record.state_dict(), "processes": 4})
     assert "changed since the checkpoint was written: number of processes 4 -> 1." in caplog.text
@@ -72,7 +72,7 @@ def test_the_number_of_processes_is_named(distill_cfg, caplog):
         ("MODEL.ROI_BOX_HEAD.FC_DIM", 8, "another student.*box_head"),
     ],
 )
-def test_what_would_corrupt_is_refused(distill_cfg, key, value, match):
+def test_a_change_that_would_corrupt_the_run_is_refused(distill_cfg, key, value, match):
     cfg = distill_cfg({"SOLVER.MAX_ITER": 1, "DISTILL.LOSSES": ("SGFI", "CKD")})
     train(DistillTrainer, cfg)
     before = (Path(cfg.OUTPUT_DIR) / "model_final.pth").read_bytes()
@@ -93,15 +93,15 @@ def test_other_classes_are_refused(distill_cfg, tmp_path, names, match):
     content = json.loads(path.read_text())
     content["categories"] = [{"id": i + 1, "name": f"class{name}"} for i, name in enumerate(names)]
     path.write_text(json.dumps(content))
-    DatasetCatalog.remove("mine"), MetadataCatalog.remove("mine")  # a new process reads it anew
+    DatasetCatalog.remove("mine"), MetadataCatalog.remove("mine")  # read the file again, as a new process does
     register_datasets(cfg)
     with pytest.raises(GDetKDError, match=f"started with {match}: class0, class1, class2; now class{names[0]}"):
         train(DistillTrainer, cfg, resume=True)
 
 
 @pytest.mark.parametrize("how", ["unread", "renamed", "moved"])
-def test_images_that_are_not_as_they_were_are_spoken_of(distill_cfg, tmp_path, caplog, how):
-    """One that could not be read at one of the starts, say: from there on the order is another."""
+def test_changed_images_cause_a_warning(distill_cfg, tmp_path, caplog, how):
+    """For example, an image could not be read at one of the starts. From there on the order of images differs."""
     folder = tmp_path / "data"
     folder.mkdir()
     write_coco(folder, 4, name="mine")
@@ -125,12 +125,12 @@ def test_images_that_are_not_as_they_were_are_spoken_of(distill_cfg, tmp_path, c
     register()
     cfg.SOLVER.MAX_ITER = 2
     train(DistillTrainer, cfg, resume=True)
-    said = {"unread": "4 then, 3 now.", "renamed": "4 then, 4 now, with other names.", "moved": None}[how]
-    assert (f"images changed since the run was started: {said}" in caplog.text) == (said is not None)
-    assert ("images changed since" in caplog.text) == (said is not None)
+    change = {"unread": "4 then, 3 now.", "renamed": "4 then, 4 now, with other names.", "moved": None}[how]
+    assert (f"images changed since the run was started: {change}" in caplog.text) == (change is not None)
+    assert ("images changed since" in caplog.text) == (change is not None)
 
 
-def test_a_teacher_that_moved_is_known_by_its_hash(distill_cfg, tmp_path, caplog):
+def test_a_moved_teacher_is_recognised_by_its_hash(distill_cfg, tmp_path, caplog):
     cfg = distill_cfg({"SOLVER.MAX_ITER": 4, "SOLVER.CHECKPOINT_PERIOD": 2})
     _, uninterrupted = train(DistillTrainer, cfg)
     (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")

@@ -1,4 +1,4 @@
-"""What --check measures of a step, where half precision decides over it."""
+"""Test the time, memory and gradients of a step that --check measures."""
 
 import math
 
@@ -10,7 +10,7 @@ from gdetkd.engine.step_costs import SCALES, measure_steps, measure_terms, time_
 
 
 class HalfPrecision(nn.Module):
-    """One parameter of n values, cast to half precision before a loss with a gradient of `size` in each."""
+    """Have a parameter of n values that is cast to half precision. Each value has a gradient of `size`."""
 
     def __init__(self, size, n=64):
         super().__init__()
@@ -22,25 +22,25 @@ class HalfPrecision(nn.Module):
 
 
 @pytest.mark.parametrize("size", [1e-9, 1e-3, 2.0, 300.0])  # the last two are infinite with the largest factor
-def test_gradients_are_scaled_as_half_precision_needs_it(size):
+def test_gradients_in_half_precision_are_scaled_to_be_finite_and_not_0(size):
     model = HalfPrecision(size)
     cost = measure_terms(model, model, [None], autocast=True)["loss"]
     assert cost.gradient == pytest.approx(size * math.sqrt(64), rel=0.02)
 
 
-def test_without_a_factor_the_gradient_would_be_lost():
+def test_a_small_gradient_is_0_without_a_factor():
     model = HalfPrecision(1e-9)
     assert measure_terms(model, model, [None], autocast=False)["loss"].gradient == 0.0
     assert SCALES[-1] == 1.0
 
 
-def test_a_gpu_that_the_model_is_not_on_is_not_asked(monkeypatch):
+def test_memory_of_a_model_on_the_cpu_is_measured_on_the_cpu_also_beside_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cost = measure_steps({"model": HalfPrecision(1.0)}, [None, None])["model"]
     assert cost.kind == "kept for the backward pass"
 
 
-def test_memory_on_a_gpu_is_the_steps_own(monkeypatch):
+def test_memory_on_a_gpu_is_the_peak_beyond_the_memory_before_the_step(monkeypatch):
     for name, value in (("is_initialized", True), ("memory_allocated", 3e6), ("max_memory_allocated", 10e6)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     for name in ("synchronize", "reset_peak_memory_stats"):

@@ -1,6 +1,6 @@
-"""SIGTERM saves and ends the run with a code of its own, also in an evaluation and in PreciseBN."""
+"""SIGTERM saves a run and ends it with its own exit code, also in an evaluation and in PreciseBN."""
 
-import gdetkd  # noqa: F401, I001  first, in the spawned processes too
+import gdetkd  # noqa: F401, I001  imported first, also in the spawned processes
 import errno
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ from gdetkd.safe_load import read_weights
 
 
 class Terminated(DistillTrainer):
-    """Gets SIGTERM in the middle of an iteration."""
+    """Get SIGTERM in the middle of an iteration."""
 
     at = 2
 
@@ -29,7 +29,7 @@ class Terminated(DistillTrainer):
         super().run_step()
 
 
-def test_sigterm_saves_and_the_run_goes_on_bit_by_bit(distill_cfg, tmp_path):
+def test_sigterm_saves_and_a_resumed_run_is_bit_identical(distill_cfg, tmp_path):
     cfg = distill_cfg({"SOLVER.MAX_ITER": 6, "INPUT.MIN_SIZE_TRAIN": (48, 64), "DATALOADER.NUM_WORKERS": 1})
     _, uninterrupted = train(DistillTrainer, cfg)
     run = tmp_path / "stopped"
@@ -45,13 +45,13 @@ def test_sigterm_saves_and_the_run_goes_on_bit_by_bit(distill_cfg, tmp_path):
     assert trainer.scheduler.last_epoch == 6
 
 
-def test_sigterm_comes_before_an_evaluation_that_is_made_up_for(distill_cfg, tmp_path, monkeypatch):
-    """A cluster may not wait for as long as an evaluation takes."""
+def test_sigterm_skips_a_due_evaluation_and_a_resumed_run_makes_it(distill_cfg, tmp_path, monkeypatch):
+    """A cluster may not wait until an evaluation is done."""
     made = []
 
     def evaluate(cls, cfg, *args):
         made.append(cfg.OUTPUT_DIR)
-        return {"bbox": {"AP": float(torch.rand(1))}}  # it has the random state that it would have had
+        return {"bbox": {"AP": float(torch.rand(1))}}  # equal in both runs only if the random state is restored
 
     monkeypatch.setattr(DistillTrainer, "test", classmethod(evaluate))
     keys = {"SOLVER.MAX_ITER": 6, "INPUT.MIN_SIZE_TRAIN": (48, 64), "SOLVER.CHECKPOINT_PERIOD": 100}
@@ -70,7 +70,7 @@ def test_sigterm_comes_before_an_evaluation_that_is_made_up_for(distill_cfg, tmp
     assert resumed["record"] == best["record"] and resumed["iteration"] == best["iteration"]
 
 
-def test_a_stop_that_cannot_be_saved_does_not_pretend_to_be(distill_cfg, tmp_path, monkeypatch):
+def test_sigterm_on_a_full_disk_is_an_error(distill_cfg, tmp_path, monkeypatch):
     from gdetkd.engine import checkpoint
 
     def full(path, *args):
@@ -92,8 +92,13 @@ def test_sigterm_in_the_last_iteration_lets_the_run_end(distill_cfg, tmp_path):
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_final.pth"
 
 
-class Asks:
-    """Sends SIGTERM in the given forward pass of a kind: "evaluation", or "precise" for PreciseBN's."""
+class SendSigterm:
+    """Send SIGTERM in a forward pass of a kind.
+
+    Args:
+        kind: "evaluation", or "precise" for a forward pass of PreciseBN.
+        number: number of the forward pass of that kind, from 1.
+    """
 
     def __init__(self, student, kind, number):
         self.kind, self.number, self.seen = kind, number, 0
@@ -103,22 +108,22 @@ class Asks:
         is_kind = not module.training if self.kind == "evaluation" else module.training and not torch.is_grad_enabled()
         self.seen += is_kind
         if is_kind and self.seen == self.number:
-            # torchrun and SLURM send it to the processes that load data, too.
+            # torchrun and SLURM send the signal to data workers, too.
             for process in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
                 os.kill(process, signal.SIGTERM)
 
 
-def train_asked(cfg, kind=None, number=0, resume=False):
-    """Trains with the seed of the config; the trainer, the state of its student and losses, and the exit code."""
+def train_with_sigterm(cfg, kind=None, number=0, resume=False):
+    """Train with the seed of the config. Return the trainer, the sender of the signal, and the exit code."""
     torch.manual_seed(0)
     trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=resume)
-    asks = Asks(trainer.student, kind, number)
+    sender = SendSigterm(trainer.student, kind, number)
     try:
         trainer.train()
     except SystemExit as stop:
-        return trainer, asks, stop.code
-    return trainer, asks, 0
+        return trainer, sender, stop.code
+    return trainer, sender, 0
 
 
 def states(trainer):
@@ -131,7 +136,10 @@ def equal(first, second):
 
 @pytest.fixture
 def precise_cfg(distill_cfg, tmp_path):
-    """A run of four iterations that evaluates, and estimates BatchNorm's statistics on three batches, every second."""
+    """Return a function that makes the config of a run of four iterations.
+
+    After every second iteration, the run evaluates, and estimates BatchNorm's statistics on three batches.
+    """
 
     def make(folder, **changes):
         (tmp_path / folder).mkdir()
@@ -148,59 +156,59 @@ def precise_cfg(distill_cfg, tmp_path):
     return make
 
 
-# Twelve images are evaluated and three batches estimated from, after two iterations and at the end.
+# After two iterations and at the end, the run evaluates twelve images and uses three batches for PreciseBN.
 @pytest.mark.parametrize("kind, number", [("evaluation", 5), ("precise", 2), ("evaluation", 17), ("precise", 5)])
-def test_sigterm_in_work_that_a_resumed_run_does_again(precise_cfg, kind, number):
-    """It is left at once, and the run goes on bit by bit."""
-    whole, _, _ = train_asked(precise_cfg("whole"))
+def test_sigterm_interrupts_work_that_a_resumed_run_repeats(precise_cfg, kind, number):
+    """The work stops at once, and the resumed run is bit-identical to an uninterrupted run."""
+    whole, _, _ = train_with_sigterm(precise_cfg("whole"))
     cfg = precise_cfg("stopped")
-    _, asks, code = train_asked(cfg, kind, number)
-    assert code == EXIT_STOPPED and asks.seen == number  # not one image or batch more
-    resumed, asks, code = train_asked(cfg, kind, 100, resume=True)
+    _, sender, code = train_with_sigterm(cfg, kind, number)
+    assert code == EXIT_STOPPED and sender.seen == number  # no further image or batch
+    resumed, sender, code = train_with_sigterm(cfg, kind, 100, resume=True)
     assert code == 0 and equal(states(resumed), states(whole))
-    each = 12 if kind == "evaluation" else 3
-    assert asks.seen == (2 * each if number <= each else each)
+    passes = 12 if kind == "evaluation" else 3
+    assert sender.seen == (2 * passes if number <= passes else passes)
     for name in ("model_final.pth", "model_best.pth"):
         first, second = (read_weights(os.path.join(run.cfg.OUTPUT_DIR, name)) for run in (whole, resumed))
         assert equal(first["model"], second["model"]) and first.get("record") == second.get("record")
 
 
-def test_sigterm_to_all_processes_of_an_evaluation(precise_cfg):
-    """Those that load data ignore it, or their end would be an error of the run."""
+def test_data_workers_ignore_a_sigterm_to_all_processes(precise_cfg):
+    """Otherwise the end of a data worker would be an error of the run."""
     cfg = precise_cfg("stopped", **{"DATALOADER.NUM_WORKERS": 1, "TEST.PRECISE_BN.ENABLED": False})
-    _, asks, code = train_asked(cfg, "evaluation", 3)
-    assert code == EXIT_STOPPED and asks.seen == 3
+    _, sender, code = train_with_sigterm(cfg, "evaluation", 3)
+    assert code == EXIT_STOPPED and sender.seen == 3
 
 
-def test_a_finished_run_that_is_resumed_again_stays_as_it_is(precise_cfg):
-    """Its last estimate was interrupted, and a resumed run wrote model_final.pth."""
+def test_resuming_a_finished_run_changes_nothing(precise_cfg):
+    """The last estimate of the run was interrupted, and the first resumed run wrote model_final.pth."""
     cfg = precise_cfg("stopped")
-    train_asked(cfg, "precise", 5)
+    train_with_sigterm(cfg, "precise", 5)
     path = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     for _ in range(2):
-        _, asks, code = train_asked(cfg, "precise", 100, resume=True)
+        _, sender, code = train_with_sigterm(cfg, "precise", 100, resume=True)
         final = read_weights(path)
         assert code == 0 and final["trainer"]["iteration"] == final["iteration"] == 3
-    assert asks.seen == 0  # the second time nothing is left to do
+    assert sender.seen == 0  # the second resumed run has nothing left to do
 
 
-def test_sigterm_while_an_evaluation_is_made_up_for(precise_cfg):
+def test_sigterm_while_a_resumed_run_repeats_an_evaluation(precise_cfg):
     cfg = precise_cfg("stopped", **{"TEST.PRECISE_BN.ENABLED": False})
-    whole, _, _ = train_asked(precise_cfg("whole", **{"TEST.PRECISE_BN.ENABLED": False}))
+    whole, _, _ = train_with_sigterm(precise_cfg("whole", **{"TEST.PRECISE_BN.ENABLED": False}))
     for number in (5, 3):
-        _, asks, code = train_asked(cfg, "evaluation", number, resume=number == 3)
-        assert code == EXIT_STOPPED and asks.seen == number
-    resumed, asks, code = train_asked(cfg, "evaluation", 100, resume=True)
-    assert code == 0 and asks.seen == 24 and equal(states(resumed), states(whole))
+        _, sender, code = train_with_sigterm(cfg, "evaluation", number, resume=number == 3)
+        assert code == EXIT_STOPPED and sender.seen == number
+    resumed, sender, code = train_with_sigterm(cfg, "evaluation", 100, resume=True)
+    assert code == 0 and sender.seen == 24 and equal(states(resumed), states(whole))
 
 
-def test_precise_bn_is_about_the_student_alone_and_a_resumed_run_is_the_same(precise_cfg):
-    """The teacher does not look, nothing enters the queue, and the batches depend on the iteration alone."""
+def test_precise_bn_uses_only_the_student_and_a_resumed_run_is_the_same(precise_cfg):
+    """PreciseBN does not call the teacher or push into the queue. Its batches depend only on the iteration."""
     cfg = precise_cfg("whole", **{"SOLVER.CHECKPOINT_PERIOD": 2})
     looks = []
     trainer = DistillTrainer(cfg)
-    look = trainer.distiller.teacher.look
-    trainer.distiller.teacher.look = lambda *args: (looks.append(torch.is_grad_enabled()), look(*args))[1]
+    look_at = trainer.distiller.teacher.look_at
+    trainer.distiller.teacher.look_at = lambda *args: (looks.append(torch.is_grad_enabled()), look_at(*args))[1]
     trainer.resume_or_load(resume=False)
     trainer.train()
     assert looks == [True] * 4  # one for each iteration
@@ -212,8 +220,12 @@ def test_precise_bn_is_about_the_student_alone_and_a_resumed_run_is_the_same(pre
     assert resumed.start_iter == 2 and equal(states(resumed), states(trainer))
 
 
-def _hears(rank):
-    """How long it takes one process to leave its work when another one alone is asked to stop."""
+def _leave_on_request(rank):
+    """Work until this process or the other one is asked to stop. Only rank 1 gets the signal.
+
+    Returns:
+        whether this process left its work, whether the processes agree to stop, and whether a later request is set.
+    """
     request = StopRequest()
     with request.listening():
         if rank == 1:
@@ -229,6 +241,6 @@ def _hears(rank):
         return left, request.agree(), later.agree()
 
 
-def test_a_request_to_one_process_reaches_the_others(tmp_path):
+def test_a_request_to_one_process_reaches_all_processes(tmp_path):
     assert LOOK_EVERY <= 5
-    assert run_in_processes(_hears, tmp_path, 2) == [(True, True, False)] * 2
+    assert run_in_processes(_leave_on_request, tmp_path, 2) == [(True, True, False)] * 2

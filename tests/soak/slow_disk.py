@@ -1,9 +1,9 @@
-"""train_net.py on a disk that takes its time, so that a kill can come while a checkpoint is written.
+"""Run train_net.py with a slow sync of files, so that a kill can come while a checkpoint is written.
 
-Each iteration's total loss is appended, exactly, to OUTPUT_DIR/losses.txt.
+The total loss of each iteration is appended to OUTPUT_DIR/losses.txt, without rounding.
 """
 
-import gdetkd  # first: it prepares the import of Detectron2
+import gdetkd  # imported first: it prepares the import of Detectron2
 
 import multiprocessing  # isort: skip
 import os
@@ -39,11 +39,11 @@ def build_hooks(trainer, build=gdetkd.DistillTrainer.build_hooks):
 
 
 def train(config_file, folder):
-    """What `python train_net.py --config-file FILE --resume OUTPUT_DIR FOLDER` does."""
+    """Do what `python train_net.py --config-file FILE --resume OUTPUT_DIR FOLDER` does."""
     with open(os.path.join(folder, "stdout.txt"), "a") as log:
         os.dup2(log.fileno(), sys.stdout.fileno()), os.dup2(log.fileno(), sys.stderr.fileno())
     torch.set_num_threads(1)
-    # The loader's workers are forked as in any training; it would take over the way this process was started.
+    # Fork the workers of the loader, as in any training. Otherwise they would start like this process.
     multiprocessing.set_start_method("fork", force=True)
     os.fsync = slow_sync
     gdetkd.DistillTrainer.build_hooks = build_hooks

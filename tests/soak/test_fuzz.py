@@ -1,4 +1,4 @@
-"""Mutated annotations and images, by the thousand: they load, or an error names them; nothing else, and no hang."""
+"""Thousands of mutated annotations and images load, or an error names them. Nothing hangs."""
 
 import io
 import json
@@ -22,12 +22,12 @@ from gdetkd.errors import GDetKDError
 
 HANG_SECONDS = 20
 MORE = pytest.mark.soak
-# Each of the four is run so often: a few of them in every test run, most in `make soak`.
+# Number of examples of each test: few in every test run, many in `make soak`.
 EXAMPLES = pytest.mark.parametrize("examples", [100, pytest.param(4000, marks=MORE)])
 
 
 def fuzz(examples, strategy, load):
-    """Calls `load` on made examples, the same ones every time; returns how many it refused, and how many there were."""
+    """Call `load` with random examples, the same in every run. Return how many it refused, and how many there were."""
     counts = {"refused": 0, "all": 0}
 
     @settings(
@@ -79,7 +79,7 @@ JUNK = st.one_of(
     st.lists(st.floats() | st.integers(), max_size=8),
     st.dictionaries(st.sampled_from(["id", "size", "counts"]), st.integers() | st.text(max_size=4), max_size=3),
 )
-# Of the tree: where (an index at each level), what is done there, and with what.
+# A mutation of a tree: the place (an index at each level), the action, and a value for it.
 MUTATION = st.tuples(
     st.lists(st.integers(0, 50), min_size=1, max_size=5), st.sampled_from(["set", "delete", "double", "add"]), JUNK
 )
@@ -106,7 +106,7 @@ def mutate(tree, mutation):
         return
 
 
-# Of the bytes: at which place (a share of the length), what, and how many.
+# Mutations of bytes: the place (a share of the length), the action, and bytes for it.
 BYTES = st.lists(
     st.tuples(
         st.floats(0, 1, exclude_max=True),
@@ -136,7 +136,7 @@ def mutate_bytes(data, changes):
 
 @contextmanager
 def registered(entry):
-    """As a training comes to its first batch: everything that reads the set."""
+    """Register a dataset inside, and return a config that trains on it."""
     cfg = make_cfg({"DATASETS.REGISTER": [{"name": "fuzzed", **entry}], "DATASETS.TRAIN": ("fuzzed",)})
     cfg.INPUT.MAX_BAD_FRACTION = 0.5
     try:
@@ -245,7 +245,7 @@ def test_yolo(tmp_path, examples):
 
 @EXAMPLES
 def test_images(tmp_path, examples):
-    """Broken ones are found at the start or when they are read; in training, a sound one takes their place."""
+    """Broken images are found at the start or when they are read. Then a sound image takes their place."""
     rng = np.random.default_rng(0)
     picture = Image.fromarray(np.kron(rng.integers(0, 255, (6, 8, 3), np.uint8), np.ones((8, 8, 1), np.uint8)))
     picture.save(tmp_path / "sound.png")

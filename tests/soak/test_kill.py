@@ -1,4 +1,4 @@
-"""A training process that is killed again and again comes to the uninterrupted run's end, bit for bit."""
+"""A training that is killed again and again ends like an uninterrupted run, bit for bit."""
 
 import multiprocessing
 import random
@@ -13,14 +13,14 @@ from conftest import ALL_LOSSES
 from gdetkd.safe_load import read_weights
 
 TIMEOUT_SECONDS = 600
-# Processes that start with everything imported, forked from one that has done nothing else.
+# Processes start by a fork of a server that has imported everything.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["slow_disk"])
 
 
 @pytest.fixture
 def start(distill_cfg, tmp_path):
-    """Starts a process that trains into a folder; the test's end is that of any that is left."""
+    """Return a function that starts a process that trains into a folder. Kill the processes at the end of the test."""
     started = []
 
     def start(iterations, workers, folder):
@@ -29,7 +29,7 @@ def start(distill_cfg, tmp_path):
             "DATASETS.REGISTER": [dict(MetadataCatalog.get("tiny").gdetkd_entry)],
             "DATASETS.TEST": ("tiny",),
             "TEST.EVAL_PERIOD": 6,
-            "SOLVER.BASE_LR": 1e-5,  # an untrained teacher is far off, and the run is to stay finite
+            "SOLVER.BASE_LR": 1e-5,  # keeps the run finite, although the outputs of an untrained teacher are large
             "SOLVER.MAX_ITER": iterations,
             "SOLVER.STEPS": (iterations // 2,),
             "SOLVER.CHECKPOINT_PERIOD": 2,
@@ -58,23 +58,23 @@ def lines(folder):
 def wait_until(process, holds):
     end = time.monotonic() + TIMEOUT_SECONDS
     while process.is_alive() and not holds():
-        assert time.monotonic() < end, "the training does not go on"
+        assert time.monotonic() < end, "the training does not continue"
         time.sleep(0.001)
 
 
 def partial_files(folder):
-    """With the time of their last writing, for a kill leaves one that the next may find."""
+    """Return the partial files with the time of their last change. A kill may leave a file that the next kill finds."""
     found = set()
     for path in folder.glob("*.partial"):
         try:
             found.add((path.name, path.stat().st_mtime_ns))
-        except FileNotFoundError:  # renamed since
+        except FileNotFoundError:  # it was renamed after the listing
             continue
     return found
 
 
 def kill_at_random(process, folder, rng):
-    """SIGKILL while a file is being written, or at any moment of a few iterations; says which."""
+    """Kill a process while it writes a file, or at a random moment of a few iterations. Return which it was."""
     before, iterations = len(lines(folder)), rng.randint(0, 4)
     is_writing, left = rng.random() < 0.5, partial_files(folder)
     wait_until(process, lambda: len(lines(folder)) >= before + iterations)
@@ -89,7 +89,7 @@ def kill_at_random(process, folder, rng):
 
 
 def final(folder):
-    """All that a run has come to: every tensor and number of its last and best checkpoint, and its last loss."""
+    """Return every tensor and number of a run's last and best checkpoint, and the last loss."""
     flat = {}
 
     def flatten(value, name):
@@ -124,8 +124,8 @@ def check_kills(start, tmp_path, kills, iterations, workers):
     for name, value in expected.items():
         same = torch.equal(value, found[name]) if isinstance(value, torch.Tensor) else value == found[name]
         assert same, name
-    # Iterations that were taken twice had the same loss both times, that of the uninterrupted run. A kill between a
-    # checkpoint and the note of its iteration's loss leaves the note out.
+    # An iteration that was repeated has the uninterrupted run's loss both times. A kill between a checkpoint and the
+    # line of its iteration's loss leaves the line out.
     assert set(lines(folder)) <= set(lines(whole)) and len(lines(folder)) > iterations - kills
     assert not list(folder.glob("*.partial"))
     print(f"{kills} kills, of them {where.count('writing')} while a file was being written")

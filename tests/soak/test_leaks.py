@@ -1,4 +1,4 @@
-"""A long run needs no more at its end than at its start."""
+"""A long run needs no more memory, files and hooks at its end than at its start."""
 
 import gc
 import os
@@ -12,12 +12,12 @@ from conftest import ALL_LOSSES
 from gdetkd import DistillTrainer
 
 PAGE = resource.getpagesize()
-# What Detectron2 keeps of every scalar of every iteration, for smoothing, is the run's own and grows.
+# Detectron2 keeps every scalar of every iteration for smoothing. This memory may grow.
 HISTORY_BYTES_A_STEP = 6000
 
 
 class Watch(HookBase):
-    """Resident memory (bytes), open files and registered hooks, every few iterations."""
+    """Record resident memory (bytes), open files and registered hooks every few iterations."""
 
     def __init__(self, period):
         self.period, self.memory, self.files, self.hooks = period, [], [], []
@@ -46,7 +46,7 @@ def check_run(distill_cfg, steps, period, allowed):
     first, last = statistics.median(watch.memory[:quarter]), statistics.median(watch.memory[-quarter:])
     print(f"{steps} steps: {first / 1e6:.1f} MB in the first quarter, {last / 1e6:.1f} MB in the last")
     assert len(set(watch.hooks)) == 1 and watch.hooks[0] > 0
-    assert watch.files[-1] <= watch.files[2 * quarter]  # the writers open theirs at their first writing
+    assert watch.files[-1] <= watch.files[2 * quarter]  # a writer opens its file when it first writes
     assert last - first < allowed + HISTORY_BYTES_A_STEP * steps
 
 

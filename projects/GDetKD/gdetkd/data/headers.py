@@ -41,7 +41,8 @@ DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 class Header(NamedTuple):
-    """
+    """Describe an image by its header.
+
     Attributes:
         fault: why the image cannot be used; None if it can be used.
         size: (width, height) in pixels after EXIF turned the image, as Detectron2 reads it; None if it is not known.

@@ -55,7 +55,9 @@ def _build_kind(entry: Any, cfg: CfgNode) -> DatasetKind:
         raise GDetKDError(f"DATASETS.REGISTER: {entry!r} needs a `name` and a `kind` of {kinds}.")
     name, problems = entry["name"], kind.find_problems(entry)
     if problems:
-        raise GDetKDError(f"DATASETS.REGISTER: {name!r} (kind {entry['kind']}) {', '.join(problems)}.")
+        raise GDetKDError(
+            f"DATASETS.REGISTER: {name!r} (kind {entry['kind']}) {', '.join(problems)}. Correct the entry."
+        )
     limit = entry.get("limit", 1)
     if not isinstance(limit, int) or limit < 1:
         raise GDetKDError(f"DATASETS.REGISTER: the limit of {name!r} is {limit!r}. Set it to a number of images.")

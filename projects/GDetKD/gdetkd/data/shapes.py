@@ -74,7 +74,7 @@ def _opencv() -> Any:
 def _write(path: str, seed: int) -> List[Dict[str, Any]]:
     image, objects = draw_image(seed)
     if not _opencv().imwrite(path, image):
-        raise GDetKDError(f"{path!r} cannot be written.")
+        raise GDetKDError(f"{path!r} cannot be written. Check the folder's permissions and the space on the disk.")
     return objects
 
 

@@ -70,7 +70,9 @@ class PositionedDataset(Dataset):
                     continue
             return {**sample, BAD_IMAGES: bad} if bad else sample
         path, reason = next(iter(bad.items()))
-        raise GDetKDError(f"{ATTEMPTS} images in turn cannot be used. The first is {path!r}, which {reason}.")
+        raise GDetKDError(
+            f"{ATTEMPTS} images in turn cannot be used. The first is {path!r}, which {reason}. Correct the files."
+        )
 
 
 def _is_sound(sample: Sample) -> bool:

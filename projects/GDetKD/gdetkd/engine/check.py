@@ -46,7 +46,7 @@ class Check:
         self.problems: List[str] = []
         self.unknown: List[str] = []
         self._images = images
-        self._cfg = _of_one_process(cfg, processes)
+        self._cfg = _config_of_one_process(cfg, processes)
         self._trainer = DistillTrainer(self._cfg)
         self._trainer.resume_or_load(resume=False)
         self._student = self._trainer.student
@@ -216,7 +216,7 @@ def _numbered(lines: Sequence[str]) -> str:
     return "\n".join(f"  {number}. {line}" for number, line in enumerate(lines, start=1))
 
 
-def _of_one_process(cfg: CfgNode, processes: int) -> CfgNode:
+def _config_of_one_process(cfg: CfgNode, processes: int) -> CfgNode:
     """Return the config of one of several processes: its share of the images, and the learning rate of all.
 
     A queue holds the embeddings that all processes gather in a number of steps. It keeps its length and its memory.

@@ -99,7 +99,8 @@ class DurableCheckpointer(SafeCheckpointer):
         return path + [os.path.join(self.save_dir, name) for name in older]
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
-        """
+        """Resume from the newest checkpoint that can be read, or load `path` if there is no checkpoint.
+
         Raises:
             GDetKDError: no checkpoint can be read; or the checkpoint to resume from holds weights alone; or a process
                 cannot see or read a file that the main process sees.

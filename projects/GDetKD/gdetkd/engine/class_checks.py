@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_classes(names: Sequence[str], num_classes: int, role: str = "student") -> None:
-    """
+    """Check that datasets have the detector's number of classes. Neither training nor evaluation would notice an error.
+
     Raises:
-        GDetKDError: a dataset has another number of classes than the detector. Neither training nor evaluation would
-            notice this.
+        GDetKDError: a dataset has another number of classes than the detector.
     """
     for name in names:
         classes = MetadataCatalog.get(name).get("thing_classes")

@@ -86,7 +86,8 @@ RULES = (
 
 
 def check_values(cfg: CfgNode) -> None:
-    """
+    """Check all values of a config that a training reads.
+
     Raises:
         GDetKDError: a value is invalid. The message names all invalid values.
     """

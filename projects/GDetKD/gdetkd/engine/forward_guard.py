@@ -15,7 +15,7 @@ BROKEN = "loss_forward"
 
 
 class NonFiniteError(GDetKDError):
-    """A loss is infinite or not a number."""
+    """Report a loss that is infinite or not a number."""
 
 
 class ForwardGuard(nn.Module):
@@ -50,9 +50,7 @@ class ForwardGuard(nn.Module):
             self._features = list(_tensors(output))
 
     def forward(self, batched_inputs: List[Dict[str, Any]]) -> Any:
-        """
-        Returns:
-            the model's output, or losses that are not a number if the forward pass fails in training.
+        """Return the model's output, or losses that are not a number if the forward pass fails in training.
 
         Raises:
             NonFiniteError: the forward pass fails, and this process cannot take part in the exchanges that the other

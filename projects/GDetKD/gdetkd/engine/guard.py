@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepSkipped(Exception):
-    """Ends a step before the optimizer changes a parameter."""
+    """End a step before the optimizer changes a parameter."""
 
 
 class StepGuard(HookBase):

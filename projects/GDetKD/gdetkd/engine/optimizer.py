@@ -12,7 +12,8 @@ from ..errors import GDetKDError
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """
+    """Build the optimizer that SOLVER.OPTIMIZER names.
+
     Raises:
         GDetKDError: SOLVER.OPTIMIZER is neither "SGD" nor "AdamW".
     """

@@ -49,7 +49,8 @@ class StepAgreement(HookBase):
             self._losses = {name: loss.detach() for name, loss in losses.items()}
 
     def after_backward(self) -> None:
-        """
+        """Make the exchange of the step. Leave out the step, or stop the run, if a loss is not finite.
+
         Raises:
             StepSkipped: a loss of some process is not finite, and that is tolerated.
             NonFiniteError: a loss of some process is not finite, and that is not tolerated.

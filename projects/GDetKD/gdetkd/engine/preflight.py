@@ -26,7 +26,8 @@ CLASS_KEYS = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET", "FCOS": 
 
 
 def check_architecture(cfg: CfgNode) -> None:
-    """
+    """Check that the meta-architecture can distil if the config asks for distillation.
+
     Raises:
         GDetKDError: the config asks for distillation, but its meta-architecture trains without.
     """
@@ -39,7 +40,8 @@ def check_architecture(cfg: CfgNode) -> None:
 
 
 def check_datasets(cfg: CfgNode) -> None:
-    """
+    """Check the datasets of a training.
+
     Raises:
         GDetKDError: one of these holds.
             - DATASETS.TRAIN is empty, or names a dataset without labels.
@@ -68,9 +70,10 @@ def check_datasets(cfg: CfgNode) -> None:
 
 
 def check_test_sets(cfg: CfgNode, needed: bool = False) -> None:
-    """
+    """Check the datasets of DATASETS.TEST.
+
     Args:
-        needed: whether DATASETS.TEST must name a set.
+        needed: whether DATASETS.TEST must name a dataset.
 
     Raises:
         GDetKDError: DATASETS.TEST is empty although it is needed, a file of proposals cannot be trusted, or a dataset
@@ -119,7 +122,8 @@ def _check_keys(dicts: List[dict], name: str) -> None:
 
 
 def _check_objects(dicts: List[dict], name: str) -> None:
-    """
+    """Check that a test set has an object to find. Only warn if it has no annotations.
+
     Raises:
         GDetKDError: all annotations are of crowds. COCO's metrics have no AP for crowds.
     """

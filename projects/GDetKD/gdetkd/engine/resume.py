@@ -104,7 +104,8 @@ class DistillState:
         return {"losses": self._distiller.losses.state_dict(), "teacher": self._distiller.teacher.describe()}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """
+        """Load the losses' parameters and queue, and compare the teacher with the teacher of the checkpoint.
+
         Raises:
             GDetKDError: the teacher's hash or the size of a loss changed.
         """

@@ -20,7 +20,8 @@ from .teacher_evaluation import evaluate_on, teachers_classes_in
 
 @dataclass(frozen=True)
 class SampleScore:
-    """
+    """Hold the teacher's score on a sample.
+
     Attributes:
         ap: COCO's box AP in percent, over the classes that student and teacher both have.
         images: number of images.
@@ -51,7 +52,7 @@ def score_on_sample(
         images = load_dataset(sample)
         if not any(image.get("annotations") for image in images):
             raise GDetKDError(
-                f"The {len(images)} images of {dataset!r} that were chosen have no object. Choose more images."
+                f"The {len(images)} images of {dataset!r} that were chosen have no object. Raise --check-images."
             )
         with tempfile.TemporaryDirectory() as folder:
             results = evaluate_on(cfg, teacher, sample, folder, flip)["bbox"]

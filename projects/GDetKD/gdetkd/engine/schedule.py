@@ -24,7 +24,7 @@ class LossSchedule:
 
     @property
     def terms(self) -> List[str]:
-        """Names of the distillation terms among a model's losses."""
+        """Return the names of the distillation terms among a model's losses."""
         return list(self._nodes)
 
     def full_weight(self, term: str) -> float:

@@ -37,7 +37,8 @@ def read_config(args: Namespace) -> CfgNode:
 
 
 def check_device(device: str) -> None:
-    """
+    """Check the device of a run, and make a GPU that MODEL.DEVICE names the current one.
+
     Raises:
         GDetKDError: MODEL.DEVICE is not supported, or does not fit how the processes communicate.
     """

@@ -19,7 +19,8 @@ SCALES = (2.0**16, 2.0**8, 1.0)
 
 @dataclass(frozen=True)
 class TermCost:
-    """
+    """Hold the cost of a loss.
+
     Attributes:
         weighted: value of the weighted loss, mean over the batches.
         gradient: norm of the loss's gradient in the student's parameters, mean over the batches.
@@ -31,7 +32,8 @@ class TermCost:
 
 @dataclass(frozen=True)
 class StepCost:
-    """
+    """Hold the cost of a step.
+
     Attributes:
         seconds: median over the batches, forward and backward.
         megabytes: memory.
@@ -52,7 +54,7 @@ def now() -> float:
 
 
 def time_in_rounds(works: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int) -> Dict[str, List[float]]:
-    """Time pieces of work one after another in every round, so that what else the machine does falls on all alike.
+    """Time pieces of work one after another in every round, so that other work on the machine slows all of them alike.
 
     Returns:
         seconds of each piece of work in every round, without the rounds of warm-up.

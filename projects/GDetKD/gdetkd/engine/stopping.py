@@ -26,7 +26,7 @@ LOOK_EVERY = 1.0
 
 
 class LeftEarly(Exception):
-    """Interrupts work that a resumed run repeats, because the run is asked to stop."""
+    """Interrupt work that a resumed run repeats, because the run is asked to stop."""
 
 
 class StopRequest:
@@ -133,7 +133,8 @@ class AgreedStop(HookBase):
         return self._request.has_left or (self._request.is_agreed and not is_last)
 
     def after_step(self) -> None:
-        """
+        """Save the run and end the process, if all processes agreed to stop.
+
         Raises:
             SystemExit: with EXIT_STOPPED. The run is saved, and --resume continues it.
             GDetKDError: the run could not be saved, and ends.

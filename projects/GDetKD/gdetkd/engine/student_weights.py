@@ -56,7 +56,8 @@ class StudentCheckpointer(DurableCheckpointer):
         return super().load(path, *args, **kwargs)
 
     def check_whole(self) -> None:
-        """
+        """Check that the loaded files have set all tensors of the student.
+
         Raises:
             GDetKDError: some tensors of the student are as they were initialised.
         """

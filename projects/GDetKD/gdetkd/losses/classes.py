@@ -16,6 +16,12 @@ from ..structures import DetectorSpec
 
 logger = logging.getLogger(__name__)
 
+# What to do if the class names of a detector are unknown.
+_NAMING = {
+    "student": "Name the student's classes with MetadataCatalog.get(DATASET).set(thing_classes=[...])",
+    "teacher": "List the teacher's names in DISTILL.TEACHER.CLASSES",
+}
+
 
 @dataclass(frozen=True)
 class ClassMap:
@@ -77,8 +83,7 @@ def _assume_same_order(loss: str, cfg: CfgNode, student: DetectorSpec, teacher: 
         raise GDetKDError(
             f"{loss} compares class by class, but the class names of the {lacking} are unknown: its DATASETS.TRAIN "
             f"does not tell them. The student has {student.num_classes} classes and the teacher {teacher.num_classes}. "
-            f"List the teacher's names in DISTILL.TEACHER.CLASSES, or take {loss} out of DISTILL.LOSSES. SGFI and CKD "
-            "need no common class."
+            f"{_NAMING[lacking]}, or take {loss} out of DISTILL.LOSSES. SGFI and CKD need no common class."
         )
     warn_of_unknown_names(loss, lacking)
     return ClassMap()
@@ -93,9 +98,10 @@ def warn_of_unknown_names(what: str, lacking: str) -> None:
     """
     logger.warning(
         "%s assumes that student and teacher have the same classes in the same order, because the class names of the "
-        "%s are unknown. List the teacher's names in DISTILL.TEACHER.CLASSES.",
+        "%s are unknown. %s.",
         what,
         lacking,
+        _NAMING[lacking],
     )
 
 

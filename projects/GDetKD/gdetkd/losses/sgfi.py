@@ -174,7 +174,7 @@ class SGFI(DistillLoss):
                 "take SGFI out of DISTILL.LOSSES."
             )
         if cfg.DISTILL.SGFI.TAU <= 0:
-            raise GDetKDError(f"DISTILL.SGFI.TAU is {cfg.DISTILL.SGFI.TAU}. A temperature must be positive.")
+            raise GDetKDError(f"DISTILL.SGFI.TAU is {cfg.DISTILL.SGFI.TAU}. Set it to a positive number.")
         if cfg.DISTILL.SGFI.SAMPLING_RATIO < 1:
             raise GDetKDError(
                 f"DISTILL.SGFI.SAMPLING_RATIO is {cfg.DISTILL.SGFI.SAMPLING_RATIO}. Set it to at least 1."

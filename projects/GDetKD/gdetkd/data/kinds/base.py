@@ -61,8 +61,8 @@ class DatasetKind(ABC):
         """Return what is wrong with the keys and values of an entry, for an error message. Read no file."""
         given = set(entry) - {"name", "kind", "limit"}
         meant = max(cls.keys, key=lambda keys: len(given.intersection(keys.required)))
-        problems = [f"lacks {key}" for key in sorted(set(meant.required) - given)]
-        problems += [f"has {key}" for key in sorted(given.difference(meant.required, meant.optional))]
+        problems = [f"lacks the key {key}" for key in sorted(set(meant.required) - given)]
+        problems += [f"has the unknown key {key}" for key in sorted(given.difference(meant.required, meant.optional))]
         for key in cls.path_keys + cls.inner_path_keys:
             if not isinstance(entry.get(key, ""), str):
                 problems.append(f"has {key} {entry[key]!r}, not text")

@@ -9,7 +9,7 @@ Item = Dict[str, Any]
 
 
 class InvalidItem(Exception):
-    """Says what is wrong with an item of the file."""
+    """Say what is wrong with an item of the file."""
 
 
 def match_ids(annotations: Sequence[Item], key: str, items: Sequence[Item]) -> int:

@@ -81,8 +81,9 @@ def _unique_ids(what: str, items: List[Item], *types: type) -> Set[Any]:
     seen: Set[Any] = set()
     for item in items:
         identity = item.get("id")
-        _require(isinstance(identity, types) and not isinstance(identity, bool), f"{what} id {identity!r} is no id")
-        _require(identity not in seen, f"{what} id {identity!r} stands twice")
+        is_valid = isinstance(identity, types) and not isinstance(identity, bool)
+        _require(is_valid, f"{what} id {identity!r} is not a number{' or text' if str in types else ''}")
+        _require(identity not in seen, f"{what} id {identity!r} occurs twice")
         seen.add(identity)
     return seen
 

@@ -54,7 +54,8 @@ class Voc(DatasetKind):
 
 
 class AnnotatedImage(NamedTuple):
-    """
+    """Hold an image and its annotation file.
+
     Attributes:
         name: the name of the annotation file, without its ending.
         path: the path of the image.

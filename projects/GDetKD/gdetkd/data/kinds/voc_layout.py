@@ -18,7 +18,8 @@ MOST_NAMED = 5  # files or folders that a message names
 
 
 class Layout(NamedTuple):
-    """
+    """Hold the files of a dataset in VOC's layout.
+
     Attributes:
         annotations: the XML files.
         images: the folders where images can be, in the order of search.

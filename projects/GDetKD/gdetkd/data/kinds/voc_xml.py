@@ -14,7 +14,8 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 class VocObject(NamedTuple):
-    """
+    """Hold an object of an annotation file.
+
     Attributes:
         name: the name of its class.
         corners: x1, y1, x2, y2 as in the file.
@@ -27,7 +28,8 @@ class VocObject(NamedTuple):
 
 
 class VocFile(NamedTuple):
-    """
+    """Hold the content of an annotation file.
+
     Attributes:
         filename: the name of the image with forward slashes; empty if the file does not give it.
         size: (width, height) in pixels; None if the file does not give it.

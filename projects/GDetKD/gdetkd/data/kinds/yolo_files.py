@@ -43,7 +43,9 @@ def find_images(
     other_files: Dict[str, int] = {}
     for item in items:
         if not isinstance(item, str) or "\0" in item:
-            raise GDetKDError(f"{description.path!r}: {names[0]} is {short(value)}, not a path or a list of paths.")
+            raise GDetKDError(
+                f"{description.path!r}: {names[0]} is {short(value)}, not a path or a list of paths. Correct that file."
+            )
         place = _find_place(description, item.strip().replace("\\", "/"), allow_outside)
         if os.path.isdir(place):
             found, skipped = list_images(place)

@@ -19,7 +19,8 @@ ROUNDING = 0.5  # pixels by which a box may reach over the edge because it was r
 
 
 class Label(NamedTuple):
-    """
+    """Hold a label.
+
     Attributes:
         category: the index of the class.
         box: x1, y1, x2, y2 in shares of the image.
@@ -104,8 +105,8 @@ def _number(word: str) -> float:
 
 
 def _count_repeated(is_repeated: bool, counts: Counter) -> None:
-    """Count a label that stands in its file twice. Ultralytics drops the second label, too."""
-    counts["labels stand in their file twice and are read once"] += is_repeated
+    """Count a label that occurs twice in its file. Ultralytics drops the second label, too."""
+    counts["labels occur twice in their file and are read once"] += is_repeated
 
 
 def _category(word: str, value: float, classes: Sequence[str], counts: Counter) -> int:

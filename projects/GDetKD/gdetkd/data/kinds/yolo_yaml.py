@@ -22,7 +22,8 @@ short = _REPR.repr
 
 
 class Description(NamedTuple):
-    """
+    """Describe a dataset in YOLO's layout.
+
     Attributes:
         path: the file that describes the dataset, or the folder or list of images.
         folder: the folder where relative paths start.
