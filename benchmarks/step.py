@@ -8,13 +8,14 @@ up; a teacher whose weights are not there is measured with random ones (--random
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
 import tempfile
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Tuple
 from unittest import mock
 
 from gdetkd.config_file import load_config
@@ -46,10 +47,15 @@ def parse_arguments() -> argparse.Namespace:
 def make_config(args: argparse.Namespace, folder: str) -> CfgNode:
     cfg = load_config(args.config_file, ["MODEL.DEVICE", args.device, *args.opts])
     if args.random_weights:
-        weights = Path(folder) / "random.pth"
-        torch.save({"model": read_teacher_file(cfg).build().state_dict()}, weights)
-        cfg.DISTILL.TEACHER.WEIGHTS = str(weights)
+        give_weights(cfg, read_teacher_file(cfg).build(), folder)
     return cfg
+
+
+def give_weights(cfg: CfgNode, teacher: torch.nn.Module, folder: str) -> None:
+    """Write the weights of a teacher that was built, and name the file in the config."""
+    weights = Path(folder) / "random.pth"
+    torch.save({"model": teacher.state_dict()}, weights)
+    cfg.DISTILL.TEACHER.WEIGHTS = str(weights)
 
 
 def build(cfg: CfgNode, losses: Tuple[str, ...], like: Any = None) -> GDetKD:
@@ -59,9 +65,13 @@ def build(cfg: CfgNode, losses: Tuple[str, ...], like: Any = None) -> GDetKD:
     return GDetKD(cfg, like.teacher if like else None).train()
 
 
-def step(model: torch.nn.Module, batch: List[Dict[str, Any]]) -> None:
-    with EventStorage(LATE):
-        sum(model(batch).values()).backward()
+def step(
+    model: torch.nn.Module, batch: List[Dict[str, Any]], autocast: Callable[[], ContextManager] = nullcontext
+) -> None:
+    """Take a step without the optimizer. The forward pass runs within `autocast()`."""
+    with EventStorage(LATE), autocast():
+        total = sum(model(batch).values())
+    total.backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -103,16 +113,18 @@ def breakdown(model: GDetKD, batch: List[Dict[str, Any]], steps: int) -> Dict[st
     return {name: statistics.median(values[WARM_UP:]) for name, values in seconds.items()}
 
 
-def regions_of(model: GDetKD, batch: List[Dict[str, Any]]) -> Any:
-    """The regions of one step."""
+def teachers_look(
+    model: GDetKD, batch: List[Dict[str, Any]], autocast: Callable[[], ContextManager] = nullcontext
+) -> "functools.partial[Any]":
+    """Return the teacher's forward pass on the regions of one step. Its second argument is the regions."""
     caught = []
     look = model.teacher.look
 
     def catch(*args: Any, **kwargs: Any) -> Any:
-        caught.append(args)
+        caught.append(functools.partial(look, *args, **kwargs))
         return look(*args, **kwargs)
 
-    with mock.patch.object(model.teacher, "look", catch), EventStorage(LATE):
+    with mock.patch.object(model.teacher, "look", catch), EventStorage(LATE), autocast():
         model(batch)
     return caught[0]
 
@@ -124,7 +136,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Any]:
     full = build(cfg, everything)
     distillers = {name: build(cfg, (name,), full) for name in everything} if len(everything) > 1 else {}
     distillers["all"] = full
-    look = regions_of(full, batch)
+    look = teachers_look(full, batch)
     images = full.teacher.preprocess(batch).tensor
 
     def backbone() -> None:
@@ -134,7 +146,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Any]:
     works: Dict[str, Callable[[], Any]] = {
         "plain student": lambda: step(full.student, batch),
         "teacher, backbone": backbone,
-        "teacher, on the regions": lambda: full.teacher.look(*look),
+        "teacher, on the regions": look,
         "teacher, whole inference": lambda: inference(full.teacher.model, batch),
     }
     works.update({f"distilled, {name}": lambda model=model: step(model, batch) for name, model in distillers.items()})
@@ -146,7 +158,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Any]:
     return {
         "machine": machine(args.device),
         "images": [list(sample["image"].shape[1:]) for sample in batch],
-        "regions": len(look[1]),
+        "regions": len(look.args[1]),
         "seconds": {name: quartiles(values) for name, values in seconds.items()},
         "megabytes": megabytes,
         "ratio_to_floor": middle["distilled, all"] / floor,
