@@ -4,7 +4,8 @@
 python benchmarks/gpu.py [--minutes 8] [--output output/gpu] [--device cuda] [--images 2] [--image-size 800 1333]
 
 It writes gpu.json and gpu.md, a page with tables that docs/performance.md can take unchanged. Both are written after
-each item, so nothing is lost if the benchmark is ended. --tiny uses tiny images and detectors, to try the code on a CPU.
+each item, so nothing is lost if the benchmark is ended. --only TEXT measures only the items whose name has that text.
+--tiny uses tiny images and detectors, to try the code on a CPU.
 
 1. For each of four pairs, in float32 and with AMP: the student's step, the teacher's forward pass, a step with each
    loss and a step with all losses. Images and weights are made up.
@@ -87,6 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--images", type=int, default=2, help="images of a step; the recipes have 2 on each GPU")
     parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="default: 800 1333")
+    parser.add_argument("--only", default="", metavar="TEXT", help="measure only the items whose name has this text")
     parser.add_argument("--tiny", action="store_true", help="tiny images and detectors, for a CPU")
     return parser.parse_args()
 
@@ -136,7 +138,8 @@ def list_items(
     for name in PAIRS:
         for amp in (False, True):
             items[f"{name} in {precision_of(args.device, amp)}"] = functools.partial(pair, name, amp)
-    return {**items, "the loader": loader, "the short training": training}
+    items.update({"the loader": loader, "the short training": training})
+    return {name: item for name, item in items.items() if args.only in name}
 
 
 def main() -> int:

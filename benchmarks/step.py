@@ -59,10 +59,11 @@ def give_weights(cfg: CfgNode, teacher: torch.nn.Module, folder: str) -> None:
 
 
 def build(cfg: CfgNode, losses: Tuple[str, ...], like: Any = None) -> GDetKD:
-    """A distiller with some of the losses; the teacher is that of another, where one is given."""
+    """Return a distiller with some of the losses. It shares the teacher of `like`, if that is given."""
     cfg = cfg.clone()
     cfg.DISTILL.LOSSES = losses
-    return GDetKD(cfg, like.teacher if like else None).train()
+    # The detectors are on the device already. The losses are where Python made them.
+    return GDetKD(cfg, like.teacher if like else None).to(cfg.MODEL.DEVICE).train()
 
 
 def step(
