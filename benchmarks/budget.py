@@ -109,7 +109,8 @@ def run_items(
             missed.append(name)
         except Exception:  # a GPU may be at hand for minutes only, and the other items are worth measuring
             failed[name] = traceback.format_exc()  # as text, because the error itself would hold tensors
-        gc.collect()
+        if name not in missed:
+            gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         keep(missed + list(items)[index + 1 :], failed)

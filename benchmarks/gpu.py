@@ -18,10 +18,11 @@ import functools
 import json
 import os
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from gdetkd.files import written_whole
 
@@ -81,7 +82,7 @@ FULL = Size()
 TINY = Size((*_NARROW, *_SHORT), _NARROW, (64, 96), 0, 2, 0.1, 4, 2, ("SOLVER.IMS_PER_BATCH", 2))
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.0, help="time of the whole benchmark")
     parser.add_argument("--output", type=Path, default=Path("output/gpu"), help="folder of gpu.json and gpu.md")
@@ -90,11 +91,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="default: 800 1333")
     parser.add_argument("--only", default="", metavar="TEXT", help="measure only the items whose name has this text")
     parser.add_argument("--tiny", action="store_true", help="tiny images and detectors, for a CPU")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
-def describe(args: argparse.Namespace, image_size: Tuple[int, int]) -> Dict[str, Any]:
-    """Return what a reader has to know about the machine, the versions and the command."""
+def describe(args: argparse.Namespace, words: Sequence[str], image_size: Tuple[int, int]) -> Dict[str, Any]:
+    """Return what a reader has to know about the machine, the versions and the command.
+
+    The command lacks --output, which is a folder of this machine.
+    """
+    command = re.sub(r" --output[ =]\S+", "", " ".join(["python benchmarks/gpu.py", *words]))
     on_gpu = args.device == "cuda"
     return {
         "card": torch.cuda.get_device_name() if on_gpu else None,
@@ -106,7 +111,7 @@ def describe(args: argparse.Namespace, image_size: Tuple[int, int]) -> Dict[str,
         "cuda": torch.version.cuda if on_gpu else None,
         "detectron2": detectron2.__version__,
         "tf32_convolutions": on_gpu and torch.backends.cudnn.allow_tf32,
-        "command": " ".join(["python", *sys.argv]),
+        "command": command,
         "minutes": args.minutes,
         "images": args.images,
         "image_size": list(image_size),
@@ -142,9 +147,10 @@ def list_items(
     return {name: item for name, item in items.items() if args.only in name}
 
 
-def main() -> int:
-    """Run the benchmark. Return 1 if an item failed."""
-    args = parse_arguments()
+def main(words: Optional[Sequence[str]] = None) -> int:
+    """Run the benchmark with the command line's words, or with the given ones. Return 1 if an item failed."""
+    words = sys.argv[1:] if words is None else words
+    args = parse_arguments(words)
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("There is no CUDA device. Use a machine with a GPU, or add --device cpu --tiny to try the code.")
     output = args.output.resolve()
@@ -152,7 +158,7 @@ def main() -> int:
     os.chdir(ROOT)
     size = TINY if args.tiny else FULL
     budget = Budget(60 * args.minutes, size.rounds)
-    result: Dict[str, Any] = {**describe(args, args.image_size or size.image_size), "pairs": []}
+    result: Dict[str, Any] = {**describe(args, words, args.image_size or size.image_size), "pairs": []}
     result.update({"loader": [], "training": None, "not_reached": [], "failed": {}})
     items = list_items(args, size, budget, result)
 

@@ -7,7 +7,7 @@ from typing import Any, Dict, List
 
 from gdetkd.config_file import load_config
 from gdetkd.data.folders import resolve
-from gdetkd.data.shapes import FOLDER, make_shapes
+from gdetkd.data.shapes import CLASSES, FOLDER, make_shapes
 from gdetkd.engine import DistillTrainer
 
 from budget import Budget, OutOfTime  # isort: skip
@@ -53,6 +53,7 @@ def measure_training(config_file: str, opts: List[Any], iterations: int, window:
     cfg = load_config(config_file, opts)
     cfg.DATASETS.REGISTER = [entry for entry in cfg.DATASETS.REGISTER if entry["name"] in cfg.DATASETS.TRAIN]
     cfg.DATASETS.TEST = ()
+    cfg.DISTILL.TEACHER.CLASSES = CLASSES  # the teacher's own dataset is not registered
     cfg.SOLVER.MAX_ITER = iterations
     curve = _Curve(budget)
     with tempfile.TemporaryDirectory() as folder:
