@@ -3,6 +3,8 @@
 # make soak         the long tests: kills, leaks, fuzzing (11 minutes on 2 cores)
 # make lint         ruff, lint and format
 # make lock         remakes requirements.txt from requirements.in
+# make gpu-pack     packs what `make gpu` needs, into build/gpu
+# make gpu          tests/cuda and benchmarks/gpu.py on a machine with a GPU, without a network; OUT=output/gpu
 # make teacher      retrains a teacher of the quickstart (about 20 minutes on 2 cores); TEACHER=FasterRCNN
 
 PAIR ?= faster_rcnn-faster_rcnn
@@ -17,7 +19,7 @@ PACKAGES := $(CURDIR)/projects/GDetKD
 export PYTHONPATH := $(if $(DETECTRON2),$(abspath $(DETECTRON2)):)$(PACKAGES)
 export PYTHONWARNINGS := ignore
 
-.PHONY: quickstart test soak lint format lock teacher clean
+.PHONY: quickstart test soak lint format lock teacher gpu-pack gpu clean
 
 quickstart: $(INSTALLED)
 	$(PYTHON) tools/quickstart.py --pair $(PAIR)
@@ -40,6 +42,13 @@ format: $(INSTALLED)
 teacher: $(INSTALLED)
 	$(PYTHON) tools/make_teacher.py --config-file configs/quickstart/teacher-$(TEACHER).yaml \
 	    --output configs/quickstart/teacher-$(TEACHER).pth
+
+gpu-pack: $(INSTALLED)
+	$(PYTHON) tools/pack_for_gpu.py
+
+# Without $(INSTALLED): that machine cannot install anything.
+gpu:
+	bash tools/run_on_gpu.sh
 
 lock: $(VENV)/.uv
 	$(UV) compile --python $(PYTHON) --upgrade --universal --generate-hashes --no-header --no-emit-index-url \
