@@ -31,7 +31,7 @@ class Budget:
         self._end = clock() + seconds
         self._most_rounds = most_rounds
         self._item_start = self._item_end = self._end
-        self._longest_preparation = 0.0
+        self._longest_start = 0.0  # from the start of an item until it has the least number of rounds
 
     def left(self) -> float:
         """Return the seconds that are left for all items."""
@@ -48,9 +48,9 @@ class Budget:
             items_left: number of items, the next one included.
 
         Raises:
-            OutOfTime: no more time is left than an earlier item took to prepare its rounds.
+            OutOfTime: no more time is left than an earlier item needed for the least number of rounds.
         """
-        if self.left() <= self._longest_preparation:
+        if self.left() <= self._longest_start:
             raise OutOfTime
         self._item_start = self._clock()
         self._item_end = self._item_start + self.left() / items_left
@@ -70,18 +70,20 @@ class Budget:
         Raises:
             OutOfTime: the time of the benchmark allows fewer than LEAST_ROUNDS rounds.
         """
-        self._longest_preparation = max(self._longest_preparation, self._clock() - self._item_start)
         rounds: List[Dict[str, List[float]]] = []
         longest = 0.0
         while len(rounds) < warm_up + self._most_rounds:
             is_needed = len(rounds) < warm_up + LEAST_ROUNDS
-            if longest >= (self.left() if is_needed else self.left_for_item()):
+            # Twice, because the memory is measured afterwards, which takes as long as a round.
+            if 2 * longest >= (self.left() if is_needed else self.left_for_item()):
                 break
             start = self._clock()
             rounds.append(time_in_rounds(works, rounds=1, warm_up=0))
             # The first round allocates memory and loads kernels, so it does not tell how long another one takes.
             if len(rounds) > 1:
                 longest = max(longest, self._clock() - start)
+            if is_needed:
+                self._longest_start = max(self._longest_start, self._clock() - self._item_start)
         counted = rounds[warm_up:]
         if len(counted) < LEAST_ROUNDS:
             raise OutOfTime

@@ -104,7 +104,7 @@ class Clock:
     [
         (100.0, 1, 6),  # all rounds
         (100.0, 20, 2),  # a share of 5 seconds is over before the least number of rounds
-        (100.0, 4, 4),  # 25 seconds: two rounds of warm-up, four counted
+        (100.0, 4, 3),  # 25 seconds: two rounds of warm-up, three counted, and time for one more
         (8.0, 1, None),  # not even the least number of rounds
     ],
 )
@@ -124,7 +124,7 @@ def test_rounds_are_added_until_the_share_of_the_time_is_over(gpu, monkeypatch, 
     assert clock.seconds <= total
 
 
-def test_an_item_does_not_start_if_an_earlier_one_took_longer_to_prepare(gpu):
+def test_an_item_does_not_start_if_an_earlier_one_needed_more_time_than_is_left(gpu):
     import budget
 
     clock, names = Clock(), []
