@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from on_device import Losses, devices_of, make_trainer, train, use_amp
+from on_device import Losses, devices_of, make_trainer, steady, train, use_amp
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,7 +37,10 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(pair_cfg, monkeypatch, t
         use_amp(monkeypatch, device, {"cpu": torch.bfloat16, "cuda": torch.float16}[device])
         keys.update({"SOLVER.AMP.ENABLED": True, "DISTILL.TEACHER.DTYPE": "bfloat16"})
     cfg = pair_cfg(f"faster_rcnn-{student}", keys)
-    whole = make_trainer(cfg, DistillTrainer)
+    whole = make_trainer(steady(cfg), DistillTrainer)
+    if amp:
+        scaler = whole._trainer.grad_scaler
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 4.0})  # a larger scale would skip the first steps
     uninterrupted = train(whole)
     (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
     resumed = make_trainer(cfg, DistillTrainer, resume=True)
