@@ -6,6 +6,7 @@ import traceback
 from typing import Any, Callable, Dict, List, Mapping
 
 from gdetkd.engine.step_costs import time_in_rounds
+from gdetkd.errors import first_line
 
 import torch  # isort: skip
 
@@ -91,7 +92,9 @@ class Budget:
 
 
 def run_items(
-    items: Mapping[str, Callable[[], None]], budget: Budget, keep: Callable[[List[str], Dict[str, str]], None]
+    items: Mapping[str, Callable[[], None]],
+    budget: Budget,
+    keep: Callable[[List[str], Dict[str, Dict[str, str]]], None],
 ) -> None:
     """Run items in order, each within its share of the time. An item that fails does not cost the others their turn.
 
@@ -99,18 +102,21 @@ def run_items(
         items: functions by name. Each measures something with the budget.
         budget: the time of all items.
         keep: writes what was measured so far. After each item it is called with the names of the items that are not
-            measured yet or were not reached, and with the tracebacks of the items that failed.
+            measured yet or were not reached, and with the errors of the items that failed: `error`, one line, and
+            `traceback`.
     """
     missed: List[str] = []
-    failed: Dict[str, str] = {}
+    failed: Dict[str, Dict[str, str]] = {}
     for index, (name, item) in enumerate(items.items()):
         try:
             budget.start_item(len(items) - index)
             item()
         except OutOfTime:
             missed.append(name)
-        except Exception:  # a GPU may be at hand for minutes only, and the other items are worth measuring
-            failed[name] = traceback.format_exc()  # as text, because the error itself would hold tensors
+        except Exception as e:  # a GPU may be at hand for minutes only, and the other items are worth measuring
+            # As text, because the error itself would hold tensors.
+            error = f"{type(e).__name__}: {first_line(e)}"
+            failed[name] = {"error": error, "traceback": traceback.format_exc()}
         if name not in missed:
             gc.collect()
         if torch.cuda.is_initialized():

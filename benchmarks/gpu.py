@@ -162,7 +162,7 @@ def main(words: Optional[Sequence[str]] = None) -> int:
     result.update({"loader": [], "training": None, "not_reached": [], "failed": {}})
     items = list_items(args, size, budget, result)
 
-    def keep(missed: List[str], failed: Dict[str, str]) -> None:
+    def keep(missed: List[str], failed: Dict[str, Dict[str, str]]) -> None:
         result.update({"not_reached": missed, "failed": failed})
         for name, text in (("gpu.json", json.dumps(result, indent=2) + "\n"), ("gpu.md", as_markdown(result))):
             with written_whole(str(output / name)) as file:
@@ -170,8 +170,8 @@ def main(words: Optional[Sequence[str]] = None) -> int:
 
     run_items(items, budget, keep)
     print((output / "gpu.md").read_text())
-    for name, error in result["failed"].items():
-        print(f"{name} failed:\n{error}", file=sys.stderr)
+    for name, failure in result["failed"].items():
+        print(f"{name} failed:\n{failure['traceback']}", file=sys.stderr)
     return 1 if result["failed"] else 0
 
 

@@ -23,8 +23,8 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         parts += [_training(result["training"])]
     if result["not_reached"]:
         parts += [f"Not reached in {result['minutes']:g} minutes: {'; '.join(result['not_reached'])}."]
-    for name, error in result["failed"].items():
-        parts += [f"Failed: {name} ({error.strip().splitlines()[-1]})."]
+    for name, failure in result["failed"].items():
+        parts += [f"Failed: {name} ({failure['error']})."]
     return "\n\n".join(parts) + "\n"
 
 

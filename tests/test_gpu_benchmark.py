@@ -76,7 +76,7 @@ def test_items_without_time_are_named_in_a_sentence(run):
 
 def test_an_item_that_fails_is_named_and_does_not_cost_the_others(gpu, run, monkeypatch, capsys):
     def fail(*args):
-        raise RuntimeError("CUDA out of memory.")
+        raise RuntimeError("CUDA out of memory.\nTried to allocate 3 GiB.")
 
     monkeypatch.setattr(gpu, "measure_pair", fail)
     monkeypatch.setattr(gpu, "measure_training", fail)

@@ -27,9 +27,9 @@ PACK = ROOT / "build" / "gpu"
 TARGET = ["--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_28"]
 # What tests/cuda and benchmarks/gpu.py import, directly or not, beside what torch and torchvision bring.
 PACKAGES = (
-    "absl-py antlr4-python3-runtime cloudpickle contourpy cycler defusedxml execnet fonttools fvcore hydra-core iniconfig "
-    "iopath kiwisolver matplotlib omegaconf packaging pluggy portalocker protobuf pycocotools pygments pyparsing pytest "
-    "pytest-xdist python-dateutil pyyaml tabulate tensorboard termcolor tqdm yacs"
+    "absl-py antlr4-python3-runtime cloudpickle contourpy cycler defusedxml execnet fonttools fvcore hydra-core "
+    "iniconfig iopath kiwisolver matplotlib omegaconf packaging pluggy portalocker protobuf pycocotools pygments "
+    "pyparsing pytest pytest-xdist python-dateutil pyyaml tabulate tensorboard termcolor tqdm yacs"
 ).split()
 DETECTRON2 = "pb1-detectron2"
 MOST_MEGABYTES = 48  # leaves room for the repository where both may have 64

@@ -18,12 +18,12 @@ fi
 mkdir -p "$out"
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-"$python" -m tarfile -e build/gpu/site.tar.gz "$site" || exit 2
+"$python" -W ignore -m tarfile -e build/gpu/site.tar.gz "$site" || exit 2
 export PYTHONPATH="$PWD/projects/GDetKD:$site" PYTHONWARNINGS=ignore PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export DETECTRON2_DATASETS="$PWD/build/gpu/datasets"
 
-# Four processes share the GPU. Each needs only one thread.
-OMP_NUM_THREADS=1 timeout $((limit / 3)) "$python" -m pytest -q -p no:cacheprovider -n 4 -rs tests/cuda 2>&1 |
+# Four processes share the GPU. Each needs only one thread. After an interrupt, pytest still prints the failures.
+OMP_NUM_THREADS=1 timeout -s INT -k 10 $((limit / 3)) "$python" -m pytest -v -p no:cacheprovider -n 4 tests/cuda 2>&1 |
     tee "$out/tests.txt"
 tests=${PIPESTATUS[0]}
 
