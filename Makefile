@@ -4,6 +4,8 @@
 # make lint         checks lint and format with ruff
 # make format       rewrites files with ruff
 # make lock         resolves requirements.in into requirements.txt
+# make gpu-pack     packs what `make gpu` needs, into build/gpu
+# make gpu          runs tests/cuda and benchmarks/gpu.py on a machine with a GPU, without a network; OUT=output/gpu
 # make teacher      retrains a teacher of the quickstart (about 20 minutes on 2 cores); TEACHER=FasterRCNN
 
 PAIR ?= faster_rcnn-faster_rcnn
@@ -18,7 +20,7 @@ PACKAGES := $(CURDIR)/projects/GDetKD
 export PYTHONPATH := $(if $(DETECTRON2),$(abspath $(DETECTRON2)):)$(PACKAGES)
 export PYTHONWARNINGS := ignore
 
-.PHONY: quickstart test soak lint format lock teacher clean
+.PHONY: quickstart test soak lint format lock teacher gpu-pack gpu clean
 
 quickstart: $(INSTALLED)
 	$(PYTHON) tools/quickstart.py --pair $(PAIR)
@@ -42,6 +44,13 @@ format: $(INSTALLED)
 teacher: $(INSTALLED)
 	$(PYTHON) tools/make_teacher.py --config-file configs/quickstart/teacher-$(TEACHER).yaml \
 	    --output configs/quickstart/teacher-$(TEACHER).pth
+
+gpu-pack: $(INSTALLED)
+	$(PYTHON) tools/pack_for_gpu.py
+
+# Without $(INSTALLED): that machine cannot install anything.
+gpu:
+	bash tools/run_on_gpu.sh
 
 lock: $(VENV)/.uv
 	$(UV) compile --python $(PYTHON) --upgrade --universal --generate-hashes --no-header --no-emit-index-url \

@@ -18,5 +18,7 @@ def make_batch(images: int, height: int, width: int) -> List[Dict[str, Any]]:
         sides = (0.05 + 0.25 * torch.rand(OBJECTS, 2, generator=rng)) * torch.tensor([width, height])
         instances = Instances((height, width), gt_boxes=Boxes(torch.cat([corners, corners + sides], dim=1)))
         instances.gt_classes = torch.zeros(OBJECTS, dtype=torch.int64)
-        batch.append({"image": torch.randint(0, 256, (3, height, width), generator=rng), "instances": instances})
+        # A loader gives bytes. Wider numbers would take longer to copy to a GPU.
+        image = torch.randint(0, 256, (3, height, width), generator=rng, dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances})
     return batch

@@ -8,13 +8,14 @@ random. If you do not have the teacher's weights, use --random-weights.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
 import tempfile
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Tuple
 from unittest import mock
 
 from gdetkd.config_file import load_config
@@ -50,22 +51,32 @@ def parse_arguments(description: str) -> argparse.Namespace:
 def make_config(args: argparse.Namespace, folder: str) -> CfgNode:
     cfg = load_config(args.config_file, ["MODEL.DEVICE", args.device, *args.opts])
     if args.random_weights:
-        weights = Path(folder) / "random.pth"
-        torch.save({"model": read_teacher_file(cfg).build().state_dict()}, weights)
-        cfg.DISTILL.TEACHER.WEIGHTS = str(weights)
+        give_weights(cfg, read_teacher_file(cfg).build(), folder)
     return cfg
+
+
+def give_weights(cfg: CfgNode, teacher: torch.nn.Module, folder: str) -> None:
+    """Write the weights of a teacher that was built, and name the file in the config."""
+    weights = Path(folder) / "random.pth"
+    torch.save({"model": teacher.state_dict()}, weights)
+    cfg.DISTILL.TEACHER.WEIGHTS = str(weights)
 
 
 def build(cfg: CfgNode, losses: Tuple[str, ...], like: Any = None) -> GDetKD:
     """Build a distiller with some of the losses. It shares the teacher of the distiller `like`, if there is one."""
     cfg = cfg.clone()
     cfg.DISTILL.LOSSES = losses
-    return GDetKD(cfg, like.teacher if like else None).train()
+    # The detectors are on the device already. The losses are where Python made them.
+    return GDetKD(cfg, like.teacher if like else None).to(cfg.MODEL.DEVICE).train()
 
 
-def step(model: torch.nn.Module, batch: List[Dict[str, Any]]) -> None:
-    with EventStorage(LATE):
-        sum(model(batch).values()).backward()
+def step(
+    model: torch.nn.Module, batch: List[Dict[str, Any]], autocast: Callable[[], ContextManager] = nullcontext
+) -> None:
+    """Take a step without the optimizer. The forward pass runs within `autocast()`."""
+    with EventStorage(LATE), autocast():
+        total = sum(model(batch).values())
+    total.backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -111,16 +122,18 @@ def breakdown(model: GDetKD, batch: List[Dict[str, Any]], steps: int) -> Dict[st
     return {name: statistics.median(values[WARM_UP:]) for name, values in seconds.items()}
 
 
-def record_look(model: GDetKD, batch: List[Dict[str, Any]]) -> Any:
-    """Return the arguments with which the teacher looks in one step: the batch, and the student's regions."""
+def teachers_look(
+    model: GDetKD, batch: List[Dict[str, Any]], autocast: Callable[[], ContextManager] = nullcontext
+) -> "functools.partial[Any]":
+    """Return the teacher's forward pass on the regions of one step. Its second argument is the regions."""
     calls = []
     look_at = model.teacher.look_at
 
     def record(features: Any, *args: Any) -> Any:
-        calls.append((batch, *args))
+        calls.append(functools.partial(model.teacher.look, batch, *args))
         return look_at(features, *args)
 
-    with mock.patch.object(model.teacher, "look_at", record), EventStorage(LATE):
+    with mock.patch.object(model.teacher, "look_at", record), EventStorage(LATE), autocast():
         model(batch)
     return calls[0]
 
@@ -132,7 +145,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Any]:
     full = build(cfg, everything)
     distillers = {name: build(cfg, (name,), full) for name in everything} if len(everything) > 1 else {}
     distillers["all"] = full
-    look = record_look(full, batch)
+    look = teachers_look(full, batch)
     images = full.teacher.preprocess(batch).tensor
 
     def backbone() -> None:
@@ -142,7 +155,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Any]:
     works: Dict[str, Callable[[], Any]] = {
         "plain student": lambda: step(full.student, batch),
         "teacher, backbone": backbone,
-        "teacher, on the regions": lambda: full.teacher.look(*look),
+        "teacher, on the regions": look,
         "teacher, whole inference": lambda: inference(full.teacher.model, batch),
     }
     works.update({f"distilled, {name}": lambda model=model: step(model, batch) for name, model in distillers.items()})
@@ -154,7 +167,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Any]:
     return {
         "machine": machine(args.device),
         "images": [list(sample["image"].shape[1:]) for sample in batch],
-        "regions": len(look[1]),
+        "regions": len(look.args[1]),
         "seconds": {name: quartiles(values) for name, values in seconds.items()},
         "megabytes": megabytes,
         "ratio_to_floor": middle["distilled, all"] / floor,

@@ -11,7 +11,7 @@ WARM_UP = 3
 
 def quartiles(values: List[float]) -> List[float]:
     """Return the lower quartile, the median and the upper quartile."""
-    return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 
 
 def machine(device: str) -> str:

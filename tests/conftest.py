@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_leaves
 
 from isolation import isolated  # noqa: F401  an autouse fixture
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests run on the CPU, also on a machine with GPUs
 # Do not read the datasets that `make quickstart` generated in this checkout.
 os.environ["DETECTRON2_DATASETS"] = "/there/are/no/datasets"
+CUDA_TESTS = Path(__file__).resolve().parent / "cuda"
 NUM_CLASSES = 3
 TINY = {
     "MODEL.DEVICE": "cpu",
@@ -151,8 +151,22 @@ def make_batch(sizes=((64, 64), (64, 48)), boxes_each: int = 3, seed: int = 0) -
 
 
 def pytest_configure(config):
-    """Let pytest-randomly choose only the order of the tests. `isolated` seeds the random numbers."""
+    """Let pytest-randomly choose only the order of the tests. `isolated` seeds the random numbers.
+
+    Hide GPUs, unless only tests of tests/cuda run. The other tests are of the CPU, also on a machine with GPUs.
+    """
     config.option.randomly_reset_seed = False
+    named = [Path(argument.partition("::")[0]).resolve() for argument in config.args]
+    if not all(CUDA_TESTS in (path, *path.parents) for path in named):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request) -> str:
+    """Return the device of a test in tests/cuda. The case of a GPU is skipped if there is none, or if it is hidden."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU and a run of tests/cuda alone")
+    return request.param
 
 
 @pytest.fixture(scope="session", autouse=True)

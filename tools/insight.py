@@ -68,7 +68,7 @@ def main() -> None:
     run = FinishedRun(args.run)
     cfg = configure(run, args)
     baseline = FinishedRun(cfg.DISTILL.INSIGHT.BASELINE) if cfg.DISTILL.INSIGHT.BASELINE else None
-    distiller = GDetKD(cfg)
+    distiller = GDetKD(cfg).to(cfg.MODEL.DEVICE)  # the losses too, as `build_model` does it in a training
     probe = load_probe(cfg, distiller.teacher)
     file = RecordFile(args.run)
     look_at_checkpoints(run, distiller, probe, file)

@@ -7,7 +7,7 @@ pyramid levels of a small detector. Colour is a hint at the class, but not a cer
 import colorsys
 import json
 import os
-from typing import Any, Dict, List, Tuple
+from typing import Any, Collection, Dict, List, Tuple
 
 import numpy as np
 import pycocotools.mask
@@ -33,16 +33,18 @@ SPLITS = {
 }
 
 
-def make_shapes(folder: str) -> None:
-    """Write `<split>.json` and `<split>/*.png` of all splits, unless they are complete already.
+def make_shapes(folder: str, splits: Collection[str] = tuple(SPLITS)) -> None:
+    """Write `<split>.json` and `<split>/*.png` of the splits, unless they are complete already.
 
     Args:
         folder: created if it does not exist.
+        splits: names in SPLITS.
 
     Raises:
         GDetKDError: OpenCV is not installed.
     """
-    for split, (count, seed) in SPLITS.items():
+    for split in splits:
+        count, seed = SPLITS[split]
         annotations = os.path.join(folder, f"{split}.json")
         if os.path.exists(annotations):
             continue
