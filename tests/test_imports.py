@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "projects" / "GDetKD" / "gdetkd"
 FLOORS = (
     ("_compat", "errors", "files", "metrics_file", "program", "random_state", "recorder", "structures"),
     ("figures", "inference", "regions", "safe_load", "weights_layout"),
-    ("detectors", "losses"),
+    ("backbones", "detectors", "losses"),
     ("config", "config_file"),
     ("data",),
     ("teacher", "teacher_file"),
@@ -23,6 +23,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms on one floor that may not look into each other either.
 ALONE = {
     "figures": set(),
+    "backbones": {"errors", "safe_load", "weights_layout"},
     "losses": {"errors", "structures"},
     "detectors": {"errors", "recorder", "regions", "structures"},
 }

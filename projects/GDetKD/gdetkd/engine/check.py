@@ -9,16 +9,16 @@ from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 from torch import nn
 
+from ..backbones import find_bottom_up
 from ..data.train_loader import images_per_process
 from ..errors import GDetKDError, some
 from ..losses.classes import match_classes, other_names
 from ..structures import DetectorSpec
 from .forward_guard import BROKEN
 from .preflight import load_dataset
-from .preprocessing import USUAL, Preprocessing, preprocessing_of, with_channels_swapped
+from .preprocessing import USUAL, Preprocessing, other_than_pretrained, preprocessing_of, with_channels_swapped
 from .sample_score import SampleScore, score_on_sample
 from .step_costs import StepCost, TermCost, measure_steps, measure_terms
-from .student_weights import backbone_message
 from .trainer import DistillTrainer
 
 BATCHES = 4
@@ -100,9 +100,13 @@ class Check:
         total = len(self._student.state_dict())
         left = total - len(checkpointer.unloaded)
         lines.append(f"Student's weights: {f'{path}, {left} of {total} tensors' if path else 'none, from scratch'}.")
-        backbone = checkpointer.unloaded_backbone()
-        if path and backbone:
-            self.problems.append(backbone_message(path, backbone))
+        if checkpointer.pretrained:
+            bottom_up = find_bottom_up(self._student)
+            lines.append(f"Backbone's weights: {bottom_up.weights}, {len(checkpointer.pretrained)} tensors.")
+            if message := other_than_pretrained(self._student, self._cfg.INPUT.FORMAT):
+                self.problems.append(message)
+        if path and checkpointer.unloaded_backbone():
+            self.problems.append(checkpointer.backbone_message(path))
         return "\n".join(lines)
 
     def _classes(self) -> str:
