@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Tuple
 
 import gdetkd  # noqa: F401  imported first, because it prepares the import of Detectron2
+from gdetkd.backbones.config import node_of
 from gdetkd.config import without_gdetkd_keys
 from gdetkd.config_file import load_config
 from gdetkd.engine import build_plain_student
@@ -97,6 +98,8 @@ def _to_onnx(model: nn.Module, example: torch.Tensor, output: Path) -> None:
 def write_plain_config(cfg: CfgNode, weights: str, output: Path) -> None:
     """Write the student's config for plain Detectron2, with the path of the weights.
 
+    A backbone of torchvision or timm keeps its node of keys, which the user adds by `add_backbone_config`.
+
     Raises:
         GDetKDError: plain Detectron2 cannot build the detector from a yaml file.
     """
@@ -106,6 +109,9 @@ def write_plain_config(cfg: CfgNode, weights: str, output: Path) -> None:
             "Plain Detectron2 cannot build FCOS from a yaml file. See docs/deploy.md, or export to .ts or .onnx."
         )
     plain.MODEL.WEIGHTS = os.path.abspath(weights)
+    if node := node_of(cfg):
+        plain.MODEL[node].WEIGHTS = ""  # the student's weights replace the ImageNet weights
+        print("The config needs gdetkd.backbones.add_backbone_config(cfg) before it is merged: see docs/deploy.md.")
     output.write_text(plain.dump())
     print(output)
 

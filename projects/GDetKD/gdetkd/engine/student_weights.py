@@ -52,9 +52,11 @@ class StudentCheckpointer(DurableCheckpointer):
         self.pretrained = [name for name in self.pretrained if name in left]
         # Old files lack the number of batches that a BatchNorm layer has seen, and it has no effect.
         self.unloaded = sorted(key for key in left - set(self.pretrained) if not key.endswith("num_batches_tracked"))
-        if not self._resuming and not set(self.model.state_dict()) - left:
+        # Torch itself fills in a BatchNorm's count of batches that a file lacks.
+        own = {name for name in self.model.state_dict() if not name.endswith("num_batches_tracked")}
+        if not self._resuming and not own - left:
             raise GDetKDError(
-                f"MODEL.WEIGHTS {self._path!r} fits none of the student's {len(left)} tensors by name and shape. Give "
+                f"MODEL.WEIGHTS {self._path!r} fits none of the student's {len(own)} tensors by name and shape. Give "
                 f"a file that belongs to MODEL.BACKBONE and {self._backbone_node()}. To train from scratch, empty "
                 f"MODEL.WEIGHTS.{self._hint()}"
             )
