@@ -178,7 +178,7 @@ def test_images_are_not_reported_without_the_file_or_if_they_are_right(weights, 
 
 def test_the_check_shows_the_file_and_compares_the_images(weights, tmp_path):
     sound, wrong = (Check(run_keys(weights[0], tmp_path, changes)) for changes in ({}, WRONG_IMAGES[2]))
-    assert f"Backbone's weights: {weights[0]}, 240 tensors." in sound.run() and sound.problems == []
+    assert f"none, from scratch; backbone: {weights[0]}, 240 tensors." in sound.run() and sound.problems == []
     wrong.run()
     assert len(wrong.problems) == 1 and "expects images in RGB" in wrong.problems[0]
 

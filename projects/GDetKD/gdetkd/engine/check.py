@@ -16,7 +16,7 @@ from ..losses.classes import match_classes, other_names
 from ..structures import DetectorSpec
 from .forward_guard import BROKEN
 from .preflight import load_dataset
-from .preprocessing import USUAL, Preprocessing, other_than_pretrained, preprocessing_of, with_channels_swapped
+from .preprocessing import USUAL, Preprocessing, preprocessing_of, with_channels_swapped
 from .sample_score import SampleScore, score_on_sample
 from .step_costs import StepCost, TermCost, measure_steps, measure_terms
 from .trainer import DistillTrainer
@@ -99,14 +99,12 @@ class Check:
         checkpointer, path = self._trainer.checkpointer, self._cfg.MODEL.WEIGHTS
         total = len(self._student.state_dict())
         left = total - len(checkpointer.unloaded)
-        lines.append(f"Student's weights: {f'{path}, {left} of {total} tensors' if path else 'none, from scratch'}.")
-        if checkpointer.pretrained:
-            bottom_up = find_bottom_up(self._student)
-            lines.append(f"Backbone's weights: {bottom_up.weights}, {len(checkpointer.pretrained)} tensors.")
-            if message := other_than_pretrained(self._student, self._cfg.INPUT.FORMAT):
-                self.problems.append(message)
-        if path and checkpointer.unloaded_backbone():
-            self.problems.append(checkpointer.backbone_message(path))
+        pretrained = len(checkpointer.pretrained)
+        source = f"{path}, {left - pretrained} of {total} tensors" if path else "none, from scratch"
+        if pretrained:
+            source += f"; backbone: {find_bottom_up(self._student).weights}, {pretrained} tensors"
+        lines.append(f"Student's weights: {source}.")
+        self.problems += checkpointer.backbone_problems(path, self._cfg.INPUT.FORMAT)
         return "\n".join(lines)
 
     def _classes(self) -> str:

@@ -1,6 +1,5 @@
 """Load the student's weights, and find the tensors that a file leaves out."""
 
-import logging
 from typing import Any, Dict, List
 
 from torch import nn
@@ -8,8 +7,7 @@ from torch import nn
 from ..backbones import find_bottom_up, load_pretrained
 from ..errors import GDetKDError, some
 from .checkpoint import DurableCheckpointer
-
-logger = logging.getLogger(__name__)
+from .preprocessing import other_than_pretrained
 
 
 class StudentCheckpointer(DurableCheckpointer):
@@ -42,7 +40,8 @@ class StudentCheckpointer(DurableCheckpointer):
         """
         if not (resume and self.has_checkpoint()):
             self.pretrained = load_pretrained(self.model)
-            self.unloaded = [name for name in self.unloaded if name not in set(self.pretrained)]
+            loaded = set(self.pretrained)
+            self.unloaded = [name for name in self.unloaded if name not in loaded]
 
     def load_weights(self, checkpoint: Any) -> Any:
         if self._resuming and "run" in checkpoint and "run" in self.checkpointables:
@@ -84,23 +83,26 @@ class StudentCheckpointer(DurableCheckpointer):
                 f"initialised ({some(self.unloaded, 5)}). Give a checkpoint of this student and its config."
             )
 
-    def unloaded_backbone(self) -> List[str]:
-        """Return the unloaded tensors below the pyramid. Weights of detectors and of classifiers should hold them."""
-        return [name for name in self.unloaded if name.startswith("backbone.bottom_up.")]
+    def backbone_problems(self, path: str, input_format: str) -> List[str]:
+        """Return what is wrong with the weights that the backbone starts from. Nothing else would show it.
 
-    def warn_of_backbone(self, path: str) -> None:
-        """Warn of a backbone that starts from scratch although MODEL.WEIGHTS is given. Nothing else would show it."""
-        left = self.unloaded_backbone()
+        - MODEL.WEIGHTS is given, but leaves tensors of the backbone out. Detectors' and classifiers' files hold them.
+        - The student's images are not those that the backbone's ImageNet weights expect.
+
+        Args:
+            path: MODEL.WEIGHTS.
+            input_format: INPUT.FORMAT.
+        """
+        problems = []
+        left = [name for name in self.unloaded if name.startswith("backbone.bottom_up.")]
         if path and left:
-            logger.warning(self.backbone_message(path))
-
-    def backbone_message(self, path: str) -> str:
-        """Return the warning of a backbone that MODEL.WEIGHTS leaves out."""
-        left = self.unloaded_backbone()
-        return (
-            f"MODEL.WEIGHTS {path!r} leaves {len(left)} tensors of the student's backbone as they were initialised "
-            f"({left[0]}, ...). Check that the file belongs to {self._backbone_node()}."
-        )
+            problems.append(
+                f"MODEL.WEIGHTS {path!r} leaves {len(left)} tensors of the student's backbone as they were initialised "
+                f"({left[0]}, ...). Check that the file belongs to {self._backbone_node()}."
+            )
+        if self.pretrained and (message := other_than_pretrained(self.model, input_format)):
+            problems.append(message)
+        return problems
 
     def _backbone_node(self) -> str:
         bottom_up = find_bottom_up(self.model)

@@ -37,7 +37,6 @@ from .loss_scalars import LossScalars
 from .optimizer import build_optimizer, exempt_from_decay
 from .optimizer_step import GuardedAMPTrainer, GuardedTrainer, StepAgreement
 from .preflight import check_architecture, check_datasets, check_student, check_student_classes
-from .preprocessing import other_than_pretrained
 from .resume import DistillState, RunRecord, warn_of_other_data
 from .schedule import LossSchedule
 from .stopping import Interruptible, LeaveAtTheEnd, LeftEarly, StopRequest
@@ -198,9 +197,8 @@ class DistillTrainer(BareTrainer):
             if isinstance(self.data_loader, ResumableLoader):
                 self.data_loader.start_iter = self.start_iter
             return
-        self.checkpointer.warn_of_backbone(self.cfg.MODEL.WEIGHTS)
-        if self.checkpointer.pretrained and (message := other_than_pretrained(self.student, self.cfg.INPUT.FORMAT)):
-            logger.warning(message)
+        for problem in self.checkpointer.backbone_problems(self.cfg.MODEL.WEIGHTS, self.cfg.INPUT.FORMAT):
+            logger.warning(problem)
         if self.cfg.DISTILL.HEAD_TRANSFER and self.distiller is not None:
             transfer_heads(self.distiller.teacher.model, self.student)
 
