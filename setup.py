@@ -25,6 +25,6 @@ setup(
         "quickstart": ["opencv-python-headless"],
         "instaboost": ["instaboostfast"],
         "eval": ["faster-coco-eval"],
-        "timm": ["timm>=1.0.9"],
+        "timm": ["timm>=1.0.22"],
     },
 )

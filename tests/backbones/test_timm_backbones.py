@@ -175,7 +175,11 @@ def test_a_level_that_the_model_lacks_is_named():
         build_shapes(timm_cfg("test_convnext", changes={"MODEL.FPN.IN_FEATURES": ["res1", *LEVELS]}))
 
 
-def test_a_missing_timm_is_named(monkeypatch):
+def test_a_missing_or_old_timm_is_named(monkeypatch):
+    with monkeypatch.context() as old:
+        old.setattr(timm, "__version__", "1.0.9")
+        with pytest.raises(GDetKDError, match="timm is version 1.0.9, but must be 1.0.22"):
+            build_shapes(timm_cfg("test_efficientnet"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(GDetKDError, match="timm is not installed. Run: pip install timm"):
         build_shapes(timm_cfg("test_efficientnet"))

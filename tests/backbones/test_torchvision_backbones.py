@@ -1,5 +1,7 @@
 """Test that torchvision's classifiers work as backbones of all families, with the levels of their architectures."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision
@@ -21,7 +23,9 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from gdetkd.backbones import add_backbone_config, load_pretrained
 from gdetkd.backbones.blocks import frozen_blocks, probe_blocks
+from gdetkd.config_file import load_config
 from gdetkd.engine.config_rules import check_values
+from gdetkd.engine.preprocessing import other_than_pretrained
 from gdetkd.errors import GDetKDError
 
 # By model: the family to test it in, its channels at strides 4 to 32, and the nodes of torchvision that compute them.
@@ -37,6 +41,7 @@ MODELS = {
     "regnet_y_400mf": ("fcos", (48, 104, 208, 440), tuple(f"trunk_output.block{number}" for number in range(1, 5))),
     "resnet18": ("retinanet", (64, 128, 256, 512), ("layer1", "layer2", "layer3", "layer4")),
 }
+CONFIGS = Path(__file__).parents[2] / "configs"
 LEVELS = ["res2", "res3", "res4", "res5"]
 P2 = [f"backbone.fpn_{part}2.{kind}" for part in ("lateral", "output") for kind in ("weight", "bias")]
 SMALL = "mobilenet_v3_small"
@@ -197,6 +202,14 @@ def test_plain_detectron2_builds_it_after_one_import():
     plain.merge_from_list(["MODEL.BACKBONE.NAME", "build_torchvision_fpn_backbone"])
     plain.merge_from_list(["MODEL.TORCHVISION.TOP_BLOCK", "LastLevelP6P7"])
     assert build_shapes(plain).backbone.bottom_up.model_name == "mobilenet_v2"
+
+
+def test_the_config_for_cards_has_the_images_that_its_weights_expect():
+    cfg = load_config(str(CONFIGS / "cards" / "mobilenetv2-faster_rcnn.yaml"), ["MODEL.DEVICE", "cpu"])
+    check_values(cfg)
+    student = build_model(cfg)
+    assert other_than_pretrained(student, cfg.INPUT.FORMAT) == ""
+    assert sum(parameter.numel() for parameter in student.parameters()) == pytest.approx(2.95e6, rel=0.01)
 
 
 @pytest.mark.parametrize(

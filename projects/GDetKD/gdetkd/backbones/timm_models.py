@@ -19,6 +19,7 @@ from .preprocessing import of_unit_range
 from .pyramid import SimplePyramid, build_fpn, norm_builder, top_block
 
 KEY = "MODEL.TIMM.NAME"
+OLDEST = (1, 0, 22)  # earlier versions cannot build all models without memory
 
 
 class TimmBottomUp(LibraryBottomUp):
@@ -75,7 +76,13 @@ def _timm() -> ModuleType:
         raise GDetKDError(
             'MODEL.BACKBONE.NAME is "build_timm_fpn_backbone", but timm is not installed. Run: pip install timm'
         )
-    return importlib.import_module("timm")
+    timm = importlib.import_module("timm")
+    if tuple(map(int, timm.__version__.split(".")[:3])) < OLDEST:
+        raise GDetKDError(
+            f"timm is version {timm.__version__}, but must be {'.'.join(map(str, OLDEST))} or later. Run: "
+            "pip install --upgrade timm"
+        )
+    return timm
 
 
 def _last_maps(timm: ModuleType, name: str) -> Dict[str, int]:
