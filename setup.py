@@ -26,5 +26,6 @@ setup(
         "quickstart": ["opencv-python-headless"],
         "instaboost": ["instaboostfast"],
         "eval": ["faster-coco-eval"],
+        "timm": ["timm>=1.0.22"],
     },
 )

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "projects" / "GDetKD" / "gdetkd"
 FLOORS = (
     ("_compat", "device", "errors", "files", "metrics_file", "program", "random_state", "recorder", "structures"),
     ("figures", "inference", "regions", "safe_load", "weights_layout"),
-    ("detectors", "losses"),
+    ("backbones", "detectors", "losses"),
     ("config", "config_file", "dotted_keys", "old_names"),
     ("data",),
     ("teacher",),
@@ -26,6 +26,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that may import only these rooms of the package.
 ALONE = {
     "figures": set(),
+    "backbones": {"errors", "safe_load", "weights_layout"},
     "losses": {"errors", "structures"},
     "detectors": {"device", "errors", "recorder", "regions", "structures"},
 }

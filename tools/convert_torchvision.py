@@ -1,15 +1,20 @@
 #!/usr/bin/env python
-"""Convert torchvision's ImageNet weights of a ResNet to the backbone of a Detectron2 detector with an FPN.
+"""Get torchvision's ImageNet weights as a file for a detector's backbone.
 
 python tools/convert_torchvision.py resnet18 weights/R-18.pth [--input resnet18.pth]
+python tools/convert_torchvision.py mobilenet_v2 weights/mobilenet_v2.pth
 
-Detectron2's model zoo has no ResNet-18 or 34. The tool downloads the weights unless --input names a torchvision file.
+The tool downloads the weights unless --input names a torchvision file. It writes one of two files:
+
+- A ResNet for Detectron2's own ResNets, with Detectron2's names, for MODEL.WEIGHTS. Detectron2's model zoo has no
+  ResNet-18 or 34. From ResNet-50 on, set MODEL.RESNETS.STRIDE_IN_1X1 False, too.
+- Any other model, or a ResNet with --keep-names, for MODEL.TORCHVISION.WEIGHTS (docs/backbones.md).
+
 The detector that reads the result needs torchvision's preprocessing:
 
 - INPUT.FORMAT "RGB"
 - MODEL.PIXEL_MEAN [123.675, 116.280, 103.530]
 - MODEL.PIXEL_STD [58.395, 57.120, 57.375]
-- from ResNet-50 on also MODEL.RESNETS.STRIDE_IN_1X1 False
 """
 
 import argparse
@@ -21,6 +26,8 @@ from typing import Dict, Optional
 import torch
 import torchvision
 
+# Architectures that Detectron2 builds itself start like this.
+RESNETS = ("resnet", "resnext", "wide_resnet")
 # Name of an FPN's ResNet in Detectron2.
 PREFIX = "backbone.bottom_up."
 # Patterns of torchvision's names and the replacements for Detectron2, applied in this order.
@@ -47,6 +54,8 @@ def convert(weights: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
 
 def load(architecture: str, path: Optional[Path]) -> Dict[str, torch.Tensor]:
     """Return torchvision's weights from a file, or download them if there is no file."""
+    if architecture not in torchvision.models.list_models(torchvision.models):
+        sys.exit(f"torchvision has no classifier {architecture!r}. Choose one, such as resnet18 or mobilenet_v2.")
     if path is not None:
         return torch.load(path, map_location="cpu", weights_only=True)
     return torchvision.models.get_model(architecture, weights="IMAGENET1K_V1").state_dict()
@@ -54,16 +63,19 @@ def load(architecture: str, path: Optional[Path]) -> Dict[str, torch.Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("architecture", help="such as resnet18, resnet34, resnet50, resnext101_32x8d")
+    parser.add_argument("architecture", help="such as resnet18, resnext101_32x8d, mobilenet_v2")
     parser.add_argument("output", type=Path, help="the weights file to write")
     parser.add_argument("--input", type=Path, help="a torchvision weights file, instead of a download")
+    parser.add_argument("--keep-names", action="store_true", help="write a ResNet for MODEL.TORCHVISION.WEIGHTS")
     args = parser.parse_args()
     weights = load(args.architecture, args.input)
-    if "conv1.weight" not in weights or "layer4.0.conv1.weight" not in weights:
+    renames = args.architecture.startswith(RESNETS) and not args.keep_names
+    if renames and ("conv1.weight" not in weights or "layer4.0.conv1.weight" not in weights):
         sys.exit(f"{args.input or args.architecture} does not hold a torchvision ResNet. Choose one, such as resnet18.")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": convert(weights)}, args.output)
-    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
+    torch.save({"model": convert(weights) if renames else weights}, args.output)
+    key = "MODEL.WEIGHTS" if renames else "MODEL.TORCHVISION.WEIGHTS"
+    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, for {key}")
 
 
 if __name__ == "__main__":

@@ -15,14 +15,15 @@ import argparse
 import os
 import warnings
 from pathlib import Path
-from typing import Tuple
+from typing import Any, List, Tuple
 
 import gdetkd  # noqa: F401  imported first, because it prepares the import of Detectron2
+from gdetkd.backbones.config import node_of
 from gdetkd.config import without_gdetkd_keys
 from gdetkd.config_file import load_config
 from gdetkd.engine import build_plain_student
 from gdetkd.engine.student_weights import StudentCheckpointer
-from gdetkd.errors import GDetKDError
+from gdetkd.errors import GDetKDError, first_line
 from gdetkd.program import explained_errors
 
 import torch  # isort: skip
@@ -30,7 +31,9 @@ import torchvision  # noqa: F401  registers operators that the exported model us
 from detectron2.config import CfgNode
 from torch import nn
 
-OPSET = 16  # the first version whose RoIAlign is the one of Detectron2
+# The first version with antialiasing, by which a vision transformer resizes its position embedding. RoIAlign is the
+# one of Detectron2 from version 16 on.
+OPSET = 18
 OUTPUTS = ["boxes", "scores", "classes"]
 
 
@@ -77,6 +80,7 @@ def _to_torchscript(model: nn.Module, example: torch.Tensor, output: Path) -> No
 
 
 def _to_onnx(model: nn.Module, example: torch.Tensor, output: Path) -> None:
+    torch.onnx.register_custom_op_symbolic("aten::_upsample_bicubic2d_aa", _resize_smoothly, OPSET)
     try:
         torch.onnx.export(
             model,
@@ -88,14 +92,55 @@ def _to_onnx(model: nn.Module, example: torch.Tensor, output: Path) -> None:
             dynamic_axes={"image": {1: "height", 2: "width"}, **{name: {0: "found"} for name in OUTPUTS}},
             dynamo=False,
         )
+    except torch.onnx.errors.UnsupportedOperatorError as e:
+        raise GDetKDError(
+            f"The student has an operation that ONNX cannot save ({first_line(e)}). Export it to TorchScript."
+        ) from e
     except (ImportError, torch.onnx.OnnxExporterError) as e:
         raise GDetKDError(
             f"The export to ONNX needs a package that is not installed ({e}). Run: pip install onnx"
         ) from e
 
 
+def _resize_smoothly(graph: Any, image: Any, size: Any, align_corners: Any, scales: Any) -> Any:
+    """Translate torch's bicubic interpolation with antialiasing, for which torch's exporter has no translation.
+
+    Args:
+        graph: the graph to extend, as for all symbolic functions of torch.onnx.
+        image: (B, C, H, W).
+        size: new height and width, a list of numbers or one tensor.
+    """
+
+    def constant(values: List[float], dtype: torch.dtype) -> Any:
+        return graph.op("Constant", value_t=torch.tensor(values, dtype=dtype))
+
+    if size.node().kind() == "prim::ListConstruct":
+        numbers = [graph.op("Reshape", number, constant([1], torch.int64)) for number in size.node().inputs()]
+        size = graph.op("Concat", *numbers, axis_i=0)
+    shape = graph.op("Shape", image)
+    unchanged = graph.op("Slice", shape, constant([0], torch.int64), constant([2], torch.int64))
+    new_shape = graph.op(
+        "Concat", unchanged, graph.op("Cast", size, to_i=torch.onnx.TensorProtoDataType.INT64), axis_i=0
+    )
+    none = constant([], torch.float32)
+    return graph.op(
+        "Resize",
+        image,
+        none,
+        none,
+        new_shape,
+        mode_s="cubic",
+        antialias_i=1,
+        cubic_coeff_a_f=-0.5,  # as torch, which without antialiasing has -0.75
+        exclude_outside_i=1,
+        coordinate_transformation_mode_s="half_pixel",
+    )
+
+
 def write_plain_config(cfg: CfgNode, weights: str, output: Path) -> None:
     """Write the student's config for plain Detectron2, with the path of the weights.
+
+    A backbone of torchvision or timm keeps its node of keys, which the user adds by `add_backbone_config`.
 
     Raises:
         GDetKDError: plain Detectron2 cannot build the detector from a yaml file.
@@ -106,6 +151,9 @@ def write_plain_config(cfg: CfgNode, weights: str, output: Path) -> None:
             "Plain Detectron2 cannot build FCOS from a yaml file. See docs/deploy.md, or export to .ts or .onnx."
         )
     plain.MODEL.WEIGHTS = os.path.abspath(weights)
+    if node := node_of(cfg):
+        plain.MODEL[node].WEIGHTS = ""  # the student's weights replace the ImageNet weights
+        print("The config needs gdetkd.backbones.add_backbone_config(cfg) before it is merged: see docs/deploy.md.")
     output.write_text(plain.dump())
     print(output)
 

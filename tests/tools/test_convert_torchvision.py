@@ -1,4 +1,4 @@
-"""Test that a converted torchvision ResNet computes the same features as the original."""
+"""Test that a converted torchvision ResNet computes the same features, and that other models keep their names."""
 
 import importlib.util
 import subprocess
@@ -12,6 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from conftest import make_cfg
+from gdetkd.backbones import load_pretrained
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_torchvision.py"
 ARCHITECTURES = {
@@ -57,6 +58,21 @@ def test_another_file_is_refused(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and "does not hold a torchvision ResNet" in result.stderr
     assert not (tmp_path / "out.pth").exists()
+
+
+@pytest.mark.parametrize("architecture, flags", [("mobilenet_v3_small", []), ("resnet18", ["--keep-names"])])
+def test_other_models_keep_torchvisions_names(architecture, flags, tmp_path):
+    weights = torchvision.models.get_model(architecture, weights=None).state_dict()
+    torch.save(weights, tmp_path / "original.pth")
+    command = [sys.executable, TOOL, architecture, tmp_path / "out.pth", "--input", tmp_path / "original.pth", *flags]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert printed.rstrip().endswith("for MODEL.TORCHVISION.WEIGHTS")
+    cfg = make_cfg({"MODEL.BACKBONE.NAME": "build_torchvision_fpn_backbone", "MODEL.TORCHVISION.NAME": architecture})
+    cfg.MODEL.TORCHVISION.WEIGHTS = str(tmp_path / "out.pth")
+    detector = build_model(cfg)
+    load_pretrained(detector)
+    first = next(name for name in weights if name.endswith("weight"))
+    assert torch.equal(detector.state_dict()[f"backbone.bottom_up.{first}"], weights[first])
 
 
 def test_every_tensor_of_the_backbone_is_converted():

@@ -9,6 +9,8 @@ The authors of G-DetKD published no code, so the method's values have three sour
 
 from detectron2.config import CfgNode, get_cfg
 
+from .backbones import add_backbone_config
+from .backbones.config import node_of
 from .losses import DISTILL_LOSS_REGISTRY
 from .old_names import register_old_keys
 
@@ -52,6 +54,7 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
 
     _add_instaboost_node(cfg)
     _add_fcos_node(cfg)
+    add_backbone_config(cfg)
 
     cfg.DISTILL = CfgNode()
     # The student's own meta-architecture, which MODEL.META_ARCHITECTURE names in a plain run.
@@ -119,10 +122,17 @@ def plain_config(cfg: CfgNode) -> CfgNode:
 
 
 def without_gdetkd_keys(cfg: CfgNode) -> CfgNode:
-    """Return the config of the detector without GDetKD's keys, for plain Detectron2."""
+    """Return the config of the detector without GDetKD's keys, for plain Detectron2.
+
+    A backbone of `gdetkd.backbones` keeps the keys of its node, because it cannot be built without them.
+    """
     plain = plain_config(cfg).clone()
     plain.defrost()
+    node = node_of(cfg)
+    kept = plain.MODEL[node].clone() if node else None
     _keep_known(plain, get_cfg())
+    if kept is not None:
+        plain.MODEL[node] = kept
     return plain
 
 

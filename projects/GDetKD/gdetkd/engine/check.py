@@ -9,6 +9,7 @@ from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 from torch import nn
 
+from ..backbones import find_bottom_up
 from ..data.train_loader import images_per_process
 from ..errors import GDetKDError, some
 from ..losses.classes import match_classes, other_names
@@ -18,7 +19,6 @@ from .preflight import load_dataset
 from .preprocessing import USUAL, Preprocessing, preprocessing_of, with_channels_swapped
 from .sample_score import SampleScore, score_on_sample
 from .step_costs import StepCost, TermCost, measure_steps, measure_terms
-from .student_weights import backbone_message
 from .trainer import DistillTrainer
 
 BATCHES = 4
@@ -101,10 +101,12 @@ class Check:
         checkpointer, path = self._trainer.checkpointer, self._cfg.MODEL.WEIGHTS
         total = len(self._student.state_dict())
         left = total - len(checkpointer.unloaded)
-        lines.append(f"Student's weights: {f'{path}, {left} of {total} tensors' if path else 'none, from scratch'}.")
-        backbone = checkpointer.unloaded_backbone()
-        if path and backbone:
-            self.problems.append(backbone_message(path, backbone))
+        pretrained = len(checkpointer.pretrained)
+        source = f"{path}, {left - pretrained} of {total} tensors" if path else "none, from scratch"
+        if pretrained:
+            source += f"; backbone: {find_bottom_up(self._student).weights}, {pretrained} tensors"
+        lines.append(f"Student's weights: {source}.")
+        self.problems += checkpointer.backbone_problems(path, self._cfg.INPUT.FORMAT)
         return "\n".join(lines)
 
     def _classes(self) -> str:

@@ -10,6 +10,7 @@ from detectron2.modeling.proposal_generator.build import PROPOSAL_GENERATOR_REGI
 from detectron2.utils.registry import Registry
 
 from .._compat import has_compiled_ops
+from ..backbones.config import added_levels, node_of, wrong_values
 from ..config import student_architecture
 from ..dotted_keys import get_key
 from ..errors import GDetKDError
@@ -109,7 +110,7 @@ def check_parts(cfg: CfgNode) -> None:
 
 
 def _wrong_parts(cfg: CfgNode) -> List[str]:
-    return _unknown_names(cfg) + _unsupported(cfg) + _wrong_levels(cfg)
+    return _unknown_names(cfg) + _unsupported(cfg) + wrong_values(cfg) + _wrong_levels(cfg)
 
 
 def _refuse(wrong: List[str]) -> None:
@@ -164,13 +165,14 @@ def _unsupported(cfg: CfgNode) -> List[str]:
 def _wrong_levels(cfg: CfgNode) -> List[str]:
     """Compare the levels that the heads read with those of the pyramid, and the anchors with the levels.
 
-    Only Detectron2's backbones, heads and generators are checked, because other parts may read other keys.
+    Only Detectron2's and GDetKD's parts are checked, because other parts may read other keys.
     """
     keys = _level_keys(cfg)
     wrong = []
-    if cfg.MODEL.BACKBONE.NAME in TOP_LEVELS:
+    top = added_levels(cfg) if node_of(cfg) else TOP_LEVELS.get(cfg.MODEL.BACKBONE.NAME)
+    if top is not None:
         made = [name.replace("res", "p") for name in cfg.MODEL.FPN.IN_FEATURES]
-        made += TOP_LEVELS[cfg.MODEL.BACKBONE.NAME]
+        made += top
         for key in keys:
             lacking = [name for name in get_key(cfg, key) if name not in made]
             if lacking:

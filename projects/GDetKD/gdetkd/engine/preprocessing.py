@@ -1,35 +1,13 @@
-"""Describe how a detector's images are made, and let a teacher see images made in another way."""
+"""Find out how a detector's images are made, and let a teacher see images made in another way."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
+from torch import nn
 
+from ..backbones import Preprocessing, find_bottom_up
 from ..teacher import FrozenTeacher
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """Describe how a detector's images are made from RGB pixels of 0 to 255.
-
-    Attributes:
-        input_format: order of the channels, "RGB" or "BGR".
-        mean: subtracted from the pixels, in that order.
-        std: divides the pixels then, in that order.
-    """
-
-    input_format: str
-    mean: Tuple[float, ...]
-    std: Tuple[float, ...]
-
-    def __str__(self) -> str:
-        return f"{self.input_format}, mean {_numbers(self.mean)}, std {_numbers(self.std)}"
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return "(" + ", ".join(f"{value:g}" for value in values) + ")"
-
 
 # Detectors in circulation were trained with these.
 USUAL = (
@@ -53,6 +31,22 @@ def preprocessing_of(model: Any, input_format: str) -> Optional[Preprocessing]:
         return None
     mean, std = (tuple(round(v, 3) for v in part.flatten().tolist()) for part in (model.pixel_mean, model.pixel_std))
     return Preprocessing(input_format, mean, std)
+
+
+def other_than_pretrained(student: nn.Module, input_format: str) -> str:
+    """Compare a student's images with those that its backbone's ImageNet weights expect.
+
+    Returns:
+        a message about a difference, or "" if there is none or if the backbone does not state what it expects.
+    """
+    bottom_up, images = find_bottom_up(student), preprocessing_of(student, input_format)
+    if bottom_up is None or images is None or images.agrees_with(bottom_up.preprocessing):
+        return ""
+    return (
+        f"The backbone starts from {bottom_up.key} {bottom_up.weights!r}, which expects images in "
+        f"{bottom_up.preprocessing}, but the student's images are in {images}. So the weights are worth little. Set "
+        f"{bottom_up.preprocessing.as_keys()}."
+    )
 
 
 @contextmanager

@@ -1,14 +1,13 @@
 """Load the student's weights, and find the tensors that a file leaves out."""
 
-import logging
 from typing import Any, Dict, List
 
 from torch import nn
 
+from ..backbones import find_bottom_up, load_pretrained
 from ..errors import GDetKDError, some
 from .checkpoint import DurableCheckpointer
-
-logger = logging.getLogger(__name__)
+from .preprocessing import other_than_pretrained
 
 
 class StudentCheckpointer(DurableCheckpointer):
@@ -19,11 +18,14 @@ class StudentCheckpointer(DurableCheckpointer):
 
     Attributes:
         unloaded: names of the student's tensors that no file has set yet.
+        pretrained: names of the student's tensors that the backbone's file of ImageNet weights has set, and no file
+            since.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", **checkpointables: Any) -> None:
         super().__init__(model, save_dir, **checkpointables)
         self.unloaded: List[str] = list(model.state_dict())
+        self.pretrained: List[str] = []
         self._resuming = False
         self._path = ""  # the file that was loaded last
 
@@ -31,17 +33,31 @@ class StudentCheckpointer(DurableCheckpointer):
         self._resuming = resume and self.has_checkpoint()
         return super().resume_or_load(path, resume=resume)
 
+    def start_backbone(self, resume: bool) -> None:
+        """Start a backbone of `gdetkd.backbones` from its ImageNet weights, unless a checkpoint is resumed.
+
+        Call this before `resume_or_load`: MODEL.WEIGHTS may replace these weights.
+        """
+        if not (resume and self.has_checkpoint()):
+            self.pretrained = load_pretrained(self.model)
+            loaded = set(self.pretrained)
+            self.unloaded = [name for name in self.unloaded if name not in loaded]
+
     def load_weights(self, checkpoint: Any) -> Any:
         if self._resuming and "run" in checkpoint and "run" in self.checkpointables:
             self.checkpointables["run"].load_state_dict(checkpoint.pop("run"))
         incompatible = super().load_weights(checkpoint)
         left = {*incompatible.missing_keys, *(key for key, _, _ in incompatible.incorrect_shapes)}
+        self.pretrained = [name for name in self.pretrained if name in left]
         # Old files lack the number of batches that a BatchNorm layer has seen, and it has no effect.
-        self.unloaded = sorted(key for key in left if not key.endswith("num_batches_tracked"))
-        if not self._resuming and not set(self.model.state_dict()) - left:
+        self.unloaded = sorted(key for key in left - set(self.pretrained) if not key.endswith("num_batches_tracked"))
+        # Torch itself fills in a BatchNorm's count of batches that a file lacks.
+        own = {name for name in self.model.state_dict() if not name.endswith("num_batches_tracked")}
+        if not self._resuming and not own - left:
             raise GDetKDError(
-                f"MODEL.WEIGHTS {self._path!r} fits none of the student's {len(left)} tensors by name and shape. Give "
-                "a file that belongs to MODEL.BACKBONE and MODEL.RESNETS. To train from scratch, empty MODEL.WEIGHTS."
+                f"MODEL.WEIGHTS {self._path!r} fits none of the student's {len(own)} tensors by name and shape. Give "
+                f"a file that belongs to MODEL.BACKBONE and {self._backbone_node()}. To train from scratch, empty "
+                f"MODEL.WEIGHTS.{self._hint()}"
             )
         other = self.unloaded + incompatible.unexpected_keys
         if self._resuming and other and "trainer" in self.checkpointables:  # an evaluation may leave tensors out
@@ -68,20 +84,31 @@ class StudentCheckpointer(DurableCheckpointer):
                 f"initialised ({some(self.unloaded, 5)}). Give a checkpoint of this student and its config."
             )
 
-    def unloaded_backbone(self) -> List[str]:
-        """Return the unloaded tensors below the pyramid. Weights of detectors and of classifiers should hold them."""
-        return [name for name in self.unloaded if name.startswith("backbone.bottom_up.")]
+    def backbone_problems(self, path: str, input_format: str) -> List[str]:
+        """Return what is wrong with the weights that the backbone starts from. Nothing else would show it.
 
-    def warn_of_backbone(self, path: str) -> None:
-        """Warn of a backbone that starts from scratch although MODEL.WEIGHTS is given. Nothing else would show it."""
-        left = self.unloaded_backbone()
+        - MODEL.WEIGHTS is given, but leaves tensors of the backbone out. Detectors' and classifiers' files hold them.
+        - The student's images are not those that the backbone's ImageNet weights expect.
+
+        Args:
+            path: MODEL.WEIGHTS.
+            input_format: INPUT.FORMAT.
+        """
+        problems = []
+        left = [name for name in self.unloaded if name.startswith("backbone.bottom_up.")]
         if path and left:
-            logger.warning(backbone_message(path, left))
+            problems.append(
+                f"MODEL.WEIGHTS {path!r} leaves {len(left)} tensors of the student's backbone as they were initialised "
+                f"({left[0]}, ...). Check that the file belongs to {self._backbone_node()}."
+            )
+        if self.pretrained and (message := other_than_pretrained(self.model, input_format)):
+            problems.append(message)
+        return problems
 
+    def _backbone_node(self) -> str:
+        bottom_up = find_bottom_up(self.model)
+        return "MODEL.RESNETS" if bottom_up is None else bottom_up.key.rpartition(".")[0]
 
-def backbone_message(path: str, unloaded: List[str]) -> str:
-    """Return the warning of a backbone that MODEL.WEIGHTS leaves out."""
-    return (
-        f"MODEL.WEIGHTS {path!r} leaves {len(unloaded)} tensors of the student's backbone as they were initialised "
-        f"({unloaded[0]}, ...). Check that the file belongs to MODEL.RESNETS."
-    )
+    def _hint(self) -> str:
+        bottom_up = find_bottom_up(self.model)
+        return "" if bottom_up is None else f" ImageNet weights of the backbone belong into {bottom_up.key}."

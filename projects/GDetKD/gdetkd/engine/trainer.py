@@ -186,13 +186,20 @@ class DistillTrainer(BareTrainer):
         return [*hooks, *last, self._guard, LeaveAtTheEnd(self._request)]
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Resume, or load MODEL.WEIGHTS into the student and then the teacher's heads if the config asks for them."""
+        """Resume, or load what the config asks for, in this order.
+
+        - The backbone's ImageNet weights, if it is a backbone of `gdetkd.backbones`.
+        - MODEL.WEIGHTS into the student.
+        - The teacher's heads.
+        """
+        self.checkpointer.start_backbone(resume)
         super().resume_or_load(resume)
         if self.start_iter > 0:
             if isinstance(self.data_loader, ResumableLoader):
                 self.data_loader.start_iter = self.start_iter
             return
-        self.checkpointer.warn_of_backbone(self.cfg.MODEL.WEIGHTS)
+        for problem in self.checkpointer.backbone_problems(self.cfg.MODEL.WEIGHTS, self.cfg.INPUT.FORMAT):
+            logger.warning(problem)
         if self.cfg.DISTILL.HEAD_TRANSFER and self.distiller is not None:
             transfer_heads(self.distiller.teacher.model, self.student)
 
