@@ -26,7 +26,6 @@ quickstart: $(INSTALLED)
 	$(PYTHON) tools/quickstart.py --pair $(PAIR)
 
 # Run a process for each core, up to four, with one thread each: tiny detectors gain nothing from more threads.
-
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
