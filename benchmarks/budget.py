@@ -117,8 +117,7 @@ def run_items(
             # As text, because the error itself would hold tensors.
             error = f"{type(e).__name__}: {first_line(e)}"
             failed[name] = {"error": error, "traceback": traceback.format_exc()}
-        if name not in missed:
+        if torch.cuda.is_initialized():  # the next item needs the memory
             gc.collect()
-        if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         keep(missed + list(items)[index + 1 :], failed)

@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ def describe(args: argparse.Namespace, words: Sequence[str], image_size: Tuple[i
 
     The command lacks --output, which is a folder of this machine.
     """
-    command = re.sub(r" --output[ =]\S+", "", " ".join(["python benchmarks/gpu.py", *words]))
+    command = re.sub(r" --output[ =]\S+", "", shlex.join(["python", "benchmarks/gpu.py", *words]))
     on_gpu = args.device == "cuda"
     return {
         "card": torch.cuda.get_device_name() if on_gpu else None,

@@ -24,7 +24,7 @@ PRECISIONS = {"cpu": ("bfloat16",), "cuda": ("float32", "float16", "bfloat16")}
 # Largest difference from float32 on a CPU, relative to the loss, and in the loss itself. On a CPU, bfloat16
 # differs by up to 0.07. A box loss differs by up to 0.012: a proposal that hardly overlaps enough may not count.
 HALF = (0.15, 0.02)
-TOLERANCES = {"float32": (1e-3, 1e-4), "float16": HALF, "bfloat16": HALF}
+TOLERANCES = {"float32": (2e-3, 1e-3), "float16": HALF, "bfloat16": HALF}
 # Any loss above 2, times this scale, is infinite in float32.
 TOO_LARGE, ORDINARY = 2.0**127, 4.0
 CASES = [("cpu", pair) for pair in PAIRS_ON_CPU] + [("cuda", pair) for pair in PAIRS]
@@ -42,7 +42,8 @@ def test_three_steps_have_the_losses_of_a_cpu(pair_cfg, monkeypatch, device, pai
     expected = train(start(pair_cfg, pair, "cpu", "float32"))
     for precision in PRECISIONS[device]:
         relative, absolute = TOLERANCES[precision]
-        with monkeypatch.context() as patch, torch.backends.cudnn.flags(allow_tf32=False):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.backends.cudnn, "allow_tf32", False)
             if precision != "float32":
                 use_amp(patch, device, getattr(torch, precision))
             trainer = start(pair_cfg, pair, device, precision)
