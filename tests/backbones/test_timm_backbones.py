@@ -110,8 +110,10 @@ def test_tensors_have_timms_names():
     assert [name[len(prefix) :] for name in names] == [name for name in original if not name.startswith(head)]
 
 
-@pytest.mark.parametrize("student, teacher", [("test_efficientnet", TRANSFORMER), (TRANSFORMER, "test_efficientnet")])
-@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
+@pytest.mark.parametrize(
+    "student, teacher, family",
+    [("test_efficientnet", TRANSFORMER, "faster_rcnn"), (TRANSFORMER, "test_efficientnet", "retinanet")],
+)
 def test_pairs_learn(pair_cfg, student, teacher, family):
     keys = [backbone_keys("TIMM", name, family) for name in (student, teacher)]
     del keys[0]["MODEL.META_ARCHITECTURE"]  # it stands under DISTILL

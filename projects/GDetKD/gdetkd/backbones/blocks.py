@@ -30,7 +30,7 @@ class Block:
     @property
     def map_stride(self) -> int:
         """Return the stride of an output that is a feature map (B, C, H, W), or 0 for another output."""
-        return _stride(self.output.shape[2:]) if _is_4d(self.output) else 0
+        return map_stride(self.output)
 
     @property
     def stride(self) -> int:
@@ -72,6 +72,11 @@ def probe_blocks(
         for module in training:
             module.training = True
     return calls, image, output
+
+
+def map_stride(output: Any) -> int:
+    """Return the stride of a feature map (B, C, H, W) of the image of `probe_blocks`, or 0 for another output."""
+    return _stride(output.shape[2:]) if _is_4d(output) else 0
 
 
 def named_blocks(module: nn.Module, prefix: str = "") -> Iterator[Tuple[str, nn.Module]]:

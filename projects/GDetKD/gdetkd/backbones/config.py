@@ -80,7 +80,7 @@ def wrong_values(cfg: CfgNode) -> List[str]:
     return wrong
 
 
-def check_values(cfg: CfgNode) -> None:
+def check_backbone_values(cfg: CfgNode) -> None:
     """
     Raises:
         GDetKDError: a key of the config's backbone has an invalid value.

@@ -49,8 +49,8 @@ def load_pretrained(detector: nn.Module) -> List[str]:
         bottom_up.preprocessing,
         some([name for name in given if name not in own]) or "none",
     )
-    loaded = {id(module): prefix for prefix, module in detector.named_modules()}[id(bottom_up.library_module)]
-    return [f"{loaded}.{name}" for name in own]
+    prefix = next(name for name, module in detector.named_modules() if module is bottom_up.library_module)
+    return [f"{prefix}.{name}" for name in own]
 
 
 def _check_path(bottom_up: LibraryBottomUp) -> None:

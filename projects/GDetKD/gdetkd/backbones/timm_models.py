@@ -12,9 +12,9 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import nn
 
 from ..errors import GDetKDError
-from .blocks import probe_blocks
+from .blocks import map_stride, probe_blocks
 from .bottom_up import LibraryBottomUp
-from .config import check_levels, check_model_name, check_values, level_of
+from .config import check_backbone_values, check_levels, check_model_name, level_of
 from .preprocessing import of_unit_range
 from .pyramid import SimplePyramid, build_fpn, norm_builder, top_block
 
@@ -53,7 +53,9 @@ class TimmBottomUp(LibraryBottomUp):
         self.preprocessing = of_unit_range(features.pretrained_cfg["mean"], features.pretrained_cfg["std"])
         self.model, self._indices = features.model, features.out_indices
         blocks, _, maps = probe_blocks(f"{KEY} {config.NAME!r}", self.model, self._maps)
-        self._channels = {level: level_map.shape[1] for level, level_map in zip(self._levels, maps)}
+        made = {level_of(map_stride(feature_map)): feature_map.shape[1] for feature_map in maps}
+        check_levels(KEY, config.NAME, self._levels, made)
+        self._channels = {level: made[level] for level in self._levels}
         layers = importlib.import_module("timm.layers")
         # Detectron2's conversion would lose the activation that timm has in its norms.
         self.set_norm(config.NORM, layers.freeze_batch_norm_2d, layers.convert_sync_batchnorm)
@@ -133,7 +135,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     Raises:
         GDetKDError: a value is invalid, or timm is not installed.
     """
-    check_values(cfg)
+    check_backbone_values(cfg)
     bottom_up, config = TimmBottomUp(cfg), cfg.MODEL.FPN
     if not bottom_up.is_plain:
         return build_fpn(cfg, bottom_up)

@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import GDetKDError
 from .blocks import Block, keep_only, probe_blocks
 from .bottom_up import LibraryBottomUp
-from .config import check_levels, check_model_name, check_values, level_of
+from .config import check_backbone_values, check_levels, check_model_name, level_of
 from .preprocessing import of_unit_range
 from .pyramid import build_fpn
 
@@ -98,5 +98,5 @@ def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     Raises:
         GDetKDError: a value is invalid.
     """
-    check_values(cfg)
+    check_backbone_values(cfg)
     return build_fpn(cfg, TorchvisionBottomUp(cfg))
