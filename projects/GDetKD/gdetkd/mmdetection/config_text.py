@@ -152,9 +152,11 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Dict[str, Any]
     """Lay a config over another one. Dictionaries merge, unless the upper one says `_delete_=True`."""
     merged = dict(below)
     for key, value in above.items():
-        if isinstance(value, dict):
-            kept = {} if value.get("_delete_") or not isinstance(merged.get(key), dict) else merged[key]
-            merged[key] = _merge(kept, {name: item for name, item in value.items() if name != "_delete_"})
-        else:
+        if not isinstance(value, dict):
             merged[key] = value
+            continue
+        lower = {} if value.get("_delete_") else merged.get(key)
+        changes = {name: item for name, item in value.items() if name != "_delete_"}
+        if not isinstance(lower, Unreadable):  # changes to an unknown value give an unknown value
+            merged[key] = _merge(lower if isinstance(lower, dict) else {}, changes)
     return merged

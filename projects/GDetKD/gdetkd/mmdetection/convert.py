@@ -59,15 +59,19 @@ def convert(path: str, config_file: str = "", drop_masks: bool = False) -> Conve
         UntrustedFileError, DamagedFileError, UnreadableFileError: see `read_weights`.
         GDetKDError: the detector has something that Detectron2 cannot do, or that is not known here.
     """
-    checkpoint = read_checkpoint(path, config_file)
+    return convert_checkpoint(read_checkpoint(path, config_file), drop_masks)
+
+
+def convert_checkpoint(checkpoint: MMDetCheckpoint, drop_masks: bool = False) -> Converted:
+    """Convert a checkpoint that is read already. See `convert`."""
     if drop_masks:
         checkpoint = _without_masks(checkpoint)
-    model = checkpoint.model
+    model, path = checkpoint.model, checkpoint.path
     kind = kind_of(model)
     if kind not in DETECTORS:
         raise GDetKDError(
-            f"The detector in {path!r} is a {kind or 'model without a type'}. Only mmdetection's {either(DETECTORS)} can "
-            "be converted. Choose another checkpoint."
+            f"The detector in {path!r} is a {kind or 'model without a type'}. Only a {either(DETECTORS)} of "
+            "mmdetection can be converted. Choose another checkpoint."
         )
     check_part(model, DETECTORS[kind], "model")
     try:
@@ -112,8 +116,8 @@ def _check_fit(detector: torch.nn.Module, tensors: Dict[str, torch.Tensor]) -> N
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     missing = [name for name in wanted if name not in found]
     extra = [name for name in found if name not in wanted]
-    misshapen = [f"{name} {found[name]} for {wanted[name]}" for name in wanted if found.get(name, ()) != wanted[name]]
-    misshapen = [text for text in misshapen if text.split()[0] not in missing]
+    both = [name for name in wanted if name in found and wanted[name] != found[name]]
+    misshapen = [f"{name} {found[name]} for {wanted[name]}" for name in both]
     problems = {"lacks": missing, "also has": extra, "has in other shapes": misshapen}
     if any(problems.values()):
         text = "; ".join(f"it {verb} {some(names)}" for verb, names in problems.items() if names)

@@ -4,6 +4,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from ..data.class_names import names_of_dataset
 from ..errors import GDetKDError
+from .config_text import Unreadable
 from .rules import kind_of, short
 
 # Datasets of Detectron2 whose class names a checkpoint may have.
@@ -56,17 +57,8 @@ def _images(config: Mapping[str, Any]) -> Dict[str, Any]:
     if settings:
         is_rgb = settings.get("bgr_to_rgb", False)
     else:
-        found: List[Dict[str, Any]] = []
-        for each in parts_of_kind(config.get("data"), "Normalize"):
-            if each not in found:
-                found.append(each)
-        if len(found) != 1 or not {"mean", "std"} <= set(found[0]):
-            raise GDetKDError(
-                f"The config has {len(found)} ways to normalise images ({short(found)}): one is needed, in "
-                "model.data_preprocessor or as Normalize in the pipelines of `data`. Name a complete config with "
-                "--config."
-            )
-        settings, is_rgb = found[0], found[0].get("to_rgb", True)
+        settings = _normalization(config.get("data"))
+        is_rgb = settings.get("to_rgb", True)
     keys = {
         "INPUT.FORMAT": "RGB" if is_rgb else "BGR",
         "MODEL.PIXEL_MEAN": [float(value) for value in settings["mean"]],
@@ -81,6 +73,21 @@ def _images(config: Mapping[str, Any]) -> Dict[str, Any]:
     if len(sizes) == 1:
         keys["INPUT.MIN_SIZE_TEST"], keys["INPUT.MAX_SIZE_TEST"] = sizes.pop()
     return keys
+
+
+def _normalization(data: Any) -> Dict[str, Any]:
+    """Return the settings of Normalize in the pipelines of a 2.x config. All pipelines must have the same."""
+    found: List[Dict[str, Any]] = []
+    for each in parts_of_kind(data, "Normalize"):
+        if each not in found:
+            found.append(each)
+    if len(found) != 1 or not {"mean", "std"} <= set(found[0]):
+        reason = data.place if isinstance(data, Unreadable) else short(found)
+        raise GDetKDError(
+            f"The config tells {len(found)} ways to normalise images ({reason}). One is needed, with mean and std: "
+            "model.data_preprocessor, or Normalize in the pipelines of `data`. Name a complete config with --config."
+        )
+    return found[0]
 
 
 def _test_sizes(config: Mapping[str, Any]) -> Iterator[Any]:

@@ -11,8 +11,8 @@ REASONS = {
     "norm_on_bbox": "Detectron2's FCOS predicts distances in strides, not their logarithms in pixels.",
     "target_means": "Detectron2's box deltas have no mean.",
     "reg_class_agnostic": "Detectron2's cascades predict one box for all classes.",
-    "mask_head": "mmdetection's cascades have a mask head for each stage, Detectron2's have one. No loss distils masks. "
-    "To leave them out, add --drop-masks.",
+    "mask_head": "mmdetection's cascades have a mask head for each stage, Detectron2's have one. No loss distils "
+    "masks. To leave them out, add --drop-masks.",
     "mask_roi_extractor": "To leave masks out, add --drop-masks.",
     "dcn": "Detectron2's deformable convolutions have other weights.",
     "center_offset": "mmdetection 1.x has such anchors.",
@@ -107,6 +107,8 @@ def check_part(settings: Any, rules: Part, path: str) -> None:
     if not isinstance(settings, dict):
         found = "lacks" if settings is None else f"has another value than settings for ({short(settings)})"
         raise GDetKDError(f"The config {found} {path}, which is needed. Choose a complete config.")
+    if "type" in rules.settings:  # another type has other settings, so its name says more than theirs
+        _check_value(settings, "type", rules.settings["type"], f"{path}.type")
     for name in sorted(set(settings) - set(rules.settings)):
         raise GDetKDError(
             f"The config has {path}.{name} = {short(settings[name])}. This setting is not known here, so Detectron2 "
