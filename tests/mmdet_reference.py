@@ -1,7 +1,8 @@
 """mmdetection's detectors in plain torch, with the names and shapes of its state dicts.
 
 They are written from mmdetection's published architecture: https://github.com/open-mmlab/mmdetection, 2.x and 3.x. They
-compute what mmdetection computes before NMS, for one image.
+compute what mmdetection computes before NMS, for one image. With mmdetection 3.3.0 they were compared once: the names
+and shapes of the five detectors in full size are the same, and their outputs are the same bit by bit.
 """
 
 import math

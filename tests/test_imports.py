@@ -13,7 +13,7 @@ FLOORS = (
     ("detectors", "losses"),
     ("config", "config_file"),
     ("data",),
-    ("teacher", "teacher_file"),
+    ("mmdetection", "teacher", "teacher_file"),
     ("distiller",),
     ("engine",),
     ("insight",),
