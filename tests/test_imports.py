@@ -16,7 +16,7 @@ FLOORS = (
     ("backbones", "detectors", "losses"),
     ("config", "config_file", "dotted_keys", "old_names"),
     ("data",),
-    ("teacher",),
+    ("mmdetection", "teacher"),
     ("distiller",),
     ("engine",),
     ("insight",),

@@ -313,6 +313,31 @@ def test_fcos_from_a_config_is_detectron2s():
     assert losses["loss_fcos_loc"] == 0 and mixed["loss_fcos_loc"] > 0
 
 
+def test_level_scales_multiply_the_deltas_of_their_level_alone():
+    plain, _, _ = build("fcos")
+    scaled, _, _ = build("fcos", {"MODEL.FCOS.LEVEL_SCALES": True})
+    scaled.load_state_dict({**plain.state_dict(), "head.level_scales": torch.tensor([1.0, 2.0, 3.0, 4.0, 0.5])})
+    maps = [torch.randn(1, 8, size, size) for size in (8, 4, 2, 1, 1)]
+    (logits, deltas, centerness), found = plain.head(maps), scaled.head(maps)
+    assert all(map(torch.equal, logits + centerness, found[0] + found[2]))
+    for level, before, after in zip(range(5), deltas, found[1]):
+        torch.testing.assert_close(after, before * scaled.head.level_scales[level])
+    with EventStorage():
+        scaled(make_batch())["loss_fcos_loc"].backward()
+    assert scaled.head.level_scales.grad.abs().max() > 0
+
+
+def test_mmdetections_retinanet_pyramid_has_no_relu_before_p7():
+    before, _, _ = build("retinanet")
+    after, _, _ = build("retinanet", {"MODEL.BACKBONE.NAME": "build_mmdet_retinanet_resnet_fpn_backbone"})
+    after.load_state_dict(before.state_dict())
+    image = torch.randn(1, 3, 64, 64)
+    maps, plain = before.eval().backbone(image), after.eval().backbone(image)
+    assert all(torch.equal(maps[name], plain[name]) for name in ("p3", "p4", "p5", "p6"))
+    assert not torch.equal(maps["p7"], plain["p7"])
+    torch.testing.assert_close(plain["p7"], after.backbone.top_block.p7(plain["p6"]))
+
+
 def test_a_detector_that_reads_one_map_has_no_pyramid():
     with pytest.raises(GDetKDError, match="student has no FPN"):
         build("retinanet", {"MODEL.RETINANET.IN_FEATURES": ["p4"], "MODEL.ANCHOR_GENERATOR.SIZES": [[32]]})

@@ -15,11 +15,15 @@ SIZES = (8, 4, 2, 1, 1)
 GT_BOXES = [Boxes(torch.tensor([[4.0, 6.0, 19.0, 22.0], [20.0, 20.0, 60.0, 50.0]])), Boxes(torch.zeros(0, 4))]
 
 
-@pytest.fixture(params=["retinanet", "fcos"])
+@pytest.fixture(params=["retinanet", "fcos", "fcos with level scales"])
 def model(request):
-    architecture, keys = FAMILIES[request.param]
-    convs = {"MODEL.RETINANET.NUM_CONVS": 2, "MODEL.FCOS.NUM_CONVS": 2}
-    return build_model(make_cfg({"MODEL.META_ARCHITECTURE": architecture, **keys, **convs}))
+    family, _, has_scales = request.param.partition(" ")
+    architecture, keys = FAMILIES[family]
+    convs = {"MODEL.RETINANET.NUM_CONVS": 2, "MODEL.FCOS.NUM_CONVS": 2, "MODEL.FCOS.LEVEL_SCALES": bool(has_scales)}
+    model = build_model(make_cfg({"MODEL.META_ARCHITECTURE": architecture, **keys, **convs}))
+    if has_scales:
+        torch.nn.init.uniform_(model.head.level_scales, 0.5, 2.0)
+    return model
 
 
 def maps():

@@ -258,6 +258,8 @@ def _add_fcos_node(cfg: CfgNode) -> None:
     node.NUM_CONVS = 4
     # Normalisation in the towers: "GN" as in the FCOS paper, "" for none.
     node.NORM = "GN"
+    # Multiply the box predictions of each level by a learned scale, as the first FCOS and mmdetection do.
+    node.LEVEL_SCALES = False
     # Probability of an object at the start of training.
     node.PRIOR_PROB = 0.01
     # A location is positive within this many strides of an object's centre.

@@ -6,14 +6,14 @@ import os
 import pickle
 import zlib
 from collections import OrderedDict
-from typing import Any, BinaryIO, Dict, Tuple
+from typing import Any, BinaryIO, Dict, Sequence, Tuple
 
 import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
 
 from ._compat.checkpoint import CheckpointSteps
-from ._compat.pickles import numpy_allowed, numpy_names, refused_name
+from ._compat.pickles import names_allowed, numpy_names, refused_name
 from .errors import GDetKDError
 from .weights_layout import is_tensor, with_model
 
@@ -92,11 +92,23 @@ _ALLOWED: Dict[Tuple[str, str], Any] = {
 }
 
 
-def read_weights(path: str) -> Dict[str, Any]:
+class LeftOut:
+    """Stand in a file's content for an object that was not made. Calling the class with anything does nothing."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def read_weights(path: str, leave_out: Sequence[str] = ()) -> Dict[str, Any]:
     """Read a weights file of Detectron2, fvcore, pycls or Caffe2's model zoo, without running code in it.
 
     Args:
         path: a local path. A `.pkl` is read as a pickle of NumPy arrays, any other file in torch's format.
+        leave_out: full names of classes and functions, such as "builtins.getattr", that a file in torch's format may
+            ask for. They are neither imported nor called. What they would have made is a `LeftOut`.
 
     Raises:
         UntrustedFileError: the file holds more than tensors, arrays, numbers, strings and plain containers.
@@ -104,7 +116,7 @@ def read_weights(path: str) -> Dict[str, Any]:
         UnreadableFileError: the disk, the access rights or the memory prevent reading the file.
     """
     try:
-        content = _read_pickle(path) if path.endswith(".pkl") else _read_torch(path)
+        content = _read_pickle(path) if path.endswith(".pkl") else _read_torch(path, leave_out)
     except UntrustedFileError as e:
         raise UntrustedFileError(_refusal(path, str(e))) from e
     except DAMAGE as e:
@@ -155,8 +167,8 @@ def _check_plain(content: Any) -> None:
             raise UntrustedFileError("it holds an array of Python objects")
 
 
-def _read_torch(path: str) -> Any:
-    with numpy_allowed():
+def _read_torch(path: str, leave_out: Sequence[str]) -> Any:
+    with names_allowed({name: LeftOut for name in leave_out}):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -1,3 +1,4 @@
+from . import backbones  # noqa: F401  registers them with Detectron2
 from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, build_adapter, find_adapter
 from .dense import DenseAdapter, FCOSAdapter, RetinaNetAdapter
 from .fcos import FCOS

@@ -71,8 +71,10 @@ class DenseHead:
         head = self._model.head
         ends = [[tower[_cut(tower, k) :](level) for level in maps] for tower, maps in zip(self._towers, features)]
         logits = [permute_to_N_HWA_K(head.cls_score(level), self._model.num_classes) for level in ends[0]]
-        deltas = [permute_to_N_HWA_K(head.bbox_pred(level), 4) for level in ends[1]]
-        return torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
+        deltas = [head.bbox_pred(level) for level in ends[1]]
+        if hasattr(head, "level_scales"):  # an FCOS with MODEL.FCOS.LEVEL_SCALES
+            deltas = [level * scale for level, scale in zip(deltas, head.level_scales)]
+        return torch.cat(logits, dim=1), torch.cat([permute_to_N_HWA_K(level, 4) for level in deltas], dim=1)
 
     def decode(self, deltas: torch.Tensor, maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """Decode box deltas (B, R, 4) to boxes (B, R, 4), xyxy in pixels. The sizes of `maps` tell the anchors."""

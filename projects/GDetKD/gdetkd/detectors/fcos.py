@@ -2,21 +2,38 @@
 
 from typing import Any, Dict, List, Sequence, Tuple
 
+import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec, get_norm
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone, build_resnet_backbone
-from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
+from detectron2.layers import get_norm
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import Boxes, Instances
+from torch import nn
 
 from ..structures import full_precision
+
+
+class ScaledFCOSHead(fcos.FCOSHead):
+    """Multiply the box predictions of each level by a learned scale, which Detectron2's head lacks.
+
+    Attributes:
+        level_scales: (L,), in the order of the levels.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.level_scales = nn.Parameter(torch.ones(self._num_features))
+
+    def forward(self, features: List[torch.Tensor]) -> Tuple[List[torch.Tensor], ...]:
+        logits, deltas, centerness = super().forward(features)
+        return logits, [level * scale for level, scale in zip(deltas, self.level_scales)], centerness
 
 
 @META_ARCH_REGISTRY.register()
 class FCOS(fcos.FCOS):
     """Build Detectron2's FCOS from the keys of MODEL.FCOS, for MODEL.META_ARCHITECTURE "FCOS".
 
-    Its weights have the names and shapes of Detectron2's FCOS.
+    Its weights have the names and shapes of Detectron2's FCOS. MODEL.FCOS.LEVEL_SCALES adds `head.level_scales`.
     """
 
     @configurable
@@ -28,7 +45,7 @@ class FCOS(fcos.FCOS):
         config = cfg.MODEL.FCOS
         backbone = build_backbone(cfg)
         shapes = [backbone.output_shape()[name] for name in config.IN_FEATURES]
-        head = fcos.FCOSHead(
+        head = (ScaledFCOSHead if config.LEVEL_SCALES else fcos.FCOSHead)(
             input_shape=shapes,
             num_classes=config.NUM_CLASSES,
             conv_dims=[shapes[0].channels] * config.NUM_CONVS,
@@ -72,20 +89,6 @@ def _norm(name: str) -> Any:
     v0.6's head builds a norm of a single channel to see the norm's type. GroupNorm on current torch refuses that.
     """
     return (lambda channels: get_norm(name, 32 if channels == 1 else channels)) if name == "GN" else name
-
-
-@BACKBONE_REGISTRY.register()
-def build_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build RetinaNet's backbone, but make p6 and p7 from p5, not from res5, as Detectron2's FCOS config does."""
-    channels = cfg.MODEL.FPN.OUT_CHANNELS
-    return FPN(
-        bottom_up=build_resnet_backbone(cfg, input_shape),
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=channels,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelP6P7(channels, channels, in_feature="p5"),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
 
 
 def _outside(empty: Instances) -> Instances:

@@ -20,6 +20,7 @@ TOP_LEVELS = {
     "build_resnet_fpn_backbone": ("p6",),
     "build_retinanet_resnet_fpn_backbone": ("p6", "p7"),
     "build_fcos_resnet_fpn_backbone": ("p6", "p7"),
+    "build_mmdet_retinanet_resnet_fpn_backbone": ("p6", "p7"),
 }
 # Detectron2 builds this proposal generator without a registry.
 PRECOMPUTED = "PrecomputedProposals"
