@@ -40,8 +40,12 @@ class Converted:
         """Return what the user has to know or to do, sentence by sentence."""
         notes = []
         if "DATASETS.TRAIN" not in self.keys:
-            names = json.dumps(self.classes) if self.classes else "names in order, which the checkpoint does not tell"
-            notes.append(f"Give the class names to the student's config, DISTILL.TEACHER.CLASSES: {names}")
+            known = f"DISTILL.TEACHER.CLASSES: {json.dumps(self.classes)}. Put this into the student's config."
+            unknown = (
+                "The checkpoint does not tell the class names. List them in order in the student's config, "
+                "DISTILL.TEACHER.CLASSES."
+            )
+            notes.append(known if self.classes else unknown)
         if "INPUT.MIN_SIZE_TEST" not in self.keys:
             notes.append("The config tells no size of test images. --eval-teacher takes 800 and at most 1333 pixels.")
         return notes
@@ -71,7 +75,7 @@ def convert_checkpoint(checkpoint: MMDetCheckpoint, drop_masks: bool = False) ->
     if kind not in DETECTORS:
         raise GDetKDError(
             f"The detector in {path!r} is a {kind or 'model without a type'}. Only a {either(DETECTORS)} of "
-            "mmdetection can be converted. Choose another checkpoint."
+            "mmdetection can be converted. Choose another checkpoint, or name the detector's own config with --config."
         )
     check_part(model, DETECTORS[kind], "model")
     try:

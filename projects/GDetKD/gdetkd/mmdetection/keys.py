@@ -132,7 +132,7 @@ def _resnet(backbone: Mapping[str, Any]) -> Dict[str, Any]:
 
 def _levels(first: int) -> Dict[str, Any]:
     stages = [f"res{level}" for level in range(first, 6)]
-    return {"MODEL.RESNETS.OUT_FEATURES": stages, "MODEL.FPN.IN_FEATURES": stages}
+    return {"MODEL.RESNETS.OUT_FEATURES": stages, "MODEL.FPN.IN_FEATURES": stages[:]}
 
 
 def _anchors(generator: Mapping[str, Any]) -> Dict[str, Any]:

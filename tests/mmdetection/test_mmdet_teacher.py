@@ -77,7 +77,8 @@ def test_the_teacher_looks_at_regions(teacher_of):
     keys = yaml.safe_load(text)
     assert (keys["INPUT"]["MIN_SIZE_TEST"], keys["INPUT"]["MAX_SIZE_TEST"]) == (600, 1000)
     assert keys["MODEL"]["WEIGHTS"] == str(config.with_suffix(".pth")) and "TRAIN" not in str(keys.get("DATASETS"))
-    assert '# Converted from "mmdet.pth" of mmdetection.' in text and "DISTILL.TEACHER.CLASSES: [" in text
+    assert '# Converted from "mmdet.pth" of mmdetection.' in text and "# DISTILL.TEACHER.CLASSES: [" in text
+    assert "&" not in text  # each list is written out
 
 
 def test_class_names_cannot_add_a_line_to_the_config(teacher_of):
@@ -135,3 +136,13 @@ def test_names_of_early_2x(name):
         for text, weights in texts
     )
     assert before.keys == after.keys and list(before.tensors) == list(after.tensors)
+
+
+def test_the_stages_of_a_cascade_may_share_their_settings():
+    model = two_stage("CascadeRCNN")
+    with torch.device("meta"):
+        tensors = Detector(model).state_dict()
+    model["roi_head"]["bbox_head"] = model["roi_head"]["bbox_head"][1]
+    config = read_config_text(config_2x(model), "x")
+    keys = convert_checkpoint(MMDetCheckpoint("x.pth", tensors, config, None)).keys
+    assert keys["MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS"] == [[20.0, 20.0, 10.0, 10.0]] * 3
