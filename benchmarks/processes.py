@@ -20,7 +20,7 @@ from gdetkd import add_gdetkd_config
 from gdetkd.engine.launch import leave_process_groups
 from gdetkd.engine.step_costs import now
 from gdetkd.losses import CKD
-from gdetkd.losses.ckd import gather_embeddings
+from gdetkd.losses.embedding_queue import gather_embeddings
 from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
 
 import torch  # isort: skip

@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from conftest import ALL_LOSSES, make_batch, make_cfg
 from gdetkd import DistillTrainer
 from gdetkd.losses import CKD
-from gdetkd.losses.ckd import gather_embeddings
+from gdetkd.losses.embedding_queue import gather_embeddings
 from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
 from test_processes import run_in_processes
 

@@ -12,7 +12,7 @@ from conftest import make_batch
 from gdetkd import DistillTrainer
 from gdetkd.engine.guard import NonFiniteError
 from gdetkd.losses import CKD
-from gdetkd.losses.ckd import EmbeddingQueue
+from gdetkd.losses.embedding_queue import EmbeddingQueue
 from gdetkd.safe_load import read_weights
 
 

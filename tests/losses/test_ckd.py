@@ -12,7 +12,8 @@ from conftest import LargeTensors, make_cfg
 from gdetkd import add_gdetkd_config
 from gdetkd.errors import GDetKDError
 from gdetkd.losses import CKD, contrastive_distillation
-from gdetkd.losses.ckd import EmbeddingQueue, queue_length
+from gdetkd.losses.ckd import queue_length
+from gdetkd.losses.embedding_queue import EmbeddingQueue
 from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
 
 SPEC = DetectorSpec(4, {"p2": 4, "p3": 8}, (7, 7), 6, 3, (10.0, 10.0, 5.0, 5.0))

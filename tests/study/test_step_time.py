@@ -10,7 +10,7 @@ import torch
 from conftest import WIDER
 from gdetkd.engine.step_costs import time_in_rounds
 from gdetkd.errors import GDetKDError
-from gdetkd.losses.ckd import EmbeddingQueue
+from gdetkd.losses.embedding_queue import EmbeddingQueue
 from gdetkd.study.run import PLAIN, Run
 from gdetkd.study.step_time import StepTime, _Stepper, kept_step_time, measure_in_process, measure_pair
 

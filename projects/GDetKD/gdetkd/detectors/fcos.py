@@ -4,7 +4,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import get_norm
+from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import Boxes, Instances
@@ -20,9 +20,9 @@ class ScaledFCOSHead(fcos.FCOSHead):
         level_scales: (L,), in the order of the levels.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.level_scales = nn.Parameter(torch.ones(self._num_features))
+    def __init__(self, *, input_shape: List[ShapeSpec], **kwargs: Any) -> None:
+        super().__init__(input_shape=input_shape, **kwargs)
+        self.level_scales = nn.Parameter(torch.ones(len(input_shape)))
 
     def forward(self, features: List[torch.Tensor]) -> Tuple[List[torch.Tensor], ...]:
         logits, deltas, centerness = super().forward(features)
