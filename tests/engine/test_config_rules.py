@@ -16,6 +16,7 @@ from gdetkd.errors import GDetKDError
         ("SOLVER.CHECKPOINT_PERIOD", 0),
         ("SOLVER.BASE_LR", 0.0),
         ("SOLVER.GAMMA", -0.1),
+        ("DISTILL.TEACHER.SCALE", 0.0),
         ("SOLVER.STEPS", (3, 2)),
         ("SOLVER.WARMUP_ITERS", -1),
         ("SOLVER.WEIGHT_DECAY", -0.1),
