@@ -103,6 +103,8 @@ def test_the_teachers_backbone_starts_before_the_student_on_the_same_copy_of_the
     assert [who for who, _ in seen] == ["teacher", "student"] and seen[0][1] is seen[1][1]
     after = [(inputs, inputs["instances"].get_fields()) for inputs in batch]
     assert all(a[name] is b[name] for pair in zip(before, after) for b, a in zip(*pair) for name in b)
+    # Detectron2 draws the labels with NumPy (VIS_PERIOD), so they must not lie on a GPU.
+    assert all(a["instances"] is b["instances"] for a, b in zip(seen[1][1], batch))
 
 
 def test_no_hook_is_left_behind(distill_cfg):

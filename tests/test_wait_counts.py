@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import gdetkd  # first: it prepares the import of Detectron2
-
 import pytest  # isort: skip
 import torch
 from detectron2.modeling import build_model
@@ -14,6 +12,7 @@ from waits import ROOTS, WaitCounter, added_waits, tensors_of
 from conftest import ALL_LOSSES, make_batch
 from gdetkd import DistillTrainer
 from gdetkd.detectors import FCOS
+from gdetkd.device import boxes_on_device, images_on_device
 
 HERE = [Path(__file__).parent]
 IMAGES = 2
@@ -134,4 +133,5 @@ def test_the_counter_follows_the_batch():
     assert len(host) == 3
     assert counted(lambda: (instances.gt_boxes.tensor * 2).sum().item(), host) == 0  # on the host all along
     assert counted(lambda: instances.gt_classes.to("cpu").tolist(), host) == 2  # over to the device and back
-    assert counted(lambda: gdetkd.device.batch_on_device(batch, torch.device("cpu")), host) == 0
+    assert counted(lambda: images_on_device(batch, torch.device("cpu")), host) == 0
+    assert counted(lambda: boxes_on_device(batch, torch.device("cpu")), host) == 0

@@ -7,7 +7,7 @@ A plain copy to a GPU from memory that is not pinned makes the CPU wait until th
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes
 
 
 def on_device(values: Sequence[Any], like: torch.Tensor) -> torch.Tensor:
@@ -15,26 +15,21 @@ def on_device(values: Sequence[Any], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
-def batch_on_device(batched_inputs: List[Dict[str, Any]], device: torch.device) -> List[Dict[str, Any]]:
-    """Return a training batch whose images, boxes and other tensors lie on the device.
+def images_on_device(batched_inputs: List[Dict[str, Any]], device: torch.device) -> List[Dict[str, Any]]:
+    """Return a training batch whose tensors, such as the images, lie on the device. The given batch does not change.
 
-    Teacher and student then share one copy. Fields of other types, such as polygons, stay as they are, and Detectron2
-    moves them. The given batch does not change.
+    Teacher and student then share one copy. The labels stay on the host, where Detectron2 draws them (VIS_PERIOD).
     """
     return [{name: _moved(value, device) for name, value in inputs.items()} for inputs in batched_inputs]
 
 
+def boxes_on_device(batched_inputs: List[Dict[str, Any]], device: torch.device) -> List[Boxes]:
+    """Return the ground-truth boxes of each image of a training batch, on the device."""
+    return [Boxes(_moved(inputs["instances"].gt_boxes.tensor, device)) for inputs in batched_inputs]
+
+
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if type(value) is Boxes:
-        return Boxes(value.tensor.to(device, non_blocking=True))
-    if type(value) is Instances:
-        moved = Instances(value.image_size)
-        for name, field in value.get_fields().items():
-            moved.set(name, _moved(field, device))
-        return moved
-    return value
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
 
 class SideStream:

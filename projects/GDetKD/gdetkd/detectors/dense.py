@@ -17,7 +17,7 @@ from detectron2.structures import Boxes
 from torch import nn
 from torchvision.ops import roi_align
 
-from ..device import on_device
+from ..device import boxes_on_device, on_device
 from ..errors import GDetKDError
 from ..recorder import Call
 from ..regions import match_and_sample, pool_in_full_precision, suppress
@@ -167,10 +167,9 @@ class DenseAdapter(DetectorAdapter):
         boxes, is_candidate = self._clip(boxes, anchors, scores, batched_inputs)
         config = self.cfg.DISTILL.REGIONS
         kept, sampled = [], []
-        for image, inputs in enumerate(batched_inputs):
+        for image, gt_boxes in enumerate(boxes_on_device(batched_inputs, boxes.device)):
             best = suppress(boxes[image], scores[image].where(is_candidate[image], -math.inf), config)
-            gt_boxes = inputs["instances"].gt_boxes.tensor.to(boxes.device)
-            sampled.append(match_and_sample(boxes[image, best], is_candidate[image, best], gt_boxes, config))
+            sampled.append(match_and_sample(boxes[image, best], is_candidate[image, best], gt_boxes.tensor, config))
             kept.append(best)
         counts = torch.stack([mask.sum() for mask in sampled]).tolist()
         chosen = [
