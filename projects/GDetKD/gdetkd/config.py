@@ -147,12 +147,13 @@ def _keep_known(node: CfgNode, known: CfgNode) -> None:
 def _add_teacher_node(cfg: CfgNode) -> None:
     cfg.DISTILL.TEACHER = CfgNode()
     # The teacher's own Detectron2 config file: a yaml, or a .py of LazyConfig, which is run as a program. A relative
-    # path starts at the current folder.
+    # path starts at the current folder. "torchvision:NAME" is a detector of torchvision (docs/teachers.md).
     cfg.DISTILL.TEACHER.CONFIG_FILE = ""
-    # The teacher's weights: a path or URL that Detectron2 can read. Empty: MODEL.WEIGHTS of the teacher's yaml.
+    # The teacher's weights: a path or URL that Detectron2 can read. For a detector of torchvision also the name of its
+    # weights, such as "DEFAULT". Empty: MODEL.WEIGHTS of the teacher's yaml.
     cfg.DISTILL.TEACHER.WEIGHTS = ""
     # Changes to the teacher's config, as on a command line: ["MODEL.ROI_HEADS.NUM_CLASSES", 6] for a yaml,
-    # ["model.roi_heads.num_classes", 6] for a .py.
+    # ["model.roi_heads.num_classes", 6] for a .py, ["num_classes", 7] for a torchvision detector.
     cfg.DISTILL.TEACHER.OPTS = []
     # Precision of the teacher: "float32", "float16" (CUDA only) or "bfloat16". Empty: float16 if SOLVER.AMP.ENABLED,
     # else float32.
