@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import pytest  # isort: skip
+import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
