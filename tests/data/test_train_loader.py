@@ -2,7 +2,6 @@
 
 import gc
 import multiprocessing
-import os
 import random
 import subprocess
 import weakref
@@ -122,10 +121,12 @@ def test_workers_survive_a_sigterm_to_all_processes_and_end_with_the_training():
     subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
     worker.join(0.5)
     assert worker.is_alive() and all(next(stream) for _ in range(5))
-    worker.terminate()
-    worker.join(60)  # long, for a busy machine
-    with pytest.raises(ProcessLookupError):  # in a whole run, another part may have collected the exit code
-        os.kill(worker.pid, 0)
+    for _ in range(60):  # some kernels lose a signal on a busy machine, because they deliver it in spite of `sigwaitinfo`
+        worker.terminate()
+        worker.join(1)
+        if not worker.is_alive():
+            break
+    assert worker.exitcode == 0
 
 
 def test_processes_that_read_different_images_are_refused(monkeypatch):
