@@ -121,7 +121,7 @@ def test_workers_survive_a_sigterm_to_all_processes_and_end_with_the_training():
     subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
     worker.join(0.5)
     assert worker.is_alive() and all(next(stream) for _ in range(5))
-    for _ in range(60):  # some kernels lose a signal on a busy machine, because they deliver it in spite of `sigwaitinfo`
+    for _ in range(60):  # some kernels deliver a signal in spite of `sigwaitinfo`, and then it is lost
         worker.terminate()
         worker.join(1)
         if not worker.is_alive():
