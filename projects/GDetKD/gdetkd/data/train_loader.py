@@ -3,10 +3,7 @@
 Detectron2's sampler starts over on resume, and its augmentations depend on the worker that runs them.
 """
 
-import os
 import random
-import signal
-import threading
 from itertools import islice
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -25,6 +22,7 @@ from .instaboost import InstaBoostMapper
 from .samplers import build_sampler, check_sampler
 from .teacher_view import TeacherViewMapper
 from .train_images import are_wide, describe, load_images
+from .workers import OutlivingLoader
 
 Sample = Dict[str, Any]
 # The key under which a sample lists the broken images that it replaces, with the reasons.
@@ -150,34 +148,13 @@ class ResumableLoader:
             batch_sampler=_Skipping(self._batches(self.seed), self.start_iter),
             num_workers=self._num_workers,
             collate_fn=list,
-            worker_init_fn=outlive_warning,
             # Without its own generator, the loader would change the random state of the training.
             generator=torch.Generator().manual_seed(self.seed % 2**63),
         )
-        for batch in loader:
+        for batch in OutlivingLoader(loader):
             for sample in batch:  # counted here, because workers do not share their counts
                 self._bad_images.note(sample.pop(BAD_IMAGES, {}))
             yield batch
-
-
-def outlive_warning(worker: int) -> None:
-    """Let a loader's worker ignore SIGTERM from other processes than the training process.
-
-    A cluster warns all processes by SIGTERM, and a training without workers could not save. The training process ends
-    its workers by the same signal.
-    """
-    if not hasattr(signal, "sigwaitinfo"):
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    # Some kernels deliver a signal in spite of `sigwaitinfo`. torch's handler would then end the worker.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
 
 
 class _Skipping:

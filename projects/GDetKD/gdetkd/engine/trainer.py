@@ -20,7 +20,8 @@ from .._compat.training import BareTrainer
 from ..config import plain_config
 from ..data import ResumableLoader, build_train_loader, register_datasets
 from ..data.class_names import class_names
-from ..data.train_loader import images_per_process, outlive_warning
+from ..data.train_loader import images_per_process
+from ..data.workers import OutlivingLoader
 from ..distiller import GDetKD
 from ..errors import GDetKDError
 from ..random_state import random_state
@@ -134,9 +135,7 @@ class DistillTrainer(BareTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Build Detectron2's loader. As in training, its workers ignore a SIGTERM that all processes get."""
-        loader = super().build_test_loader(cfg, dataset_name)
-        loader.worker_init_fn = outlive_warning
-        return loader
+        return OutlivingLoader(super().build_test_loader(cfg, dataset_name))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
