@@ -1,11 +1,10 @@
-"""Run train_net.py in a process of its own, as a user does."""
+"""Run train_net.py as a user does."""
 
 import fcntl
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,14 +15,7 @@ from conftest import make_cfg
 from gdetkd.engine.folder import LOCK
 from gdetkd.engine.setup import check_device
 from gdetkd.errors import GDetKDError
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def run(*arguments, environment=None):
-    command = [sys.executable, "-W", "ignore", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+from programs import ROOT, run_program
 
 
 @pytest.fixture
@@ -37,7 +29,7 @@ def config_file(distill_cfg, tmp_path):
 
 
 def test_trains_and_evaluates_without_cuda_and_without_teacher(config_file, tmp_path):
-    result = run("train_net.py", "--config-file", config_file, "DISTILL.EVAL_TEACHER", "True")
+    result = run_program("train_net.py", "--config-file", config_file, "DISTILL.EVAL_TEACHER", "True")
     assert result.returncode == 0, result.stderr[-2000:]
     assert "There is no CUDA device. The run uses the CPU" in result.stderr
     for text in (result.stdout, (tmp_path / "run" / "log.txt").read_text()):
@@ -46,9 +38,9 @@ def test_trains_and_evaluates_without_cuda_and_without_teacher(config_file, tmp_
     weights = str(tmp_path / "run" / "model_final.pth")
     (tmp_path / "teacher.pth").unlink()
     keys = ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(tmp_path / "eval")]
-    result = run("train_net.py", "--config-file", config_file, "--eval-only", *keys)
+    result = run_program("train_net.py", "--config-file", config_file, "--eval-only", *keys)
     assert result.returncode == 0 and "Evaluation results for bbox" in result.stdout, result.stderr[-2000:]
-    result = run("train_net.py", "--config-file", config_file, "--overwrite")
+    result = run_program("train_net.py", "--config-file", config_file, "--overwrite")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "are not there" in result.stderr.splitlines()[-1]
 
@@ -58,12 +50,12 @@ def test_incomplete_weights_are_not_evaluated(config_file, tmp_path):
     config.write_text("of the training")
     torch.save({"model": {"backbone.fpn_output2.bias": torch.zeros(8)}}, tmp_path / "few.pth")
     for weights in ("", str(tmp_path / "few.pth")):
-        result = run("train_net.py", "--config-file", config_file, "--eval-only", "MODEL.WEIGHTS", weights)
+        result = run_program("train_net.py", "--config-file", config_file, "--eval-only", "MODEL.WEIGHTS", weights)
         assert result.returncode == 1 and "Traceback" not in result.stderr
         message = f"The weights {weights!r} leave" if weights else "MODEL.WEIGHTS is empty, which leaves"
         assert message in result.stderr.splitlines()[-1]
     keys = ["MODEL.ROI_HEADS.NUM_CLASSES", "4", "MODEL.WEIGHTS", str(tmp_path / "few.pth")]
-    result = run("train_net.py", "--config-file", config_file, "--eval-only", *keys)
+    result = run_program("train_net.py", "--config-file", config_file, "--eval-only", *keys)
     assert result.returncode == 1 and "has 3 classes and the student 4" in result.stderr.splitlines()[-1]
     assert config.read_text() == "of the training"  # an evaluation does not overwrite it
 
@@ -74,37 +66,37 @@ def test_only_one_training_at_a_time_uses_a_folder(config_file, tmp_path):
     config.write_text("of the training")
     with open(tmp_path / "run" / LOCK, "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
-        result = run(*command)
+        result = run_program(*command)
         assert result.returncode == 1 and "Another training is writing to" in result.stderr.splitlines()[-1]
         assert "choose another OUTPUT_DIR" in result.stderr and "Traceback" not in result.stderr
         assert not list((tmp_path / "run").glob("*.pth"))
-    result = run(*command, "DATASETS.TRAIN", "()")
+    result = run_program(*command, "DATASETS.TRAIN", "()")
     assert result.returncode == 1 and config.read_text() == "of the training"
-    result = run(*command)
+    result = run_program(*command)
     assert config.read_text().startswith("CUDNN_BENCHMARK")
     assert result.returncode == 0 and (tmp_path / "run" / "model_final.pth").exists(), result.stderr[-2000:]
 
 
 def test_a_finished_training_is_not_overwritten(config_file, tmp_path):
     command = ["train_net.py", "--config-file", config_file]
-    result = run(*command, "--resume")
+    result = run_program(*command, "--resume")
     assert result.returncode == 0 and "THE TRAINING STARTS FROM THE BEGINNING" in result.stdout, result.stderr[-2000:]
     files = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
-    result = run(*command)
+    result = run_program(*command)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     message = result.stderr.splitlines()[-1]
     assert "holds checkpoints of another training (model_best.pth, model_final.pth)" in message
     assert "--resume" in message and "--overwrite" in message
     assert all(path.read_bytes() == content for path, content in files.items())
     (tmp_path / "run" / "model_0000001.pth").touch()
-    result = run(*command, "--overwrite")
+    result = run_program(*command, "--overwrite")
     # Otherwise --resume could continue from the checkpoint of the old training.
     assert not (tmp_path / "run" / "model_0000001.pth").exists()
     assert result.returncode == 0 and "Starting training from iteration 0" in result.stdout, result.stderr[-2000:]
 
 
 def test_more_gpus_than_the_machine_has_are_refused(config_file):
-    result = run("train_net.py", "--config-file", config_file, "--num-gpus", "64")
+    result = run_program("train_net.py", "--config-file", config_file, "--num-gpus", "64")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "--num-gpus is 64" in result.stderr and "leave --num-gpus out" in result.stderr
 
@@ -128,22 +120,22 @@ def test_the_device_must_fit_the_backend_of_the_processes(monkeypatch):
 
 
 def test_evaluates_the_teacher_alone(config_file):
-    result = run("train_net.py", "--config-file", config_file, "--eval-teacher")
+    result = run_program("train_net.py", "--config-file", config_file, "--eval-teacher")
     assert result.returncode == 0 and "Evaluation results for bbox" in result.stdout, result.stderr[-2000:]
     for flag in ("--eval-teacher", "--eval-only"):
-        result = run("train_net.py", "--config-file", config_file, flag, "DATASETS.TEST", "()")
+        result = run_program("train_net.py", "--config-file", config_file, flag, "DATASETS.TEST", "()")
         assert result.returncode == 1 and "Traceback" not in result.stderr
         assert "DATASETS.TEST is empty" in result.stderr.splitlines()[-1]
 
 
 def test_check_prints_one_screen_and_logs_to_the_file(config_file, tmp_path):
-    result = run("train_net.py", "--config-file", config_file, "--check", "MODEL.DEVICE", "cpu")
+    result = run_program("train_net.py", "--config-file", config_file, "--check", "MODEL.DEVICE", "cpu")
     assert "d2." not in result.stderr and result.returncode == 1  # the tiny teacher is untrained
     assert len(result.stdout.splitlines()) < 60 and "PROBLEMS: 1" in result.stdout
     assert "Environment info" not in result.stdout
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "Environment info" in log and "gdetkd.teacher" in log
-    result = run("train_net.py", "--config-file", config_file, "--check", "DATASETS.TRAIN", "('other',)")
+    result = run_program("train_net.py", "--config-file", config_file, "--check", "DATASETS.TRAIN", "('other',)")
     assert result.returncode == 1 and result.stdout == ""
     assert "'other' is not registered" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
 
@@ -154,7 +146,7 @@ def test_check_shows_the_warnings(config_file, tmp_path, tiny_dataset):
         del annotation["area"]
     (tmp_path / "quirky.json").write_text(json.dumps(content))
     entry = {"name": "tiny", "kind": "coco", "json": str(tmp_path / "quirky.json"), "images": str(tiny_dataset)}
-    result = run("train_net.py", "--config-file", config_file, "--check", "DATASETS.REGISTER", str([entry]))
+    result = run_program("train_net.py", "--config-file", config_file, "--check", "DATASETS.REGISTER", str([entry]))
     assert "WARNINGS: 1" in result.stdout and "tiny: 24 annotations lack an area" in result.stdout, result.stdout
 
 
@@ -168,7 +160,7 @@ def test_an_unknown_error_shows_its_traceback_and_where_to_report_it(config_file
         "sys.argv[0] = 'train_net.py'\n"
         "runpy.run_path('train_net.py', run_name='__main__')\n"
     )
-    result = run(str(broken), "--config-file", config_file)
+    result = run_program(str(broken), "--config-file", config_file)
     assert result.returncode == 1 and "ZeroDivisionError" in result.stderr
     assert "please report an issue of GDetKD" in result.stderr.splitlines()[-1]
 
@@ -181,7 +173,8 @@ def test_without_detectron2_the_import_says_how_to_get_it(tmp_path):
         "u.find_spec = lambda name, *a: None if name == 'detectron2' else find(name, *a)\n"
         "import gdetkd\n"
     )
-    result = run(str(hide), environment={"PYTHONPATH": str(ROOT / "projects" / "GDetKD")})
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "projects" / "GDetKD")}
+    result = subprocess.run([sys.executable, str(hide)], capture_output=True, text=True, env=environment)
     assert result.returncode != 0 and "pip install" in result.stderr and "facebookresearch/detectron2" in result.stderr
 
 

@@ -1,8 +1,6 @@
 """The preflight check shows a summary of a sound run, and names the reason for each problem."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from gdetkd.engine.preprocessing import USUAL, preprocessing_of, with_channels_s
 from gdetkd.engine.sample_score import score_on_sample
 from gdetkd.errors import GDetKDError
 from gdetkd.teacher import FrozenTeacher
+from programs import run_program
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 16
@@ -273,11 +272,10 @@ def test_the_check_on_the_command_line(distill_cfg, tmp_path):
         {"DATASETS.REGISTER": [dict(MetadataCatalog.get("tiny").gdetkd_entry)], "DATASETS.TEST": ("tiny",)}
     )
     (tmp_path / "run.yaml").write_text(cfg.dump())
-    command = [sys.executable, "-W", "ignore", "train_net.py", "--config-file", str(tmp_path / "run.yaml"), "--check"]
-    command += ["--check-images", "5"]
+    command = ["train_net.py", "--config-file", tmp_path / "run.yaml", "--check", "--check-images", "5"]
 
     def run(*changes):
-        return subprocess.run([*command, *changes], cwd=ROOT, capture_output=True, text=True)
+        return run_program(*command, *changes)
 
     weak = run()  # the tiny teacher is untrained
     assert weak.returncode == 1 and "PROBLEMS: 1" in weak.stdout and "MIN_AP" in weak.stdout

@@ -12,7 +12,6 @@ import sys
 import time
 from argparse import Namespace
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,9 +26,8 @@ from gdetkd.engine.launch import TORCHRUN, run_everywhere, which_ended
 from gdetkd.engine.stopping import EXIT_STOPPED
 from gdetkd.errors import GDetKDError
 from gdetkd.safe_load import read_weights
-from test_processes import TIMEOUT_SECONDS, run_in_processes, spawn
-
-ROOT = Path(__file__).resolve().parents[2]
+from programs import ROOT, TIMEOUT_SECONDS
+from test_processes import run_in_processes, spawn
 
 
 class _Signalled(HookBase):

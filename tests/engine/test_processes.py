@@ -15,12 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from conftest import ALL_LOSSES, look_through_the_model, make_batch, settle_batch_norm
 from gdetkd import DistillTrainer, GDetKD
 from gdetkd.engine.launch import leave_process_groups
-
-TIMEOUT_SECONDS = 240
-
-
-# Starting a process takes seconds of imports, which a server that has made them passes on.
-mp.set_forkserver_preload(["gdetkd", "detectron2.engine", "detectron2.modeling", "detectron2.evaluation"])
+from programs import TIMEOUT_SECONDS
 
 
 def spawn(function, folder, world_size, *args):
@@ -111,7 +106,7 @@ class _FixedProposals(torch.nn.Module):
 
 
 def _gradients(cfg, images):
-    """Of the mean over ranks of the losses of the given images' batch, which each rank has its part of."""
+    """Return the gradients of the loss of a batch that the ranks share: the mean over their parts of the images."""
     torch.manual_seed(0)
     model = GDetKD(cfg).train()
     # Before the statistics are settled: their rounding depends on the number of threads, and ranks have fewer.

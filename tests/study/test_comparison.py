@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -22,6 +21,7 @@ from gdetkd.study.picture import curves_of
 from gdetkd.study.run import stretched
 from gdetkd.study.step_time import StepTime
 from gdetkd.study.summary import summarize
+from programs import run_program
 
 
 def test_methods():
@@ -242,13 +242,13 @@ def test_compare_trains_reports_and_continues_on_a_tiny_pair(distill_cfg, tiny_d
     sets = {"DATASETS.REGISTER": [entry], "DATASETS.TRAIN": ("tiny2",), "DATASETS.TEST": ("tiny2",)}
     cfg = distill_cfg({**sets, "DISTILL.LOSSES": ("SGFI",), "SOLVER.MAX_ITER": 2}, teacher=WIDER)
     (tmp_path / "pair.yaml").write_text(cfg.dump())
-    command = [sys.executable, str(ROOT / "tools" / "compare.py"), "--config-file", str(tmp_path / "pair.yaml")]
-    command += ["--methods", "none,PKD", "--seeds", "1", "--jobs", "2", "--output", str(tmp_path / "out")]
+    command = [ROOT / "tools" / "compare.py", "--config-file", tmp_path / "pair.yaml"]
+    command += ["--methods", "none,PKD", "--seeds", "1", "--jobs", "2", "--output", tmp_path / "out"]
     path = os.pathsep.join([str(ROOT / "projects" / "GDetKD"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
     def compare():
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        done = run_program(*command, environment=environment, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 

@@ -1,8 +1,6 @@
 """Test that files of other programs become files for MODEL.TIMM.WEIGHTS that hold the same tensors."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,8 @@ import torch
 
 timm = pytest.importorskip("timm")
 from safetensors.torch import save_file
+
+from programs import run_program
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_timm.py"
 # A block of EfficientNet-PyTorch with and without the widening convolution; its list of parts is in their order.
@@ -49,10 +49,10 @@ def test_a_file_of_efficientnet_pytorch(tool, tmp_path):
 def test_the_hubs_format_and_the_command(tmp_path):
     weights = timm.create_model("test_efficientnet").state_dict()
     save_file(weights, str(tmp_path / "model.safetensors"))
-    command = [sys.executable, TOOL, "test_efficientnet", tmp_path / "a" / "out.pth"]
-    command += ["--input", tmp_path / "model.safetensors"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert printed.rstrip().endswith("MB, for MODEL.TIMM.WEIGHTS")
+    files = [tmp_path / "a" / "out.pth", "--input", tmp_path / "model.safetensors"]
+    converting = run_program(TOOL, "test_efficientnet", *files)
+    assert converting.returncode == 0, converting.stderr
+    assert converting.stdout.rstrip().endswith("MB, for MODEL.TIMM.WEIGHTS")
     written = torch.load(tmp_path / "a" / "out.pth", weights_only=True)["model"]
     assert all(torch.equal(written[name], tensor) for name, tensor in weights.items())
 

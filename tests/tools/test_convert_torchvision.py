@@ -1,8 +1,6 @@
 """Test that a converted torchvision ResNet computes the same features, and that other models keep their names."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from detectron2.modeling import build_model
 
 from conftest import make_cfg
 from gdetkd.backbones import load_pretrained
+from programs import run_program
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_torchvision.py"
 ARCHITECTURES = {
@@ -39,8 +38,8 @@ def test_features_equal_those_of_torchvision(architecture, tmp_path):
             torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
     torch.save(original.state_dict(), tmp_path / "original.pth")
-    command = [sys.executable, TOOL, architecture, tmp_path / "converted.pth", "--input", tmp_path / "original.pth"]
-    subprocess.run(command, check=True, capture_output=True)
+    converting = run_program(TOOL, architecture, tmp_path / "converted.pth", "--input", tmp_path / "original.pth")
+    assert converting.returncode == 0, converting.stderr
 
     converted = build_model(make_cfg(ARCHITECTURES[architecture])).eval()
     DetectionCheckpointer(converted).load(str(tmp_path / "converted.pth"))
@@ -54,8 +53,7 @@ def test_features_equal_those_of_torchvision(architecture, tmp_path):
 
 def test_another_file_is_refused(tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
-    command = [sys.executable, TOOL, "resnet18", tmp_path / "out.pth", "--input", tmp_path / "other.pth"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_program(TOOL, "resnet18", tmp_path / "out.pth", "--input", tmp_path / "other.pth")
     assert result.returncode == 1 and "does not hold a torchvision ResNet" in result.stderr
     assert not (tmp_path / "out.pth").exists()
 
@@ -64,9 +62,10 @@ def test_another_file_is_refused(tmp_path):
 def test_other_models_keep_torchvisions_names(architecture, flags, tmp_path):
     weights = torchvision.models.get_model(architecture, weights=None).state_dict()
     torch.save(weights, tmp_path / "original.pth")
-    command = [sys.executable, TOOL, architecture, tmp_path / "out.pth", "--input", tmp_path / "original.pth", *flags]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert printed.rstrip().endswith("for MODEL.TORCHVISION.WEIGHTS")
+    files = [tmp_path / "out.pth", "--input", tmp_path / "original.pth"]
+    converting = run_program(TOOL, architecture, *files, *flags)
+    assert converting.returncode == 0, converting.stderr
+    assert converting.stdout.rstrip().endswith("for MODEL.TORCHVISION.WEIGHTS")
     cfg = make_cfg({"MODEL.BACKBONE.NAME": "build_torchvision_fpn_backbone", "MODEL.TORCHVISION.NAME": architecture})
     cfg.MODEL.TORCHVISION.WEIGHTS = str(tmp_path / "out.pth")
     detector = build_model(cfg)

@@ -16,6 +16,7 @@ from detectron2.modeling import build_model
 from gdetkd import DistillTrainer
 from gdetkd.config import plain_config
 from gdetkd.errors import GDetKDError
+from programs import run_program
 
 TOOLS = Path(__file__).parents[2] / "tools"
 SIZES = [(64, 80), (96, 64)]
@@ -136,9 +137,8 @@ def test_exported(trained, student, ending, tmp_path):
 
 
 def run_tool(config_file, weights, output):
-    command = [sys.executable, "-W", "ignore", str(TOOLS / "export.py"), "--config-file", str(config_file)]
-    command += ["--weights", str(weights), "--output", str(output), "--image-size", *map(str, SIZES[0])]
-    return subprocess.run(command, capture_output=True, text=True)
+    files = ["--config-file", config_file, "--weights", weights, "--output", output]
+    return run_program(TOOLS / "export.py", *files, "--image-size", *SIZES[0])
 
 
 class Doubled(torch.autograd.Function):

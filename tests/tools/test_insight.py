@@ -1,7 +1,5 @@
 """Test tools/insight.py on the folders of finished runs."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +10,13 @@ from gdetkd import DistillTrainer
 from gdetkd.errors import GDetKDError
 from gdetkd.insight.records import RecordFile
 from gdetkd.insight.run import FinishedRun
+from programs import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def show(*args):
-    command = [sys.executable, str(ROOT / "tools/insight.py"), *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return run_program("tools/insight.py", *args)
 
 
 @pytest.fixture
