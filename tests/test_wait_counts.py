@@ -1,4 +1,4 @@
-"""How often distillation makes the CPU wait for a GPU in a step. The counts run without a GPU (benchmarks/waits.py)."""
+"""Count the waits for a GPU that distillation adds to a step. This needs no GPU (benchmarks/waits.py)."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from waits import ROOTS, WaitCounter, added_waits, tensors_of
 from conftest import ALL_LOSSES, make_batch
 from gdetkd import DistillTrainer
 from gdetkd.detectors import FCOS
-from gdetkd.device import boxes_on_device, images_on_device
+from gdetkd.device import images_on_device, objects_on_device
 
 HERE = [Path(__file__).parent]
 IMAGES = 2
@@ -78,8 +78,8 @@ def test_the_trainer_waits_once_after_the_backward_pass(distill_cfg):
     trainer.resume_or_load(resume=False)
     with WaitCounter([], ROOTS) as counter:
         trainer.train()
-    ours = {place: count for place, count in counter.places.items() if "gdetkd/engine" in place[0]}
-    assert [(Path(file).name, count) for (file, _, _), count in ours.items()] == [("optimizer_step.py", 3)]
+    in_engine = {place: count for place, count in counter.places.items() if "gdetkd/engine" in place[0]}
+    assert [(Path(file).name, count) for (file, _, _), count in in_engine.items()] == [("optimizer_step.py", 3)]
 
 
 def counted(work, host=()):
@@ -134,4 +134,4 @@ def test_the_counter_follows_the_batch():
     assert counted(lambda: (instances.gt_boxes.tensor * 2).sum().item(), host) == 0  # on the host all along
     assert counted(lambda: instances.gt_classes.to("cpu").tolist(), host) == 2  # over to the device and back
     assert counted(lambda: images_on_device(batch, torch.device("cpu")), host) == 0
-    assert counted(lambda: boxes_on_device(batch, torch.device("cpu")), host) == 0
+    assert counted(lambda: objects_on_device(batch, torch.device("cpu")), host) == 0

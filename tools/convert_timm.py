@@ -18,7 +18,11 @@ import sys
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Tuple
 
-import timm
+from gdetkd.program import explained_errors
+from gdetkd.safe_load import read_weights
+from gdetkd.weights_layout import with_model
+
+import timm  # isort: skip
 import torch
 from torch import nn
 
@@ -43,8 +47,7 @@ def read(path: Path) -> Dict[str, torch.Tensor]:
         from safetensors.torch import load_file  # timm brings it
 
         return load_file(str(path))
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    return content.get("model", content.get("state_dict", content))
+    return with_model(read_weights(str(path)), str(path))["model"]
 
 
 def with_timms_names(weights: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -61,7 +64,7 @@ def _renames(model: nn.Module) -> Iterator[Tuple[str, str]]:
     blocks = [(f"blocks.{s}.{b}", block) for s, stage in enumerate(model.blocks) for b, block in enumerate(stage)]
     for index, (name, block) in enumerate(blocks):
         inside = INVERTED if hasattr(block, "conv_pwl") else SEPARABLE
-        yield from ((f"_blocks.{index}.{theirs}", f"{name}.{own}") for theirs, own in {**inside, **SQUEEZE}.items())
+        yield from ((f"_blocks.{index}.{given}", f"{name}.{own}") for given, own in {**inside, **SQUEEZE}.items())
 
 
 def load(name: str, path: Optional[Path]) -> Dict[str, torch.Tensor]:
@@ -103,4 +106,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with explained_errors():
+        main()

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from torch import nn
 
 from conftest import FAMILIES, make_batch, make_cfg
 
@@ -33,6 +34,15 @@ def backbone_keys(library, name, family="faster_rcnn", **node):
 
 def backbone_cfg(library, name, family="faster_rcnn", changes={}, **node):
     return make_cfg({**backbone_keys(library, name, family, **node), **changes})
+
+
+def save_with_statistics(classifier, path):
+    """Save the weights of a classifier, and give its BatchNorm layers random statistics first, in place."""
+    for module in classifier.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    torch.save(classifier.state_dict(), path)
 
 
 def build_shapes(cfg):

@@ -16,6 +16,7 @@ from steps import (
     backbone_cfg,
     backbone_keys,
     build_shapes,
+    save_with_statistics,
     without_gradient,
 )
 
@@ -41,11 +42,7 @@ def timm_cfg(name, family="faster_rcnn", changes={}, **node):
 def test_features_a_step_a_reload_and_an_export(name, tmp_path):
     family, channels = MODELS[name]
     original = timm.create_model(name).eval()
-    for module in original.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.1, 0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    torch.save(original.state_dict(), tmp_path / "weights.pth")
+    save_with_statistics(original, tmp_path / "weights.pth")
     cfg = timm_cfg(name, family, NORM="FrozenBN", WEIGHTS=str(tmp_path / "weights.pth"))
     check_values(cfg)
     model = build_model(cfg).eval()

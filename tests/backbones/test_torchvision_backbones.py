@@ -16,6 +16,7 @@ from steps import (
     backbone_cfg,
     backbone_keys,
     build_shapes,
+    save_with_statistics,
     without_gradient,
 )
 from torch import nn
@@ -56,11 +57,7 @@ def test_features_a_step_a_reload_and_an_export(name, tmp_path):
     """The reference of the features is torchvision's own extractor, on nodes that the table names."""
     family, channels, nodes = MODELS[name]
     original = torchvision.models.get_model(name, weights=None).eval()
-    for module in original.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.1, 0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    torch.save(original.state_dict(), tmp_path / "weights.pth")
+    save_with_statistics(original, tmp_path / "weights.pth")
     cfg = torchvision_cfg(name, family, NORM="FrozenBN", WEIGHTS=str(tmp_path / "weights.pth"))
     cfg.MODEL.FPN.IN_FEATURES = LEVELS
     check_values(cfg)

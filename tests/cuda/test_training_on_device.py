@@ -51,8 +51,8 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(pair_cfg, monkeypatch, t
         assert losses == pytest.approx(expected, rel=relative, abs=0.0)
     if amp:
         assert resumed._trainer.grad_scaler.state_dict() == whole._trainer.grad_scaler.state_dict()
-    ours, theirs = resumed.distiller.losses.state_dict(), whole.distiller.losses.state_dict()
-    assert ours["CKD.queue.filled"] == theirs["CKD.queue.filled"] > 0
+    resumed_state, whole_state = resumed.distiller.losses.state_dict(), whole.distiller.losses.state_dict()
+    assert resumed_state["CKD.queue.filled"] == whole_state["CKD.queue.filled"] > 0
     assert devices_of(resumed.distiller) == {device}
     assert {value.device.type for state in resumed.optimizer.state.values() for value in state.values()} == {device}
 

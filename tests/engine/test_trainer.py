@@ -52,16 +52,16 @@ def on_fixed_batches(trainer_class):
 def test_without_losses_a_run_is_bit_identical_to_detectron2s(distill_cfg):
     cfg = distill_cfg({"DISTILL.LOSSES": (), "SOLVER.MAX_ITER": 5})
     plain = plain_keys_of(plain_config(cfg))
-    _, theirs = train(on_fixed_batches(DefaultTrainer), plain)
-    _, ours = train(on_fixed_batches(DistillTrainer), cfg)
-    assert list(ours) == [0, 1, 2, 3, 4] and ours == theirs
+    _, plain_losses = train(on_fixed_batches(DefaultTrainer), plain)
+    _, distill_losses = train(on_fixed_batches(DistillTrainer), cfg)
+    assert list(distill_losses) == [0, 1, 2, 3, 4] and distill_losses == plain_losses
 
 
 def test_with_losses_the_students_own_first_losses_are_still_those(distill_cfg):
     cfg = distill_cfg({"SOLVER.MAX_ITER": 1})
-    _, theirs = train(on_fixed_batches(DefaultTrainer), plain_keys_of(plain_config(cfg)))
-    _, ours = train(on_fixed_batches(DistillTrainer), cfg)
-    assert all(ours[0][name] == value for name, value in theirs[0].items() if name != "total_loss")
+    _, plain_losses = train(on_fixed_batches(DefaultTrainer), plain_keys_of(plain_config(cfg)))
+    _, distill_losses = train(on_fixed_batches(DistillTrainer), cfg)
+    assert all(distill_losses[0][name] == value for name, value in plain_losses[0].items() if name != "total_loss")
 
 
 def test_checkpoint_is_the_plain_students_and_plain_detectron2_reads_it(distill_cfg, tmp_path):
@@ -74,10 +74,10 @@ def test_checkpoint_is_the_plain_students_and_plain_detectron2_reads_it(distill_
     DetectionCheckpointer(plain).load(str(tmp_path / "run" / "model_final.pth"))
     plain.eval(), trainer.model.eval()
     with torch.no_grad():
-        for ours, theirs in zip(trainer.model(make_batch()), plain(make_batch())):
-            assert len(ours["instances"]) > 0
-            assert torch.equal(ours["instances"].pred_boxes.tensor, theirs["instances"].pred_boxes.tensor)
-            assert torch.equal(ours["instances"].scores, theirs["instances"].scores)
+        for found, expected in zip(trainer.model(make_batch()), plain(make_batch())):
+            assert len(found["instances"]) > 0
+            assert torch.equal(found["instances"].pred_boxes.tensor, expected["instances"].pred_boxes.tensor)
+            assert torch.equal(found["instances"].scores, expected["instances"].scores)
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
@@ -101,9 +101,9 @@ def test_a_resumed_run_is_bit_identical_to_the_uninterrupted_one(distill_cfg, tm
     resumed, second = train(DistillTrainer, cfg, resume=True)
     assert list(first) == [0, 1, 2] and list(second) == [3, 4, 5, 6, 7]
     assert {**first, **second} == uninterrupted
-    ours, theirs = resumed.distiller.losses.state_dict(), whole.distiller.losses.state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert ours["CKD.queue.filled"] > 0 and ours["SGFI.log_tau"] != 0
+    resumed_state, whole_state = resumed.distiller.losses.state_dict(), whole.distiller.losses.state_dict()
+    assert all(torch.equal(resumed_state[name], whole_state[name]) for name in whole_state)
+    assert resumed_state["CKD.queue.filled"] > 0 and resumed_state["SGFI.log_tau"] != 0
 
 
 @pytest.mark.parametrize("student", ["retinanet", "fcos"])

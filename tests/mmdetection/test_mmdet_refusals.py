@@ -132,7 +132,7 @@ def test_a_setting(detector, path, value, match):
 
 
 def test_the_settings_above_are_right_otherwise():
-    """What is refused then is that the tensors are missing."""
+    """Test that the missing tensors are then the reason of the refusal."""
     for model in MODELS.values():
         with pytest.raises(GDetKDError, match="does not hold the detector that its config describes: it lacks"):
             convert_checkpoint(checkpoint(model))

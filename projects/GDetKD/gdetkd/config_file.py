@@ -1,7 +1,6 @@
 """Read config files and KEY VALUE words safely. Errors name the file, the line and the closest valid key."""
 
 import ast
-import difflib
 import logging
 import os
 from contextlib import suppress
@@ -15,7 +14,7 @@ from detectron2.utils.logger import log_first_n
 
 from .config import add_gdetkd_config
 from .dotted_keys import flat_config, get_key, group_of, take_keys
-from .errors import GDetKDError
+from .errors import GDetKDError, similar
 from .old_names import RENAMED_KEYS
 
 BASE = "_BASE_"
@@ -205,8 +204,8 @@ def _check_key(cfg: CfgNode, key: str, source: str) -> None:
             f"{source}: {key!r} is no config key. Inside {{...}}, YAML splits a value at every comma. Write (160,) as "
             '"(160,)" or [160].'
         )
-    similar = difflib.get_close_matches(key, list(flat_config(cfg.dump())), n=1, cutoff=0.0)
-    raise GDetKDError(f"{source}: {key!r} is no config key. Did you mean {similar[0]!r}?")
+    known = list(flat_config(cfg.dump()))
+    raise GDetKDError(f"{source}: {key!r} is no config key. Did you mean {similar(key, known, count=1)!r}?")
 
 
 def _wrong_kind(cfg: CfgNode, key: str, value: Any, source: str) -> str:

@@ -7,7 +7,7 @@ A plain copy to a GPU from memory that is not pinned makes the CPU wait until th
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 
 
 def on_device(values: Sequence[Any], like: torch.Tensor) -> torch.Tensor:
@@ -23,9 +23,14 @@ def images_on_device(batched_inputs: List[Dict[str, Any]], device: torch.device)
     return [{name: _moved(value, device) for name, value in inputs.items()} for inputs in batched_inputs]
 
 
-def boxes_on_device(batched_inputs: List[Dict[str, Any]], device: torch.device) -> List[Boxes]:
-    """Return the ground-truth boxes of each image of a training batch, on the device."""
-    return [Boxes(_moved(inputs["instances"].gt_boxes.tensor, device)) for inputs in batched_inputs]
+def objects_on_device(batched_inputs: List[Dict[str, Any]], device: torch.device) -> List[Dict[str, Any]]:
+    """Return a training batch whose ground-truth boxes lie on the device. The given batch does not change."""
+    moved = []
+    for inputs in batched_inputs:
+        instances = Instances(inputs["instances"].image_size, **inputs["instances"].get_fields())
+        instances.gt_boxes = Boxes(_moved(instances.gt_boxes.tensor, device))
+        moved.append({**inputs, "instances": instances})
+    return moved
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 from .config import plain_config
 from .data.class_names import class_names
 from .detectors import build_adapter
-from .device import boxes_on_device, images_on_device
+from .device import images_on_device, objects_on_device
 from .errors import GDetKDError
 from .losses import DistillLoss, build_losses
 from .recorder import Recorder
@@ -81,8 +81,9 @@ class GDetKD(nn.Module):
         features = self.teacher.extract(batch)  # first, because a GPU can work on it while the student starts
         with Recorder(self.adapter.points()) as calls:
             losses = self.student(batch)
+        batch = objects_on_device(batch, self.device)
         student = self.adapter.observe(calls, batch)
-        student.gt_boxes = boxes_on_device(batch, self.device)
+        student.gt_boxes = [inputs["instances"].gt_boxes for inputs in batch]
         later_regions = [stage.regions for stage in student.later_stages]
         teacher = self.teacher.look_at(features, student.regions, self._needs, later_regions)
         _check_filled(self._needs, student, teacher)

@@ -55,6 +55,18 @@ def _flat(node: Mapping[str, Any], prefix: str) -> Dict[str, Any]:
     return flat
 
 
+def nested_config(flat: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return a flat dictionary {"SOLVER.MAX_ITER": 100, ...} as nested dictionaries, as a YAML file has them."""
+    nested: Dict[str, Any] = {}
+    for key, value in flat.items():
+        *parts, name = key.split(".")
+        node = nested
+        for part in parts:
+            node = node.setdefault(part, {})
+        node[name] = value
+    return nested
+
+
 def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> Dict[str, str]:
     """Describe the differences between two flat configs, by key, for example "SOLVER.MAX_ITER 100 -> 200"."""
     pairs = {key: (before.get(key, "absent"), now.get(key, "absent")) for key in sorted({*before, *now})}

@@ -1,5 +1,6 @@
 """The error that users meet. Its message says what is wrong and what to do."""
 
+import difflib
 from typing import Sequence
 
 
@@ -10,6 +11,11 @@ class GDetKDError(ValueError):
 def some(names: Sequence[str], count: int = 10) -> str:
     """Join the first `count` names for a message, and count the rest: "cat, dog and 78 more"."""
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def similar(name: str, known: Sequence[str], count: int = 3) -> str:
+    """Return the known names that are closest to a name, for a message: "mobilenet_v2 or mobilenet_v3_large"."""
+    return " or ".join(difflib.get_close_matches(name, known, n=count, cutoff=0.0))
 
 
 def first_line(error: BaseException) -> str:

@@ -3,11 +3,13 @@
 Shapes: N regions, C channels, (h, w) the pooled size, K boxes, G objects of an image.
 """
 
+from functools import partial
 from typing import Sequence
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
+from torch import nn
 from torchvision.ops import box_iou, nms
 
 from .structures import Regions, full_precision
@@ -22,10 +24,13 @@ def pool_in_full_precision(pooler: ROIPooler, maps: Sequence[torch.Tensor], regi
     maps = [full_precision(feature_map) for feature_map in maps]
     if type(pooler) is not ROIPooler or len(maps) == 1:
         return pooler(maps, regions.boxes)
+
+    def pool(layer: nn.Module, feature_map: torch.Tensor, part: Regions) -> torch.Tensor:
+        return layer(feature_map, part.rois())
+
     # `ROIPooler` does the same, but waits for the device at each level.
-    by_level, places = regions.split_by_level(levels_by_box_size(pooler, regions), len(maps))
-    pooled = [pool(level, part.rois()) for pool, level, part in zip(pooler.level_poolers, maps, by_level)]
-    return torch.cat(pooled)[places]
+    pools = [partial(pool, *level) for level in zip(pooler.level_poolers, maps)]
+    return regions.on_levels(levels_by_box_size(pooler, regions), pools)
 
 
 def levels_by_box_size(pooler: ROIPooler, regions: Regions) -> torch.Tensor:

@@ -4,7 +4,7 @@ Shapes: N regions, n foreground classes, C channels, D the width of an embedding
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.structures import Boxes
@@ -65,6 +65,19 @@ class Regions:
         parts = [Boxes(boxes) for boxes in self.tensor()[order].split(sizes)]
         by_level = [Regions(parts[first : first + images]) for first in range(0, len(parts), images)]
         return by_level, order.argsort()
+
+    def on_levels(self, levels: torch.Tensor, compute: Sequence[Callable[["Regions"], torch.Tensor]]) -> torch.Tensor:
+        """Compute something for each region on its level. This waits for the device once.
+
+        Args:
+            levels: (N,) index of each region's level.
+            compute: by level, a function of M regions that returns a tensor (M, ...). It is called also for M = 0.
+
+        Returns:
+            (N, ...) in the order of the regions.
+        """
+        by_level, places = self.split_by_level(levels, len(compute))
+        return torch.cat([on_level(part) for on_level, part in zip(compute, by_level)])[places]
 
     def __len__(self) -> int:
         return sum(len(boxes) for boxes in self.boxes)

@@ -1,4 +1,4 @@
-"""What the bottom-up networks of all libraries have in common: frozen blocks, norms, and the file of weights."""
+"""The base class of the bottom-up networks of all libraries: frozen blocks, norms, and the file of weights."""
 
 from abc import abstractmethod
 from typing import Callable, Dict, List, Sequence

@@ -1,12 +1,11 @@
 """The config keys of the backbones, and the checks of their values."""
 
-import difflib
 import re
 from typing import Any, Dict, List, Sequence, Tuple
 
 from detectron2.config import CfgNode
 
-from ..errors import GDetKDError, some
+from ..errors import GDetKDError, similar, some
 
 # The node of a builder's keys, by MODEL.BACKBONE.NAME.
 NODES = {"build_torchvision_fpn_backbone": "TORCHVISION", "build_timm_fpn_backbone": "TIMM"}
@@ -95,8 +94,7 @@ def check_model_name(key: str, name: str, known: Sequence[str]) -> None:
         GDetKDError: the library has no model of this name.
     """
     if name not in known:
-        similar = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
-        raise GDetKDError(f"{key} is {name!r}, which is no model of the library. Did you mean {' or '.join(similar)}?")
+        raise GDetKDError(f"{key} is {name!r}, which is no model of the library. Did you mean {similar(name, known)}?")
 
 
 def check_levels(key: str, name: str, wanted: Sequence[str], made: Dict[str, Any]) -> None:

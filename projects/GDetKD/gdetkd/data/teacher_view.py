@@ -1,7 +1,7 @@
 """Give the teacher the student's augmented image at another resolution, made from the original pixels."""
 
 import copy
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -91,31 +91,28 @@ class _View:
 
     def _resize(self, size: Tuple[int, int], interp: Any) -> None:
         height, width = self._image.shape[:2]
-        resize = T.ResizeTransform(height, width, *self._sides(size), interp)
+        resize = T.ResizeTransform(height, width, *self._scaled_sides(size, least=1), interp)
         self._image, self._is_scaled = resize.apply_image(self._image), True
 
-    def _sides(self, sides: Any) -> List[int]:
-        return [max(1, round(self._scale * side)) for side in sides]
+    def _scaled_sides(self, sides: Sequence[int], least: int = 0) -> List[int]:
+        return [max(least, round(self._scale * side)) for side in sides]
 
     def _scaled(self, transform: Transform) -> Transform:
         if isinstance(transform, FREE_OF_SIZE):
             return transform
         if isinstance(transform, CropTransform):
-            return CropTransform(*self._sides_from_0((transform.x0, transform.y0, transform.w, transform.h)))
+            return CropTransform(*self._scaled_sides((transform.x0, transform.y0, transform.w, transform.h)))
         if isinstance(transform, PadTransform):
-            sides = self._sides_from_0((transform.x0, transform.y0, transform.x1, transform.y1))
+            sides = self._scaled_sides((transform.x0, transform.y0, transform.x1, transform.y1))
             return PadTransform(*sides, pad_value=transform.pad_value)
         raise GDetKDError(
             f"DISTILL.TEACHER.SCALE is {self._scale}, but the augmentation {type(transform).__name__} cannot be "
             "repeated at another resolution. Apply it before the image is resized, or set DISTILL.TEACHER.SCALE to 1."
         )
 
-    def _sides_from_0(self, sides: Any) -> List[int]:
-        return [round(self._scale * side) for side in sides]
-
     def finish(self, size: Tuple[int, int]) -> torch.Tensor:
         """Return the teacher's image (3, H, W) for a student's image of the given size, without padding."""
-        if list(self._image.shape[:2]) != self._sides(size):
+        if list(self._image.shape[:2]) != self._scaled_sides(size, least=1):
             self._resize(size, T.ResizeTransform(1, 1, 1, 1).interp)
         return torch.as_tensor(np.ascontiguousarray(self._image.transpose(2, 0, 1)))
 

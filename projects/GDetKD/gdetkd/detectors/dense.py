@@ -5,7 +5,7 @@ Shapes: B images, L levels, A anchors of a location, n classes, K candidates of 
 
 import math
 from abc import abstractmethod
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Collection, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -17,7 +17,7 @@ from detectron2.structures import Boxes
 from torch import nn
 from torchvision.ops import roi_align
 
-from ..device import boxes_on_device, on_device
+from ..device import on_device
 from ..errors import GDetKDError
 from ..recorder import Call
 from ..regions import match_and_sample, pool_in_full_precision, suppress
@@ -167,9 +167,10 @@ class DenseAdapter(DetectorAdapter):
         boxes, is_candidate = self._clip(boxes, anchors, scores, batched_inputs)
         config = self.cfg.DISTILL.REGIONS
         kept, sampled = [], []
-        for image, gt_boxes in enumerate(boxes_on_device(batched_inputs, boxes.device)):
+        for image, inputs in enumerate(batched_inputs):
             best = suppress(boxes[image], scores[image].where(is_candidate[image], -math.inf), config)
-            sampled.append(match_and_sample(boxes[image, best], is_candidate[image, best], gt_boxes.tensor, config))
+            gt_boxes = inputs["instances"].gt_boxes.tensor
+            sampled.append(match_and_sample(boxes[image, best], is_candidate[image, best], gt_boxes, config))
             kept.append(best)
         counts = torch.stack([mask.sum() for mask in sampled]).tolist()
         chosen = [
@@ -231,19 +232,18 @@ class DenseAdapter(DetectorAdapter):
         Returns:
             (N, D)
         """
-        strides = self.spec.strides.values()
-        by_level, places = regions.split_by_level(self._assign_levels(regions), len(towers))
-        embeddings = []
-        for tower, stride, part in zip(map(full_precision, towers), strides, by_level):
+
+        def interpolate(tower: torch.Tensor, stride: int, part: Regions) -> torch.Tensor:
             # RoIAlign of one cell is interpolation at its centre. RoIAlign puts the centre of cell i at (i + 0.5)
             # strides, the detector puts its anchors at (i + offset) strides.
             shift = (0.5 - self.spec.anchor_offset) * stride
             boxes = part.tensor()
             centre = (boxes[:, :2] + boxes[:, 2:]) / 2 + shift
             cell = torch.cat([part.image_ids()[:, None], centre - stride / 2, centre + stride / 2], dim=1)
-            pooled = roi_align(tower, cell.to(tower.dtype), 1, 1.0 / stride, sampling_ratio=1, aligned=True)
-            embeddings.append(pooled.flatten(1))
-        return torch.cat(embeddings)[places]
+            return roi_align(tower, cell.to(tower.dtype), 1, 1.0 / stride, sampling_ratio=1, aligned=True).flatten(1)
+
+        levels = zip(map(full_precision, towers), self.spec.strides.values())
+        return regions.on_levels(self._assign_levels(regions), [partial(interpolate, *level) for level in levels])
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()

@@ -4,7 +4,7 @@ Shapes: B images, N regions, K labels of the torchvision model, n classes.
 """
 
 import math
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Collection, Dict, List, Optional, Sequence, Type
 
 import torch
@@ -110,12 +110,12 @@ class TorchvisionRCNNAdapter(_OnlyTeaches):
     def _pool(self, pyramid: Dict[str, torch.Tensor], regions: Regions, levels: torch.Tensor) -> torch.Tensor:
         """Pool as torchvision's `MultiScaleRoIAlign`, which would wait for the device at each level."""
         pooler = self.model.roi_heads.box_roi_pool
-        by_level, places = regions.split_by_level(levels, len(pyramid))
-        pooled = [
-            roi_align(full_precision(feature_map), part.rois(), pooler.output_size, 1 / stride, pooler.sampling_ratio)
-            for feature_map, part, stride in zip(pyramid.values(), by_level, self.spec.strides.values())
-        ]
-        return torch.cat(pooled)[places]
+
+        def pool(feature_map: torch.Tensor, stride: int, part: Regions) -> torch.Tensor:
+            return roi_align(feature_map, part.rois(), pooler.output_size, 1 / stride, pooler.sampling_ratio)
+
+        maps = map(full_precision, pyramid.values())
+        return regions.on_levels(levels, [partial(pool, *level) for level in zip(maps, self.spec.strides.values())])
 
 
 class _TorchvisionDenseAdapter(_OnlyTeaches, DenseAdapter):

@@ -1,6 +1,5 @@
 """Check the numbers and names of a config before anything is built."""
 
-import difflib
 import math
 from typing import Any, Callable, List, NamedTuple, Sequence
 
@@ -13,7 +12,7 @@ from .._compat import has_compiled_ops
 from ..backbones.config import added_levels, node_of, wrong_values
 from ..config import student_architecture
 from ..dotted_keys import get_key
-from ..errors import GDetKDError
+from ..errors import GDetKDError, similar
 
 # Levels that Detectron2's and GDetKD's pyramids add to those of res2 to res5, by MODEL.BACKBONE.NAME.
 TOP_LEVELS = {
@@ -142,8 +141,7 @@ def _unknown_names(cfg: CfgNode) -> List[str]:
     for key, names in known.items():
         name = get_key(cfg, key)
         if name not in names:
-            similar = " or ".join(difflib.get_close_matches(str(name), names, n=3, cutoff=0.0))
-            wrong.append(f"{key} is {name!r}, which is not registered (did you mean {similar}?)")
+            wrong.append(f"{key} is {name!r}, which is not registered (did you mean {similar(str(name), names)}?)")
     return wrong
 
 

@@ -11,11 +11,7 @@ from .._compat.processes import cpu_group, default_store
 
 def on_any_process(*flags: bool) -> List[bool]:
     """Return each flag, raised where any process raises it. All processes must call this together."""
-    if comm.get_world_size() == 1:
-        return list(flags)
-    together = torch.tensor(flags, dtype=torch.int32)
-    dist.all_reduce(together, op=dist.ReduceOp.MAX, group=cpu_group())
-    return together.bool().tolist()
+    return any_and_mean(flags, [])[0]
 
 
 def any_and_mean(flags: Sequence[bool], values: Sequence[float]) -> Tuple[List[bool], List[float]]:

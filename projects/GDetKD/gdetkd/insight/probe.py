@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -109,7 +110,7 @@ def _annotations(sample: Dict[str, Any]) -> List[Dict[str, Any]]:
     return [annotation for annotation in sample.get("annotations", []) if not annotation.get("iscrowd", 0)]
 
 
-def read_at_test_size(file_name: str, cfg: CfgNode) -> Tuple[Dict[str, Any], T.Transform]:
+def read_at_test_size(file_name: str, cfg: CfgNode) -> Dict[str, Any]:
     """Read an image as Detectron2 shows it to a detector at test time.
 
     Args:
@@ -117,20 +118,24 @@ def read_at_test_size(file_name: str, cfg: CfgNode) -> Tuple[Dict[str, Any], T.T
 
     Returns:
         the input of a Detectron2 model with "image" (3, H, W) and the file's "height" and "width", so that the model
-        predicts in pixels of the file; and the transform that resized the image.
+        predicts in pixels of the file.
     """
-    pixels = utils.read_image(file_name, cfg.INPUT.FORMAT)
+    return {"file_name": file_name, **_at_test_size(utils.read_image(file_name, cfg.INPUT.FORMAT), cfg)[0]}
+
+
+def _at_test_size(pixels: np.ndarray, cfg: CfgNode) -> Tuple[Dict[str, Any], T.Transform]:
+    """Return the input of a Detectron2 model for an image, and the transform that resized it."""
     height, width = pixels.shape[:2]
     resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST).get_transform(pixels)
     image = torch.as_tensor(resize.apply_image(pixels).transpose(2, 0, 1).copy())
-    return {"file_name": file_name, "image": image, "height": height, "width": width}, resize
+    return {"image": image, "height": height, "width": width}, resize
 
 
 def _read_labelled(sample: Dict[str, Any], cfg: CfgNode) -> Dict[str, Any]:
-    inputs, resize = read_at_test_size(sample["file_name"], cfg)
+    pixels = utils.read_image(sample["file_name"], cfg.INPUT.FORMAT)
+    inputs, resize = _at_test_size(pixels, cfg)
     size = tuple(inputs["image"].shape[1:])
     if cfg.DISTILL.TEACHER.SCALE != 1:
-        pixels = utils.read_image(sample["file_name"], cfg.INPUT.FORMAT)
         inputs[TEACHER_IMAGE] = at_scale(pixels, cfg.DISTILL.TEACHER.SCALE, size)
     keys = ("bbox", "bbox_mode", "category_id")
     annotations = [{key: annotation[key] for key in keys} for annotation in _annotations(sample)]

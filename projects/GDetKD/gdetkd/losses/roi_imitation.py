@@ -8,6 +8,7 @@ Shapes: B images, N regions, L student levels, C channels, (h, w) the pooled siz
 
 import logging
 import math
+from functools import partial
 from typing import Sequence, Tuple
 
 import torch
@@ -64,13 +65,12 @@ def pool_on_levels(
     Returns:
         (N, C, h, w)
     """
-    by_level, places = regions.split_by_level(levels, len(maps))
+
+    def pool(feature_map: torch.Tensor, stride: int, part: Regions) -> torch.Tensor:
+        return pool_all_levels([feature_map], [stride], part, size, sampling_ratio)[:, 0]
+
     # A level without regions stays in the graph, so that SyncBN's backward pass is the same on every process.
-    pooled = [
-        pool_all_levels([feature_map], [stride], on_level, size, sampling_ratio)[:, 0]
-        for feature_map, stride, on_level in zip(maps, strides, by_level)
-    ]
-    return torch.cat(pooled)[places]
+    return regions.on_levels(levels, [partial(pool, *level) for level in zip(maps, strides)])
 
 
 @DISTILL_LOSS_REGISTRY.register()

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from ..config import add_gdetkd_config
+from ..dotted_keys import nested_config
 from ..errors import GDetKDError, first_line, some
 from ..files import written_whole
 from .checkpoint import MMDetCheckpoint, read_checkpoint
@@ -110,7 +111,7 @@ def _build(keys: Dict[str, Any]) -> torch.nn.Module:
     """Build a detector without memory for its weights, for their names and shapes."""
     cfg = get_cfg()
     add_gdetkd_config(cfg)
-    cfg.merge_from_other_cfg(CfgNode(_nested({**keys, "MODEL.DEVICE": "meta"})))
+    cfg.merge_from_other_cfg(CfgNode(nested_config({**keys, "MODEL.DEVICE": "meta"})))
     with torch.device("meta"):
         return build_model(cfg)
 
@@ -152,21 +153,9 @@ def write(converted: Converted, weights: Path) -> Path:
     weights.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(str(weights), "wb") as file:
         torch.save({"model": converted.tensors}, file)
-    nested = _nested({**converted.keys, "MODEL.WEIGHTS": str(weights), "VERSION": 2})
+    nested = nested_config({**converted.keys, "MODEL.WEIGHTS": str(weights), "VERSION": 2})
     comments = [f"Converted from {json.dumps(Path(converted.source).name)} of mmdetection.", *converted.notes()]
     with written_whole(str(config)) as file:
         file.write("".join(f"# {comment}\n" for comment in comments))
         file.write(yaml.safe_dump(nested, default_flow_style=None, width=120))
     return config
-
-
-def _nested(keys: Dict[str, Any]) -> Dict[str, Any]:
-    """Return the keys "A.B" as nested dictionaries."""
-    nested: Dict[str, Any] = {}
-    for key, value in keys.items():
-        *nodes, name = key.split(".")
-        node = nested
-        for each in nodes:
-            node = node.setdefault(each, {})
-        node[name] = value
-    return nested

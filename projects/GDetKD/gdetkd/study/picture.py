@@ -108,7 +108,7 @@ def _draw_curves(axis: Axes, curves: Sequence[Curve], teacher_ap: Optional[float
 
 def _draw_detections(axis: Axes, image: Dict[str, Any], model: nn.Module, cfg: Any) -> None:
     axis.imshow(utils.read_image(image["file_name"], "RGB"))
-    inputs, _ = read_at_test_size(image["file_name"], cfg)
+    inputs = read_at_test_size(image["file_name"], cfg)
     with torch.no_grad():
         instances = model([inputs])[0]["instances"].to("cpu")
     # A score threshold would not suit all: a dense detector scores lower than a two-stage detector.

@@ -1,4 +1,4 @@
-"""What a teacher's file tells about the teacher before it is built."""
+"""The description of a teacher that its file gives before the teacher is built."""
 
 from abc import ABC, abstractmethod
 from typing import Any, Optional, Tuple

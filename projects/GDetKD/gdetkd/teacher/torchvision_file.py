@@ -50,16 +50,17 @@ class TorchvisionTeacher(TeacherFile):
         self._device = cfg.MODEL.DEVICE
         self._builder = _builder(self._name)
         self._options = _options(cfg)
-        published = _published(self._name)
-        given = cfg.DISTILL.TEACHER.WEIGHTS
-        weights = _find(given, published)
-        is_name = weights is not None and PurePosixPath(given).name != PurePosixPath(weights.url).name
-        self.weights = weights.url if is_name and not os.path.isfile(given) else given
-        if given and weights is None and not os.path.isfile(given) and "://" not in given:
+        published, given = get_model_weights(self._name), cfg.DISTILL.TEACHER.WEIGHTS
+        named, is_file = published.__members__.get(given.rpartition(".")[2]), os.path.isfile(given)
+        # A file that was downloaded has the name that it has at torchvision.
+        weights = named or next((item for item in published if _file_name(item.url) == _file_name(given)), None)
+        if given and weights is None and not is_file and "://" not in given:
+            names = ["DEFAULT", *(item.name for item in published)]
             raise GDetKDError(
                 f"DISTILL.TEACHER.WEIGHTS is {given!r}. There is no such file, and torchvision has no such weights of "
-                f"{self._name}. The current folder is {os.getcwd()}. Give a file, or one of {some(_names(published))}."
+                f"{self._name}. The current folder is {os.getcwd()}. Give a file, or one of {some(names)}."
             )
+        self.weights = given if named is None or is_file else named.url
         is_old = self._name in OLD_MODELS and weights is not None and weights.name == "COCO_V1"
         self._norm_eps: Optional[float] = self._options.pop(NORM_EPS, 0.0 if is_old else None)
         with torch.device("meta"):  # without memory for the parameters
@@ -67,7 +68,7 @@ class TorchvisionTeacher(TeacherFile):
         self._num_labels = _num_labels(model)
         # In evaluation torchvision resizes to the last of its sizes.
         self._resize = T.ResizeShortestEdge(model.transform.min_size[-1], model.transform.max_size)
-        self._categories = self._find_categories(weights, published, bool(cfg.DISTILL.TEACHER.CLASSES))
+        self._categories = self._find_categories(weights, list(published), bool(cfg.DISTILL.TEACHER.CLASSES))
 
     def _find_categories(self, weights: Any, published: List[Any], names_are_given: bool) -> Optional[List[str]]:
         if weights is not None and len(weights.meta["categories"]) == self._num_labels:
@@ -146,21 +147,8 @@ def _unknown(name: str) -> str:
     )
 
 
-def _published(name: str) -> List[Any]:
-    return list(get_model_weights(name))
-
-
-def _names(published: List[Any]) -> List[str]:
-    return ["DEFAULT", *(weights.name for weights in published)]
-
-
-def _find(given: str, published: List[Any]) -> Any:
-    """Return torchvision's weights of a name, such as "COCO_V1", or of a downloaded file. None: there are none."""
-    short = given.rpartition(".")[2]
-    for weights in published:
-        if short == weights.name or PurePosixPath(given).name == PurePosixPath(weights.url).name:
-            return weights
-    return published[0] if short == "DEFAULT" and published else None
+def _file_name(address: str) -> str:
+    return PurePosixPath(address).name
 
 
 def _options(cfg: CfgNode) -> Dict[str, Any]:
