@@ -11,11 +11,10 @@ from detectron2.data import MetadataCatalog
 
 from conftest import ALL_LOSSES
 from gdetkd.safe_load import read_weights
+from programs import START_METHOD
 
 TIMEOUT_SECONDS = 600
-# Processes start by a fork of a server that has imported everything.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["slow_disk"])
+PROCESSES = multiprocessing.get_context(START_METHOD)
 
 
 @pytest.fixture
