@@ -215,6 +215,28 @@ def write_coco(folder: Path, count: int, name: str = "tiny", seed: int = 0, mask
 
 
 @pytest.fixture
+def pseudo_entry(tmp_path):
+    """Return a function that writes a dataset of kind `pseudo`, and returns its entry for DATASETS.REGISTER.
+
+    Every second box has the score 0.9, the others have 0.4. With the default thresholds these are doubtful.
+    """
+
+    def make(name="pseudo", count=8, min_score=0.5, change=lambda content: None, **entry) -> Dict[str, Any]:
+        folder = tmp_path / name
+        folder.mkdir()
+        write_coco(folder, count, name=name, seed=5)
+        content = json.loads((folder / f"{name}.json").read_text())
+        for annotation in content["annotations"]:
+            annotation["score"] = 0.9 if annotation["id"] % 2 else 0.4
+        change(content)
+        (folder / f"{name}.json").write_text(json.dumps(content))
+        keys = {} if min_score is None else {"min_score": min_score}
+        return {"name": name, "kind": "pseudo", "json": f"{folder}/{name}.json", "images": str(folder), **keys, **entry}
+
+    return make
+
+
+@pytest.fixture
 def make_teacher(tmp_path):
     """Return a function that writes a teacher's config and weights, and returns the config keys that name them."""
 

@@ -13,7 +13,6 @@ from typing import Any, Dict, Optional
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_SECONDS = 300
 # New processes are forked from a server that has made these imports.
-START_METHOD = "forkserver"
 multiprocessing.set_forkserver_preload(
     ["gdetkd", "gdetkd.engine.commands", "gdetkd.insight", "gdetkd.study", "detectron2.modeling"]
 )
@@ -31,7 +30,7 @@ def run_program(
     words = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as folder:
         outputs = [os.path.join(folder, name) for name in ("stdout", "stderr")]
-        process = multiprocessing.get_context(START_METHOD).Process(
+        process = multiprocessing.get_context("forkserver").Process(
             target=_run, args=(words, str(cwd), {**os.environ, **(environment or {})}, outputs)
         )
         process.start()
@@ -50,7 +49,6 @@ def _run(words, cwd, environment, outputs):
     os.environ.update(environment)
     os.chdir(cwd)
     warnings.simplefilter("ignore")
-    multiprocessing.set_start_method(None, force=True)  # otherwise the program's workers would start like this process
     sys.argv = words
     sys.path.insert(0, os.path.dirname(os.path.abspath(words[0])))
     runpy.run_path(words[0], run_name="__main__")

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "projects" / "GDetKD" / "gdetkd"
 # The floors from the ground up. A file may import from the floors below its own, and from its own floor.
 FLOORS = (
     ("_compat", "device", "errors", "files", "metrics_file", "program", "random_state", "recorder", "structures"),
-    ("figures", "inference", "regions", "safe_load", "weights_layout"),
+    ("figures", "inference", "mixture", "regions", "safe_load", "weights_layout"),
     ("backbones", "detectors", "losses"),
     ("config", "config_file", "dotted_keys", "old_names"),
     ("data",),
@@ -28,7 +28,7 @@ ALONE = {
     "figures": set(),
     "backbones": {"errors", "safe_load", "weights_layout"},
     "losses": {"errors", "structures"},
-    "detectors": {"device", "errors", "recorder", "regions", "structures"},
+    "detectors": {"_compat", "device", "errors", "recorder", "regions", "structures"},
 }
 
 

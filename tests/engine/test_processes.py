@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from conftest import ALL_LOSSES, look_through_the_model, make_batch, settle_batch_norm
 from gdetkd import DistillTrainer, GDetKD
 from gdetkd.engine.launch import leave_process_groups
-from programs import START_METHOD, TIMEOUT_SECONDS
+from programs import TIMEOUT_SECONDS
 
 
 def spawn(function, folder, world_size, *args):
@@ -24,7 +24,7 @@ def spawn(function, folder, world_size, *args):
         (f"file://{folder}/meeting", str(folder), world_size, function, args),
         nprocs=world_size,
         join=False,
-        start_method=START_METHOD,
+        start_method="forkserver",
     )
 
 

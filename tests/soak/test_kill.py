@@ -11,10 +11,11 @@ from detectron2.data import MetadataCatalog
 
 from conftest import ALL_LOSSES
 from gdetkd.safe_load import read_weights
-from programs import START_METHOD
 
 TIMEOUT_SECONDS = 600
-PROCESSES = multiprocessing.get_context(START_METHOD)
+# Processes start by a fork of a server that has imported everything.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["slow_disk"])
 
 
 @pytest.fixture

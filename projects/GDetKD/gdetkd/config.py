@@ -22,6 +22,8 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     #   {name: my_train, kind: voc, root: my/VOC, split: train, classes: [cat, dog]}
     #   {name: my_train, kind: yolo, yaml: my/data.yaml, split: train}
     #   {name: my_images, kind: images, images: my/images}, unlabelled images, for which --eval-only writes detections
+    #   {name: my_pseudo, kind: pseudo, json: pseudo.json, images: my/images}, unlabelled images with a teacher's boxes;
+    #       `min_score` and `ignore_score` replace the thresholds that tools/label.py wrote into the file
     # `limit: N` keeps the first N images. Relative paths start at the folder that the environment variable
     # DETECTRON2_DATASETS names (`datasets` by default), as for Detectron2's own datasets.
     cfg.DATASETS.REGISTER = []
@@ -31,6 +33,8 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # - a name in a VOC list that leaves the entry's `root`,
     # - a path in a data.yaml that leaves the folder of that file and DETECTRON2_DATASETS.
     cfg.DATASETS.ALLOW_OUTSIDE = False
+    # Datasets without labels to train on as well, from entries of kind `pseudo`. tools/label.py finds their boxes.
+    cfg.DATASETS.UNLABELED = ()
 
     _add_sampler_keys(cfg)
 
@@ -80,6 +84,7 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     cfg.DISTILL.SKIP_NONFINITE = 0
 
     _add_teacher_node(cfg)
+    _add_unlabeled_node(cfg)
     _add_regions_node(cfg)
     _add_loss_nodes(cfg)
     _add_insight_node(cfg)
@@ -169,6 +174,15 @@ def _add_teacher_node(cfg: CfgNode) -> None:
     cfg.DISTILL.TEACHER.MIN_AP = 5.0
     # Names of the teacher's classes in order, for a teacher whose DATASETS.TRAIN is not registered here.
     cfg.DISTILL.TEACHER.CLASSES = []
+
+
+def _add_unlabeled_node(cfg: CfgNode) -> None:
+    """Add the keys of training on DATASETS.UNLABELED. Source of the values: our choice."""
+    node = cfg.DISTILL.UNLABELED = CfgNode()
+    # Share of the images of each batch that come from DATASETS.UNLABELED.
+    node.FRACTION = 0.5
+    # Factor on the student's own losses on these images. 1: an image counts as much as one with labels.
+    node.WEIGHT = 1.0
 
 
 def _add_loss_nodes(cfg: CfgNode) -> None:

@@ -4,14 +4,14 @@ A plain copy to a GPU from memory that is not pinned makes the CPU wait until th
 `non_blocking`, the copy joins the queue of work.
 """
 
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional
 
 import torch
 from detectron2.structures import Boxes, Instances
 
 
-def on_device(values: Sequence[Any], like: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of Python numbers with the dtype and the device of `like`."""
+def on_device(values: Any, like: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of a number or nested sequences of numbers, with the dtype and the device of `like`."""
     return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 

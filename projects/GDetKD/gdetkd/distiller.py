@@ -1,6 +1,7 @@
 """The meta-architecture GDetKD: a plain Detectron2 student, and a teacher that looks at the same regions."""
 
-from typing import Any, Collection, Dict, List, Optional
+from contextlib import ExitStack
+from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -9,12 +10,14 @@ from torch import nn
 
 from .config import plain_config
 from .data.class_names import class_names
-from .detectors import build_adapter
+from .data.unlabeled import doubtful_boxes, is_unlabeled, split_batch
+from .detectors import DetectorAdapter, build_adapter
 from .device import images_on_device, objects_on_device
 from .errors import GDetKDError
 from .losses import DistillLoss, build_losses
+from .mixture import Mixture, shared_pyramid
 from .recorder import Recorder
-from .structures import DetectorOutputs, with_class_names
+from .structures import DetectorOutputs, joined, with_class_names
 from .teacher import FrozenTeacher
 
 
@@ -33,6 +36,9 @@ class GDetKD(nn.Module):
         student: the plain detector. A checkpoint holds its state dict under `model`.
         losses: the losses by name, with the parameters that distillation learns beside the student.
         teacher: the frozen teacher, or None if the config needs no teacher.
+        adapter: reads the student. None if there are no losses and no unlabelled images: then this trains the plain
+            student.
+        mixture: joins the student's losses on images with and without labels.
 
     Raises:
         GDetKDError: teacher, student and losses do not fit together.
@@ -48,12 +54,15 @@ class GDetKD(nn.Module):
         self.student: nn.Module = build_model(plain_config(cfg))
         self.losses = nn.ModuleDict()
         self.teacher: Optional[FrozenTeacher] = None
+        self.adapter: Optional[DetectorAdapter] = None
+        self.mixture = Mixture(cfg.DISTILL.UNLABELED.WEIGHT)
         # The code below draws random numbers. The student's run must draw the same numbers as a plain run.
         with torch.random.fork_rng(devices=[]):
             if cfg.DISTILL.LOSSES or cfg.DISTILL.HEAD_TRANSFER or cfg.DISTILL.EVAL_TEACHER:
                 self.teacher = teacher or FrozenTeacher(cfg)
-            if cfg.DISTILL.LOSSES:
+            if cfg.DISTILL.LOSSES or cfg.DATASETS.UNLABELED:
                 self.adapter = build_adapter(self.student, "student", cfg)
+            if cfg.DISTILL.LOSSES:
                 spec = with_class_names(self.adapter.spec, class_names(cfg))
                 self.losses = build_losses(cfg, spec, self.teacher.spec)
         self._needs = frozenset().union(*(loss.needs for loss in self.losses.values()))
@@ -74,16 +83,16 @@ class GDetKD(nn.Module):
     def forward(self, batched_inputs: List[Dict[str, Any]]) -> Any:
         """Return a dict of losses in training, or a list of predictions in evaluation, as Detectron2 expects."""
         # A training pass without gradients comes from PreciseBN, which concerns the student alone.
-        if not self.training or not self.losses or not torch.is_grad_enabled():
+        if not self.training or self.adapter is None or not torch.is_grad_enabled():
             return self.student(batched_inputs)
         self._to_compute = list(self.losses)
-        batch = images_on_device(batched_inputs, self.device)
-        features = self.teacher.extract(batch)  # first, because a GPU can work on it while the student starts
-        with Recorder(self.adapter.points()) as calls:
-            losses = self.student(batch)
-        batch = objects_on_device(batch, self.device)
-        student = self.adapter.observe(calls, batch)
-        student.gt_boxes = [inputs["instances"].gt_boxes for inputs in batch]
+        parts = split_batch(images_on_device(batched_inputs, self.device))
+        batch = [inputs for part in parts for inputs in part]
+        if self.losses:
+            features = self.teacher.extract(batch)  # first: a GPU can work on it while the student starts
+        losses, student = self._run_student(parts)
+        if not self.losses:
+            return losses
         later_regions = [stage.regions for stage in student.later_stages]
         teacher = self.teacher.look_at(features, student.regions, self._needs, later_regions)
         _check_filled(self._needs, student, teacher)
@@ -91,6 +100,29 @@ class GDetKD(nn.Module):
             self._to_compute.remove(name)
             losses[term_name(name)] = loss(student, teacher)
         return losses
+
+    def _run_student(
+        self, parts: Sequence[List[Dict[str, Any]]]
+    ) -> Tuple[Dict[str, torch.Tensor], Optional[DetectorOutputs]]:
+        """Return the student's own losses, and what the distillation terms read."""
+        if len(parts) == 1:
+            return self._record(parts[0])
+        with shared_pyramid(self.student, parts) as pyramid:
+            losses, outputs = zip(*(self._record(part) for part in parts))
+        return self.mixture.join(parts, losses), joined(outputs, pyramid) if self.losses else None
+
+    def _record(self, batch: List[Dict[str, Any]]) -> Tuple[Dict[str, torch.Tensor], Optional[DetectorOutputs]]:
+        with ExitStack() as stack:
+            if is_unlabeled(batch[0]):
+                stack.enter_context(self.adapter.ignoring(doubtful_boxes(batch, self.device)))
+            calls = stack.enter_context(Recorder(self.adapter.points()))
+            losses = self.student(batch)
+        if not self.losses:
+            return losses, None
+        batch = objects_on_device(batch, self.device)
+        outputs = self.adapter.observe(calls, batch)
+        outputs.gt_boxes = [inputs["instances"].gt_boxes for inputs in batch]
+        return losses, outputs
 
     def join_exchanges(self) -> None:
         """Take part in the collectives of the losses that a failed forward pass did not reach."""

@@ -4,8 +4,7 @@ Detectron2's sampler starts over on resume, and its augmentations depend on the 
 """
 
 import random
-from itertools import islice
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -16,12 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import GDetKDError
 from ..random_state import random_state
+from .batches import Batch, ImageCounts, Skipping, choose_batches
+from .class_names import class_names
 from .clean import BadImages, without_bad_images
 from .headers import IMAGE_ERRORS
 from .instaboost import InstaBoostMapper
 from .samplers import build_sampler, check_sampler
 from .teacher_view import TeacherViewMapper
 from .train_images import are_wide, describe, load_images
+from .unlabeled import UnlabeledMapper, load_unlabeled, unlabeled_per_batch
 from .workers import OutlivingLoader
 
 Sample = Dict[str, Any]
@@ -35,10 +37,18 @@ class PositionedDataset(Dataset):
 
     Args:
         dicts: images in Detectron2's format, as a list or serialised in Detectron2's `DatasetFromList`.
+        labeled: the number of images with labels, which come first. None: all images.
     """
 
-    def __init__(self, dicts: Sequence[Sample], mapper: Callable[[Sample], Sample], seed: int) -> None:
+    def __init__(
+        self,
+        dicts: Sequence[Sample],
+        mapper: Callable[[Sample], Sample],
+        seed: int,
+        labeled: Optional[int] = None,
+    ) -> None:
         self._dicts = dicts
+        self._labeled = len(dicts) if labeled is None else labeled
         self._mapper = mapper
         self._seed = seed
 
@@ -52,7 +62,7 @@ class PositionedDataset(Dataset):
             # The image that replaces a broken image depends only on seed and position, too.
             seed = (self._seed, position, attempt) if attempt else (self._seed, position)
             with random_state(seed):
-                index = random.randrange(len(self)) if attempt else index
+                index = self._another(index) if attempt else index
                 dataset_dict = self._dicts[index]
                 try:
                     sample = self._mapper(dataset_dict)
@@ -72,6 +82,10 @@ class PositionedDataset(Dataset):
             f"{ATTEMPTS} images in turn cannot be used. The first is {path!r}, which {reason}. Correct the files."
         )
 
+    def _another(self, index: int) -> int:
+        """Draw an image that has labels if the image at `index` has labels."""
+        return random.randrange(self._labeled) if index < self._labeled else random.randrange(self._labeled, len(self))
+
 
 def _is_sound(sample: Sample) -> bool:
     """Return whether an image opens. Mistakes in annotations and mappers raise the same errors as broken images."""
@@ -80,34 +94,6 @@ def _is_sound(sample: Sample) -> bool:
     except IMAGE_ERRORS:
         return False
     return True
-
-
-class BatchStream:
-    """Iterate endlessly over the batches of this process, which are lists of (index, position).
-
-    Args:
-        indices: yields this process's image indices, endlessly.
-        batch_size: the number of images in a batch.
-        wide: says for each image whether it is wider than high. A batch then has only wide images or none, as with
-            Detectron2's ASPECT_RATIO_GROUPING. None: no grouping.
-    """
-
-    def __init__(
-        self, indices: Callable[[], Iterator[int]], batch_size: int, wide: Optional[Sequence[bool]] = None
-    ) -> None:
-        self._indices = indices
-        self._batch_size = batch_size
-        self._wide = wide
-
-    def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
-        rank, world_size = comm.get_rank(), comm.get_world_size()
-        buckets: Dict[bool, List[Tuple[int, int]]] = {False: [], True: []}
-        for step, index in enumerate(self._indices()):
-            bucket = buckets[bool(self._wide is not None and self._wide[index])]
-            bucket.append((index, step * world_size + rank))
-            if len(bucket) == self._batch_size:
-                yield bucket[:]
-                bucket.clear()
 
 
 class ResumableLoader:
@@ -120,17 +106,19 @@ class ResumableLoader:
 
     Args:
         dicts: serialised images. As Python objects they would take several times the memory for the whole training.
+        labeled: the number of images with labels, which come first. None: all images.
     """
 
     def __init__(
         self,
         dicts: DatasetFromList,
         mapper: Callable[[Sample], Sample],
-        batches: Callable[[int], BatchStream],
+        batches: Callable[[int], Iterable[Batch]],
         seed: int,
         num_workers: int,
         bad_images: BadImages,
         description: Dict[str, Any],
+        labeled: Optional[int] = None,
     ) -> None:
         self.seed = seed
         self.start_iter = 0
@@ -140,12 +128,13 @@ class ResumableLoader:
         self._batches = batches
         self._num_workers = num_workers
         self._bad_images = bad_images
+        self._labeled = labeled
 
     def __iter__(self) -> Iterator[List[Sample]]:
         # This is a generator, because Detectron2 v0.6 calls it before `start_iter` is known.
         loader = DataLoader(
-            PositionedDataset(self._dicts, self._mapper, self.seed),
-            batch_sampler=_Skipping(self._batches(self.seed), self.start_iter),
+            PositionedDataset(self._dicts, self._mapper, self.seed, self._labeled),
+            batch_sampler=Skipping(self._batches(self.seed), self.start_iter),
             num_workers=self._num_workers,
             collate_fn=list,
             # Without its own generator, the loader would change the random state of the training.
@@ -155,17 +144,6 @@ class ResumableLoader:
             for sample in batch:  # counted here, because workers do not share their counts
                 self._bad_images.note(sample.pop(BAD_IMAGES, {}))
             yield batch
-
-
-class _Skipping:
-    """Iterate over items without the first `count` items."""
-
-    def __init__(self, items: BatchStream, count: int) -> None:
-        self._items = items
-        self._count = count
-
-    def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
-        return islice(iter(self._items), self._count, None)
 
 
 def images_per_process(cfg: CfgNode, processes: int) -> int:
@@ -191,20 +169,27 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
             same images, or a config value for the sampler is invalid.
     """
     count = images_per_process(cfg, comm.get_world_size())
+    count_unlabeled = unlabeled_per_batch(cfg, count)
     check_sampler(cfg)
-    names, max_fraction = ", ".join(cfg.DATASETS.TRAIN), cfg.INPUT.MAX_BAD_FRACTION
-    all_dicts, datasets = load_images(cfg)
-    dicts, kept = without_bad_images(all_dicts, max_fraction, names)
+    names, max_fraction = ", ".join([*cfg.DATASETS.TRAIN, *cfg.DATASETS.UNLABELED]), cfg.INPUT.MAX_BAD_FRACTION
+    all_labeled, datasets = load_images(cfg)
+    all_unlabeled = load_unlabeled(cfg)
+    dicts, kept = without_bad_images([*all_labeled, *all_unlabeled], max_fraction, names)
+    labeled = int(kept[: len(all_labeled)].sum())
     wide = are_wide(dicts, names) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
-    sampler = build_sampler(cfg, dicts, datasets[kept])
+    sampler = build_sampler(cfg, dicts[:labeled], datasets[kept[: len(all_labeled)]])
+
+    images = ImageCounts(labeled, len(dicts), wide)  # the dicts themselves must not stay in memory
+    counts = (count - count_unlabeled, count_unlabeled)
     loader = ResumableLoader(
         DatasetFromList(dicts, copy=False),
         _build_mapper(cfg),
-        lambda seed: BatchStream(lambda: iter(sampler(seed)), count, wide),
+        lambda seed: choose_batches(seed, sampler, images, *counts),
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        bad_images=BadImages(len(all_dicts), len(all_dicts) - len(dicts), max_fraction, names),
+        bad_images=BadImages(kept.size, kept.size - len(dicts), max_fraction, names),
         description=describe(dicts),
+        labeled=labeled,
     )
     _check_same_everywhere(loader, names)
     return loader
@@ -214,7 +199,10 @@ def _build_mapper(cfg: CfgNode) -> Callable[[Sample], Sample]:
     mapper: Any = DatasetMapper(cfg, is_train=True)
     if cfg.DISTILL.TEACHER.SCALE != 1 and cfg.DISTILL.LOSSES:
         mapper = TeacherViewMapper(mapper, cfg.DISTILL.TEACHER.SCALE)
-    return InstaBoostMapper(cfg, mapper) if cfg.INPUT.INSTABOOST.ENABLED else mapper
+    labeled = InstaBoostMapper(cfg, mapper) if cfg.INPUT.INSTABOOST.ENABLED else mapper
+    if not cfg.DATASETS.UNLABELED:
+        return labeled
+    return UnlabeledMapper(labeled, mapper, len(class_names(cfg)))
 
 
 def _check_same_everywhere(loader: ResumableLoader, names: str) -> None:

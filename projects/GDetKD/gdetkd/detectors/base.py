@@ -1,10 +1,11 @@
 """The interface of a detector family. The rest of the package sees a detector only through it."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Collection, Dict, List, Optional, Sequence, Type
+from typing import Any, Collection, ContextManager, Dict, List, Optional, Sequence, Type
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.structures import Boxes
 from detectron2.utils.registry import Registry
 from torch import nn
 
@@ -73,6 +74,20 @@ class DetectorAdapter(ABC):
             calls: by point, the recorded calls in order.
             batched_inputs: images and ground truth of the step, in Detectron2's format.
         """
+
+    def ignoring(self, doubtful: Sequence[Boxes]) -> ContextManager[None]:
+        """Let the student's own losses ignore the places of doubtful boxes, inside a `with` block (`doubt`).
+
+        Args:
+            doubtful: the doubtful boxes of each image of the next step, xyxy in pixels.
+
+        Raises:
+            GDetKDError: this family does not support it.
+        """
+        raise GDetKDError(
+            f"DATASETS.UNLABELED needs a student that can ignore doubtful boxes, and {type(self).__name__} does not "
+            "support that. Write its method `ignoring`, or empty DATASETS.UNLABELED."
+        )
 
     def extract(self, images: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Return a teacher's feature maps by name. `look` gets them, and needs no images.

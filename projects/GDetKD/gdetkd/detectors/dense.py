@@ -6,14 +6,14 @@ Shapes: B images, L levels, A anchors of a location, n classes, K candidates of 
 import math
 from abc import abstractmethod
 from functools import cached_property, partial
-from typing import Any, ClassVar, Collection, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ClassVar, Collection, ContextManager, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from torch import nn
 from torchvision.ops import roi_align
 
@@ -24,6 +24,7 @@ from ..regions import match_and_sample, pool_in_full_precision, suppress
 from ..structures import DenseSpec, DetectorOutputs, DetectorSpec, Regions, full_precision
 from .base import DETECTOR_ADAPTER_REGISTRY, REGION_FIELDS, DetectorAdapter
 from .dense_head import DenseHead
+from .doubt import mark_ignored, replaced
 from .sources import by_anchor, gather, places, without_anchor
 
 # Pooled size of a dense teacher's regions. It has no box head that sets one. Two-stage detectors use 7 x 7.
@@ -120,6 +121,25 @@ class DenseAdapter(DetectorAdapter):
         )
         self.fill_predictions(outputs, predictions)
         return outputs
+
+    def ignoring(self, doubtful: Sequence[Boxes]) -> ContextManager[None]:
+        """Ignore anchors or locations."""
+
+        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            @torch.no_grad()
+            def label(anchors: List[Boxes], gt_instances: List[Instances]) -> Any:
+                labels, matched_boxes = original(anchors, gt_instances)
+                objects = [
+                    Instances(image.image_size, gt_boxes=boxes, gt_classes=image.gt_classes.new_zeros(len(boxes)))
+                    for image, boxes in zip(gt_instances, doubtful)
+                ]
+                background = self.model.num_classes
+                mark_ignored(labels, background, [found != background for found in original(anchors, objects)[0]])
+                return labels, matched_boxes
+
+            return label
+
+        return replaced(self.model, "label_anchors", make)
 
     def look(
         self,

@@ -12,6 +12,8 @@ from torch import nn
 
 from ..structures import full_precision
 
+LOWEST = -100.0
+
 
 class ScaledFCOSHead(fcos.FCOSHead):
     """Multiply the box predictions of each level by a learned scale, which Detectron2's head lacks.
@@ -81,6 +83,22 @@ class FCOS(fcos.FCOS):
         Such an image gets an object outside of it, which contains no location.
         """
         return super().label_anchors(anchors, [image if len(image) else _outside(image) for image in gt_instances])
+
+    def losses(
+        self, anchors: List[Boxes], pred_logits: List[torch.Tensor], gt_labels: List[torch.Tensor], *predictions: Any
+    ) -> Dict[str, torch.Tensor]:
+        """Compute Detectron2's losses, without those of locations with the label -1. RetinaNet ignores that label, too.
+
+        Args:
+            pred_logits: by level, (B, places, n).
+            gt_labels: by image, (places of all levels,).
+        """
+        is_ignored = torch.stack(gt_labels) < 0
+        by_level = is_ignored.split([level.shape[1] for level in pred_logits], dim=1)
+        # A background logit that is so low has a loss of 0, and its gradient stays here.
+        logits = [level.masked_fill(ignored[..., None], LOWEST) for level, ignored in zip(pred_logits, by_level)]
+        labels = [image.where(image >= 0, self.num_classes) for image in gt_labels]
+        return super().losses(anchors, logits, labels, *predictions)
 
 
 def _norm(name: str) -> Any:

@@ -1,19 +1,23 @@
 """Two-stage detectors with an FPN: Faster R-CNN, Mask R-CNN and Cascade R-CNN."""
 
-from functools import cached_property
-from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
+from typing import Any, Callable, Collection, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.func import functional_call
 
+from .._compat.cascade import LABEL_LATER_STAGE
 from ..errors import GDetKDError
 from ..recorder import Call
 from ..regions import levels_by_box_size, pool_in_full_precision
 from ..structures import DetectorOutputs, DetectorSpec, Predictions, Regions
 from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter
+from .doubt import mark_ignored, replaced, without_doubtful, would_match
 
 
 class _TwoStageAdapter(DetectorAdapter):
@@ -90,6 +94,22 @@ class _TwoStageAdapter(DetectorAdapter):
             later_stages=[Predictions(*stage) for stage in zip(regions[1:], *zip(*predictions[1:]))],
         )
 
+    @contextmanager
+    def ignoring(self, doubtful: Sequence[Boxes]) -> Iterator[None]:
+        """Ignore anchors in the RPN, and leave out proposals before the box head samples or labels them."""
+        generator, heads = self.model.proposal_generator, self.model.roi_heads
+        with ExitStack() as stack:
+            if hasattr(generator, "label_and_sample_anchors"):
+                stack.enter_context(
+                    replaced(generator, "label_and_sample_anchors", partial(_ignoring_anchors, generator, doubtful))
+                )
+            stack.enter_context(
+                replaced(heads, "label_and_sample_proposals", partial(_sampling_without, heads, doubtful))
+            )
+            if _is_cascade(self.model):
+                stack.enter_context(replaced(heads, LABEL_LATER_STAGE, partial(_labelling_without, heads, doubtful)))
+            yield
+
     def look(
         self,
         features: Dict[str, torch.Tensor],
@@ -137,6 +157,34 @@ def _score_independently(predictors: Sequence[nn.Module], role: str) -> bool:
 
 def _is_cascade(model: nn.Module) -> bool:
     return isinstance(getattr(model.roi_heads, "box_head", None), nn.ModuleList)
+
+
+def _ignoring_anchors(rpn: nn.Module, doubtful: Sequence[Boxes], original: Callable[..., Any]) -> Callable[..., Any]:
+    @torch.no_grad()
+    def label(anchors: List[Boxes], gt_instances: List[Instances]) -> Any:
+        labels, matched_boxes = original(anchors, gt_instances)
+        every = Boxes.cat(anchors)
+        mark_ignored(labels, 0, [would_match(rpn.anchor_matcher, boxes, every) for boxes in doubtful])
+        return labels, matched_boxes
+
+    return label
+
+
+def _sampling_without(heads: nn.Module, doubtful: Sequence[Boxes], original: Callable[..., Any]) -> Callable[..., Any]:
+    @torch.no_grad()
+    def sample(proposals: List[Instances], targets: List[Instances]) -> List[Instances]:
+        return original(without_doubtful(heads.proposal_matcher, proposals, targets, doubtful), targets)
+
+    return sample
+
+
+def _labelling_without(heads: nn.Module, doubtful: Sequence[Boxes], original: Callable[..., Any]) -> Callable[..., Any]:
+    @torch.no_grad()
+    def label(proposals: List[Instances], stage: int, targets: List[Instances]) -> List[Instances]:
+        matcher = heads.proposal_matchers[stage]
+        return original(without_doubtful(matcher, proposals, targets, doubtful), stage, targets)
+
+    return label
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()

@@ -1,5 +1,6 @@
 """Describe a training on one screen before it starts, and name its problems: `train_net.py --check`."""
 
+import logging
 import math
 from itertools import islice
 from typing import Any, Dict, List, Optional, Sequence
@@ -20,6 +21,9 @@ from .preprocessing import USUAL, Preprocessing, preprocessing_of, with_channels
 from .sample_score import SampleScore, score_on_sample
 from .step_costs import StepCost, TermCost, measure_steps, measure_terms
 from .trainer import DistillTrainer
+from .unlabeled_checks import UnlabeledReport
+
+logger = logging.getLogger(__name__)
 
 BATCHES = 4
 # Other preprocessing counts as right if it beats the teacher's own on the sample by so many points of AP.
@@ -62,6 +66,8 @@ class Check:
         parts = [self._data(), self._detectors(), self._weights()]
         if self._teacher is not None:
             parts += [self._classes(), self._teacher_score()]
+        if self._cfg.DATASETS.UNLABELED:
+            parts.append(self._unlabeled())
         terms = measure_terms(self._trainer.model.train(), self._student, self._batches(), self._cfg.SOLVER.AMP.ENABLED)
         if BROKEN in terms:
             reason = self._trainer.guarded_model.failure or "values that are not finite"
@@ -168,6 +174,17 @@ class Check:
                 f"{found}{tried}. Check that its weights are trained and that its classes are in the order of the "
                 "dataset that it was trained on. If it is meant to be so weak, lower MIN_AP."
             )
+
+    def _unlabeled(self) -> str:
+        report, node = UnlabeledReport(self._cfg), self._cfg.DISTILL.UNLABELED
+        for warning in report.warnings:  # logged warnings come to the end of the screen
+            logger.warning(warning)
+        lines = [
+            f"{report.images} images without labels, {node.FRACTION:g} of each batch, weight {node.WEIGHT:g}. "
+            f"{report.doubtful} doubtful boxes are ignored. Samples to look at: {', '.join(report.pages) or 'none'}.",
+            tabulate(report.rows, ["class", "objects", "teacher's boxes", "precision", "recall"], floatfmt=".2f"),
+        ]
+        return "\n".join(lines)
 
     def _batches(self) -> List[Any]:
         return list(islice(iter(self._trainer.data_loader), BATCHES))

@@ -81,6 +81,8 @@ RULES = (
     Rule("INPUT.MIN_SIZE_TEST", _at_least(0), "a size in pixels, or 0 for no resizing"),
     Rule("INPUT.MAX_SIZE_TEST", _at_least(1), "1 or more pixels"),
     Rule("INPUT.MAX_BAD_FRACTION", lambda value: _is_finite(value) and 0 <= value <= 1, "a share from 0 to 1"),
+    Rule("DISTILL.UNLABELED.FRACTION", lambda value: _is_finite(value) and 0 < value < 1, "between 0 and 1"),
+    Rule("DISTILL.UNLABELED.WEIGHT", _at_least(0), "0 or more"),
     Rule("DISTILL.WARMUP_ITERS", _at_least(0), "0 or more iterations"),
     Rule("DISTILL.SKIP_NONFINITE", _at_least(0), "0 or more steps"),
 )

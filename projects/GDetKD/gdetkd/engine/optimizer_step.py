@@ -1,6 +1,6 @@
 """Let all processes agree before each optimizer step, and take the step or leave it out."""
 
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
 
 import torch
 from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
@@ -11,27 +11,28 @@ from torch import nn
 from .._compat.training import AfterBackward
 from .exchange import any_and_mean
 from .guard import StepGuard, StepSkipped
-from .schedule import LossSchedule
 from .stopping import StopRequest
+
+TakeScalars = Callable[[], Dict[str, torch.Tensor]]
 
 
 class StepAgreement(HookBase):
     """Exchange two flags before each optimizer step: a loss is not finite, and the run is asked to stop.
 
-    The flags and the values of the distillation terms, to log, share one exchange, because every exchange makes the
+    The flags and the values to log share one exchange, because every exchange makes the
     processes wait for each other. The losses and these values are read from the device together. The hook belongs to
     the trainer that runs the single steps.
 
     Args:
         guard: finds losses that are not finite, and ends the step or the run.
         request: learns whether any process is asked to stop.
-        schedule: gives the values of the distillation terms.
+        scalars: functions that return values of the step to log, as scalar tensors by name.
     """
 
-    def __init__(self, guard: StepGuard, request: StopRequest, schedule: LossSchedule) -> None:
+    def __init__(self, guard: StepGuard, request: StopRequest, scalars: Sequence[TakeScalars]) -> None:
         self._guard = guard
         self._request = request
-        self._schedule = schedule
+        self._scalars = scalars
         self._losses: Dict[str, torch.Tensor] = {}
 
     def attach(self, model: nn.Module) -> Any:
@@ -55,7 +56,8 @@ class StepAgreement(HookBase):
             StepSkipped: a loss of some process is not finite, and that is tolerated.
             NonFiniteError: a loss of some process is not finite, and that is not tolerated.
         """
-        losses, scalars = _read(self._losses, self._schedule.take_scalars())
+        taken = {name: value for take in self._scalars for name, value in take().items()}
+        losses, scalars = _read(self._losses, taken)
         self._losses = {}
         terms = self._guard.find(losses)
         flags, means = any_and_mean([bool(terms), self._request.is_asked], list(scalars.values()))

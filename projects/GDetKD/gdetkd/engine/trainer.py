@@ -44,6 +44,7 @@ from .schedule import LossSchedule
 from .stopping import Interruptible, LeaveAtTheEnd, LeftEarly, StopRequest
 from .student_weights import StudentCheckpointer
 from .teacher_evaluation import TeacherScore, evaluate_on_test_sets
+from .unlabeled_checks import check_unlabeled, other_teachers
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +68,15 @@ class DistillTrainer(BareTrainer):
         check_architecture(cfg)
         register_datasets(cfg)
         check_datasets(cfg)
+        check_unlabeled(cfg)
         check_student_classes(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         model = self.build_model(cfg)
         self.student: nn.Module = model.student if isinstance(model, GDetKD) else model
         self.distiller: Optional[GDetKD] = model if isinstance(model, GDetKD) else None
         teacher = None if self.distiller is None else self.distiller.teacher
         self.student_spec: Optional[DetectorSpec] = check_student(cfg, self.student, teacher)
+        for warning in other_teachers(cfg, teacher.sha256) if teacher is not None else ():
+            logger.warning(warning)
         optimizer = self.build_optimizer(cfg, model)
         if self.distiller is not None:
             exempt_from_decay(optimizer, [p for loss in self.distiller.losses.values() for p in loss.undecayed()])
@@ -96,7 +100,8 @@ class DistillTrainer(BareTrainer):
         self._request = StopRequest()
         self.register_hooks(self.build_hooks())
         self._guard.attach(self.guarded_model)
-        agreement = StepAgreement(self._guard, self._request, self.schedule)
+        takers = [self.schedule.take_scalars, *([self.distiller.mixture.take_scalars] if self.distiller else [])]
+        agreement = StepAgreement(self._guard, self._request, takers)
         agreement.attach(model)
         step_trainer.register_hooks([agreement])
 

@@ -42,6 +42,8 @@ def deciding_keys(dump: str) -> Dict[str, Any]:
         unused += ("DISTILL.REGIONS.", "DISTILL.WARMUP_ITERS")
         if not flat["DISTILL.HEAD_TRANSFER"]:
             unused += ("DISTILL.TEACHER.", "DISTILL.CLASS_MAP")
+    if not flat.get("DATASETS.UNLABELED"):  # an earlier version wrote no such key
+        unused += ("DISTILL.UNLABELED.",)
     return {key: value for key, value in flat.items() if not key.startswith((*WITHOUT_EFFECT, *unused))}
 
 

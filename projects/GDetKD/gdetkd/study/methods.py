@@ -3,7 +3,9 @@
 - "none": the student alone, the baseline;
 - the name of a loss;
 - "head_transfer";
-- "GDetKD": the losses and head transfer that the config asks for.
+- "GDetKD": the losses and head transfer that the config asks for;
+- "unlabeled": training on DATASETS.UNLABELED, too. All methods without it train on the labelled images alone.
+- "pseudo": the same as "unlabeled" alone. The student learns from the teacher's boxes, without a distillation term.
 
 All except "none" can be joined by "+". "GDetKD+PKD" is what the config asks for, and PKD.
 """
@@ -17,6 +19,7 @@ from ..losses import DISTILL_LOSS_REGISTRY
 from .run import PLAIN
 
 BASELINE, CONFIGURED, HEAD_TRANSFER = "none", "GDetKD", "head_transfer"
+UNLABELED, PSEUDO = "unlabeled", "pseudo"
 
 
 def method_opts(method: str, cfg: CfgNode) -> List[str]:
@@ -26,19 +29,33 @@ def method_opts(method: str, cfg: CfgNode) -> List[str]:
         cfg: the config that defines "GDetKD".
 
     Raises:
-        GDetKDError: a part of the name is not a loss, or appears twice.
+        GDetKDError: a part of the name is not a loss, appears twice, or needs unlabelled images that the config lacks.
     """
-    if method == BASELINE:
+    names = [UNLABELED if name == PSEUDO else name for name in method.split("+")]
+    uses_unlabeled = UNLABELED in names
+    if uses_unlabeled and not cfg.DATASETS.UNLABELED:
+        raise GDetKDError(
+            f"The method {method!r} trains on images without labels, but DATASETS.UNLABELED is empty. Name a dataset "
+            "of kind `pseudo` there (docs/unlabeled.md)."
+        )
+    without = ["DATASETS.UNLABELED", "()"] if cfg.DATASETS.UNLABELED and not uses_unlabeled else []
+    parts = [name for name in names if name != UNLABELED]
+    return [*without, *_opts_of(parts, method, cfg)]
+
+
+def _opts_of(names: List[str], method: str, cfg: CfgNode) -> List[str]:
+    if names in ([], [BASELINE]):
         return list(PLAIN)
-    if method == CONFIGURED:
+    if names == [CONFIGURED]:
         return []
-    parts = [part for name in method.split("+") for part in (configured_parts(cfg) if name == CONFIGURED else [name])]
+    parts = [part for name in names for part in (configured_parts(cfg) if name == CONFIGURED else [name])]
     known = [name for name, _ in DISTILL_LOSS_REGISTRY]
     for part in parts:
         if part not in (*known, HEAD_TRANSFER) or parts.count(part) > 1:
             raise GDetKDError(
                 f"There is no method {method!r}: {part!r} is not a loss, or appears twice. Choose from {BASELINE}, "
-                f"{CONFIGURED}, {HEAD_TRANSFER}, {', '.join(known)}; all except {BASELINE} can be joined by '+'."
+                f"{CONFIGURED}, {HEAD_TRANSFER}, {UNLABELED}, {PSEUDO}, {', '.join(known)}; all except {BASELINE} can "
+                "be joined by '+'."
             )
     losses = tuple(part for part in parts if part != HEAD_TRANSFER)
     return ["DISTILL.LOSSES", str(losses), "DISTILL.HEAD_TRANSFER", str(HEAD_TRANSFER in parts)]

@@ -1,6 +1,7 @@
 from .base import DATASET_KIND_REGISTRY, Counts, DatasetKind, Keys, dataset_kinds, describe, find_kind
 from .coco import Coco
 from .images import Images
+from .pseudo import Pseudo
 from .voc import Voc
 from .yolo import Yolo
 
@@ -11,6 +12,7 @@ __all__ = [
     "DatasetKind",
     "Images",
     "Keys",
+    "Pseudo",
     "Voc",
     "Yolo",
     "dataset_kinds",

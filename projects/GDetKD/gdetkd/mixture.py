@@ -1,0 +1,75 @@
+"""Train on images with and without labels in one step.
+
+The student's backbone runs once on all images, so that a BatchNorm sees the whole batch. The heads run on the labelled
+and on the unlabelled images in turn, because their losses have different weights and labels.
+"""
+
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Sequence
+
+import torch
+from torch import nn
+
+from .device import on_device
+
+Part = List[Dict[str, Any]]
+NAMES = ("labeled", "unlabeled")
+
+
+@contextmanager
+def shared_pyramid(student: nn.Module, parts: Sequence[Part]) -> Iterator[Dict[str, torch.Tensor]]:
+    """Run the student's backbone once on all parts. Inside the `with` block, its next calls return the parts' shares.
+
+    Args:
+        student: a detector with Detectron2's `preprocess_image` and `backbone`. In the block it has to run on each part
+            once, in order.
+
+    Returns:
+        the feature maps (images of all parts, C, H, W) by name.
+    """
+    backbone = student.backbone
+    images = student.preprocess_image([sample for part in parts for sample in part])
+    pyramid = backbone(images.tensor)
+    sizes = [len(part) for part in parts]
+    shares = zip(*(level.split(sizes) for level in pyramid.values()))
+    backbone.forward = lambda images: dict(zip(pyramid, next(shares)))
+    try:
+        yield pyramid
+    finally:
+        del backbone.forward  # the class still has the original
+
+
+class Mixture:
+    """Join the student's losses on labelled and unlabelled images.
+
+    Args:
+        weight: DISTILL.UNLABELED.WEIGHT.
+    """
+
+    def __init__(self, weight: float) -> None:
+        self._weight = weight
+        self._scalars: Dict[str, torch.Tensor] = {}
+
+    def join(self, parts: Sequence[Part], losses: Sequence[Dict[str, torch.Tensor]]) -> Dict[str, torch.Tensor]:
+        """Return the mean of the losses over all images. An unlabelled image counts `weight` times.
+
+        Args:
+            parts: the labelled and the unlabelled images.
+            losses: the student's losses on each part, each of them a mean over its images.
+        """
+        images = sum(len(part) for part in parts)
+        shares = [len(part) / images * factor for part, factor in zip(parts, (1.0, self._weight))]
+        self._scalars = {
+            f"{part}/{name}": loss.detach().sum()
+            for part, of_part in zip(NAMES, losses)
+            for name, loss in of_part.items()
+        }
+        boxes = sum(len(sample["instances"]) for sample in parts[-1])
+        first = next(iter(self._scalars.values()))
+        self._scalars["unlabeled/boxes"] = on_device(boxes / len(parts[-1]), like=first)
+        return {name: sum(share * of_part[name] for share, of_part in zip(shares, losses)) for name in losses[0]}
+
+    def take_scalars(self) -> Dict[str, torch.Tensor]:
+        """Return the step's values to log, and forget them: each loss on each part, and pseudo boxes in an image."""
+        scalars, self._scalars = self._scalars, {}
+        return scalars
