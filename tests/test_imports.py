@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "projects" / "GDetKD" / "gdetkd"
 # The floors from the ground up. A file may import from the floors below its own, and from its own floor.
 FLOORS = (
-    ("_compat", "device", "errors", "files", "metrics_file", "program", "random_state", "recorder", "structures"),
+    ("_compat", "device", "errors", "files", "matching", "metrics_file", "program", "random_state", "recorder", "structures"),
     ("figures", "inference", "regions", "safe_load", "weights_layout"),
     ("backbones", "detectors", "losses"),
     ("config", "config_file", "dotted_keys", "old_names"),
