@@ -9,6 +9,7 @@ class is chosen on the labelled images of DATASETS.TEST. A killed run continues 
 other programs can replace the teacher's: --results or --onnx. See docs/unlabeled.md.
 """
 
+import logging
 import warnings
 from argparse import REMAINDER, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -91,6 +92,8 @@ def _thresholds(text: str) -> Dict[str, float]:
 
 def main(args: Namespace) -> None:
     setup_logger(distributed_rank=comm.get_rank(), name="gdetkd")
+    if not comm.is_main_process():
+        logging.getLogger("gdetkd").addHandler(logging.NullHandler())  # warnings are shown once
     label_images(read_config(args), options(args))
 
 

@@ -97,8 +97,10 @@ def test_an_output_that_cannot_be_written(tmp_path):
     options = scene.perfect(output=tmp_path / "file" / "pseudo.json")
     with pytest.raises(GDetKDError, match="--output .* cannot be written"):
         label_images(make_cfg({**scene.keys, "DATASETS.TRAIN": ("no such dataset",)}), options)  # it comes first
-    with pytest.raises(GDetKDError, match="it is a folder"):
-        label_images(make_cfg(scene.keys), scene.perfect(output=tmp_path))
+    (tmp_path / "folder.json").mkdir()
+    for name, message in (("folder.json", "it is a folder"), ("pseudo.html", "Name a file that ends in .json")):
+        with pytest.raises(GDetKDError, match=message):
+            label_images(make_cfg(scene.keys), scene.perfect(output=tmp_path / name))
 
 
 def test_thresholds_that_cannot_be(tmp_path):

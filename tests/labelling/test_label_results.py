@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+from PIL import Image
 from pycocotools.coco import COCO
 from scenes import Scene, results_of
 
@@ -153,7 +154,24 @@ def test_bad_files_are_refused(tmp_path, cfg_of):
     for changes, message in cases:
         with pytest.raises(GDetKDError, match=message):
             label_images(cfg, scene.perfect(**changes))
+    for key in ("id", "file_name"):
+        twice = json.loads(json.dumps(scene.content))
+        twice["images"][0][key] = twice["images"][1][key]
+        with pytest.raises(GDetKDError, match=f"two images with the same {key}"):
+            label_images(cfg, scene.perfect(annotations=scene.write("twice.json", twice)))
     outside = json.loads(json.dumps(scene.content))
     outside["images"][0]["file_name"] = "../secret.png"
     with pytest.raises(GDetKDError, match="stays in the folder of --images"):
         label_images(cfg, scene.perfect(annotations=scene.write("outside.json", outside)))
+
+
+def test_an_image_that_exif_turns_has_its_turned_size(tmp_path, cfg_of):
+    scene = Scene(tmp_path)
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (64, 80)).save(scene.images / "new0.jpg", exif=exif)
+    scene.content["images"][0].update(file_name="new0.jpg")  # annotated as 80 x 64
+    scene.write("new.json", scene.content)
+    label_images(cfg_of(scene), scene.perfect(min_score=0.5))
+    [image] = [item for item in scene.read()["images"] if item["file_name"] == "new0.jpg"]
+    assert (image["width"], image["height"]) == (80, 64)

@@ -9,6 +9,7 @@ from multiprocessing import active_children
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 from scenes import Scene
@@ -147,7 +148,8 @@ def test_a_killed_run_continues_and_writes_the_same(distill_cfg, scene, options,
         assert not scene.output.exists()
     torn = scene.part / "labels-0.jsonl"
     assert len(torn.read_text().splitlines()) == 5
-    torn.write_text(torn.read_text()[:-30])
+    (scene.part / "labels-1.jsonl").write_text(torn.read_text()[:-30])  # as if a second process had been killed
+    torn.unlink()
     calls = kill_after(monkeypatch, 100)
     label_images(cfg, options())
     assert len(calls) == 4 and scene.output.read_bytes() == whole and not scene.part.exists()
@@ -202,3 +204,19 @@ def test_a_process_that_is_killed_loses_no_image(distill_cfg, scene, tmp_path):
     assert result.returncode == 0, result.stderr
     assert f"0/{158 - known}" in result.stderr  # the progress bar starts with the images that are left
     assert len(scene.read()["images"]) == 158
+
+
+@pytest.mark.parametrize("kind", ["images", "coco", "registered by the user"])
+def test_images_of_a_registered_dataset(distill_cfg, scene, kind):
+    entry = {"name": "new", "kind": kind, "images": str(scene.images)}
+    if kind == "coco":
+        entry["json"] = str(scene.annotations)
+    changes = {**scene.keys}
+    if kind in ("images", "coco"):
+        changes["DATASETS.REGISTER"] = [*scene.keys["DATASETS.REGISTER"], entry]
+    else:
+        files = sorted(scene.images.rglob("*.png"))
+        DatasetCatalog.register("new", lambda: [{"file_name": str(path)} for path in files])
+    label_images(distill_cfg(changes), Options(scene.output, dataset="new", min_score=0.1))
+    names = [image["file_name"] for image in scene.read()["images"]]
+    assert names == sorted(path.relative_to(scene.images).as_posix() for path in scene.images.rglob("*.png"))

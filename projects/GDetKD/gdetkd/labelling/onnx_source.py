@@ -151,6 +151,8 @@ class OnnxSource(Source):
                 f"{self.num_classes} class names ({some(self.class_names)}). Name its classes with --onnx-classes."
             )
         kept = scores > 0
+        if not np.isfinite(boxes[kept]).all():
+            raise GDetKDError(f"{self._model.file!r} returns boxes that are not finite. Export the model again.")
         parts = boxes[kept] * factors, scores[kept].astype(np.float64), classes[kept].astype(np.int64)
         return Detections(*map(torch.from_numpy, parts))
 

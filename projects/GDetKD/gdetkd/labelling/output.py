@@ -88,7 +88,7 @@ def write_labels(labels: Labels, source: Source, output: Path) -> None:
 def _info(labels: Labels, source: Source) -> Dict[str, Any]:
     counts = labels.counts_above()
     description = (
-        f"Labels that GDetKD made by {source.kind}. Boxes of all scores are written: use those from the min_score of "
+        f"Labels that GDetKD made from: {source.kind}. Low scores are written, too. Use the boxes from min_score of "
         f"their class on. {labels.dropped()} boxes of classes that the student lacks are left out."
     )
     described = {

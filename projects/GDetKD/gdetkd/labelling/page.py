@@ -2,7 +2,7 @@
 
 import random
 from pathlib import Path
-from typing import List, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -59,7 +59,7 @@ def _lead(labels: Labels) -> str:
     return f"{above} of {total} boxes on {len(labels.images)} images reach the threshold of their class."
 
 
-def _setting(labels: Labels, source: Source) -> dict:
+def _setting(labels: Labels, source: Source) -> Dict[str, str]:
     return {
         "Source": f"{source.kind}, {', '.join(source.origin().values())}",
         "Thresholds": f"chosen on {labels.chosen_on}" if labels.chosen_on else "given",
@@ -92,7 +92,7 @@ def _draw_image(axis: Axes, image: ImageFile, found: Found, labels: Labels) -> N
             continue
         draw_box(
             axis, _as_xyxy(box), PALETTE[label % len(PALETTE)], f"{name} {score:.2f}",
-            dashed=not labels.is_above(label, score),
+            strong=labels.is_above(label, score), dashed=not labels.is_above(label, score),
         )  # fmt: skip
 
 

@@ -37,7 +37,9 @@ class Found(NamedTuple):
 
 
 def check_output(output: Path) -> None:
-    """Raise an error if the output or its part cannot be written. A long run would fail at its end."""
+    """Raise an error if the output cannot be written, or does not end in .json. A long run would fail at its end."""
+    if output.suffix != ".json":  # the page has the same name and the ending .html
+        raise GDetKDError(f"--output is {str(output)!r}. Name a file that ends in .json.")
     trial = Path(f"{output}{PARTIAL}")
     try:
         if output.is_dir():

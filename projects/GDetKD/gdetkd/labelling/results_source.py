@@ -43,7 +43,7 @@ def read_annotations(path: str) -> Annotations:
         )
     for image in images:
         name = image.get("file_name")
-        if "id" not in image or not isinstance(name, str) or leaves(name):
+        if not isinstance(image.get("id"), (int, str)) or not isinstance(name, str) or leaves(name):
             raise GDetKDError(
                 f"--annotations {path!r} has the image {image!r}. Each image needs an `id`, and a `file_name` that "
                 "stays in the folder of --images."
@@ -51,8 +51,9 @@ def read_annotations(path: str) -> Annotations:
     for category in categories:
         if not isinstance(category.get("id"), int) or not isinstance(category.get("name"), str):
             raise GDetKDError(f"--annotations {path!r} has the category {category!r}. Give it an `id` and a `name`.")
-    if len({image["id"] for image in images}) < len(images):
-        raise GDetKDError(f"--annotations {path!r} has two images with the same id. Give each image its own id.")
+    for key in ("id", "file_name"):
+        if len({image[key] for image in images}) < len(images):
+            raise GDetKDError(f"--annotations {path!r} has two images with the same {key}. Give each image its own.")
     return Annotations(images, {category["id"]: category["name"] for category in categories})
 
 

@@ -17,7 +17,7 @@ from .images import Candidates, find_in_annotations, find_in_dataset, find_in_fo
 from .onnx_source import OnnxModel, OnnxSource
 from .output import Labels, check_any_above, table_rows, threshold_texts, write_labels
 from .page import HEADERS, write_page
-from .part import Part, check_output
+from .part import Found, Part, check_output
 from .results_source import Annotations, ResultsSource, read_annotations
 from .source import Source
 from .splits import without_labelled
@@ -101,9 +101,7 @@ def label_images(cfg: CfgNode, options: Options) -> None:
     thresholds = _given_thresholds(options, student)
     if validation is not None:
         found = detect_all(validation_source, validation.images, part, "validation", kept)
-        pairs = [(found[image.name], validation.objects[image.path]) for image in validation.images]
-        chosen = fill_gaps(choose_thresholds(pairs, len(student)), student, lacking, dataset)
-        thresholds = {**chosen, **thresholds}
+        thresholds = {**_choose(found, validation, student, lacking), **thresholds}
         _print_table(HEADERS[:-1], [[name, *threshold_texts(item)] for name, item in thresholds.items()])
     boxes = detect_all(source, images, part, "labels", kept)
     if comm.is_main_process():
@@ -113,6 +111,13 @@ def label_images(cfg: CfgNode, options: Options) -> None:
         check_any_above(labels, part.folder)
         _write(labels, source, options)
         part.remove()
+
+
+def _choose(
+    found: Mapping[str, Found], validation: Validation, student: Sequence[str], lacking: Sequence[str]
+) -> Dict[str, ClassThreshold]:
+    pairs = [(found[image.name], validation.objects[image.path]) for image in validation.images]
+    return fill_gaps(choose_thresholds(pairs, len(student)), student, lacking, validation.dataset)
 
 
 def _write(labels: Labels, source: Source, options: Options) -> None:
