@@ -18,6 +18,7 @@ from typing import Dict, List, Optional
 warnings.filterwarnings("ignore")
 
 import gdetkd  # noqa: F401, I001  imported first, because it prepares the import of Detectron2
+from gdetkd.data.shapes import make_shapes_for
 from gdetkd.engine.launch import run_everywhere
 from gdetkd.engine.setup import read_config
 from gdetkd.errors import GDetKDError
@@ -94,7 +95,11 @@ def main(args: Namespace) -> None:
     setup_logger(distributed_rank=comm.get_rank(), name="gdetkd")
     if not comm.is_main_process():
         logging.getLogger("gdetkd").addHandler(logging.NullHandler())  # warnings are shown once
-    label_images(read_config(args), options(args))
+    cfg = read_config(args)
+    if comm.is_main_process():
+        make_shapes_for(cfg)
+    comm.synchronize()
+    label_images(cfg, options(args))
 
 
 if __name__ == "__main__":

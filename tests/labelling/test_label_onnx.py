@@ -117,6 +117,8 @@ def test_models_that_are_refused(tmp_path, write_model):
         ({"factor": 1}, {}, "returns scores from 51 to 153, not from 0 to 1"),
         ({"classes": (1, 2, 3)}, {}, "returns classes from 1 to 3, but has 3 class names"),
         ({"boxes": BOXES * np.nan}, {}, "returns boxes that are not finite"),
+        ({"boxes": BOXES / 40}, {}, "its boxes seem relative"),
+        ({"shape": (2, 3, 32, 40)}, {}, "has the inputs image"),
         ({"boxes": BOXES[:2]}, {}, r"returns boxes \(2, 4\), scores \(3,\)"),
         ({"inputs": ("image", "size")}, {}, "has the inputs image .*It must have one input"),
         ({"shape": (4, "height", "width")}, {}, "has the inputs image"),

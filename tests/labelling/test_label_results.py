@@ -122,11 +122,14 @@ ENTRY = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
         ({"category_id": 7}, "entry 1 has category_id 7"),
         ({"bbox": [1, 2, -3, 4]}, "entry 1 has the bbox"),
         ({"bbox": [1, 2, 3]}, "entry 1 has the bbox"),
+        ({"bbox": [1, 2, 3, 10**400]}, "entry 1 has the bbox"),
+        ({"bbox": [0.1, 0.2, 0.3, 0.4]}, "its boxes seem relative"),
     ],
 )
 def test_bad_entries_are_refused(tmp_path, cfg_of, change, message):
     scene = Scene(tmp_path)
-    results = scene.write("bad.json", [ENTRY, {**ENTRY, **change}])
+    entries = [{**ENTRY, "bbox": [0, 0, 1, 1]} if "relative" in message else ENTRY, {**ENTRY, **change}]
+    results = scene.write("bad.json", entries)
     with pytest.raises(GDetKDError, match=message):
         label_images(cfg_of(scene), scene.perfect(results=results, min_score=0.5))
     assert not scene.output.exists() and not scene.part.exists()

@@ -10,13 +10,15 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.utils import comm
 
-from ..errors import GDetKDError, first_line, some
+from ..errors import GDetKDError, first_line
 from ..safe_load import sha256_of_file
 from .images import ImageFile
-from .source import Detections, Source, own_part
+from .source import LARGEST_RELATIVE, Detections, Source, own_part
 
 # Names of the outputs, by what they hold.
 OUTPUT_NAMES = {"boxes": ("boxes",), "scores": ("scores",), "classes": ("classes", "labels")}
+# Number of images after which boxes are checked to be in pixels.
+TRIED = 20
 DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -100,7 +102,8 @@ class OnnxSource(Source):
         }
 
     def detect(self, images: Sequence[ImageFile]) -> Iterator[Tuple[ImageFile, Detections]]:
-        for image in own_part(images):
+        own, largest = own_part(images), 0.0
+        for number, image in enumerate(own, 1):
             pixels, factors = self._pixels(image.path)
             try:
                 outputs = self._session.run(self._outputs, {self._input.name: pixels})
@@ -109,7 +112,14 @@ class OnnxSource(Source):
                     f"{self._model.file!r} fails on {image.name!r} ({first_line(e)}). Check --onnx-size, and that the "
                     "model takes one image."
                 ) from e
-            yield image, self._as_detections(outputs, factors)
+            found = _read_outputs(self._model.file, self._outputs, outputs, self.num_classes)
+            largest = max([largest, *found.boxes.flatten().tolist()])
+            if number == min(TRIED, len(own)) and 0 < largest <= LARGEST_RELATIVE:
+                raise GDetKDError(
+                    f"{self._model.file!r} found no box of more than a pixel on {number} images, so its boxes seem "
+                    "relative. Export the model with boxes in pixels of its input."
+                )
+            yield image, found._replace(boxes=found.boxes * torch.from_numpy(factors))
 
     def _pixels(self, path: str) -> Tuple[np.ndarray, np.ndarray]:
         """Return the model's input, and (4,) factors from its pixels to pixels of the file."""
@@ -122,39 +132,49 @@ class OnnxSource(Source):
         resized = resize.apply_image(pixels)
         factors = np.array([width / resized.shape[1], height / resized.shape[0]] * 2)
         dtype = DTYPES[self._input.type]
-        values = (
-            resized.transpose(2, 0, 1) if self._model.scale == 1 else resized.transpose(2, 0, 1) * self._model.scale
-        )
+        values = resized.transpose(2, 0, 1)
+        if self._model.scale != 1:
+            values = values * self._model.scale
         values = np.ascontiguousarray(values, dtype=dtype)
         return (values[None] if self._has_batch else values), factors
 
-    def _as_detections(self, outputs: Sequence[np.ndarray], factors: np.ndarray) -> Detections:
-        boxes, scores, classes = (np.asarray(output) for output in outputs)
-        boxes = boxes[0] if boxes.ndim == 3 and len(boxes) == 1 else boxes
-        scores, classes = (part[0] if part.ndim == 2 and len(part) == 1 else part for part in (scores, classes))
-        count = len(scores)
-        if boxes.shape != (count, 4) or scores.shape != (count,) or classes.shape != (count,):
-            shapes = ", ".join(f"{name} {output.shape}" for name, output in zip(self._outputs, outputs))
-            raise GDetKDError(
-                f"{self._model.file!r} returns {shapes}. It must return boxes (N, 4), scores (N,) and classes (N,). "
-                "Export the model with non-maximum suppression, or name other outputs with --onnx-outputs."
-            )
-        if count and not (scores.min() >= 0 and scores.max() <= 1):  # NaN fails, too
-            raise GDetKDError(
-                f"{self._model.file!r} returns scores from {scores.min():g} to {scores.max():g}, not from 0 to 1. "
-                "Export the model with its softmax or sigmoid."
-            )
-        used = classes[scores > 0]  # a model of fixed N may fill up its outputs with class -1
-        if len(used) and not (used.min() >= 0 and used.max() < self.num_classes):
-            raise GDetKDError(
-                f"{self._model.file!r} returns classes from {used.min():g} to {used.max():g}, but has "
-                f"{self.num_classes} class names ({some(self.class_names)}). Name its classes with --onnx-classes."
-            )
-        kept = scores > 0
-        if not np.isfinite(boxes[kept]).all():
-            raise GDetKDError(f"{self._model.file!r} returns boxes that are not finite. Export the model again.")
-        parts = boxes[kept] * factors, scores[kept].astype(np.float64), classes[kept].astype(np.int64)
-        return Detections(*map(torch.from_numpy, parts))
+
+def _read_outputs(file: str, names: Sequence[str], outputs: Sequence[np.ndarray], num_classes: int) -> Detections:
+    """Check a model's outputs, and return its detections with a score above 0, in pixels of the input.
+
+    Args:
+        file: the model, for messages.
+        names: names of the outputs.
+        outputs: boxes (N, 4) or (1, N, 4), scores and classes (N,) or (1, N).
+
+    Raises:
+        GDetKDError: shapes, scores, classes or boxes cannot be right.
+    """
+    whole = [np.asarray(output) for output in outputs]
+    boxes, scores, classes = (
+        output[0] if output.ndim == ndim + 1 and len(output) == 1 else output for output, ndim in zip(whole, (2, 1, 1))
+    )
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or not scores.shape == classes.shape == boxes.shape[:1]:
+        shapes = ", ".join(f"{name} {output.shape}" for name, output in zip(names, whole))
+        raise GDetKDError(
+            f"{file!r} returns {shapes}. It must return boxes (N, 4), scores (N,) and classes (N,). Export the model "
+            "with non-maximum suppression, or name other outputs with --onnx-outputs."
+        )
+    if len(scores) and not (scores.min() >= 0 and scores.max() <= 1):  # NaN fails, too
+        raise GDetKDError(
+            f"{file!r} returns scores from {scores.min():g} to {scores.max():g}, not from 0 to 1. Export the model "
+            "with its softmax or sigmoid."
+        )
+    kept = scores > 0  # a model of fixed N may fill up its outputs with class -1
+    boxes, scores, classes = boxes[kept].astype(np.float64), scores[kept].astype(np.float64), classes[kept]
+    if len(classes) and not (classes.min() >= 0 and classes.max() < num_classes):
+        raise GDetKDError(
+            f"{file!r} returns classes from {classes.min():g} to {classes.max():g}, but has {num_classes} class names. "
+            "Name its classes with --onnx-classes."
+        )
+    if not np.isfinite(boxes).all():
+        raise GDetKDError(f"{file!r} returns boxes that are not finite. Export the model again.")
+    return Detections(*map(torch.from_numpy, (boxes, scores, classes.astype(np.int64))))
 
 
 def _open(file: str, device: str) -> Any:
@@ -179,7 +199,8 @@ def _image_input(session: Any, file: str) -> Tuple[Any, List[Any]]:
     inputs = session.get_inputs()
     if len(inputs) == 1 and len(inputs[0].shape) in (3, 4) and inputs[0].type in DTYPES:
         shape = list(inputs[0].shape)
-        if shape[-3] in (3, None) or isinstance(shape[-3], str):
+        is_one_image = len(shape) == 3 or not isinstance(shape[0], int) or shape[0] == 1
+        if is_one_image and (shape[-3] == 3 or not isinstance(shape[-3], int)):
             return inputs[0], shape
     found = ", ".join(f"{item.name} {item.type} {item.shape}" for item in inputs)
     raise GDetKDError(

@@ -1,16 +1,16 @@
 """Boxes that another program wrote as COCO results: a list of {image_id, category_id, bbox, score}."""
 
 import json
-import math
 from typing import Any, Collection, Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
 import torch
 
+from ..data.clean import FARTHEST
 from ..data.folders import leaves
 from ..errors import GDetKDError
 from ..safe_load import sha256_of_file
 from .images import ImageFile
-from .source import Detections, Source, own_part
+from .source import LARGEST_RELATIVE, Detections, Source, own_part
 
 REMEDY = "Write COCO results: a list of {image_id, category_id, bbox: [x, y, width, height] in pixels, score}."
 
@@ -73,7 +73,7 @@ class ResultsSource(Source):
     kind = "results"
 
     def __init__(self, path: str, flag: str, image_ids: Collection[Any], categories: Mapping[int, str]) -> None:
-        self._path, self._sha256 = path, ""
+        self._path = path
         self.class_names = tuple(categories.values())
         self.num_classes = len(categories)
         entries = _read_json(path, flag)
@@ -88,6 +88,8 @@ class ResultsSource(Source):
                 raise GDetKDError(f"{flag} {path!r}: entry {index} {fault}. {REMEDY}")
             row = (entry["bbox"], entry["score"], position[entry["category_id"]])
             self._rows.setdefault(entry["image_id"], []).append(row)
+        if entries and max(max(entry["bbox"]) for entry in entries) <= LARGEST_RELATIVE:
+            raise GDetKDError(f"{flag} {path!r} has no box of more than a pixel, so its boxes seem relative. {REMEDY}")
         self._sha256 = sha256_of_file(path)
 
     def origin(self) -> Dict[str, str]:
@@ -121,7 +123,8 @@ def _fault(entry: Dict[str, Any], image_ids: Collection[Any], categories: Mappin
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # NaN fails, too. `math.isfinite` would fail on an integer that is too large for a float.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= FARTHEST
 
 
 def _are_dicts(items: Any) -> bool:

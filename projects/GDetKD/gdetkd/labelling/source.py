@@ -8,6 +8,9 @@ from detectron2.utils import comm
 
 from .images import ImageFile
 
+# If no coordinate is larger, the boxes are shares of the image's sides, not pixels. Some programs write such boxes.
+LARGEST_RELATIVE = 1.5
+
 
 class Detections(NamedTuple):
     """Hold the boxes of one image, in any order.
