@@ -11,7 +11,18 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "projects" / "GDetKD" / "gdetkd"
 # The floors from the ground up. A file may import from the floors below its own, and from its own floor.
 FLOORS = (
-    ("_compat", "device", "errors", "files", "metrics_file", "program", "random_state", "recorder", "structures"),
+    (
+        "_compat",
+        "device",
+        "errors",
+        "files",
+        "matching",
+        "metrics_file",
+        "program",
+        "random_state",
+        "recorder",
+        "structures",
+    ),
     ("figures", "inference", "mixture", "regions", "safe_load", "weights_layout"),
     ("backbones", "detectors", "losses"),
     ("config", "config_file", "dotted_keys", "old_names"),
@@ -19,10 +30,12 @@ FLOORS = (
     ("mmdetection", "teacher"),
     ("distiller",),
     ("engine",),
-    ("insight",),
+    ("insight", "labelling"),
     ("study", "gdetkd"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+# Applications beside each other: none may import another.
+APPLICATIONS = {"insight", "labelling"}
 # Rooms that may import only these rooms of the package.
 ALONE = {
     "figures": set(),
@@ -74,6 +87,8 @@ def test_nothing_imports_upward(module):
     room = room_of(module)
     upward = [name for name in GRAPH[module] if FLOOR[room_of(name)] > FLOOR[room]]
     assert not upward, f"{module} imports {upward}, which are on a higher floor"
+    if room in APPLICATIONS:
+        assert not {room_of(name) for name in GRAPH[module]} & APPLICATIONS - {room}, f"{module} imports a sibling"
     allowed = ALONE.get(room)
     if allowed is not None:
         others = {room_of(name) for name in GRAPH[module]} - allowed - {room}

@@ -1,9 +1,11 @@
 """Find images that are in two datasets, whatever their names are."""
 
-import hashlib
+import functools
 import os
 from collections import defaultdict
 from typing import Dict, List, Sequence
+
+from ..safe_load import sha256_of_file
 
 
 def same_files(paths: Sequence[str], others: Sequence[str]) -> Dict[str, str]:
@@ -15,18 +17,11 @@ def same_files(paths: Sequence[str], others: Sequence[str]) -> Dict[str, str]:
     for other in others:
         if os.path.exists(other):
             by_size[os.path.getsize(other)].append(other)
-    hashes: Dict[str, str] = {}
+    digest = functools.lru_cache(maxsize=None)(sha256_of_file)
     found = {}
     for path in paths:
         candidates = by_size.get(os.path.getsize(path), []) if os.path.exists(path) else []
         if candidates:
-            same = [other for other in candidates if _hash(other, hashes) == _hash(path, hashes)]
+            same = [other for other in candidates if digest(other) == digest(path)]
             found.update({path: same[0]} if same else {})
     return found
-
-
-def _hash(path: str, known: Dict[str, str]) -> str:
-    if path not in known:
-        with open(path, "rb") as file:
-            known[path] = hashlib.file_digest(file, "sha256").hexdigest()
-    return known[path]

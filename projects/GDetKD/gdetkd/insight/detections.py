@@ -6,8 +6,7 @@ from typing import Optional, Sequence
 import torch
 from torchvision.ops import box_iou
 
-# Two boxes with at least this IoU show the same thing.
-IOU_THRESHOLD = 0.5
+from ..matching import IOU_THRESHOLD, best_f1, match_in_order
 
 
 @dataclass
@@ -45,10 +44,7 @@ def match_objects(
     gt_boxes: torch.Tensor,
     gt_classes: torch.Tensor,
 ) -> MatchedDetections:
-    """Match the detections on one image with its objects, as COCO does at one IoU.
-
-    The detection with the highest score chooses first. It takes the object that it overlaps most, among the objects of
-    its class that are not taken yet.
+    """Match the detections on one image with its objects, as COCO does at one IoU: see `match_in_order`.
 
     Args:
         boxes, scores, classes: (K, 4), (K,), (K,) detections in any order.
@@ -56,16 +52,7 @@ def match_objects(
     """
     order = scores.argsort(descending=True, stable=True)
     boxes, scores, classes = boxes[order], scores[order], classes[order]
-    overlap = box_iou(boxes, gt_boxes)
-    overlap = torch.where(classes[:, None] == gt_classes, overlap, torch.zeros_like(overlap))
-    objects = torch.full((len(boxes),), -1)
-    if len(gt_boxes):
-        for index in range(len(boxes)):
-            best_overlap, best_object = overlap[index].max(dim=0)
-            if best_overlap >= IOU_THRESHOLD:
-                objects[index] = best_object
-                overlap[:, best_object] = 0
-    return MatchedDetections(boxes, scores, classes, objects)
+    return MatchedDetections(boxes, scores, classes, match_in_order(boxes, classes, gt_boxes, gt_classes))
 
 
 def best_threshold(detections: Sequence[MatchedDetections], objects: int) -> float:
@@ -79,14 +66,8 @@ def best_threshold(detections: Sequence[MatchedDetections], objects: int) -> flo
         objects: number of objects on all images together.
     """
     scores = torch.cat([image.scores for image in detections])
-    if not len(scores):
-        return 0.0
-    correct = torch.cat([image.objects >= 0 for image in detections])
-    order = scores.argsort(descending=True, stable=True)
-    f1 = 2 * correct[order].cumsum(0) / (torch.arange(1, len(order) + 1) + objects)
-    # A threshold cannot separate detections with equal scores, so only the last of them is a candidate.
-    last_of_equals = torch.cat([scores[order][1:] != scores[order][:-1], torch.tensor([True])])
-    return float(scores[order][torch.where(last_of_equals, f1, torch.full_like(f1, -1.0)).argmax()])
+    best = best_f1(scores, torch.cat([image.objects >= 0 for image in detections]), objects)
+    return 0.0 if best is None else best.min_score
 
 
 @dataclass

@@ -8,8 +8,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 
+from ..figures.boxes import draw_box
 from ..figures.style import METHOD, PLAIN, TEACHER
 from .detections import DetectorComparison, MatchedDetections
 
@@ -61,7 +61,7 @@ def draw_detections(
 def _draw_objects(axis: Axes, objects: Any, comparison: DetectorComparison, class_names: Sequence[str]) -> None:
     for index, (box, label) in enumerate(zip(objects.gt_boxes.tensor.tolist(), objects.gt_classes.tolist())):
         color = GAINED if comparison.gained[index] else LOST if comparison.lost[index] else "white"
-        _box(axis, box, color, class_names[label], strong=color != "white")
+        draw_box(axis, box, color, class_names[label], strong=color != "white")
 
 
 def _draw_matched(
@@ -74,7 +74,7 @@ def _draw_matched(
     missed = ~matched.finds(len(objects))
     for index in missed.nonzero().flatten().tolist():
         lost = comparison is not None and bool(comparison.lost[index])
-        _box(axis, objects.gt_boxes.tensor[index].tolist(), LOST if lost else MISSED, "", strong=lost, dashed=True)
+        draw_box(axis, objects.gt_boxes.tensor[index].tolist(), LOST if lost else MISSED, "", strong=lost, dashed=True)
     columns = (matched.boxes.tolist(), matched.classes.tolist(), matched.objects.tolist())
     for index, (box, label, object_index) in enumerate(zip(*columns)):
         color, strong = (RIGHT, False) if object_index >= 0 else (WRONG, False)
@@ -82,18 +82,7 @@ def _draw_matched(
             color, strong = GAINED, True
         if comparison is not None and comparison.copied[index]:
             color, strong = COPIED, True
-        _box(axis, box, color, class_names[label], strong)
-
-
-def _box(axis: Axes, box: Sequence[float], color: str, text: str, strong: bool, dashed: bool = False) -> None:
-    x1, y1, x2, y2 = box
-    style: Dict[str, Any] = {"fill": False, "linewidth": 2.6 if strong else 1.5, "linestyle": "--" if dashed else "-"}
-    axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, edgecolor=color, **style))
-    if text:
-        axis.text(
-            x1, y1, text, fontsize=7, color="#222222" if color == "white" else "white", va="bottom", clip_on=True,
-            bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
-        )  # fmt: skip
+        draw_box(axis, box, color, class_names[label], strong)
 
 
 def _legend(figure: Figure, has_baseline: bool) -> None:

@@ -1,0 +1,1 @@
+"""Label images with a teacher: choose score thresholds on labelled images, and write the boxes as a COCO JSON."""

@@ -1,0 +1,133 @@
+"""Keep the boxes that are found so far in a folder beside the output, so that a killed run can continue."""
+
+import json
+import os
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+
+from detectron2.utils import comm
+
+from ..errors import GDetKDError
+from ..files import PARTIAL, written_whole
+
+ENDING = ".part"
+SETTINGS = "settings.json"
+
+
+class Found(NamedTuple):
+    """Hold the boxes of one image, as they are written.
+
+    Attributes:
+        name: name of the image.
+        bytes, sha256: size of the file in bytes, and SHA-256 of its content.
+        boxes: [x, y, width, height] in pixels of the file, for each box.
+        scores: from 0 to 1, descending.
+        classes: index among the student's classes.
+        dropped: number of boxes that are left out, because the student lacks their class.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+    boxes: List[List[float]]
+    scores: List[float]
+    classes: List[int]
+    dropped: int
+
+
+def check_output(output: Path) -> None:
+    """Raise an error if the output cannot be written, or does not end in .json. A long run would fail at its end."""
+    if output.suffix != ".json":  # the page has the same name and the ending .html
+        raise GDetKDError(f"--output is {str(output)!r}. Name a file that ends in .json.")
+    trial = Path(f"{output}{PARTIAL}")
+    try:
+        if output.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if comm.is_main_process():
+            trial.write_text("")
+            trial.unlink()
+    except OSError as e:
+        raise GDetKDError(
+            f"--output {str(output)!r} cannot be written ({e.strerror}). Choose a file in a folder with write access."
+        ) from e
+
+
+class Part:
+    """Read and write the folder. It holds the settings, and JSON lines with a line for each image.
+
+    Each process writes a file of its own. All processes must see the same folder.
+
+    Args:
+        output: path of the output.
+        settings: everything that changes the boxes, as JSON values.
+
+    Raises:
+        GDetKDError: the folder holds boxes that were found with other settings.
+    """
+
+    def __init__(self, output: Path, settings: Dict[str, Any]) -> None:
+        self.folder = Path(f"{output}{ENDING}")
+        path = self.folder / SETTINGS
+        before: Optional[Dict[str, Any]] = json.loads(path.read_text()) if path.exists() else None
+        comm.synchronize()  # every process has read what an earlier run left
+        if before is None:
+            self._start(path, settings)
+        elif before != settings:
+            changed = [key for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)]
+            raise GDetKDError(
+                f"{str(self.folder)!r} holds the boxes of a run that had other settings ({', '.join(changed)}), so it "
+                "cannot be continued. Delete that folder, or choose another --output."
+            )
+        comm.synchronize()
+
+    def _start(self, path: Path, settings: Dict[str, Any]) -> None:
+        if comm.is_main_process():
+            self._remove_lines()
+            self.folder.mkdir(exist_ok=True)
+            with written_whole(str(path)) as file:
+                json.dump(settings, file, indent=1)
+
+    def read(self, kind: str) -> Dict[str, Found]:
+        """Return the boxes so far, by name of the image. A torn last line of a file is left out.
+
+        Args:
+            kind: which images, "labels" or "validation".
+        """
+        found = {}
+        for path in sorted(self.folder.glob(f"{kind}-*.jsonl")):
+            for line in path.read_text().split("\n")[:-1]:
+                item = Found(**json.loads(line))
+                found[item.name] = item
+        return found
+
+    @contextmanager
+    def appending(self, kind: str) -> Iterator[Callable[[Found], None]]:
+        """Yield a function that adds the boxes of an image. A killed process loses no image that is added."""
+        path = self.folder / f"{kind}-{comm.get_rank()}.jsonl"
+        _cut_torn_line(path)
+        with open(path, "a") as file:
+
+            def add(found: Found) -> None:
+                file.write(json.dumps(found._asdict()) + "\n")
+                file.flush()
+
+            yield add
+
+    def remove(self) -> None:
+        """Remove the files of the run, and the folder if it holds no other file."""
+        (self.folder / SETTINGS).unlink()  # first: what a kill leaves is then no run to continue
+        self._remove_lines()
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    def _remove_lines(self) -> None:
+        for path in self.folder.glob("*.jsonl"):
+            path.unlink()
+
+
+def _cut_torn_line(path: Path) -> None:
+    if path.exists():
+        whole = path.read_bytes().rfind(b"\n") + 1
+        os.truncate(path, whole)

@@ -1,0 +1,180 @@
+"""Test the labels that are made from the results of another program, and results that are refused."""
+
+import json
+import logging
+
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+from scenes import Scene, results_of
+
+from conftest import make_cfg
+from gdetkd.errors import GDetKDError
+from gdetkd.labelling.run import label_images
+
+
+@pytest.fixture
+def cfg_of():
+    return lambda scene, changes={}: make_cfg({**scene.keys, **changes})
+
+
+def test_perfect_results_become_labels(tmp_path, cfg_of, capsys):
+    scene = Scene(tmp_path)
+    label_images(cfg_of(scene), scene.perfect())
+    written = scene.read()
+    described = written["info"]["gdetkd_labels"]
+    assert (
+        described["version"] == 1
+        and described["source"] == "results"
+        and set(described["teacher"])
+        == {
+            "file",
+            "sha256",
+        }
+    )
+    assert described["chosen_on"] == "val" and described["unreadable"] == described["left_out"] == 0
+    counts = [item["category_id"] for item in scene.content["annotations"]]
+    for index, name in enumerate(described["classes"], 1):
+        expected = {"min_score": 0.9, "precision": 1.0, "recall": 1.0, "f1": 1.0, "boxes": counts.count(index)}
+        assert described["thresholds"][name] == expected
+    assert written["categories"] == [{"id": index, "name": f"class{index - 1}"} for index in (1, 2, 3)]
+
+    names = {image["id"]: image["file_name"] for image in written["images"]}
+    assert list(names) == list(range(1, 9)) and list(names.values()) == sorted(names.values())
+    assert "sub/new3.png" in names.values()
+    boxes = sorted((names[a["image_id"]], a["category_id"], a["bbox"]) for a in written["annotations"])
+    original = {image["id"]: image["file_name"] for image in scene.content["images"]}
+    assert boxes == sorted((original[a["image_id"]], a["category_id"], a["bbox"]) for a in scene.content["annotations"])
+    assert all(a["score"] == 0.9 and a["iscrowd"] == 0 and "segmentation" not in a for a in written["annotations"])
+    assert len(COCO(str(scene.output)).getAnnIds()) == len(boxes)
+
+    page = scene.output.with_suffix(".html").read_text()
+    assert "8 of 8 images" in page and "data:image/png;base64" in page and "class1" in page
+    assert not scene.part.exists()
+    assert "class0  0.900      1.000      1.000   1.000" in capsys.readouterr().out
+
+
+def test_classes_are_matched_by_name_and_by_the_class_map(tmp_path, cfg_of, caplog):
+    scene = Scene(tmp_path)
+    names = {1: "class2", 2: "stranger", 3: "renamed"}
+    scene.content["categories"] = [{"id": 10 * index, "name": name} for index, name in names.items()]
+    for item in scene.content["annotations"]:
+        item["category_id"] *= 10
+    scene.write("new.json", scene.content)
+    options = scene.perfect(min_score=0.5, validation_results="")
+    with caplog.at_level(logging.WARNING, "gdetkd"):
+        label_images(cfg_of(scene, {"DISTILL.CLASS_MAP": [["class0", "renamed"], ["class1", "other"]]}), options)
+    written, given = scene.read(), [item["category_id"] for item in scene.content["annotations"]]
+    labels = [item["category_id"] for item in written["annotations"]]
+    assert labels.count(3) == given.count(10) and labels.count(1) == given.count(30) and 2 not in labels
+    assert f"{given.count(20)} boxes of classes that the student lacks" in written["info"]["description"]
+    assert "lacks 1 of the student's 3 classes: class1" in caplog.text
+    assert written["info"]["gdetkd_labels"]["thresholds"]["class0"]["precision"] is None
+    assert written["info"]["gdetkd_labels"]["chosen_on"] is None
+
+
+def test_no_common_class_is_refused(tmp_path, cfg_of):
+    scene = Scene(tmp_path)
+    scene.content["categories"] = [{"id": index, "name": f"other{index}"} for index in (1, 2, 3)]
+    scene.write("new.json", scene.content)
+    with pytest.raises(GDetKDError, match="have no name in common"):
+        label_images(cfg_of(scene), scene.perfect())
+
+
+def test_thresholds_of_single_classes(tmp_path, cfg_of):
+    scene = Scene(tmp_path)
+    label_images(cfg_of(scene), scene.perfect(thresholds={"class1": 0.95}))
+    thresholds = scene.read()["info"]["gdetkd_labels"]["thresholds"]
+    assert [thresholds[name]["min_score"] for name in ("class0", "class1", "class2")] == [0.9, 0.95, 0.9]
+    assert thresholds["class1"]["boxes"] == 0 and thresholds["class1"]["f1"] is None
+
+
+def test_boxes_are_cut_and_low_scores_are_left_out(tmp_path, cfg_of):
+    scene = Scene(tmp_path)
+    common = {"image_id": 2, "category_id": 1}
+    entries = [
+        {**common, "bbox": [-5, 50, 20.004, 40], "score": 0.7},
+        {**common, "bbox": [70, 70, 5, 5], "score": 0.7},  # outside of 64 x 64
+        {**common, "bbox": [0, 0, 5, 5], "score": 0.04},
+        {**common, "bbox": [0, 0, 5, 5], "score": 0.05},
+    ]
+    results = scene.write("few.json", entries)
+    label_images(cfg_of(scene), scene.perfect(results=results, min_score=0.6))
+    written = scene.read()["annotations"]
+    assert [(a["bbox"], a["area"], a["score"]) for a in written] == [
+        ([0.0, 50.0, 15.0, 14.0], 210.0, 0.7),
+        ([0.0, 0.0, 5.0, 5.0], 25.0, 0.05),
+    ]
+    assert scene.read()["info"]["gdetkd_labels"]["thresholds"]["class0"]["boxes"] == 1
+
+
+ENTRY = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"score": 1.2}, "entry 1 has the score 1.2"),
+        ({"score": None}, "entry 1 has the score None"),
+        ({"score": float("nan")}, "entry 1 has the score nan"),
+        ({"image_id": 99}, "entry 1 has image_id 99"),
+        ({"image_id": [1]}, "entry 1 has image_id"),
+        ({"category_id": 7}, "entry 1 has category_id 7"),
+        ({"bbox": [1, 2, -3, 4]}, "entry 1 has the bbox"),
+        ({"bbox": [1, 2, 3]}, "entry 1 has the bbox"),
+        ({"bbox": [1, 2, 3, 10**400]}, "entry 1 has the bbox"),
+        ({"bbox": [0.1, 0.2, 0.3, 0.4]}, "its boxes seem relative"),
+    ],
+)
+def test_bad_entries_are_refused(tmp_path, cfg_of, change, message):
+    scene = Scene(tmp_path)
+    entries = [{**ENTRY, "bbox": [0, 0, 1, 1]} if "relative" in message else ENTRY, {**ENTRY, **change}]
+    results = scene.write("bad.json", entries)
+    with pytest.raises(GDetKDError, match=message):
+        label_images(cfg_of(scene), scene.perfect(results=results, min_score=0.5))
+    assert not scene.output.exists() and not scene.part.exists()
+
+
+@pytest.mark.parametrize("content", [{"annotations": []}, [1, 2], "text"])
+def test_a_file_that_is_no_list_of_results_is_refused(tmp_path, cfg_of, content):
+    scene = Scene(tmp_path)
+    with pytest.raises(GDetKDError, match="is not a list of results"):
+        label_images(cfg_of(scene), scene.perfect(results=scene.write("bad.json", content), min_score=0.5))
+
+
+def test_bad_files_are_refused(tmp_path, cfg_of):
+    scene = Scene(tmp_path)
+    cfg = cfg_of(scene)
+    (tmp_path / "torn.json").write_text("[{")
+    cases = [
+        ({"results": str(tmp_path / "torn.json")}, "--results .* is not valid JSON"),
+        ({"results": str(tmp_path / "none.json")}, "--results .* cannot be read"),
+        ({"annotations": scene.write("empty.json", {"images": []})}, "no list of `images` and `categories`"),
+        ({"annotations": ""}, "--results needs --annotations"),
+        ({"validation_results": ""}, "Give --min-score, or --validation-results"),
+        ({"validation_results": scene.write("x.json", results_of(scene.content))}, "--validation-results .* image_id"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(GDetKDError, match=message):
+            label_images(cfg, scene.perfect(**changes))
+    for key in ("id", "file_name"):
+        twice = json.loads(json.dumps(scene.content))
+        twice["images"][0][key] = twice["images"][1][key]
+        with pytest.raises(GDetKDError, match=f"two images with the same {key}"):
+            label_images(cfg, scene.perfect(annotations=scene.write("twice.json", twice)))
+    outside = json.loads(json.dumps(scene.content))
+    outside["images"][0]["file_name"] = "../secret.png"
+    with pytest.raises(GDetKDError, match="stays in the folder of --images"):
+        label_images(cfg, scene.perfect(annotations=scene.write("outside.json", outside)))
+
+
+def test_an_image_that_exif_turns_has_its_turned_size(tmp_path, cfg_of):
+    scene = Scene(tmp_path)
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (64, 80)).save(scene.images / "new0.jpg", exif=exif)
+    scene.content["images"][0].update(file_name="new0.jpg")  # annotated as 80 x 64
+    scene.write("new.json", scene.content)
+    label_images(cfg_of(scene), scene.perfect(min_score=0.5))
+    [image] = [item for item in scene.read()["images"] if item["file_name"] == "new0.jpg"]
+    assert (image["width"], image["height"]) == (80, 64)
