@@ -4,11 +4,13 @@ import json
 import logging
 
 import pytest
+from detectron2.data import DatasetCatalog
 from PIL import Image
 from pycocotools.coco import COCO
 from scenes import Scene, results_of
 
 from conftest import make_cfg
+from gdetkd.data import register_datasets
 from gdetkd.errors import GDetKDError
 from gdetkd.labelling.run import label_images
 
@@ -71,6 +73,19 @@ def test_classes_are_matched_by_name_and_by_the_class_map(tmp_path, cfg_of, capl
     assert "lacks 1 of the student's 3 classes: class1" in caplog.text
     assert written["info"]["gdetkd_labels"]["thresholds"]["class0"]["precision"] is None
     assert written["info"]["gdetkd_labels"]["chosen_on"] is None
+
+
+def test_the_config_may_register_the_labels_before_they_exist(tmp_path, cfg_of):
+    scene = Scene(tmp_path)
+    later = {"name": "later", "kind": "coco", "json": str(scene.output), "images": str(scene.images)}
+    cfg = cfg_of(scene, {"DATASETS.REGISTER": [*scene.keys["DATASETS.REGISTER"], later]})
+    label_images(cfg, scene.perfect())
+    register_datasets(cfg)
+    assert len(DatasetCatalog.get("later")) == 8
+    missing = {**later, "name": "missing", "json": "no.json"}
+    cfg = cfg_of(scene, {"DATASETS.REGISTER": [missing], "DATASETS.TEST": ("missing",)})
+    with pytest.raises(GDetKDError, match="no.json"):
+        label_images(cfg, scene.perfect())
 
 
 def test_no_common_class_is_refused(tmp_path, cfg_of):
