@@ -5,6 +5,7 @@ import logging
 
 import pytest
 from detectron2.data import DatasetCatalog
+from detectron2.utils import comm
 from PIL import Image
 from pycocotools.coco import COCO
 from scenes import Scene, results_of
@@ -13,6 +14,7 @@ from conftest import make_cfg
 from gdetkd.data import register_datasets
 from gdetkd.errors import GDetKDError
 from gdetkd.labelling.run import label_images
+from gdetkd.labelling.source import own_part
 
 
 @pytest.fixture
@@ -121,6 +123,15 @@ def test_boxes_are_cut_and_low_scores_are_left_out(tmp_path, cfg_of):
         ([0.0, 0.0, 5.0, 5.0], 25.0, 0.05),
     ]
     assert scene.read()["info"]["gdetkd_labels"]["thresholds"]["class0"]["boxes"] == 1
+
+
+def test_processes_share_the_images(monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 3)
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(comm, "get_rank", lambda: rank)
+        parts.append(own_part(list(range(8))))
+    assert sorted(sum(parts, [])) == list(range(8)) and max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 ENTRY = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
