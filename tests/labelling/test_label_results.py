@@ -4,13 +4,17 @@ import json
 import logging
 
 import pytest
+from detectron2.data import DatasetCatalog
+from detectron2.utils import comm
 from PIL import Image
 from pycocotools.coco import COCO
 from scenes import Scene, results_of
 
 from conftest import make_cfg
+from gdetkd.data import register_datasets
 from gdetkd.errors import GDetKDError
 from gdetkd.labelling.run import label_images
+from gdetkd.labelling.source import own_part
 
 
 @pytest.fixture
@@ -73,6 +77,19 @@ def test_classes_are_matched_by_name_and_by_the_class_map(tmp_path, cfg_of, capl
     assert written["info"]["gdetkd_labels"]["chosen_on"] is None
 
 
+def test_the_config_may_register_the_labels_before_they_exist(tmp_path, cfg_of):
+    scene = Scene(tmp_path)
+    later = {"name": "later", "kind": "coco", "json": str(scene.output), "images": str(scene.images)}
+    cfg = cfg_of(scene, {"DATASETS.REGISTER": [*scene.keys["DATASETS.REGISTER"], later]})
+    label_images(cfg, scene.perfect())
+    register_datasets(cfg)
+    assert len(DatasetCatalog.get("later")) == 8
+    missing = {**later, "name": "missing", "json": "no.json"}
+    cfg = cfg_of(scene, {"DATASETS.REGISTER": [missing], "DATASETS.TEST": ("missing",)})
+    with pytest.raises(GDetKDError, match="no.json"):
+        label_images(cfg, scene.perfect())
+
+
 def test_no_common_class_is_refused(tmp_path, cfg_of):
     scene = Scene(tmp_path)
     scene.content["categories"] = [{"id": index, "name": f"other{index}"} for index in (1, 2, 3)]
@@ -106,6 +123,15 @@ def test_boxes_are_cut_and_low_scores_are_left_out(tmp_path, cfg_of):
         ([0.0, 0.0, 5.0, 5.0], 25.0, 0.05),
     ]
     assert scene.read()["info"]["gdetkd_labels"]["thresholds"]["class0"]["boxes"] == 1
+
+
+def test_processes_share_the_images(monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 3)
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(comm, "get_rank", lambda: rank)
+        parts.append(own_part(list(range(8))))
+    assert sorted(sum(parts, [])) == list(range(8)) and max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 ENTRY = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}

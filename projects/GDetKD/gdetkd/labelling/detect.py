@@ -47,6 +47,7 @@ def detect_all(source: Source, images: Sequence[ImageFile], part: Part, kind: st
             progress.update()
     comm.synchronize()
     found = part.read(kind)
+    comm.synchronize()  # the main process removes the part at the end
     return {image.name: found[image.name] for image in images}
 
 

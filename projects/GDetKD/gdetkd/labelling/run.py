@@ -1,14 +1,16 @@
 """Label images: from the options of `tools/label.py` to the files."""
 
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from ..data import register_datasets
+from ..data.folders import resolve
 from ..errors import GDetKDError, some
 from ..safe_load import sha256_of_file
 from .class_names import find_among_students, student_classes, warn_of_classes_without_labels
@@ -80,7 +82,7 @@ def label_images(cfg: CfgNode, options: Options) -> None:
             threshold.
     """
     check_output(options.output)
-    register_datasets(cfg)
+    register_datasets(_without_later_datasets(cfg, options))
     student = student_classes(cfg)
     _check_options(options, student)
     dataset = "" if _gives_all_thresholds(options, student) else validation_name(cfg, options.validation)
@@ -111,6 +113,24 @@ def label_images(cfg: CfgNode, options: Options) -> None:
         check_any_above(labels, part.folder)
         _write(labels, source, options)
         part.remove()
+
+
+def _without_later_datasets(cfg: CfgNode, options: Options) -> CfgNode:
+    """Return the config without the entries of DATASETS.REGISTER whose JSON is not there and is not needed here.
+
+    The config may already name the labels that are to be written.
+    """
+    needed = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, options.dataset, options.validation}
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.REGISTER = [entry for entry in cfg.DATASETS.REGISTER if not _is_later(entry, needed)]
+    return cfg
+
+
+def _is_later(entry: Any, needed: Collection[str]) -> bool:
+    if not isinstance(entry, Mapping) or entry.get("name") in needed:
+        return False
+    return isinstance(entry.get("json"), str) and not os.path.exists(resolve(entry["json"]))
 
 
 def _choose(
