@@ -62,7 +62,7 @@ def test_boxes_without_area_are_left_out_with_one_warning(tmp_path, caplog):
     "entry, match",
     [
         ({"kind": "coco"}, "needs a `name`"),
-        ({"name": "x", "kind": "csv"}, "`kind` of coco, images, voc, yolo"),
+        ({"name": "x", "kind": "csv"}, "`kind` of coco, images, pseudo, voc, yolo"),
         ({"name": "x", "kind": "coco", "json": "a"}, "lacks the key images. Correct the entry"),
         ({"name": "x", "kind": "coco", "json": "a", "images": "b", "split": "c"}, "has the unknown key split"),
         ({"name": "x", "kind": "coco", "json": "nowhere.json", "images": "b"}, "nowhere.json.*DETECTRON2_DATASETS"),

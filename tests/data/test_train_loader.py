@@ -13,8 +13,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from conftest import make_cfg
 from gdetkd.data import build_train_loader, headers
+from gdetkd.data.batches import BatchStream
 from gdetkd.data.samplers import SAMPLERS
-from gdetkd.data.train_loader import BatchStream
 from gdetkd.engine import DistillTrainer
 from gdetkd.errors import GDetKDError
 from gdetkd.random_state import random_state

@@ -1,6 +1,7 @@
 """Test the thresholds of classes against a plain loop, and what happens to classes without objects."""
 
 import logging
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_thresholds_are_those_of_a_plain_loop(seed):
             f1 = 2 * right / (kept + total)
             if kept and (best is None or f1 > best[3]):
                 best = (threshold, right / kept, right / total, f1)
-        assert chosen[label] == pytest.approx(best if best and best[3] else (1.0, 0.0, 0.0, 0.0))
+        assert astuple(chosen[label]) == pytest.approx(best if best and best[3] else (1.0, 0.0, 0.0, 0.0))
 
 
 def test_a_class_without_objects_gets_the_median_with_a_warning(caplog):

@@ -1,6 +1,7 @@
 """Find the images to label, and read their sizes."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
@@ -20,7 +21,8 @@ CHUNK = 256
 MOST_NAMED = 3
 
 
-class ImageFile(NamedTuple):
+@dataclass(frozen=True)
+class ImageFile:
     """Describe a readable image.
 
     Attributes:

@@ -1,6 +1,6 @@
 """Boxes of an ONNX model, such as `tools/export.py` writes, run by onnxruntime."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -119,7 +119,7 @@ class OnnxSource(Source):
                     f"{self._model.file!r} found no box of more than a pixel on {number} images, so its boxes seem "
                     "relative. Export the model with boxes in pixels of its input."
                 )
-            yield image, found._replace(boxes=found.boxes * torch.from_numpy(factors))
+            yield image, replace(found, boxes=found.boxes * torch.from_numpy(factors))
 
     def _pixels(self, path: str) -> Tuple[np.ndarray, np.ndarray]:
         """Return the model's input, and (4,) factors from its pixels to pixels of the file."""

@@ -1,6 +1,7 @@
 """Write the boxes as a COCO JSON, which annotation tools open."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
@@ -96,7 +97,7 @@ def _info(labels: Labels, source: Source) -> Dict[str, Any]:
         "source": source.kind,
         "teacher": source.origin(),
         "classes": list(labels.classes),
-        "thresholds": {name: {**item._asdict(), "boxes": counts[name]} for name, item in labels.thresholds.items()},
+        "thresholds": {name: {**asdict(item), "boxes": counts[name]} for name, item in labels.thresholds.items()},
         "chosen_on": labels.chosen_on or None,
         "unreadable": labels.unreadable,
         "left_out": labels.left_out,
@@ -137,4 +138,7 @@ def table_rows(labels: Labels) -> List[List[str]]:
 
 def threshold_texts(item: ClassThreshold) -> List[str]:
     """Return threshold, precision, recall and F1 as text. A value that is not known is a dash."""
-    return [f"{item.min_score:.3f}", *("-" if value is None else f"{value:.3f}" for value in item[1:])]
+    return [
+        f"{item.min_score:.3f}",
+        *("-" if value is None else f"{value:.3f}" for value in (item.precision, item.recall, item.f1)),
+    ]

@@ -3,8 +3,9 @@
 import json
 import os
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from detectron2.utils import comm
 
@@ -15,7 +16,8 @@ ENDING = ".part"
 SETTINGS = "settings.json"
 
 
-class Found(NamedTuple):
+@dataclass(frozen=True)
+class Found:
     """Hold the boxes of one image, as they are written.
 
     Attributes:
@@ -110,7 +112,7 @@ class Part:
         with open(path, "a") as file:
 
             def add(found: Found) -> None:
-                file.write(json.dumps(found._asdict()) + "\n")
+                file.write(json.dumps(asdict(found)) + "\n")
                 file.flush()
 
             yield add

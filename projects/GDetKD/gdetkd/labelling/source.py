@@ -1,7 +1,8 @@
 """The source of boxes: a teacher, a model of onnxruntime, or the results of another program."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.utils import comm
@@ -12,7 +13,8 @@ from .images import ImageFile
 LARGEST_RELATIVE = 1.5
 
 
-class Detections(NamedTuple):
+@dataclass(frozen=True)
+class Detections:
     """Hold the boxes of one image, in any order.
 
     Attributes:

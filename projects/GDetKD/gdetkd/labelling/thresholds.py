@@ -3,6 +3,7 @@
 import logging
 import os
 import statistics
+from dataclasses import dataclass, replace
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -51,7 +52,8 @@ class Validation(NamedTuple):
     objects: Dict[str, Objects]
 
 
-class ClassThreshold(NamedTuple):
+@dataclass(frozen=True)
+class ClassThreshold:
     """Hold the threshold of a class. Precision, recall and F1 are fractions, or None if they are not known."""
 
     min_score: float
@@ -87,7 +89,7 @@ def load_validation(dataset: str, student: Sequence[str]) -> Validation:
             f"({name_faults(faults)}). Correct the files or the annotations."
         )
     # The folders of two datasets may have files of the same name.
-    return Validation(dataset, [image._replace(name=image.path) for image in images], objects)
+    return Validation(dataset, [replace(image, name=image.path) for image in images], objects)
 
 
 def _objects(sample: Dict, classes: Sequence[Optional[int]]) -> Objects:
