@@ -26,8 +26,9 @@ from .unlabeled_checks import UnlabeledReport
 logger = logging.getLogger(__name__)
 
 BATCHES = 4
-# Other preprocessing counts as right if it beats the teacher's own on the sample by so many points of AP.
-NOTABLE_GAIN = 2.0
+# Other preprocessing counts as right if it beats the teacher's own by so many points of AP on so many images. On fewer
+# images chance has more effect, so the gain must be larger.
+NOTABLE_GAIN, NOTABLE_IMAGES = 2.0, 50
 
 
 class Check:
@@ -163,7 +164,8 @@ class Check:
         found = f"The teacher has AP {score.ap:.1f} on {score.images} images"
         if weak:
             found += f", less than DISTILL.TEACHER.MIN_AP {self._cfg.DISTILL.TEACHER.MIN_AP:g}"
-        if best_score.ap > score.ap + NOTABLE_GAIN:
+        notable = NOTABLE_GAIN * max(1.0, math.sqrt(NOTABLE_IMAGES / max(1, score.images)))
+        if best_score.ap > score.ap + notable:
             self.problems.append(
                 f"{found}, and {best_score.ap:.1f} with images in {best}. Set INPUT.FORMAT, MODEL.PIXEL_MEAN and "
                 "MODEL.PIXEL_STD as the teacher was trained, in its config file or by DISTILL.TEACHER.OPTS."
