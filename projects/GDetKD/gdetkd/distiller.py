@@ -55,13 +55,14 @@ class GDetKD(nn.Module):
         self.losses = nn.ModuleDict()
         self.teacher: Optional[FrozenTeacher] = None
         self.adapter: Optional[DetectorAdapter] = None
-        self.mixture = Mixture(cfg.DISTILL.UNLABELED.WEIGHT)
         # The code below draws random numbers. The student's run must draw the same numbers as a plain run.
         with torch.random.fork_rng(devices=[]):
             if cfg.DISTILL.LOSSES or cfg.DISTILL.HEAD_TRANSFER or cfg.DISTILL.EVAL_TEACHER:
                 self.teacher = teacher or FrozenTeacher(cfg)
             if cfg.DISTILL.LOSSES or cfg.DATASETS.UNLABELED:
                 self.adapter = build_adapter(self.student, "student", cfg)
+            if cfg.DATASETS.UNLABELED and type(self.adapter).ignoring is DetectorAdapter.ignoring:
+                self.adapter.ignoring([])  # raises an error
             if cfg.DISTILL.LOSSES:
                 spec = with_class_names(self.adapter.spec, class_names(cfg))
                 self.losses = build_losses(cfg, spec, self.teacher.spec)
@@ -69,6 +70,9 @@ class GDetKD(nn.Module):
         if self.losses:
             self.adapter.needs = self._needs
             self.adapter.stages_compared = min(spec.num_stages, self.teacher.spec.num_stages)
+        self.mixture = Mixture(
+            cfg.DISTILL.UNLABELED.WEIGHT, self.adapter.losses_are_means if self.adapter is not None else True
+        )
         self._to_compute: List[str] = []
 
     @property

@@ -44,21 +44,24 @@ class Mixture:
 
     Args:
         weight: DISTILL.UNLABELED.WEIGHT.
+        mean_over_images: whether each loss of the student is a mean over its images. If not, it is a sum over
+            positives, divided by a running mean of their number, which both parts update in turn.
     """
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, weight: float, mean_over_images: bool = True) -> None:
         self._weight = weight
+        self._mean_over_images = mean_over_images
         self._scalars: Dict[str, torch.Tensor] = {}
 
     def join(self, parts: Sequence[Part], losses: Sequence[Dict[str, torch.Tensor]]) -> Dict[str, torch.Tensor]:
-        """Return the mean of the losses over all images. An unlabelled image counts `weight` times.
+        """Return the losses of the whole batch. Those of unlabelled images are multiplied by `weight`.
 
         Args:
             parts: the labelled and the unlabelled images.
-            losses: the student's losses on each part, each of them a mean over its images.
+            losses: the student's losses on each part.
         """
-        images = sum(len(part) for part in parts)
-        shares = [len(part) / images * factor for part, factor in zip(parts, (1.0, self._weight))]
+        sizes = [len(part) if self._mean_over_images else 1 for part in parts]
+        shares = [size / sum(sizes) * factor for size, factor in zip(sizes, (1.0, self._weight))]
         self._scalars = {
             f"{part}/{name}": loss.detach().sum()
             for part, of_part in zip(NAMES, losses)

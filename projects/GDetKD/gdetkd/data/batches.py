@@ -4,8 +4,9 @@ The position of an image counts the images that all processes have taken so far.
 augmentations.
 """
 
+from collections import deque
 from itertools import islice
-from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.data.samplers import TrainingSampler
@@ -14,6 +15,8 @@ from detectron2.utils import comm
 from .samplers import SeededSampler
 
 Batch = List[Tuple[int, int]]
+# Batches of unlabelled images that wait for a labelled batch of their shape.
+MOST_WAITING = 16
 
 
 class BatchStream:
@@ -47,18 +50,38 @@ class BatchStream:
 class MixedStream:
     """Join each labelled batch and an unlabelled one, which are lists of (index, position). Both streams are endless.
 
+    If images are grouped by their shape, both batches have wide images, or neither has. If the unlabelled stream has
+    too few batches of one kind, the other kind takes their place.
+
     Args:
         offset: is added to the indices of the unlabelled stream.
+        wide: says for each image of both streams whether it is wider than high. None: no grouping.
     """
 
-    def __init__(self, labeled: Iterable[Batch], unlabeled: Iterable[Batch], offset: int) -> None:
+    def __init__(
+        self,
+        labeled: Iterable[Batch],
+        unlabeled: Iterable[Batch],
+        offset: int,
+        wide: Optional[Sequence[bool]] = None,
+    ) -> None:
         self._labeled = labeled
         self._unlabeled = unlabeled
         self._offset = offset
+        self._wide = wide
+
+    def _is_wide(self, batch: Batch) -> bool:
+        return bool(self._wide is not None and self._wide[batch[0][0]])
 
     def __iter__(self) -> Iterator[Batch]:
-        for labeled, unlabeled in zip(self._labeled, self._unlabeled):
-            yield [*labeled, *((index + self._offset, position) for index, position in unlabeled)]
+        waiting: Dict[bool, Deque[Batch]] = {False: deque(), True: deque()}
+        unlabeled = ([(index + self._offset, position) for index, position in batch] for batch in self._unlabeled)
+        for labeled in self._labeled:
+            kind = self._is_wide(labeled)
+            while not waiting[kind] and len(waiting[not kind]) < MOST_WAITING:
+                batch = next(unlabeled)
+                waiting[self._is_wide(batch)].append(batch)
+            yield [*labeled, *(waiting[kind] or waiting[not kind]).popleft()]
 
 
 class Skipping:
@@ -92,5 +115,6 @@ def choose_batches(
     if not unlabeled:
         return stream
     wide = None if images.wide is None else images.wide[images.labeled :]
-    order = TrainingSampler(images.total - images.labeled, seed=seed)
-    return MixedStream(stream, BatchStream(lambda: iter(order), unlabeled, wide), images.labeled)
+    order = TrainingSampler(images.total - images.labeled, seed=seed + 1)
+    unlabeled_stream = BatchStream(lambda: iter(order), unlabeled, wide)
+    return MixedStream(stream, unlabeled_stream, images.labeled, images.wide)

@@ -23,7 +23,7 @@ from .instaboost import InstaBoostMapper
 from .samplers import build_sampler, check_sampler
 from .teacher_view import TeacherViewMapper
 from .train_images import are_wide, describe, load_images
-from .unlabeled import UnlabeledMapper, load_unlabeled, unlabeled_per_batch
+from .unlabeled import UnlabeledMapper, describe_labels, is_unlabeled, load_unlabeled, unlabeled_per_batch
 from .workers import OutlivingLoader
 
 Sample = Dict[str, Any]
@@ -61,6 +61,8 @@ class PositionedDataset(Dataset):
         for attempt in range(ATTEMPTS):
             # The image that replaces a broken image depends only on seed and position, too.
             seed = (self._seed, position, attempt) if attempt else (self._seed, position)
+            if index >= self._labeled:  # other augmentations than those of the labelled image at this position
+                seed = (self._seed, position, attempt, 1)
             with random_state(seed):
                 index = self._another(index) if attempt else index
                 dataset_dict = self._dicts[index]
@@ -106,6 +108,7 @@ class ResumableLoader:
 
     Args:
         dicts: serialised images. As Python objects they would take several times the memory for the whole training.
+        bad_images: counts the bad images with labels, and then those without.
         labeled: the number of images with labels, which come first. None: all images.
     """
 
@@ -116,7 +119,7 @@ class ResumableLoader:
         batches: Callable[[int], Iterable[Batch]],
         seed: int,
         num_workers: int,
-        bad_images: BadImages,
+        bad_images: Sequence[BadImages],
         description: Dict[str, Any],
         labeled: Optional[int] = None,
     ) -> None:
@@ -142,7 +145,7 @@ class ResumableLoader:
         )
         for batch in OutlivingLoader(loader):
             for sample in batch:  # counted here, because workers do not share their counts
-                self._bad_images.note(sample.pop(BAD_IMAGES, {}))
+                self._bad_images[is_unlabeled(sample)].note(sample.pop(BAD_IMAGES, {}))
             yield batch
 
 
@@ -171,15 +174,20 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
     count = images_per_process(cfg, comm.get_world_size())
     count_unlabeled = unlabeled_per_batch(cfg, count)
     check_sampler(cfg)
-    names, max_fraction = ", ".join([*cfg.DATASETS.TRAIN, *cfg.DATASETS.UNLABELED]), cfg.INPUT.MAX_BAD_FRACTION
+    names, max_fraction = ", ".join(cfg.DATASETS.TRAIN), cfg.INPUT.MAX_BAD_FRACTION
     all_labeled, datasets = load_images(cfg)
-    all_unlabeled = load_unlabeled(cfg)
-    dicts, kept = without_bad_images([*all_labeled, *all_unlabeled], max_fraction, names)
-    labeled = int(kept[: len(all_labeled)].sum())
+    labeled, kept = without_bad_images(all_labeled, max_fraction, names)
+    sampler = build_sampler(cfg, labeled, datasets[kept])
+    bad_images = [BadImages(len(all_labeled), len(all_labeled) - len(labeled), max_fraction, names)]
+    all_unlabeled, unlabeled = load_unlabeled(cfg), []
+    if all_unlabeled:
+        unlabeled_names = ", ".join(cfg.DATASETS.UNLABELED)
+        unlabeled, _ = without_bad_images(all_unlabeled, max_fraction, unlabeled_names)
+        left_out = len(all_unlabeled) - len(unlabeled)
+        bad_images.append(BadImages(len(all_unlabeled), left_out, max_fraction, unlabeled_names))
+    dicts = [*labeled, *unlabeled]
     wide = are_wide(dicts, names) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
-    sampler = build_sampler(cfg, dicts[:labeled], datasets[kept[: len(all_labeled)]])
-
-    images = ImageCounts(labeled, len(dicts), wide)  # the dicts themselves must not stay in memory
+    images = ImageCounts(len(labeled), len(dicts), wide)  # the dicts themselves must not stay in memory
     counts = (count - count_unlabeled, count_unlabeled)
     loader = ResumableLoader(
         DatasetFromList(dicts, copy=False),
@@ -187,9 +195,9 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
         lambda seed: choose_batches(seed, sampler, images, *counts),
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        bad_images=BadImages(kept.size, kept.size - len(dicts), max_fraction, names),
-        description=describe(dicts),
-        labeled=labeled,
+        bad_images=bad_images,
+        description={**describe(dicts), **describe_labels(cfg)},
+        labeled=len(labeled),
     )
     _check_same_everywhere(loader, names)
     return loader

@@ -4,7 +4,7 @@ A sample of DATASETS.UNLABELED has two more keys: "unlabeled", which is True, an
 """
 
 import logging
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from detectron2.structures import Boxes, Instances
 
 from ..errors import GDetKDError, some
+from ..safe_load import sha256_of_file
 from .class_names import class_names
 from .content import same_files
 from .kinds import Pseudo, find_kind
@@ -34,7 +35,7 @@ def pseudo_sets(cfg: CfgNode) -> List[Pseudo]:
     Raises:
         GDetKDError: a name is not that of an entry of kind `pseudo` in DATASETS.REGISTER.
     """
-    entries = {entry["name"]: entry for entry in cfg.DATASETS.REGISTER if find_kind(entry) is Pseudo}
+    entries = {entry["name"]: entry for entry in cfg.DATASETS.REGISTER if is_pseudo(entry)}
     for name in cfg.DATASETS.UNLABELED:
         if name not in entries:
             raise GDetKDError(
@@ -42,8 +43,15 @@ def pseudo_sets(cfg: CfgNode) -> List[Pseudo]:
                 f"{some(sorted(entries)) or 'none'}. Add the entry. tools/label.py writes its JSON (docs/unlabeled.md)."
             )
     return [
-        Pseudo(entries[name], cfg.DATASETS.ALLOW_OUTSIDE, cfg.INPUT.MAX_BAD_FRACTION) for name in cfg.DATASETS.UNLABELED
+        find_kind(entries[name])(entries[name], cfg.DATASETS.ALLOW_OUTSIDE, cfg.INPUT.MAX_BAD_FRACTION)
+        for name in cfg.DATASETS.UNLABELED
     ]
+
+
+def is_pseudo(entry: Mapping[str, Any]) -> bool:
+    """Return whether an entry of DATASETS.REGISTER has the kind `pseudo`, or a kind that is derived from it."""
+    kind = find_kind(entry)
+    return kind is not None and issubclass(kind, Pseudo)
 
 
 def load_unlabeled(cfg: CfgNode) -> List[Sample]:
@@ -58,30 +66,48 @@ def load_unlabeled(cfg: CfgNode) -> List[Sample]:
             - An image is also in DATASETS.TEST.
     """
     sets = pseudo_sets(cfg)
-    for pseudo in sets:
-        _check_classes(pseudo, class_names(cfg) or ())
     if not sets:
         return []
+    expected = class_names(cfg)
+    if expected is None:
+        raise GDetKDError(
+            f"The dataset {cfg.DATASETS.TRAIN[0]!r} does not name its classes, so the boxes of "
+            f"{some(list(cfg.DATASETS.UNLABELED))} cannot be matched with them. Give them with "
+            f"MetadataCatalog.get({cfg.DATASETS.TRAIN[0]!r}).set(thing_classes=[...])."
+        )
+    for pseudo in sets:
+        _check_classes(pseudo, expected)
     try:
         dicts = get_detection_dataset_dicts(
             [pseudo.name for pseudo in sets], filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         )
     except AssertionError as e:  # raised by Detectron2
         raise GDetKDError(f"{some([pseudo.name for pseudo in sets])}: no image has an object ({e}).") from e
-    return [{**sample, UNLABELED: True} for sample in _without_known(cfg, dicts)]
+    known = {path: digest for pseudo in sets for path, digest in pseudo.digests().items()}
+    return [{**sample, UNLABELED: True} for sample in _without_known(cfg, dicts, known)]
 
 
-def _without_known(cfg: CfgNode, dicts: List[Sample]) -> List[Sample]:
-    """Leave out the images that are also in DATASETS.TRAIN, and refuse images of DATASETS.TEST."""
+def describe_labels(cfg: CfgNode) -> Dict[str, Any]:
+    """Return a description of the labels of DATASETS.UNLABELED, for checkpoints. It is empty if there are none."""
+    files = [pseudo.path("json") for pseudo in pseudo_sets(cfg)]
+    return {"labels": [sha256_of_file(path) for path in files]} if files else {}
+
+
+def _without_known(cfg: CfgNode, dicts: List[Sample], known: Dict[str, Tuple[int, str]]) -> List[Sample]:
+    """Leave out the images that are also in DATASETS.TRAIN, and refuse images of DATASETS.TEST.
+
+    Args:
+        known: size in bytes and SHA-256 of images, by path.
+    """
     files, names = [sample["file_name"] for sample in dicts], some(list(cfg.DATASETS.UNLABELED))
-    in_test = same_files(files, _files_of(cfg.DATASETS.TEST))
+    in_test = same_files(files, _files_of(cfg.DATASETS.TEST), known)
     if in_test:
         path, other = next(iter(in_test.items()))
         raise GDetKDError(
             f"{len(in_test)} images of {names} are also in DATASETS.TEST, such as {path!r}, which is {other!r}. The AP "
             "would be too high. Take them out of the folder, and run tools/label.py again."
         )
-    in_train = same_files(files, _files_of(cfg.DATASETS.TRAIN))
+    in_train = same_files(files, _files_of(cfg.DATASETS.TRAIN), known)
     kept = [sample for sample in dicts if sample["file_name"] not in in_train]
     if in_train:
         logger.warning("%s: %d images are also in DATASETS.TRAIN. They are left out.", names, len(in_train))
@@ -96,32 +122,30 @@ def _files_of(datasets: Sequence[str]) -> List[str]:
 
 def _check_classes(pseudo: Pseudo, expected: Sequence[str]) -> None:
     found = pseudo.class_names()
-    if found is not None and expected and list(found) != list(expected):
+    if found is not None and list(found) != list(expected):
         raise GDetKDError(
             f"The labels of {pseudo.name!r} were made for the classes {some(found)}, and the student has "
-            f"{some(expected)}. Make them anew with tools/label.py and this config."
+            f"{some(expected)}. Run tools/label.py again with this config."
         )
 
 
 def unlabeled_per_batch(cfg: CfgNode, images: int) -> int:
-    """Return how many of a process's images in a batch are unlabelled.
+    """Return how many of a process's images in a batch are unlabelled: DISTILL.UNLABELED.FRACTION, but at least one.
 
     Args:
         images: the number of images of a process in a batch.
 
     Raises:
-        GDetKDError: DISTILL.UNLABELED.FRACTION leaves no labelled or no unlabelled image.
+        GDetKDError: a process takes a single image in a step.
     """
     if not cfg.DATASETS.UNLABELED:
         return 0
-    count = round(cfg.DISTILL.UNLABELED.FRACTION * images)
-    if not 0 < count < images:
+    if images < 2:
         raise GDetKDError(
-            f"DISTILL.UNLABELED.FRACTION {cfg.DISTILL.UNLABELED.FRACTION} of {images} images, which a process takes in "
-            f"a step, are {count}. A step needs an image with labels and one without. Raise SOLVER.IMS_PER_BATCH, or "
-            "choose another fraction."
+            "Each process takes 1 image in a step, but DATASETS.UNLABELED needs an image with labels and one without. "
+            "Raise SOLVER.IMS_PER_BATCH, or use fewer processes."
         )
-    return count
+    return min(max(1, round(cfg.DISTILL.UNLABELED.FRACTION * images)), images - 1)
 
 
 class UnlabeledMapper:
@@ -164,6 +188,6 @@ def split_batch(batch: Sequence[Sample]) -> List[List[Sample]]:
 
 
 def doubtful_boxes(part: Sequence[Sample], device: torch.device) -> List[Boxes]:
-    """Return the doubtful boxes of each image of a part, xyxy in pixels of its augmented image. Labelled have none."""
+    """Return the doubtful boxes of each image of a part, xyxy in pixels of its augmented image."""
     none = torch.zeros(0, 4)
     return [Boxes(sample.get(DOUBTFUL, none).to(device, non_blocking=True)) for sample in part]

@@ -1,7 +1,7 @@
 """The interface of a detector family. The rest of the package sees a detector only through it."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Collection, ContextManager, Dict, List, Optional, Sequence, Type
+from typing import Any, ClassVar, Collection, ContextManager, Dict, List, Optional, Sequence, Type
 
 import torch
 from detectron2.config import CfgNode
@@ -43,6 +43,9 @@ class DetectorAdapter(ABC):
     Raises:
         GDetKDError: the detector lacks something that distillation needs.
     """
+
+    # Whether each loss of the detector is a mean over the images of a batch, see `Mixture`.
+    losses_are_means: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, role: str, cfg: CfgNode) -> None:
         self.model = model

@@ -44,6 +44,7 @@ class DenseAdapter(DetectorAdapter):
     """
 
     anchor_based: ClassVar[bool] = True
+    losses_are_means = False
 
     def __init__(self, model: nn.Module, role: str, cfg: CfgNode) -> None:
         super().__init__(model, role, cfg)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..backbones import find_bottom_up
 from ..data.train_loader import images_per_process
+from ..data.unlabeled import unlabeled_per_batch
 from ..errors import GDetKDError, some
 from ..losses.classes import match_classes, other_names
 from ..structures import DetectorSpec
@@ -179,10 +180,13 @@ class Check:
 
     def _unlabeled(self) -> str:
         report, node = UnlabeledReport(self._cfg), self._cfg.DISTILL.UNLABELED
+        images = self._cfg.SOLVER.IMS_PER_BATCH
+        unlabeled = unlabeled_per_batch(self._cfg, images)
         for warning in report.warnings:  # logged warnings come to the end of the screen
             logger.warning(warning)
         lines = [
-            f"{report.images} images without labels, {node.FRACTION:g} of each batch, weight {node.WEIGHT:g}. "
+            f"{report.images} images without labels, {unlabeled} of {images} in a step of a process, weight "
+            f"{node.WEIGHT:g}. "
             f"{report.doubtful} doubtful boxes are ignored. Samples to look at: {', '.join(report.pages) or 'none'}.",
             tabulate(report.rows, ["class", "objects", "teacher's boxes", "precision", "recall"], floatfmt=".2f"),
         ]

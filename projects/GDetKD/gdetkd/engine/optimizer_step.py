@@ -1,6 +1,6 @@
 """Let all processes agree before each optimizer step, and take the step or leave it out."""
 
-from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
 from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
@@ -11,6 +11,7 @@ from torch import nn
 from .._compat.training import AfterBackward
 from .exchange import any_and_mean
 from .guard import StepGuard, StepSkipped
+from .schedule import LossSchedule
 from .stopping import StopRequest
 
 TakeScalars = Callable[[], Dict[str, torch.Tensor]]
@@ -26,13 +27,18 @@ class StepAgreement(HookBase):
     Args:
         guard: finds losses that are not finite, and ends the step or the run.
         request: learns whether any process is asked to stop.
-        scalars: functions that return values of the step to log, as scalar tensors by name.
+        schedule: gives the values of the distillation terms. Their mean over the processes is logged.
+        take_local: returns further values to log, as scalar tensors by name. They may differ in number between
+            processes, because only those of the main process are logged. None: there are none.
     """
 
-    def __init__(self, guard: StepGuard, request: StopRequest, scalars: Sequence[TakeScalars]) -> None:
+    def __init__(
+        self, guard: StepGuard, request: StopRequest, schedule: LossSchedule, take_local: Optional[TakeScalars]
+    ) -> None:
         self._guard = guard
         self._request = request
-        self._scalars = scalars
+        self._schedule = schedule
+        self._take_local = take_local
         self._losses: Dict[str, torch.Tensor] = {}
 
     def attach(self, model: nn.Module) -> Any:
@@ -56,8 +62,8 @@ class StepAgreement(HookBase):
             StepSkipped: a loss of some process is not finite, and that is tolerated.
             NonFiniteError: a loss of some process is not finite, and that is not tolerated.
         """
-        taken = {name: value for take in self._scalars for name, value in take().items()}
-        losses, scalars = _read(self._losses, taken)
+        local = self._take_local() if self._take_local is not None else {}
+        losses, scalars, own = _read(self._losses, self._schedule.take_scalars(), local)
         self._losses = {}
         terms = self._guard.find(losses)
         flags, means = any_and_mean([bool(terms), self._request.is_asked], list(scalars.values()))
@@ -65,7 +71,7 @@ class StepAgreement(HookBase):
         if some_not_finite:
             self._guard.skip_or_stop(terms)
         if comm.is_main_process():
-            get_event_storage().put_scalars(smoothing_hint=False, **dict(zip(scalars, means)))
+            get_event_storage().put_scalars(smoothing_hint=False, **dict(zip(scalars, means)), **own)
 
 
 def _read(*groups: Dict[str, torch.Tensor]) -> List[Dict[str, float]]:

@@ -83,8 +83,12 @@ def warn_of_other_data(before: Dict[str, Any], now: Dict[str, Any]) -> None:
             "one of the starts. Images that are left out now are named above.",
             before["images"],
             now["images"],
-            "" if before["images"] != now["images"] else ", with other names",
+            "" if before["images"] != now["images"] else f", with other {_what_differs(before, now)}",
         )
+
+
+def _what_differs(before: Dict[str, Any], now: Dict[str, Any]) -> str:
+    return "names" if before["sha256"] != now["sha256"] else "labels of DATASETS.UNLABELED"
 
 
 def _refusal(what: str, before: str, now: str) -> str:

@@ -100,8 +100,8 @@ class DistillTrainer(BareTrainer):
         self._request = StopRequest()
         self.register_hooks(self.build_hooks())
         self._guard.attach(self.guarded_model)
-        takers = [self.schedule.take_scalars, *([self.distiller.mixture.take_scalars] if self.distiller else [])]
-        agreement = StepAgreement(self._guard, self._request, takers)
+        take_local = self.distiller.mixture.take_scalars if self.distiller is not None else None
+        agreement = StepAgreement(self._guard, self._request, self.schedule, take_local)
         agreement.attach(model)
         step_trainer.register_hooks([agreement])
 

@@ -10,10 +10,9 @@ from detectron2.utils import comm
 
 from ..config import student_architecture
 from ..data.class_names import class_names
-from ..data.kinds import Pseudo, find_kind
 from ..data.task_labels import BOXES_ALONE
 from ..data.train_loader import images_per_process
-from ..data.unlabeled import load_unlabeled, pseudo_sets, unlabeled_per_batch
+from ..data.unlabeled import is_pseudo, load_unlabeled, pseudo_sets, unlabeled_per_batch
 from ..errors import GDetKDError
 
 # The share of a class among all objects differs much between two sets if one share is this many times the other.
@@ -29,10 +28,10 @@ def check_unlabeled(cfg: CfgNode) -> None:
             - A set of DATASETS.UNLABELED is not of kind `pseudo`, or was made for other classes.
             - The model cannot use unlabelled images, or a step has no place for them.
     """
-    kinds = {entry["name"]: find_kind(entry) for entry in cfg.DATASETS.REGISTER}
+    names = [entry["name"] for entry in cfg.DATASETS.REGISTER if is_pseudo(entry)]
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
-            if kinds.get(name) is Pseudo:
+            if name in names:
                 raise GDetKDError(
                     f"DATASETS.{key} names {name!r}, whose boxes a teacher found (kind `pseudo`). Name it in "
                     "DATASETS.UNLABELED."
@@ -49,6 +48,11 @@ def _check_model(cfg: CfgNode) -> None:
         raise GDetKDError(
             f"DATASETS.UNLABELED needs MODEL.META_ARCHITECTURE 'GDetKD', not {cfg.MODEL.META_ARCHITECTURE!r}. Without "
             "distillation terms, leave DISTILL.LOSSES empty."
+        )
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise GDetKDError(
+            "MODEL.LOAD_PROPOSALS is True, but images of DATASETS.UNLABELED have no precomputed proposals. Set it to "
+            "False, or empty DATASETS.UNLABELED."
         )
     heads = [key for key in ("MASK_ON", "KEYPOINT_ON") if cfg.MODEL[key]]
     if heads and student_architecture(cfg) not in BOXES_ALONE:

@@ -37,7 +37,8 @@ def detect_all(source: Source, images: Sequence[ImageFile], part: Part, kind: st
         part: keeps the boxes, so that a killed run can continue.
         kind: "labels" or "validation".
     """
-    done = _unchanged(part.read(kind), images)
+    before = part.read(kind)
+    done = _unchanged(before, images)
     left = [image for image in images if image.name not in done]
     comm.synchronize()  # every process has read what an earlier run left
     own = len(range(comm.get_rank(), len(left), comm.get_world_size()))
@@ -46,17 +47,21 @@ def detect_all(source: Source, images: Sequence[ImageFile], part: Part, kind: st
             add(as_found(image, detections, kept))
             progress.update()
     comm.synchronize()
-    found = part.read(kind)
+    outdated = {(found.name, found.sha256) for found in before if found.name not in done}
+    new = {found.name: found for found in part.read(kind) if (found.name, found.sha256) not in outdated}
     comm.synchronize()  # the main process removes the part at the end
-    return {image.name: found[image.name] for image in images}
+    return {image.name: done.get(image.name) or new[image.name] for image in images}
 
 
-def _unchanged(done: Dict[str, Found], images: Sequence[ImageFile]) -> Dict[str, Found]:
-    """Return the boxes of images whose content is still the same."""
-    same = [image for image in images if image.name in done and done[image.name].bytes == image.bytes]
+def _unchanged(before: Sequence[Found], images: Sequence[ImageFile]) -> Dict[str, Found]:
+    """Return the boxes of images whose content is still the same, by name of the image."""
+    by_content = {(found.name, found.bytes, found.sha256): found for found in before}
+    sizes = {(found.name, found.bytes) for found in before}
+    same = [image for image in images if (image.name, image.bytes) in sizes]
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         digests = pool.map(sha256_of_file, [image.path for image in same])
-        return {image.name: done[image.name] for image, sha in zip(same, digests) if done[image.name].sha256 == sha}
+        keys = [(image.name, image.bytes, digest) for image, digest in zip(same, digests)]
+    return {key[0]: by_content[key] for key in keys if key in by_content}
 
 
 def as_found(image: ImageFile, detections: Detections, kept: Kept) -> Found:

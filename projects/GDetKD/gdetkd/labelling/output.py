@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
+from ..data.kinds.pseudo import INFO
 from ..errors import GDetKDError
 from ..files import written_whole
 from .images import ImageFile
@@ -13,7 +14,6 @@ from .source import Source
 from .thresholds import ClassThreshold
 
 # Key of `info` under which a reader finds how the labels were made.
-KEY = "gdetkd_labels"
 VERSION = 1
 
 
@@ -83,7 +83,7 @@ def write_labels(labels: Labels, source: Source, output: Path) -> None:
         "categories": [{"id": number, "name": name} for number, name in enumerate(labels.classes, 1)],
     }
     with written_whole(str(output)) as file:
-        json.dump(content, file)
+        file.write(json.dumps(content))  # several times faster than `json.dump`
 
 
 def _info(labels: Labels, source: Source) -> Dict[str, Any]:
@@ -102,7 +102,7 @@ def _info(labels: Labels, source: Source) -> Dict[str, Any]:
         "unreadable": labels.unreadable,
         "left_out": labels.left_out,
     }
-    return {"description": description, KEY: described}
+    return {"description": description, INFO: described}
 
 
 def _image(number: int, image: ImageFile, found: Found) -> Dict[str, Any]:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
+from ..data.kinds.pseudo import IGNORED_FROM
 from ..figures.boxes import draw_box
 from ..figures.page import Cell, Section, Table, TableRow, render_page
 from ..figures.style import PALETTE, STYLE, as_png
@@ -22,8 +23,6 @@ HEADERS = ("class", "threshold", "precision", "recall", "F1", "boxes above")
 COLUMNS = 4
 # Longer side of a drawn image, in pixels.
 DRAWN_SIZE = 480
-# A box of at least this share of its threshold is doubtful. Boxes below are not drawn.
-DOUBTFUL = 0.5
 
 
 def write_page(labels: Labels, source: Source, path: Path, count: int, seed: int) -> None:
@@ -42,7 +41,7 @@ def write_page(labels: Labels, source: Source, path: Path, count: int, seed: int
         picture = as_png(_draw(shown, labels))
     caption = (
         "Solid: boxes from the threshold of their class on, with class and score. Dashed: doubtful boxes, with a score "
-        f"of at least {DOUBTFUL:g} times the threshold. Images are chosen at random (seed {seed})."
+        f"of at least {IGNORED_FROM:g} times the threshold. Images are chosen at random (seed {seed})."
     )
     section = Section("samples", f"{len(shown)} of {len(labels.images)} images", picture, caption, "png")
     rows = [TableRow([Cell(text) for text in row]) for row in table_rows(labels)]
@@ -88,7 +87,7 @@ def _draw_image(axis: Axes, image: ImageFile, found: Found, labels: Labels) -> N
     axis.set_title(image.name[-40:], fontsize=8, loc="left")
     for box, score, label in reversed(list(zip(found.boxes, found.scores, found.classes))):  # the best on top
         name = labels.classes[label]
-        if score < DOUBTFUL * labels.thresholds[name].min_score:
+        if score < IGNORED_FROM * labels.thresholds[name].min_score:
             continue
         draw_box(
             axis, _as_xyxy(box), PALETTE[label % len(PALETTE)], f"{name} {score:.2f}",

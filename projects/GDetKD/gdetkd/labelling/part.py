@@ -91,18 +91,17 @@ class Part:
             with written_whole(str(path)) as file:
                 json.dump(settings, file, indent=1)
 
-    def read(self, kind: str) -> Dict[str, Found]:
-        """Return the boxes so far, by name of the image. A torn last line of a file is left out.
+    def read(self, kind: str) -> List[Found]:
+        """Return the boxes so far. A torn last line of a file is left out.
 
         Args:
             kind: which images, "labels" or "validation".
         """
-        found = {}
-        for path in sorted(self.folder.glob(f"{kind}-*.jsonl")):
-            for line in path.read_text().split("\n")[:-1]:
-                item = Found(**json.loads(line))
-                found[item.name] = item
-        return found
+        return [
+            Found(**json.loads(line))
+            for path in sorted(self.folder.glob(f"{kind}-*.jsonl"))
+            for line in path.read_text().split("\n")[:-1]
+        ]
 
     @contextmanager
     def appending(self, kind: str) -> Iterator[Callable[[Found], None]]:

@@ -87,7 +87,8 @@ def label_images(cfg: CfgNode, options: Options) -> None:
     _check_options(options, student)
     dataset = "" if _gives_all_thresholds(options, student) else validation_name(cfg, options.validation)
     annotations = read_annotations(options.annotations) if options.results else None
-    images, faults = read_images(_find(options, annotations))
+    candidates = _find(options, annotations)
+    images, faults = read_images(candidates)
     if faults:
         logger.warning("%d images cannot be read, and are left out: %s.", len(faults), name_faults(faults))
     images, left_out = without_labelled(cfg, images, options.validation or dataset)
@@ -112,11 +113,12 @@ def label_images(cfg: CfgNode, options: Options) -> None:
         labels = Labels(pairs, student, thresholds, dataset, len(faults), left_out)
         check_any_above(labels, part.folder)
         _write(labels, source, options)
+        print(f"For DATASETS.REGISTER: {_entry(options.output, candidates.folder)}")
         part.remove()
 
 
 def _without_later_datasets(cfg: CfgNode, options: Options) -> CfgNode:
-    """Return the config without the entries of DATASETS.REGISTER whose JSON is not there and is not needed here.
+    """Leave out entries of DATASETS.REGISTER whose JSON does not exist yet, unless this run reads the dataset.
 
     The config may already name the labels that are to be written.
     """
@@ -151,6 +153,11 @@ def _write(labels: Labels, source: Source, options: Options) -> None:
         f"{labels.left_out} images of DATASETS.TRAIN, {labels.unreadable} unreadable images, {labels.dropped()} boxes "
         f"of classes that the student lacks.\nLabels: {options.output}\nPage: {page}"
     )
+
+
+def _entry(output: Path, folder: str) -> str:
+    """Return the entry of DATASETS.REGISTER for the labels of images in a folder."""
+    return f"{{name: {output.stem}, kind: pseudo, json: {output.resolve()}, images: {os.path.abspath(folder)}}}"
 
 
 def _check_options(options: Options, student: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Dict
 
 import yaml
 
+from ..data.folders import resolve
 from ..dotted_keys import changed_keys, flat_config
 from ..errors import GDetKDError
 from ..losses import DISTILL_LOSS_REGISTRY
@@ -43,7 +44,7 @@ def deciding_keys(dump: str) -> Dict[str, Any]:
         if not flat["DISTILL.HEAD_TRANSFER"]:
             unused += ("DISTILL.TEACHER.", "DISTILL.CLASS_MAP")
     if not flat.get("DATASETS.UNLABELED"):  # an earlier version wrote no such key
-        unused += ("DISTILL.UNLABELED.",)
+        unused += ("DISTILL.UNLABELED.", "DATASETS.UNLABELED")
     return {key: value for key, value in flat.items() if not key.startswith((*WITHOUT_EFFECT, *unused))}
 
 
@@ -58,7 +59,9 @@ def _digest(path: str, modified: int) -> str:
 
 
 def fingerprint(run: Run) -> str:
-    """Return a digest of what determines a run, except the images: its config, the teacher's file and its weights.
+    """Return a digest of what determines a run, except the images and their labels.
+
+    This is its config, the teacher's file and weights, and the boxes that a teacher found in unlabelled images.
 
     Raises:
         GDetKDError: the teacher's file does not exist.
@@ -70,6 +73,9 @@ def fingerprint(run: Run) -> str:
         keys["teacher"], keys["weights"] = file.content(), file.weights
         if os.path.isfile(file.weights):
             keys["weights"] = _digest(file.weights, os.stat(file.weights).st_mtime_ns)
+    for name in cfg.DATASETS.UNLABELED:
+        paths = [resolve(entry["json"]) for entry in cfg.DATASETS.REGISTER if entry["name"] == name and "json" in entry]
+        keys[f"labels of {name}"] = [_digest(path, os.stat(path).st_mtime_ns) for path in paths if os.path.isfile(path)]
     return hashlib.sha256(yaml.safe_dump(keys).encode()).hexdigest()
 
 

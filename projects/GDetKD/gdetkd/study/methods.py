@@ -4,10 +4,10 @@
 - the name of a loss;
 - "head_transfer";
 - "GDetKD": the losses and head transfer that the config asks for;
-- "unlabeled": training on DATASETS.UNLABELED, too. All methods without it train on the labelled images alone.
-- "pseudo": the same as "unlabeled" alone. The student learns from the teacher's boxes, without a distillation term.
+- "unlabeled": also train on DATASETS.UNLABELED. All other methods use labelled images only.
+- "pseudo": the same without distillation.
 
-All except "none" can be joined by "+". "GDetKD+PKD" is what the config asks for, and PKD.
+All except "none" and "pseudo" can be joined by "+". "GDetKD+PKD" is what the config asks for, and PKD.
 """
 
 from typing import List
@@ -33,6 +33,11 @@ def method_opts(method: str, cfg: CfgNode) -> List[str]:
     """
     names = [UNLABELED if name == PSEUDO else name for name in method.split("+")]
     uses_unlabeled = UNLABELED in names
+    if names.count(UNLABELED) > 1 or (len(names) > 1 and (BASELINE in names or PSEUDO in method.split("+"))):
+        raise GDetKDError(
+            f"There is no method {method!r}: {BASELINE} and {PSEUDO} stand alone, and {UNLABELED} appears once. "
+            f"{PSEUDO} is {UNLABELED} without a distillation term."
+        )
     if uses_unlabeled and not cfg.DATASETS.UNLABELED:
         raise GDetKDError(
             f"The method {method!r} trains on images without labels, but DATASETS.UNLABELED is empty. Name a dataset "

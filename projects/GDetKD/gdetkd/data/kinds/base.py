@@ -49,6 +49,8 @@ class DatasetKind(ABC):
     inner_path_keys: ClassVar[Tuple[str, ...]] = ()
     # Chooses the evaluator: "coco" for box and mask AP, "images" for predictions without AP.
     evaluator_type: ClassVar[str] = "coco"
+    # What writes the dataset's files, as a sentence for messages.
+    origin: ClassVar[str] = ""
 
     def __init__(self, entry: Mapping[str, Any], allow_outside: bool = False, max_bad_fraction: float = 0.01) -> None:
         self.entry = entry
@@ -110,7 +112,7 @@ class DatasetKind(ABC):
             if key in self.entry and not os.path.exists(self.path(key)):
                 raise GDetKDError(
                     f"The dataset {self.name!r} needs {os.path.abspath(self.path(key))!r}, which does not exist. "
-                    f"Correct `{key}` in DATASETS.REGISTER, or set the environment variable DETECTRON2_DATASETS to the "
+                    f"{self.origin}Correct `{key}` in DATASETS.REGISTER, or set the environment variable DETECTRON2_DATASETS to the "
                     "folder that contains it."
                 )
 

@@ -1,8 +1,10 @@
 """Images without labels, with the boxes that a teacher found in them."""
 
+import functools
 import json
+import os
 from numbers import Real
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Tuple
 
 from ...errors import GDetKDError
 from ..clean import Findings
@@ -31,6 +33,7 @@ class Pseudo(Coco):
     """
 
     keys = (Keys({"json", "images"}, {"min_score", "ignore_score"}),)
+    origin = "tools/label.py writes the JSON (docs/unlabeled.md). "
 
     @classmethod
     def find_problems(cls, entry: Mapping[str, Any]) -> List[str]:
@@ -67,7 +70,7 @@ class Pseudo(Coco):
             )
         left_out = len(content["annotations"]) - len(kept)
         content["annotations"] = kept
-        counts = {**counts, "doubtful boxes, which training ignores": doubtful, "boxes with lower scores": left_out}
+        counts = {**counts, "boxes are doubtful": doubtful, "boxes have lower scores and are left out": left_out}
         return self._load_content(content), {name: count for name, count in counts.items() if count}
 
     def _thresholds(self, content: Dict[str, Any]) -> Dict[int, Tuple[float, float]]:
@@ -81,18 +84,43 @@ class Pseudo(Coco):
                     f"The dataset {self.name!r} has no `min_score`, and {self.path('json')!r} has no threshold for the "
                     f"class {category['name']!r}. Add `min_score` to the entry in DATASETS.REGISTER."
                 )
-            found[category["id"]] = (min_score, self.entry.get("ignore_score", IGNORED_FROM * min_score))
+            ignore_score = self.entry.get("ignore_score", IGNORED_FROM * min_score)
+            found[category["id"]] = (min_score, min(ignore_score, min_score))
         return found
 
     def note_findings(self, findings: Findings) -> None:
         """Do nothing: nobody evaluates on a teacher's boxes."""
 
     def read_info(self) -> Dict[str, Any]:
-        """Return what the file says about its labels (`label_info`), and the names of its classes in order."""
-        with open(self.path("json"), "rb") as file:
-            content = json.load(file)
-        classes = [category["name"] for category in sorted(content["categories"], key=lambda item: item["id"])]
-        return {**label_info(content), "classes": classes}
+        """Return what the file says about its labels (`label_info`)."""
+        return _describe(self.path("json"), os.stat(self.path("json")).st_mtime_ns).info
+
+    def digests(self) -> Dict[str, Tuple[int, str]]:
+        """Return the size in bytes and the SHA-256 of each image, by its path, as far as the file has them."""
+        described, images = _describe(self.path("json"), os.stat(self.path("json")).st_mtime_ns), self.path("images")
+        return {os.path.join(images, name): digest for name, digest in described.digests.items()}
+
+
+class _Description(NamedTuple):
+    info: Dict[str, Any]
+    digests: Dict[str, Tuple[int, str]]
+
+
+@functools.lru_cache(maxsize=4)
+def _describe(path: str, modified: int) -> _Description:
+    """Read the description of the labels in a file. It is cached, because the file can be large.
+
+    Args:
+        modified: when the file was last modified, so that a changed file is read again.
+    """
+    with open(path, "rb") as file:
+        content = json.load(file)
+    digests = {
+        image["file_name"]: (image["bytes"], image["sha256"])
+        for image in content["images"]
+        if "bytes" in image and "sha256" in image
+    }
+    return _Description(label_info(content), digests)
 
 
 def label_info(content: Mapping[str, Any]) -> Dict[str, Any]:
