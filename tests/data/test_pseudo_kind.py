@@ -41,6 +41,13 @@ def test_the_file_has_a_threshold_for_each_class(pseudo_entry):
     entry = pseudo_entry(min_score=None, change=change)
     assert crowds(load(entry)) == [0, 1, 0, 0]
     assert crowds(load({**entry, "name": "other", "min_score": 0.3})) == [0] * 4
+    # A box with `min_score` is an object, whatever `ignore_score` says.
+    assert crowds(load({**entry, "name": "third", "ignore_score": 0.75})) == [0, 0, 0]
+
+
+def test_a_missing_file_names_the_tool_that_writes_it(tmp_path):
+    with pytest.raises(GDetKDError, match="tools/label.py writes the JSON"):
+        load({"name": "pseudo", "kind": "pseudo", "json": str(tmp_path / "none.json"), "images": str(tmp_path)})
 
 
 def without_score(content):

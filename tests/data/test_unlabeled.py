@@ -10,9 +10,12 @@ from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
 
 from conftest import make_cfg
-from gdetkd.data import build_train_loader, register_datasets, train_loader
+from gdetkd.data import build_train_loader, headers, register_datasets, train_loader
+from gdetkd.data.batches import MixedStream
 from gdetkd.data.unlabeled import UnlabeledMapper, doubtful_boxes, is_unlabeled, split_batch
 from gdetkd.errors import GDetKDError
+
+BAD, GOOD = headers.Header("broken"), headers.Header(None)
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def batches_of(cfg, count, start=0):
     return list(islice(iter(loader), count))
 
 
-@pytest.mark.parametrize("fraction, unlabeled", [(0.25, 1), (0.5, 2), (0.6, 2), (0.75, 3)])
+@pytest.mark.parametrize("fraction, unlabeled", [(0.01, 1), (0.25, 1), (0.5, 2), (0.6, 2), (0.75, 3), (0.99, 3)])
 def test_a_fraction_of_each_batch_is_unlabeled(unlabeled_cfg, fraction, unlabeled):
     for batch in batches_of(unlabeled_cfg({"DISTILL.UNLABELED.FRACTION": fraction}), 6):
         assert [is_unlabeled(sample) for sample in batch] == [False] * (4 - unlabeled) + [True] * unlabeled
@@ -55,6 +58,46 @@ def test_the_order_depends_on_the_seed_alone_and_a_resumed_loader_continues_it(u
     for part, images in ((slice(0, 2), 12), (slice(2, 4), 8)):
         first_epoch = [name for batch in names_of(whole) for name in batch[part]][: min(images, 16)]
         assert len(set(first_epoch)) == len(first_epoch)
+
+
+def test_the_two_kinds_of_images_have_their_own_augmentations(unlabeled_cfg):
+    """Otherwise the images at the same position would always be flipped and resized alike."""
+    cfg = unlabeled_cfg({"INPUT.MIN_SIZE_TRAIN": tuple(range(40, 80)), "DATALOADER.ASPECT_RATIO_GROUPING": False})
+    sides = [[min(sample["image"].shape[-2:]) for sample in batch] for batch in batches_of(cfg, 6)]
+    assert all(batch[:2] != batch[2:] for batch in sides)
+
+
+def test_batches_of_images_of_the_same_shape_are_joined():
+    wide = [index % 2 == 0 for index in range(20)]
+    labeled = [[(0, 0)], [(1, 1)], [(2, 2)], [(3, 3)], [(4, 4)], [(6, 5)]]
+    unlabeled = [[(index, index)] for index in (0, 2, 1, 3, 4, 6, 8)]
+    found = list(MixedStream(labeled, iter(unlabeled), 10, wide))
+    assert [tuple(index for index, _ in batch) for batch in found] == [
+        (0, 10),
+        (1, 11),
+        (2, 12),
+        (3, 13),
+        (4, 14),
+        (6, 16),
+    ]
+
+
+def test_too_few_unlabeled_images_of_a_shape_do_not_stop_the_stream():
+    labeled, unlabeled = ([[(0, step)] for step in range(40)], ([(1, step)] for step in range(1000)))
+    found = list(MixedStream(labeled, unlabeled, 1, [True, False, False]))
+    assert len(found) == 40 and [batch[1] for batch in found] == [(2, step) for step in range(40)]
+
+
+def test_many_unlabeled_images_do_not_hide_missing_labeled_ones(unlabeled_cfg, monkeypatch):
+    monkeypatch.setattr(headers, "_read_header", lambda image, whole: BAD if "tiny" in image["file_name"] else GOOD)
+    with pytest.raises(GDetKDError, match="tiny: 12 of 12 images cannot be used"):
+        build_train_loader(unlabeled_cfg({"INPUT.MAX_BAD_FRACTION": 0.7}))
+
+
+def test_a_dataset_without_class_names_is_refused(unlabeled_cfg, monkeypatch):
+    monkeypatch.setattr("gdetkd.data.unlabeled.class_names", lambda cfg: None)
+    with pytest.raises(GDetKDError, match="'tiny' does not name its classes, so the boxes of pseudo cannot be matched"):
+        build_train_loader(unlabeled_cfg())
 
 
 def test_without_unlabeled_images_the_labeled_ones_are_the_same(unlabeled_cfg):
@@ -136,8 +179,7 @@ def with_other_classes(content):
     [
         ({}, {"change": with_other_classes}, "made for the classes class0, a bird, class2, and the student has class0"),
         ({"DATASETS.UNLABELED": ("tiny",)}, {}, "UNLABELED names 'tiny'. The entries of kind `pseudo` .* are pseudo"),
-        ({"SOLVER.IMS_PER_BATCH": 1}, {}, "FRACTION 0.5 of 1 images, .* are 0. A step needs an image with labels"),
-        ({"DISTILL.UNLABELED.FRACTION": 0.9}, {}, "FRACTION 0.9 of 4 images, .* are 4"),
+        ({"SOLVER.IMS_PER_BATCH": 1}, {}, "Each process takes 1 image in a step, but .* needs an image with labels"),
     ],
 )
 def test_sets_that_do_not_fit_are_refused(unlabeled_cfg, changes, entry, match):

@@ -162,13 +162,18 @@ def test_a_step_without_doubtful_boxes_is_the_plain_step(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_proposals_may_be_doubtful_and_an_image_may_have_no_object(family):
+def test_all_places_may_be_doubtful_and_an_image_may_have_no_object(family, monkeypatch):
     model, adapter = build(family)
+    every = lambda matcher, boxes, places: torch.full((len(places),), len(boxes) > 0)  # noqa: E731
+    monkeypatch.setattr("gdetkd.detectors.doubt.would_match", every)
+    monkeypatch.setattr("gdetkd.detectors.rcnn.would_match", every)
     batch = make_batch(boxes_each=0)
     with EventStorage(), adapter.ignoring(doubtful([[0.0, 0.0, 64.0, 64.0]], [DOUBTFUL] * 3)):
         losses = model(batch)
     sum(losses.values()).backward()
     assert all(torch.isfinite(loss).all() for loss in losses.values())
+    if family in ("faster_rcnn", "cascade_rcnn"):
+        assert all(float(loss.detach()) == 0 for loss in losses.values())
 
 
 def test_a_family_that_cannot_ignore_boxes_says_so():

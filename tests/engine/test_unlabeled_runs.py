@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.utils import comm
 
 from conftest import ALL_LOSSES, DENSE
 from gdetkd import DistillTrainer
@@ -55,6 +56,32 @@ def test_two_processes_stay_together(unlabeled_cfg, tmp_path, keys):
     assert have_equal_parameters(results) and all(result["changed"] for result in results)
 
 
+class _FailsOnce(DistillTrainer):
+    """In the second step, the forward pass of rank 1 is not finite."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        forward, calls = self.student.forward, []
+
+        def fail(batch):
+            calls.append(batch)
+            if len(calls) == 3 and comm.get_rank() == 1:  # each step calls it twice
+                raise FloatingPointError("not finite")
+            return forward(batch)
+
+        self.student.forward = fail
+
+
+def _train_with_a_failure(rank, cfg):
+    return train_rank(rank, cfg, _FailsOnce)
+
+
+def test_a_forward_pass_that_breaks_off_on_one_rank_is_left_out_on_all(unlabeled_cfg, tmp_path):
+    keys = {"SOLVER.MAX_ITER": 4, "DISTILL.SKIP_NONFINITE": 1, "DISTILL.LOSSES": ALL_LOSSES}
+    results = run_in_processes(_train_with_a_failure, tmp_path, 2, unlabeled_cfg(keys))
+    assert have_equal_parameters(results) and all(result["changed"] for result in results)
+
+
 @pytest.mark.parametrize(
     "changes, match",
     [
@@ -65,7 +92,8 @@ def test_two_processes_stay_together(unlabeled_cfg, tmp_path, keys):
         ({"MODEL.MASK_ON": True}, "MODEL.MASK_ON is True, but the labels of DATASETS.UNLABELED are boxes"),
         ({"DATASETS.TRAIN": ("pseudo",)}, "DATASETS.TRAIN names 'pseudo', whose boxes a teacher found"),
         ({"DATASETS.TEST": ("pseudo",)}, "DATASETS.TEST names 'pseudo', whose boxes a teacher found"),
-        ({"SOLVER.IMS_PER_BATCH": 1}, "A step needs an image with labels and one without"),
+        ({"SOLVER.IMS_PER_BATCH": 1}, "needs an image with labels and one without"),
+        ({"MODEL.LOAD_PROPOSALS": True}, "MODEL.LOAD_PROPOSALS is True, but images of DATASETS.UNLABELED have no"),
         ({"DISTILL.UNLABELED.FRACTION": 1.0}, "DISTILL.UNLABELED.FRACTION is 1.0 and must be between 0 and 1"),
         ({"DISTILL.UNLABELED.WEIGHT": -1.0}, "DISTILL.UNLABELED.WEIGHT is -1.0 and must be 0 or more"),
     ],
@@ -106,7 +134,7 @@ def test_the_check_compares_both_kinds_of_images(unlabeled_cfg, tmp_path):
     (tmp_path / "pseudo" / "pseudo.html").write_text("a page")
     check = Check(cfg)
     screen = check.run()
-    assert "8 images without labels, 0.5 of each batch, weight 1." in screen and "pseudo.html" in screen
+    assert "8 images without labels, 2 of 4 in a step of a process, weight 1." in screen and "pseudo.html" in screen
     assert "0.75" in screen and "0.50" in screen and check.problems == []
 
 
@@ -122,5 +150,8 @@ def test_methods_of_a_comparison(unlabeled_cfg, distill_cfg):
     assert method_opts("GDetKD+unlabeled", cfg) == [] and method_opts("pseudo", cfg) == plain
     assert method_opts("none", cfg) == [*off, *plain] and method_opts("GDetKD", cfg) == off
     assert method_opts("SGFI+unlabeled", cfg)[:2] == ["DISTILL.LOSSES", "('SGFI',)"]
+    for nonsense in ("pseudo+unlabeled", "unlabeled+unlabeled", "none+unlabeled", "none+SGFI"):
+        with pytest.raises(GDetKDError, match="There is no method .*stand alone"):
+            method_opts(nonsense, cfg)
     with pytest.raises(GDetKDError, match="'pseudo' trains on images without labels, but DATASETS.UNLABELED is empty"):
         method_opts("pseudo", distill_cfg())

@@ -17,7 +17,10 @@ from scenes import Scene
 from conftest import WIDER, write_coco
 from gdetkd.errors import GDetKDError
 from gdetkd.labelling import detect
+from gdetkd.labelling.images import find_in_folder, read_images
+from gdetkd.labelling.part import Part
 from gdetkd.labelling.run import Options, label_images
+from gdetkd.labelling.source import Detections
 from gdetkd.teacher import FrozenTeacher
 from programs import ROOT, run_program
 from test_lazy_teacher import lazy_teacher  # noqa: F401  a fixture
@@ -220,3 +223,31 @@ def test_images_of_a_registered_dataset(distill_cfg, scene, kind):
     label_images(distill_cfg(changes), Options(scene.output, dataset="new", min_score=0.1))
     names = [image["file_name"] for image in scene.read()["images"]]
     assert names == sorted(path.relative_to(scene.images).as_posix() for path in scene.images.rglob("*.png"))
+
+
+def test_an_outdated_line_of_another_process_is_not_taken(scene, tmp_path):
+    """An image that changed between two runs has two lines, in the files of two processes."""
+
+    class Everywhere:
+        def detect(self, images):
+            for image in images:
+                yield image, Detections(torch.tensor([[1.0, 1.0, 9.0, 9.0]]), torch.tensor([0.9]), torch.tensor([0]))
+
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    images, _ = read_images(find_in_folder(str(tmp_path)))
+    part = Part(tmp_path / "out.json", {})
+    [image] = [image for image in images if image.name == "a.png"]
+    outdated = {
+        "name": "a.png",
+        "bytes": image.bytes,
+        "sha256": "0",
+        "boxes": [],
+        "scores": [],
+        "classes": [],
+        "dropped": 0,
+    }
+    (part.folder / "labels-1.jsonl").write_text(json.dumps(outdated) + "\n")
+    found = detect.detect_all(Everywhere(), [image], part, "labels", detect.Kept(0.05, [0]))
+    assert found["a.png"].scores == [0.9] and found["a.png"].sha256 != "0"
+    again = detect.detect_all(Everywhere(), [image], part, "labels", detect.Kept(0.05, [0]))
+    assert again == found

@@ -112,8 +112,8 @@ class DatasetKind(ABC):
             if key in self.entry and not os.path.exists(self.path(key)):
                 raise GDetKDError(
                     f"The dataset {self.name!r} needs {os.path.abspath(self.path(key))!r}, which does not exist. "
-                    f"{self.origin}Correct `{key}` in DATASETS.REGISTER, or set the environment variable DETECTRON2_DATASETS to the "
-                    "folder that contains it."
+                    f"{self.origin}Correct `{key}` in DATASETS.REGISTER, or set the environment variable "
+                    "DETECTRON2_DATASETS to the folder that contains it."
                 )
 
     def class_names(self) -> Optional[List[str]]:
