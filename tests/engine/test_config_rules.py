@@ -23,6 +23,7 @@ from gdetkd.errors import GDetKDError
         ("SOLVER.WARMUP_ITERS", -1),
         ("SOLVER.WEIGHT_DECAY", -0.1),
         ("TEST.EVAL_PERIOD", -2),
+        ("TEST.PATIENCE", -1),
         ("TEST.DETECTIONS_PER_IMAGE", 0),
         ("DATALOADER.NUM_WORKERS", -1),
         ("INPUT.MIN_SIZE_TRAIN", (64, -1)),

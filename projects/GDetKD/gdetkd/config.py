@@ -45,6 +45,8 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # Keep model_best.pth: the student with the highest bbox/AP (percent) so far, checked at every TEST.EVAL_PERIOD. If
     # DATASETS.TEST has several datasets, the first one counts.
     cfg.TEST.KEEP_BEST = True
+    # End a training whose best bbox/AP, as above, has not risen for this many evaluations in a row. 0: never.
+    cfg.TEST.PATIENCE = 0
     # Program that computes COCO's metrics:
     # - "pycocotools",
     # - "faster-coco-eval", which gives the same figures several times faster on large datasets, but supports no

@@ -39,12 +39,13 @@ def write_report(
 def describe(comparison: Comparison) -> Dict[str, str]:
     """Return what is compared and on which machine, by a short name. The steps must be measured."""
     cfg = comparison.cfg
+    limit = "up to " if cfg.TEST.PATIENCE else ""
     device = torch.cuda.get_device_name() if cfg.MODEL.DEVICE != "cpu" else f"{platform.machine()} CPU"
     return {
         "Student": f"{cfg.DISTILL.STUDENT_META_ARCHITECTURE}, {comparison.config_file}",
         "Teacher": cfg.DISTILL.TEACHER.CONFIG_FILE,
         "Data": f"trained on {', '.join(cfg.DATASETS.TRAIN)}, evaluated on {cfg.DATASETS.TEST[0]}",
-        "Training": f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images; seeds "
+        "Training": f"{limit}{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images; seeds "
         + ", ".join(map(str, comparison.seeds)),
         "A step of none": f"{comparison.step_seconds(BASELINE):.3f} s",
         "Machine": f"{device}, torch {torch.__version__}",
