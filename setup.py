@@ -27,5 +27,7 @@ setup(
         "instaboost": ["instaboostfast"],
         "eval": ["faster-coco-eval"],
         "timm": ["timm>=1.0.22"],
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow"],
     },
 )

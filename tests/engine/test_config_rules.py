@@ -25,6 +25,8 @@ from gdetkd.errors import GDetKDError
         ("TEST.EVAL_PERIOD", -2),
         ("TEST.PATIENCE", -1),
         ("TEST.DETECTIONS_PER_IMAGE", 0),
+        ("LOG.WRITERS", ("tensorboard",)),
+        ("LOG.PROJECT", ""),
         ("DATALOADER.NUM_WORKERS", -1),
         ("INPUT.MIN_SIZE_TRAIN", (64, -1)),
         ("INPUT.MAX_SIZE_TRAIN", 0),

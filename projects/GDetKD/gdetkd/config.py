@@ -54,6 +54,15 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # - empty: Detectron2's compiled program, or pycocotools if Detectron2 is not compiled.
     cfg.TEST.COCO_EVAL = ""
 
+    cfg.LOG = CfgNode()
+    # Experiment trackers to log to, beside metrics.json and TensorBoard: "wandb" (pip install 'gdetkd[wandb]') and
+    # "mlflow" (pip install 'gdetkd[mlflow]').
+    cfg.LOG.WRITERS = ()
+    # The project of W&B, or the experiment of MLflow.
+    cfg.LOG.PROJECT = "gdetkd"
+    # Name of the run in the tracker. Empty: the name of the folder OUTPUT_DIR.
+    cfg.LOG.NAME = ""
+
     # Largest share of bad images in a dataset. A bad image is missing, cannot be opened, or has another size than its
     # annotations say. Training leaves bad images out. It stops if there are more than this share.
     cfg.INPUT.MAX_BAD_FRACTION = 0.01

@@ -13,6 +13,7 @@ from ..backbones.config import added_levels, node_of, wrong_values
 from ..config import student_architecture
 from ..dotted_keys import get_key
 from ..errors import GDetKDError, similar
+from .trackers import TRACKERS, missing_packages
 
 # Levels that Detectron2's and GDetKD's pyramids add to those of res2 to res5, by MODEL.BACKBONE.NAME.
 TOP_LEVELS = {
@@ -75,6 +76,8 @@ RULES = (
     Rule("TEST.EVAL_PERIOD", _at_least(-1), "the iterations between two evaluations, or 0 to evaluate only at the end"),
     Rule("TEST.PATIENCE", _at_least(0), "the number of evaluations without a rise of the AP, or 0 for no limit"),
     Rule("TEST.DETECTIONS_PER_IMAGE", lambda value: _at_least(1)(value) or value == -1, "1 or more, or -1 for all"),
+    Rule("LOG.WRITERS", lambda names: set(names) <= set(TRACKERS), f"some of {tuple(TRACKERS)}, or ()"),
+    Rule("LOG.PROJECT", bool, "the name of a project"),
     Rule("DATALOADER.NUM_WORKERS", _at_least(0), "0 or more processes"),
     Rule("DISTILL.TEACHER.SCALE", lambda value: _is_finite(value) and value > 0, "a positive factor"),
     Rule("INPUT.MIN_SIZE_TRAIN", _each_at_least(0), "a size in pixels, or 0 for no resizing"),
@@ -100,7 +103,7 @@ def check_values(cfg: CfgNode) -> None:
         for rule in RULES
         if not rule.holds(get_key(cfg, rule.key))
     ]
-    _refuse(wrong + _wrong_weights(cfg) + _wrong_patience(cfg) + _wrong_parts(cfg))
+    _refuse(wrong + _wrong_weights(cfg) + _wrong_patience(cfg) + missing_packages(cfg) + _wrong_parts(cfg))
 
 
 def check_parts(cfg: CfgNode) -> None:

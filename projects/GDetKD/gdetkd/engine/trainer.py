@@ -45,6 +45,7 @@ from .schedule import LossSchedule
 from .stopping import Interruptible, LeaveAtTheEnd, LeftEarly, StopRequest
 from .student_weights import StudentCheckpointer
 from .teacher_evaluation import TeacherScore, evaluate_on_test_sets
+from .trackers import build_trackers
 from .unlabeled_checks import check_unlabeled, other_teachers
 
 logger = logging.getLogger(__name__)
@@ -174,8 +175,9 @@ class DistillTrainer(BareTrainer):
         return results
 
     def build_writers(self) -> List[EventWriter]:
-        """Build Detectron2's writers. A full disk does not end the training."""
-        return [TolerantWriter(writer) for writer in super().build_writers()]
+        """Build Detectron2's writers and those of LOG.WRITERS. No error of the disk or network ends the training."""
+        trackers = build_trackers(self.cfg, weakref.proxy(self))
+        return [*(TolerantWriter(writer) for writer in super().build_writers()), *trackers]
 
     def build_hooks(self) -> List[HookBase]:
         """Build Detectron2's hooks and the hooks of GDetKD, in order."""

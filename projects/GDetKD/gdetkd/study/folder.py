@@ -18,6 +18,7 @@ from .run import Run
 WITHOUT_EFFECT = (
     "DISTILL.EVAL_TEACHER",
     "DISTILL.INSIGHT.",
+    "LOG.",
     "MODEL.DEVICE",
     "OUTPUT_DIR",
     "SOLVER.CHECKPOINT_PERIOD",
