@@ -316,7 +316,7 @@ def test_a_baseline_that_was_trained_for_the_same_time_is_the_one_at_equal_time(
 
 def test_baselines_at_equal_time_wait_for_the_methods_if_runs_may_end_early(tmp_path, monkeypatch):
     comparison, trained = patient_comparison(tmp_path, {"none": (200, 200), "GDetKD": (500, 500)}), []
-    monkeypatch.setattr(Comparison, "measure_steps", lambda self, jobs: None)
+    monkeypatch.setattr(Comparison, "measure_steps", lambda *_: None)
     monkeypatch.setattr("gdetkd.study.comparison.claim_folder", lambda run: None)
     monkeypatch.setattr("gdetkd.study.comparison.run_all", lambda runs, *_: trained.append([r.max_iter for r in runs]))
     comparison.train(ROOT / "train_net.py")

@@ -50,6 +50,11 @@ class Run:
         """Return the number of iterations that a complete run was trained for."""
         return iterations_run(self.folder, self.max_iter)
 
+    def last_checkpoint(self) -> str:
+        """Return the name of the checkpoint that the run would resume from. It is empty if there is none."""
+        path = self.folder / "last_checkpoint"
+        return path.read_text() if path.exists() else ""
+
     def is_complete(self) -> bool:
         """Return whether the run has its last evaluation and its final weights."""
         last = self.metrics_file.curve()[-1:]
