@@ -27,5 +27,8 @@ setup(
         "instaboost": ["instaboostfast"],
         "eval": ["faster-coco-eval"],
         "timm": ["timm>=1.0.22"],
+        "slurm": ["submitit"],
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow"],
     },
 )

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+from gdetkd.metrics_file import EARLY_END
 from gdetkd.study.comparison import Comparison
 from gdetkd.study.step_time import StepTime
 
@@ -12,10 +13,17 @@ CONFIG = str(ROOT / "configs" / "quickstart" / "faster_rcnn-faster_rcnn.yaml")
 SETTING = {"Student": "a <small> one", "Machine": "this"}
 
 
-def finish(run, ap, memory=None, seconds=100.0):
-    """Write the files of a complete run. The wall time `seconds` must not affect any result."""
+def finish(run, ap, memory=None, seconds=100.0, end=None):
+    """Write the files of a complete run. The wall time `seconds` must not affect any result.
+
+    Args:
+        end: the iterations after which the run ended. If they are fewer than `run.max_iter`, it ended early.
+    """
     run.folder.mkdir(parents=True, exist_ok=True)
-    middle, end = run.max_iter // 2, run.max_iter
+    end = end or run.max_iter
+    if end < run.max_iter:
+        (run.folder / EARLY_END).write_text(json.dumps({"iterations": end}))
+    middle = end // 2
     lines = []
     for iteration, share in ((middle, 0.5), (end, 1.0)):
         line = {"iteration": iteration - 1, "train_seconds": seconds * share, "total_loss": 1.0}

@@ -15,12 +15,12 @@ from gdetkd.engine import DistillTrainer
 from gdetkd.errors import GDetKDError
 from gdetkd.study.charts import longer_baselines
 from gdetkd.study.comparison import Comparison
-from gdetkd.study.folder import fingerprint
+from gdetkd.study.folder import deciding_keys, fingerprint
 from gdetkd.study.methods import ablation, method_opts
 from gdetkd.study.picture import curves_of
 from gdetkd.study.run import stretched
 from gdetkd.study.step_time import StepTime
-from gdetkd.study.summary import summarize
+from gdetkd.study.summary import as_markdown, summarize
 from programs import run_program
 
 
@@ -263,3 +263,68 @@ def test_compare_trains_reports_and_continues_on_a_tiny_pair(distill_cfg, tiny_d
     assert "2 runs, 2 of them complete" in compare()
     assert before == [path.stat().st_mtime for path in ends]
     assert (tmp_path / "out" / "step_times" / "PKD.json").read_text() == kept
+
+
+PATIENT = ["TEST.PATIENCE", "2", "TEST.EVAL_PERIOD", "100"]
+
+
+def patient_comparison(folder, ends, ratio=2.0):
+    """Return a comparison of none and GDetKD. Their runs ended early after the given iterations, by method."""
+    comparison = Comparison(CONFIG, PATIENT, folder, ["none", "GDetKD"], (1, 2), equal_time=True)
+    comparison.step_times = {"GDetKD": StepTime(ratio, ratio, ratio, STEP, 1, "cpu")}
+    for (method, _), runs in comparison.runs.items():
+        for run, end in zip(runs, ends[method]):
+            finish(run, 30.0, end=end)
+    return comparison
+
+
+def test_runs_that_ended_early_are_complete_and_counted_with_their_iterations(tmp_path):
+    comparison = patient_comparison(tmp_path, {"none": (200, 400), "GDetKD": (500, 300)})
+    runs = [run for runs in comparison.runs.values() for run in runs]
+    assert all(run.is_complete() for run in runs) and [run.iterations for run in runs] == [200, 400, 500, 300]
+    comparison.add_equal_time()
+    for run in comparison.equal_time_runs["GDetKD", 1.0]:
+        finish(run, 20.0)
+    rows = summarize(comparison, None)
+    assert [(row.iterations, row.ended_early) for row in rows] == [(300, 2), (400, 1)]
+    assert [row.seconds for row in rows] == [300 * STEP, pytest.approx(400 * STEP * 2)]
+    text = as_markdown(rows, None)
+    assert "none: 2 of 2, 300 iterations on average; GDetKD: 1 of 2, 400 iterations on average. Their gains" in text
+    baseline, longer, _ = curves_of(comparison)
+    # The first seed ended after 200 iterations and keeps its AP of 30. The second seed had AP 15 after 201 iterations.
+    assert baseline.seconds == [201 * STEP, 400 * STEP] and baseline.ap == [22.5, 30.0]
+    assert longer.seconds[-1] == 800 * STEP
+
+
+def test_equal_time_takes_the_iterations_that_were_run(tmp_path):
+    comparison = patient_comparison(tmp_path, {"none": (200, 200), "GDetKD": (300, 200)}, ratio=1.58)
+    comparison.add_equal_time()
+    # 250 iterations at 1.58 take as long as 395 of the baseline, which is 0.79 of its 500.
+    runs = comparison.equal_time_runs["GDetKD", 1.0]
+    assert [(run.folder.name, run.max_iter) for run in runs] == [
+        (f"none-x0.8-whole-seed{seed}", 400) for seed in (1, 2)
+    ]
+    assert {run.config().TEST.PATIENCE for run in runs} == {0}
+    assert {run.config().TEST.EVAL_PERIOD for run in runs} == {80}
+
+
+def test_a_baseline_that_was_trained_for_the_same_time_is_the_one_at_equal_time(tmp_path):
+    comparison = patient_comparison(tmp_path, {"none": (500, 500), "GDetKD": (300, 200)})
+    comparison.add_equal_time()
+    assert comparison.equal_time_runs["GDetKD", 1.0] == comparison.runs["none", 1.0]
+
+
+def test_baselines_at_equal_time_wait_for_the_methods_if_runs_may_end_early(tmp_path, monkeypatch):
+    comparison, trained = patient_comparison(tmp_path, {"none": (200, 200), "GDetKD": (500, 500)}), []
+    monkeypatch.setattr(Comparison, "measure_steps", lambda *_: None)
+    monkeypatch.setattr("gdetkd.study.comparison.claim_folder", lambda run: None)
+    monkeypatch.setattr("gdetkd.study.comparison.run_all", lambda runs, *_: trained.append([r.max_iter for r in runs]))
+    comparison.train(ROOT / "train_net.py")
+    assert trained == [[500] * 4, [500] * 4 + [1000] * 2]
+
+
+def test_patience_that_is_off_does_not_change_a_run(tmp_path):
+    off, on = (Comparison(CONFIG, opts, tmp_path, []).runs["none", 1][0] for opts in ([], PATIENT[:2]))
+    same = Comparison(CONFIG, ["TEST.PATIENCE", "0"], tmp_path, []).runs["none", 1][0]
+    assert fingerprint(off) == fingerprint(same) != fingerprint(on)
+    assert "TEST.PATIENCE" not in deciding_keys(off.config().dump())

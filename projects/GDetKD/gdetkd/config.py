@@ -45,12 +45,23 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # Keep model_best.pth: the student with the highest bbox/AP (percent) so far, checked at every TEST.EVAL_PERIOD. If
     # DATASETS.TEST has several datasets, the first one counts.
     cfg.TEST.KEEP_BEST = True
+    # End a training whose best bbox/AP, as above, has not risen for this many evaluations in a row. 0: never.
+    cfg.TEST.PATIENCE = 0
     # Program that computes COCO's metrics:
     # - "pycocotools",
     # - "faster-coco-eval", which gives the same figures several times faster on large datasets, but supports no
     #   keypoints (pip install 'gdetkd[eval]'),
     # - empty: Detectron2's compiled program, or pycocotools if Detectron2 is not compiled.
     cfg.TEST.COCO_EVAL = ""
+
+    cfg.LOG = CfgNode()
+    # Experiment trackers to log to, beside metrics.json and TensorBoard: "wandb" (pip install 'gdetkd[wandb]') and
+    # "mlflow" (pip install 'gdetkd[mlflow]').
+    cfg.LOG.WRITERS = ()
+    # The project of W&B, or the experiment of MLflow.
+    cfg.LOG.PROJECT = "gdetkd"
+    # Name of the run in the tracker. Empty: the name of the folder OUTPUT_DIR.
+    cfg.LOG.NAME = ""
 
     # Largest share of bad images in a dataset. A bad image is missing, cannot be opened, or has another size than its
     # annotations say. Training leaves bad images out. It stops if there are more than this share.

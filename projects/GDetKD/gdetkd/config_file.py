@@ -19,7 +19,7 @@ from .old_names import RENAMED_KEYS
 
 BASE = "_BASE_"
 # Keys that hold a list of names. A single name is accepted as a list of one.
-LISTS_OF_NAMES = ("DATASETS.TRAIN", "DATASETS.TEST", "DISTILL.LOSSES")
+LISTS_OF_NAMES = ("DATASETS.TRAIN", "DATASETS.TEST", "DISTILL.LOSSES", "LOG.WRITERS")
 
 
 class Place(NamedTuple):

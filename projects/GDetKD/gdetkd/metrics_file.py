@@ -1,5 +1,6 @@
 """Read the metrics.json that Detectron2 writes in a run's OUTPUT_DIR."""
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from detectron2.config import CfgNode
 from .files import read_json_lines
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+# File in the OUTPUT_DIR of a run that ended early. It holds the number of iterations that were run.
+EARLY_END = "ended_early.json"
 
 
 @dataclass
@@ -25,16 +28,28 @@ def score_prefix(cfg: CfgNode) -> str:
     return f"{cfg.DATASETS.TEST[0]}/" if len(cfg.DATASETS.TEST) > 1 else ""
 
 
+def iterations_run(folder: Path, max_iter: int) -> int:
+    """Return the number of iterations of a complete run.
+
+    Args:
+        folder: the run's OUTPUT_DIR.
+        max_iter: the number of iterations if the run did not end early.
+    """
+    note = folder / EARLY_END
+    return json.loads(note.read_text())["iterations"] if note.exists() else max_iter
+
+
 class MetricsFile:
     """Read what a run has logged so far.
 
     Args:
         folder: the run's OUTPUT_DIR.
-        max_iter: the number of iterations of the run.
+        max_iter: the number of iterations of the run, unless it ended early.
         prefix: the beginning of the names of the run's metrics; see `score_prefix`.
     """
 
     def __init__(self, folder: Path, max_iter: int = 0, prefix: str = "") -> None:
+        self._folder = folder
         self._path = folder / "metrics.json"
         self._max_iter = max_iter
         self._prefix = prefix
@@ -53,10 +68,10 @@ class MetricsFile:
 
     def curve(self) -> List[Point]:
         """Return the evaluations in order."""
-        points = []
+        points, end = [], iterations_run(self._folder, self._max_iter)
         for line in self.evaluations():
             # Detectron2 writes the last evaluation on a separate line, one iteration after the last.
-            iteration = min(line["iteration"] + 1, self._max_iter)
+            iteration = min(line["iteration"] + 1, end)
             # Detectron2 gives NaN to a detector that finds nothing. There are objects, so the AP is 0.
             values = {name: line[f"{self._prefix}bbox/{name}"] for name in METRICS[:3]}
             metrics = {name: 0.0 if math.isnan(value) else value for name, value in values.items()}

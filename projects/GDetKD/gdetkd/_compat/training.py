@@ -3,7 +3,7 @@
 from typing import Any, Dict, Iterator, List
 
 import torch
-from detectron2.engine import DefaultTrainer, SimpleTrainer
+from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase
 from detectron2.engine.hooks import PreciseBN
 from torch import nn
 
@@ -13,7 +13,41 @@ CALLS_AFTER_BACKWARD = hasattr(SimpleTrainer, "after_backward")
 SAVES_OPTIMIZER = "state_dict" in vars(DefaultTrainer)
 
 
-class BareTrainer(DefaultTrainer):
+class _LastIterationDone(BaseException):
+    """Leave the loop of a training. Detectron2 logs an `Exception` as an error."""
+
+
+class ShortenableLoop(TrainerBase):
+    """End a training as at the regular end if a hook lowers `max_iter`.
+
+    The loop of v0.6 and main reads `max_iter` once, at its start. In the bases of a class, this class must come after
+    `DefaultTrainer`, whose `train` then calls the `train` below.
+    """
+
+    _loop_end = 0
+
+    def train(self, start_iter: int, max_iter: int) -> None:
+        self._loop_end = max_iter
+        try:
+            super().train(start_iter, max_iter)
+        except _LastIterationDone:
+            pass
+
+    def before_train(self) -> None:
+        super().before_train()
+        self._leave_if_done(self.iter)
+
+    def after_step(self) -> None:
+        super().after_step()
+        self._leave_if_done(self.iter + 1)
+
+    def _leave_if_done(self, iterations: int) -> None:
+        if self.max_iter <= iterations < self._loop_end:
+            self.iter = iterations  # hooks see the same number in `after_train` as at the regular end
+            raise _LastIterationDone
+
+
+class BareTrainer(DefaultTrainer, ShortenableLoop):
     """Detectron2's `DefaultTrainer` without its `__init__`: a subclass builds the parts.
 
     `DefaultTrainer.__init__` of v0.6 and main saves the whole model and gives a model on the CPU a GPU under DDP. It

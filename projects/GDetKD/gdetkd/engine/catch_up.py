@@ -11,6 +11,7 @@ from detectron2.utils import comm
 
 from ..files import written_whole
 from .hooks import KeepBest, RandomState
+from .patience import Patience
 from .precise_bn import PreciseStatistics
 from .stopping import EXIT_STOPPED, StopRequest
 
@@ -31,6 +32,7 @@ class CatchUp(HookBase):
         precise: estimates BatchNorm's statistics. None if that is off.
         request: interrupts the missed evaluation if the run is asked to stop.
         random_state: collects the state of each process for a checkpoint.
+        patience: counts evaluations without a rise of the AP.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class CatchUp(HookBase):
         precise: Optional[PreciseStatistics],
         request: StopRequest,
         random_state: RandomState,
+        patience: Patience,
     ) -> None:
         self._period = period
         self._note = os.path.join(output_dir, "last_evaluation")
@@ -50,6 +53,7 @@ class CatchUp(HookBase):
         self._precise = precise
         self._request = request
         self._random_state = random_state
+        self._patience = patience
 
     def _is_due(self, iterations: int) -> bool:
         return self._period > 0 and iterations % self._period == 0 and 0 < iterations < self.trainer.max_iter
@@ -62,8 +66,15 @@ class CatchUp(HookBase):
             return
         self._estimate(done)
         # The main process's note counts, because all have to evaluate together.
-        if self._is_due(done) and comm.all_gather(self._noted())[0] < done:
+        if self._is_due(done) and (self._is_uncounted(done) or comm.all_gather(self._noted())[0] < done):
             self._evaluate(done)
+
+    def _is_uncounted(self, done: int) -> bool:
+        """Return whether the checkpoint's count of evaluations lacks the evaluation after so many iterations.
+
+        Such an evaluation is made again if it was made, because its AP is needed.
+        """
+        return not self._patience.has_counted(done)
 
     def _estimate(self, done: int) -> None:
         if self._precise is None or not self._precise.is_missing(done):
@@ -98,6 +109,8 @@ class CatchUp(HookBase):
             with self._in_last_iteration(done):
                 self._best.after_step()
         self._write(done)
+        with self._in_last_iteration(done):
+            self._patience.after_step()
         storage.iter = done
 
     def _exit_if_left(self) -> None:

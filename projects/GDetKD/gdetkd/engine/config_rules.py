@@ -13,6 +13,7 @@ from ..backbones.config import added_levels, node_of, wrong_values
 from ..config import student_architecture
 from ..dotted_keys import get_key
 from ..errors import GDetKDError, similar
+from .trackers import TRACKERS, missing_packages
 
 # Levels that Detectron2's and GDetKD's pyramids add to those of res2 to res5, by MODEL.BACKBONE.NAME.
 TOP_LEVELS = {
@@ -73,7 +74,10 @@ RULES = (
     Rule("SOLVER.WARMUP_ITERS", _at_least(0), "0 or more iterations"),
     Rule("SOLVER.WEIGHT_DECAY", _at_least(0), "0 or more"),
     Rule("TEST.EVAL_PERIOD", _at_least(-1), "the iterations between two evaluations, or 0 to evaluate only at the end"),
+    Rule("TEST.PATIENCE", _at_least(0), "the number of evaluations without a rise of the AP, or 0 for no limit"),
     Rule("TEST.DETECTIONS_PER_IMAGE", lambda value: _at_least(1)(value) or value == -1, "1 or more, or -1 for all"),
+    Rule("LOG.WRITERS", lambda names: set(names) <= set(TRACKERS), f"some of {tuple(TRACKERS)}, or ()"),
+    Rule("LOG.PROJECT", bool, "the name of a project"),
     Rule("DATALOADER.NUM_WORKERS", _at_least(0), "0 or more processes"),
     Rule("DISTILL.TEACHER.SCALE", lambda value: _is_finite(value) and value > 0, "a positive factor"),
     Rule("INPUT.MIN_SIZE_TRAIN", _each_at_least(0), "a size in pixels, or 0 for no resizing"),
@@ -99,7 +103,7 @@ def check_values(cfg: CfgNode) -> None:
         for rule in RULES
         if not rule.holds(get_key(cfg, rule.key))
     ]
-    _refuse(wrong + _wrong_weights(cfg) + _wrong_parts(cfg))
+    _refuse(wrong + _wrong_weights(cfg) + _wrong_patience(cfg) + missing_packages(cfg) + _wrong_parts(cfg))
 
 
 def check_parts(cfg: CfgNode) -> None:
@@ -129,6 +133,19 @@ def _wrong_weights(cfg: CfgNode) -> List[str]:
         for name, weight in weights.items()
         if not _at_least(0)(weight)
     ]
+
+
+def _wrong_patience(cfg: CfgNode) -> List[str]:
+    """Check that a training with TEST.PATIENCE is evaluated while it runs."""
+    patience, wrong = cfg.TEST.PATIENCE, []
+    if patience > 0 and not cfg.DATASETS.TEST:
+        wrong.append(f"TEST.PATIENCE is {patience}, but DATASETS.TEST is empty: name a dataset to evaluate on")
+    if patience > 0 and cfg.TEST.EVAL_PERIOD <= 0:
+        wrong.append(
+            f"TEST.PATIENCE is {patience}, but TEST.EVAL_PERIOD is {cfg.TEST.EVAL_PERIOD}, so there is no evaluation "
+            "before the end: set it to a number of iterations"
+        )
+    return wrong
 
 
 def _unknown_names(cfg: CfgNode) -> List[str]:

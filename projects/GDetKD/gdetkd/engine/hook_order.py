@@ -9,6 +9,7 @@ from detectron2.utils import comm
 from ..metrics_file import score_prefix
 from .catch_up import CatchUp
 from .hooks import KeepBest, RandomState, Stopwatch
+from .patience import Patience
 from .precise_bn import PreciseStatistics
 from .stopping import AgreedStop, StopRequest
 
@@ -19,6 +20,7 @@ def order_hooks(
     request: StopRequest,
     random_state: RandomState,
     evaluate: Callable[[], Dict[str, Any]],
+    patience: Patience,
 ) -> List[HookBase]:
     """Return Detectron2's hooks with the hooks of GDetKD at their places.
 
@@ -31,6 +33,7 @@ def order_hooks(
         request: tells whether the run is asked to stop.
         random_state: collects the state of each process for a checkpoint.
         evaluate: returns the metrics of DATASETS.TEST.
+        patience: ends a training whose AP no longer rises.
     """
     cfg = trainer.cfg
     period = cfg.TEST.EVAL_PERIOD
@@ -43,7 +46,8 @@ def order_hooks(
     evaluation, best = EvalHook(period, evaluate), None
     if cfg.TEST.KEEP_BEST and cfg.DATASETS.TEST and comm.is_main_process():
         best = KeepBest(period, trainer.student, cfg.OUTPUT_DIR, f"{score_prefix(cfg)}bbox/AP")
-    catch_up = CatchUp(period, cfg.OUTPUT_DIR, evaluation, best, precise[0] if precise else None, request, random_state)
+    estimate = precise[0] if precise else None
+    catch_up = CatchUp(period, cfg.OUTPUT_DIR, evaluation, best, estimate, request, random_state, patience)
     return [
         Stopwatch(),
         *before,
@@ -55,5 +59,6 @@ def order_hooks(
         AgreedStop(request, random_state),
         *([] if best is None else [best]),
         catch_up,
+        patience,
         *after,
     ]

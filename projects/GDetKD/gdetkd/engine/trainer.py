@@ -38,12 +38,14 @@ from .hooks import RandomState, TolerantWriter
 from .loss_scalars import LossScalars
 from .optimizer import build_optimizer, exempt_from_decay
 from .optimizer_step import GuardedAMPTrainer, GuardedTrainer, StepAgreement
+from .patience import Patience
 from .preflight import check_architecture, check_datasets, check_student, check_student_classes
 from .resume import DistillState, RunRecord, warn_of_other_data
 from .schedule import LossSchedule
 from .stopping import Interruptible, LeaveAtTheEnd, LeftEarly, StopRequest
 from .student_weights import StudentCheckpointer
 from .teacher_evaluation import TeacherScore, evaluate_on_test_sets
+from .trackers import build_trackers
 from .unlabeled_checks import check_unlabeled, other_teachers
 
 logger = logging.getLogger(__name__)
@@ -155,7 +157,7 @@ class DistillTrainer(BareTrainer):
 
     def _evaluate(self) -> Dict:
         request = self._request
-        if request.has_left:
+        if request.has_left or self._patience.has_just_ended:
             return {}  # Detectron2 also evaluates when the last iteration is left
         evaluators = [
             Interruptible(DiskTolerant(partial(self.build_evaluator, self.cfg, name), name), request)
@@ -173,14 +175,16 @@ class DistillTrainer(BareTrainer):
         return results
 
     def build_writers(self) -> List[EventWriter]:
-        """Build Detectron2's writers. A full disk does not end the training."""
-        return [TolerantWriter(writer) for writer in super().build_writers()]
+        """Build Detectron2's writers and those of LOG.WRITERS. No error of the disk or network ends the training."""
+        trackers = build_trackers(self.cfg, weakref.proxy(self))
+        return [*(TolerantWriter(writer) for writer in super().build_writers()), *trackers]
 
     def build_hooks(self) -> List[HookBase]:
         """Build Detectron2's hooks and the hooks of GDetKD, in order."""
         random_state = RandomState(self.cfg.SOLVER.CHECKPOINT_PERIOD)
         self._guard = StepGuard(self.cfg.DISTILL.SKIP_NONFINITE, random_state)
-        hooks = order_hooks(super().build_hooks(), self, self._request, random_state, self._evaluate)
+        self._patience = Patience(self.cfg, random_state)
+        hooks = order_hooks(super().build_hooks(), self, self._request, random_state, self._evaluate, self._patience)
         extra = [hooks_of(self) for hooks_of in EXTENSIONS]
         for hook in [hook for hooks_to_add in extra for hook in hooks_to_add.before_writers]:
             hooks = _before_writers(hooks, hook)
@@ -201,6 +205,9 @@ class DistillTrainer(BareTrainer):
         if self.start_iter > 0:
             if isinstance(self.data_loader, ResumableLoader):
                 self.data_loader.start_iter = self.start_iter
+            if self._patience.is_over:
+                self._patience.say_that_it_is_over()
+                self.max_iter = self.start_iter
             return
         for problem in self.checkpointer.backbone_problems(self.cfg.MODEL.WEIGHTS, self.cfg.INPUT.FORMAT):
             logger.warning(problem)

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
@@ -24,8 +24,9 @@ from ..engine import DistillTrainer, evaluate_teacher
 from ..engine.preflight import check_student
 from ..errors import GDetKDError
 from ..teacher import FrozenTeacher, transfer_heads
+from .executors import Executor, run_environment
 from .folder import claim_folder
-from .jobs import run_all, run_environment, seed_by_seed
+from .jobs import run_all, seed_by_seed
 from .methods import BASELINE, CONFIGURED, configured_parts, method_opts
 from .run import Run, stretched
 from .signals import exit_on_signals
@@ -161,23 +162,29 @@ class Comparison:
         path.write_text(json.dumps({**key, "AP": ap}) + "\n")
         return ap
 
-    def train(self, train_net: Path, jobs: int = 2) -> None:
+    def train(self, train_net: Path, jobs: int = 2, executor: Optional[Executor] = None) -> None:
         """Measure the steps, then train the runs that are not complete.
 
         The runs are trained seed by seed, so that stopping early leaves complete seeds. The baselines at equal time
-        come last.
+        come last. With TEST.PATIENCE their length depends on how long the other runs were trained.
+
+        Args:
+            jobs: how many trainings run at once.
+            executor: starts the measurements and the trainings, and replaces `jobs`. None: they run on this machine.
 
         Raises:
             GDetKDError: a run failed, or a folder holds a run of another config.
         """
         for run in seed_by_seed(self.runs):
             claim_folder(run)  # a wrong folder is reported before the long measurement
-        self.measure_steps(jobs)
+        self.measure_steps(jobs, executor)
+        if self.equal_time and self.cfg.TEST.PATIENCE:
+            run_all(seed_by_seed(self.runs), train_net, jobs, executor)
         if self.equal_time:
             self.add_equal_time()
-        run_all([*seed_by_seed(self.runs), *seed_by_seed(self.equal_time_runs)], train_net, jobs)
+        run_all([*seed_by_seed(self.runs), *seed_by_seed(self.equal_time_runs)], train_net, jobs, executor)
 
-    def measure_steps(self, jobs: int) -> None:
+    def measure_steps(self, jobs: int, executor: Optional[Executor] = None) -> None:
         """Measure `step_times`, with the number of threads that a training has if `jobs` run at once.
 
         The time of a step does not depend on seed and schedule, so each method is measured once. If there is only the
@@ -189,7 +196,8 @@ class Comparison:
                 bar.set_postfix_str(method)
                 kept = self.output / "step_times" / f"{method}.json"
                 baseline_run, method_run = (self._run(name, 1, seed=0) for name in (BASELINE, method))
-                self.step_times[method] = kept_step_time(kept, baseline_run, method_run, run_environment(jobs))
+                environment = run_environment(jobs)
+                self.step_times[method] = kept_step_time(kept, baseline_run, method_run, environment, executor)
 
     def step_ratio(self, method: str) -> float:
         """Return the time of the method's step over the time of the baseline's step."""
@@ -200,8 +208,15 @@ class Comparison:
         seconds = statistics.median(step_time.baseline_seconds for step_time in self.step_times.values())
         return seconds * self.step_ratio(method)
 
+    def iterations(self, key: Key) -> float:
+        """Return the iterations of a method's complete runs, as a mean over the seeds."""
+        return statistics.fmean(run.iterations for run in self.runs[key])
+
     def add_equal_time(self) -> None:
-        """Set `equal_time_runs` from the measured steps."""
+        """Set `equal_time_runs` from the measured steps. With TEST.PATIENCE all other runs must be complete."""
+        if self.cfg.TEST.PATIENCE:
+            self._add_equal_time_after_early_ends()
+            return
         for method, schedule in self.runs:
             if method == BASELINE:
                 continue
@@ -213,6 +228,27 @@ class Comparison:
                 if ratio <= 1 + SAME_TIME
                 else [self._run(BASELINE, longer, seed) for seed in self.seeds]
             )
+
+    def _add_equal_time_after_early_ends(self) -> None:
+        """Set `equal_time_runs` from the iterations that the runs were trained for.
+
+        The baselines do not end early, because they must be trained for the whole time.
+        """
+        for key in [key for key in self.runs if key[0] != BASELINE]:
+            baselines = self.runs[BASELINE, key[1]]
+            iterations = self.iterations(key) * self.step_ratio(key[0])  # of the baseline, in the same time
+            if abs(iterations / self.iterations((BASELINE, key[1])) - 1) <= SAME_TIME:
+                self.equal_time_runs[key] = baselines
+                continue
+            multiple = iterations / self.cfg.SOLVER.MAX_ITER
+            longer = round(math.ceil(multiple * TIME_STEPS - 1e-6) / TIME_STEPS, 6)
+            self.equal_time_runs[key] = [self._whole_baseline(longer, seed) for seed in self.seeds]
+
+    def _whole_baseline(self, schedule: float, seed: int) -> Run:
+        """Return a run of the baseline that does not end early."""
+        run = self._run(BASELINE, schedule, seed)
+        folder = run.folder.with_name(run.folder.name.replace("-seed", "-whole-seed"))
+        return replace(run, folder=folder, opts=[*run.opts, "TEST.PATIENCE", "0"])
 
 
 def _check(cfg: CfgNode, config_file: str, methods: Sequence[str]) -> None:

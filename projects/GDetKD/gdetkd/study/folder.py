@@ -19,6 +19,7 @@ from .run import Run
 WITHOUT_EFFECT = (
     "DISTILL.EVAL_TEACHER",
     "DISTILL.INSIGHT.",
+    "LOG.",
     "MODEL.DEVICE",
     "OUTPUT_DIR",
     "SOLVER.CHECKPOINT_PERIOD",
@@ -45,6 +46,8 @@ def deciding_keys(dump: str) -> Dict[str, Any]:
             unused += ("DISTILL.TEACHER.", "DISTILL.CLASS_MAP")
     if not flat.get("DATASETS.UNLABELED"):  # an earlier version wrote no such key
         unused += ("DISTILL.UNLABELED.", "DATASETS.UNLABELED")
+    if not flat.get("TEST.PATIENCE"):  # an earlier version wrote no such key
+        unused += ("TEST.PATIENCE",)
     return {key: value for key, value in flat.items() if not key.startswith((*WITHOUT_EFFECT, *unused))}
 
 

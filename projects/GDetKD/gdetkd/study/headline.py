@@ -56,7 +56,9 @@ def headline(comparison: Comparison, rows: Sequence[Row]) -> str:
 def _gains(row: Row) -> str:
     if row.method == BASELINE:
         return ", the student alone"
-    text = f", {with_error(row.gain, '+')} over the student alone at equal iterations"
+    text = f", {with_error(row.gain, '+')} over the student alone"
+    if not row.ended_early:
+        text += " at equal iterations"
     if row.equal_time_gain is not None:
         text += f" and {with_error(row.equal_time_gain, '+')} at equal time"
         if row.seeds > 1 and not is_told_apart(row.equal_time_gain):

@@ -36,18 +36,23 @@ def write_report(
     return rows
 
 
-def describe(comparison: Comparison) -> Dict[str, str]:
-    """Return what is compared and on which machine, by a short name. The steps must be measured."""
+def describe(comparison: Comparison, machine: Optional[str] = None) -> Dict[str, str]:
+    """Return what is compared and on which machine, by a short name. The steps must be measured.
+
+    Args:
+        machine: what the runs were trained on. None: this machine.
+    """
     cfg = comparison.cfg
+    limit = "up to " if cfg.TEST.PATIENCE else ""
     device = torch.cuda.get_device_name() if cfg.MODEL.DEVICE != "cpu" else f"{platform.machine()} CPU"
     return {
         "Student": f"{cfg.DISTILL.STUDENT_META_ARCHITECTURE}, {comparison.config_file}",
         "Teacher": cfg.DISTILL.TEACHER.CONFIG_FILE,
         "Data": f"trained on {', '.join(cfg.DATASETS.TRAIN)}, evaluated on {cfg.DATASETS.TEST[0]}",
-        "Training": f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images; seeds "
+        "Training": f"{limit}{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images; seeds "
         + ", ".join(map(str, comparison.seeds)),
         "A step of none": f"{comparison.step_seconds(BASELINE):.3f} s",
-        "Machine": f"{device}, torch {torch.__version__}",
+        "Machine": f"{machine or device}, torch {torch.__version__}",
         "Changes": " ".join(map(str, comparison.opts)) or "none",
     }
 

@@ -8,7 +8,7 @@ from typing import List
 from detectron2.config import CfgNode
 
 from ..config_file import load_config
-from ..metrics_file import MetricsFile
+from ..metrics_file import MetricsFile, iterations_run
 
 # KEY VALUE changes that turn a distillation config into the config of the student alone.
 PLAIN = ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "False"]
@@ -22,7 +22,7 @@ class Run:
         folder: the run's OUTPUT_DIR.
         config_file: config of the full distillation.
         opts: KEY VALUE changes to the config.
-        max_iter: iterations of the run.
+        max_iter: iterations of the run, unless it ends early (TEST.PATIENCE); see `iterations`.
         prefix: the beginning of the names of the run's metrics; see `metrics_file.score_prefix`.
     """
 
@@ -45,19 +45,31 @@ class Run:
     def metrics_file(self) -> MetricsFile:
         return MetricsFile(self.folder, self.max_iter, self.prefix)
 
+    @property
+    def iterations(self) -> int:
+        """Return the number of iterations that a complete run was trained for."""
+        return iterations_run(self.folder, self.max_iter)
+
+    def last_checkpoint(self) -> str:
+        """Return the name of the checkpoint that the run would resume from. It is empty if there is none."""
+        path = self.folder / "last_checkpoint"
+        return path.read_text() if path.exists() else ""
+
     def is_complete(self) -> bool:
         """Return whether the run has its last evaluation and its final weights."""
         last = self.metrics_file.curve()[-1:]
-        return bool(last) and last[0].iteration == self.max_iter and (self.folder / "model_final.pth").exists()
+        return bool(last) and last[0].iteration == self.iterations and (self.folder / "model_final.pth").exists()
 
 
 def stretched(folder: Path, run: Run, ratio: float) -> Run:
     """Return a run with `ratio` times as many iterations, and the learning rate schedule stretched alike.
 
-    The run has as many evaluations. Their period is a multiple of 20 iterations, after which Detectron2 writes.
+    The run has as many evaluations. Their period is a multiple of 20 iterations, after which Detectron2 writes. A run
+    with TEST.PATIENCE keeps a period.
     """
     cfg = run.config()
-    opts = ["TEST.EVAL_PERIOD", str(round(cfg.TEST.EVAL_PERIOD * ratio / 20) * 20)]
+    period = round(cfg.TEST.EVAL_PERIOD * ratio / 20) * 20
+    opts = ["TEST.EVAL_PERIOD", str(max(20, period) if cfg.TEST.PATIENCE else period)]
     if "Cosine" not in cfg.SOLVER.LR_SCHEDULER_NAME:  # a cosine schedule has no steps
         opts += ["SOLVER.STEPS", str(tuple(round(step * ratio) for step in cfg.SOLVER.STEPS))]
     return Run(folder, run.config_file, run.opts + opts, round(run.max_iter * ratio))

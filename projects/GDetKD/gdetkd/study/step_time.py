@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, List, Mapping, Optional, TextIO
@@ -34,12 +35,15 @@ from ..engine.step_costs import LATE, time_in_rounds
 from ..errors import GDetKDError
 from ..files import last_line, written_whole
 from ..program import explained_errors
+from .executors import Executor, Process
 from .folder import fingerprint
 from .run import Run
 from .signals import starting
 
 # A round has a step of each config. The warm-up rounds allocate memory, and on a GPU choose algorithms.
 WARM_UP, ROUNDS = 5, 30
+# Seconds between two looks at a measurement in a job.
+POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -123,17 +127,11 @@ def measure_in_process(baseline: Run, method: Run, environment: Mapping[str, str
     Raises:
         GDetKDError: the process fails; the message gives the last line of its log.
     """
-    request = {"config_file": method.config_file, "baseline": baseline.opts, "method": method.opts}
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "step_time.json"
-        command = [sys.executable, "-m", __name__, json.dumps(request), str(result)]
         with open(log, "w") as file:
-            code = _run_to_the_end(command, file, environment)
-        if code != 0:
-            raise GDetKDError(
-                f"The time of a step could not be measured for {method.folder.name}: the process ended with exit code "
-                f"{code}. Correct the cause and start again. Its log is {log}, which ends with: {last_line(log)}"
-            )
+            code = _run_to_the_end(_command(baseline, method, result), file, environment)
+        _check(code, method, log)
         return StepTime(**json.loads(result.read_text()))
 
 
@@ -150,18 +148,73 @@ def _run_to_the_end(command: List[str], log: TextIO, environment: Mapping[str, s
             process.wait()
 
 
-def kept_step_time(path: Path, baseline: Run, method: Run, environment: Mapping[str, str]) -> StepTime:
+def measure_in_job(executor: Executor, baseline: Run, method: Run, log: Path) -> StepTime:
+    """Measure the steps of two runs where the executor trains runs.
+
+    Args:
+        executor: starts the measurement.
+        log: file for the output of the measurement. The result is written beside it.
+
+    Raises:
+        GDetKDError: the measurement fails; the message gives the last line of its log.
+    """
+    result = log.with_suffix(".result.json")
+    result.unlink(missing_ok=True)
+    process: Optional[Process] = None
+    code: Optional[int] = None
+    try:
+        with starting():
+            process = executor.start(_command(baseline, method, result), log, 0, lambda: "")
+        while (code := process.poll()) is None:
+            time.sleep(POLL_SECONDS)
+    finally:
+        if process is not None and code is None:
+            process.terminate()
+            process.wait()
+    _check(code, method, log)
+    step_time = StepTime(**json.loads(result.read_text()))
+    result.unlink()
+    return step_time
+
+
+def _command(baseline: Run, method: Run, result: Path) -> List[str]:
+    request = {"config_file": method.config_file, "baseline": baseline.opts, "method": method.opts}
+    return [sys.executable, "-m", __name__, json.dumps(request), str(result)]
+
+
+def _check(code: int, method: Run, log: Path) -> None:
+    if code != 0:
+        raise GDetKDError(
+            f"The time of a step could not be measured for {method.folder.name}: the process ended with exit code "
+            f"{code}. Correct the cause and start again. Its log is {log}, which ends with: {last_line(log)}"
+        )
+
+
+def kept_step_time(
+    path: Path, baseline: Run, method: Run, environment: Mapping[str, str], executor: Optional[Executor] = None
+) -> StepTime:
     """Return the step time that a file keeps, or measure it and write the file.
 
     A comparison that continues needs the same ratio, because the ratio sets the length of the runs at equal time. So
-    the file is used as long as both configs and the teacher are the same.
+    the file is used as long as both configs and the teacher are the same, and the measurement runs on the same kind of
+    machine.
+
+    Args:
+        environment: the environment of the runs, if they run on this machine.
+        executor: starts the measurement. None: it runs on this machine.
     """
     key = [fingerprint(run) for run in (baseline, method)]
+    if executor is not None and executor.machine is not None:
+        key.append(executor.machine)
     kept = json.loads(path.read_text()) if path.exists() else {}
     if kept.get("key") == key:
         return StepTime(**kept["step_time"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    step_time = measure_in_process(baseline, method, environment, path.with_suffix(".log"))
+    log = path.with_suffix(".log")
+    if executor is None:
+        step_time = measure_in_process(baseline, method, environment, log)
+    else:
+        step_time = measure_in_job(executor, baseline, method, log)
     with written_whole(str(path)) as file:
         json.dump({"step_time": asdict(step_time), "key": key}, file, indent=2)
     return step_time

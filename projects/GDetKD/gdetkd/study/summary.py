@@ -28,7 +28,8 @@ class Row:
     Attributes:
         method: name of the method.
         schedule: multiple of the config's iterations.
-        iterations: iterations of each run.
+        iterations: iterations of a run, as a mean over the seeds. Runs differ if they ended early (TEST.PATIENCE).
+        ended_early: number of runs that ended early.
         seeds: number of seeds.
         metrics: AP, AP50, AP75, APs, APm, APl in percent.
         gain: AP over the baseline with the same schedule and seed; None for the baseline.
@@ -43,7 +44,8 @@ class Row:
 
     method: str
     schedule: float
-    iterations: int
+    iterations: float
+    ended_early: int
     seeds: int
     metrics: Dict[str, Estimate]
     gain: Estimate
@@ -74,17 +76,19 @@ def _row(comparison: Comparison, key: Key, runs: List[Run], teacher_ap: Optional
     memory = [run.metrics_file.peak_megabytes() for run in runs]
     baseline_memory = [run.metrics_file.peak_megabytes() for run in baselines]
     measured = None not in memory and None not in baseline_memory
+    iterations = comparison.iterations(key)
     return Row(
         method,
         schedule,
-        runs[0].max_iter,
+        iterations,
+        sum(run.iterations < run.max_iter for run in runs),
         len(runs),
         {name: _estimate(runs, name) for name in METRICS},
         gain,
         paired_gain(runs, at_equal_time) if at_equal_time else None,
         _estimate(at_equal_time, "AP") if at_equal_time else None,
         gain[0] / lead if gain is not None and lead is not None and lead > 0 else None,
-        runs[0].max_iter * comparison.step_seconds(method),
+        iterations * comparison.step_seconds(method),
         comparison.step_ratio(method),
         None if is_baseline else (comparison.step_times[method].low, comparison.step_times[method].high),
         _mean(memory) / _mean(baseline_memory) if measured else None,
@@ -115,11 +119,17 @@ def mean_curve(runs: Sequence[Run], step_seconds: float) -> Tuple[List[float], L
     Args:
         step_seconds: the measured seconds of a step. The wall time of a run would depend on the load of the machine.
     """
-    curves = [run.metrics_file.curve() for run in runs]
-    # A run that was interrupted may have been evaluated more often than the others.
-    evaluations = list(zip(*(curve[-min(map(len, curves)) :] for curve in curves)))
-    seconds = [step_seconds * sum(point.iteration for point in points) / len(points) for points in evaluations]
-    return seconds, [sum(point.metrics["AP"] for point in points) / len(points) for points in evaluations]
+    # A run that was interrupted may have been evaluated twice after the same iteration.
+    curves = [{point.iteration: point.metrics["AP"] for point in run.metrics_file.curve()} for run in runs]
+    first = max(map(min, curves))
+    iterations = sorted(iteration for iteration in set().union(*curves) if iteration >= first)
+    means = [statistics.fmean(_ap_at(curve, iteration) for curve in curves) for iteration in iterations]
+    return [step_seconds * iteration for iteration in iterations], means
+
+
+def _ap_at(curve: Dict[int, float], iteration: int) -> float:
+    """Return the AP of the last evaluation up to an iteration. A run that ended early keeps its last AP."""
+    return curve[max(evaluated for evaluated in curve if evaluated <= iteration)]
 
 
 def is_told_apart(difference: Estimate) -> bool:
@@ -191,9 +201,23 @@ def notes(rows: Sequence[Row], teacher_ap: Optional[float]) -> List[str]:
         )
     if any(row.step_memory is None for row in rows):
         texts.append("Memory was not measured, because Detectron2 records the peak only on GPUs.")
+    if any(row.ended_early for row in rows):
+        texts.append(f"{_early_ends(rows)} Their gains are not at equal iterations.")
     if all(row.equal_time_gain is None for row in rows):
         texts.append("A distilled step costs more than a plain step. Use --equal-time to train none for the same time.")
     return texts
+
+
+def _early_ends(rows: Sequence[Row]) -> str:
+    """Return which methods have runs that ended early, as a sentence."""
+    several = len({row.schedule for row in rows}) > 1
+    names = [
+        f"{row.method}{f' ({row.schedule:g}x)' if several else ''}: {row.ended_early} of {row.seeds}, "
+        f"{row.iterations:.0f} iterations on average"
+        for row in rows
+        if row.ended_early
+    ]
+    return f"Runs ended early, because their AP no longer rose (TEST.PATIENCE). {'; '.join(names)}."
 
 
 def as_markdown(rows: Sequence[Row], teacher_ap: Optional[float]) -> str:
@@ -209,7 +233,7 @@ def as_records(rows: Sequence[Row]) -> List[Dict[str, Any]]:
     for row in rows:
         estimates = {**row.metrics, "gain": row.gain}
         estimates.update({"equal_time_gain": row.equal_time_gain, "equal_time_AP": row.equal_time_ap})
-        record = {name: getattr(row, name) for name in ("method", "schedule", "iterations", "seeds")}
+        record = {name: getattr(row, name) for name in ("method", "schedule", "iterations", "ended_early", "seeds")}
         for name, estimate in estimates.items():
             mean, error = estimate or (None, None)
             record.update({name: _rounded(mean), f"{name}_error": _rounded(error)})
