@@ -33,7 +33,8 @@ def method_opts(method: str, cfg: CfgNode) -> List[str]:
     """
     names = [UNLABELED if name == PSEUDO else name for name in method.split("+")]
     uses_unlabeled = UNLABELED in names
-    if names.count(UNLABELED) > 1 or (len(names) > 1 and (BASELINE in names or PSEUDO in method.split("+"))):
+    is_joined = len(names) > 1 and (BASELINE in names or PSEUDO in method.split("+"))
+    if names.count(UNLABELED) > 1 or (uses_unlabeled and is_joined):
         raise GDetKDError(
             f"There is no method {method!r}: {BASELINE} and {PSEUDO} stand alone, and {UNLABELED} appears once. "
             f"{PSEUDO} is {UNLABELED} without a distillation term."
