@@ -143,8 +143,7 @@ def run_all(shared_cfg, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_the_exchanges_are_the_same_on_every_rank(run_all, world_size):
+def test_the_exchanges_are_the_same_on_every_rank(run_all):
     """Test periods that coincide, a skipped step, and SIGTERM to one rank in each iteration.
 
     SIGTERM in the last iteration interrupts the evaluation. Each stopped run is then resumed.
@@ -153,7 +152,7 @@ def test_the_exchanges_are_the_same_on_every_rank(run_all, world_size):
     skipping = [(TOGETHER, {"spoil_at": 1}), (PRECISE, {"spoil_at": 2})]
     stopped = [(TOGETHER, {"stop_at": iteration}) for iteration in range(4)]
     stopped += [(APART, {"stop_at": 1}), (APART, {"stop_at": 2}), (PRECISE, {"stop_at": 1}), (PRECISE, {"stop_at": 3})]
-    results = run_all(world_size, [*whole, *skipping, *stopped])
+    results = run_all(3, [*whole, *skipping, *stopped])
     for by_rank in results:
         first, *others = (result["record"] for result in by_rank)
         assert all(other == first for other in others)
