@@ -17,7 +17,6 @@ INSTALLED := $(VENV)/.installed
 UV := PYTHONPATH="$(CURDIR)/tools/build_without_extension" $(PYTHON) -m uv pip
 NO_ISOLATION := --no-build-isolation-package pb1-detectron2
 PACKAGES := $(CURDIR)/projects/GDetKD
-TEST_PROCESSES = $(shell $(PYTHON) -c "import os; print(min(4, len(os.sched_getaffinity(0)) + 1))")
 export PYTHONPATH := $(if $(DETECTRON2),$(abspath $(DETECTRON2)):)$(PACKAGES)
 export PYTHONWARNINGS := ignore
 
@@ -26,10 +25,9 @@ export PYTHONWARNINGS := ignore
 quickstart: $(INSTALLED)
 	$(PYTHON) tools/quickstart.py --pair $(PAIR)
 
-# Run a process for each core and one more, up to four, with one thread each: tiny detectors gain nothing from more
-# threads, and half of the time a test waits for processes that it started.
+# Run a process for each core, up to four, with one thread each: tiny detectors gain nothing from more threads.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 soak: $(INSTALLED)
 	$(PYTHON) -m pytest -m soak -s $(PYTEST_ARGS)

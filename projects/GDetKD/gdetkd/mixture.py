@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .device import on_device
+from .recorder import replaced
 
 Part = List[Dict[str, Any]]
 NAMES = ("labeled", "unlabeled")
@@ -32,11 +33,8 @@ def shared_pyramid(student: nn.Module, parts: Sequence[Part]) -> Iterator[Dict[s
     pyramid = backbone(images.tensor)
     sizes = [len(part) for part in parts]
     shares = zip(*(level.split(sizes) for level in pyramid.values()))
-    backbone.forward = lambda images: dict(zip(pyramid, next(shares)))
-    try:
+    with replaced(backbone, "forward", lambda original: lambda images: dict(zip(pyramid, next(shares)))):
         yield pyramid
-    finally:
-        del backbone.forward  # the class still has the original
 
 
 class Mixture:

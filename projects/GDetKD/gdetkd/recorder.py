@@ -1,6 +1,7 @@
-"""Record the forward calls of modules by hooks, without changes to the detector's code."""
+"""Record the forward calls of modules, or replace a method for a while, without changes to the detector's code."""
 
-from typing import Any, Dict, List, Mapping, NamedTuple, Tuple
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Tuple
 
 from torch import nn
 
@@ -48,3 +49,17 @@ class Recorder:
             calls.append(Call(inputs, output))
 
         return hook
+
+
+@contextmanager
+def replaced(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Replace a method of one object inside a `with` block.
+
+    Args:
+        make: returns the new function for the original method.
+    """
+    setattr(owner, name, make(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        delattr(owner, name)  # the class still has the original

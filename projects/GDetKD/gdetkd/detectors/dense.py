@@ -19,12 +19,12 @@ from torchvision.ops import roi_align
 
 from ..device import on_device
 from ..errors import GDetKDError
-from ..recorder import Call
+from ..recorder import Call, replaced
 from ..regions import match_and_sample, pool_in_full_precision, suppress
 from ..structures import DenseSpec, DetectorOutputs, DetectorSpec, Regions, full_precision
 from .base import DETECTOR_ADAPTER_REGISTRY, REGION_FIELDS, DetectorAdapter
 from .dense_head import DenseHead
-from .doubt import mark_ignored, replaced
+from .doubt import mark_ignored
 from .sources import by_anchor, gather, places, without_anchor
 
 # Pooled size of a dense teacher's regions. It has no box head that sets one. Two-stage detectors use 7 x 7.

@@ -4,28 +4,13 @@ The rule is the same for all families: a place is ignored if it is background by
 if the doubtful boxes were objects, too. A place is an anchor, a proposal or a location of a dense head.
 """
 
-from contextlib import contextmanager
-from typing import Any, Callable, Iterator, List, Sequence
+from typing import Any, Callable, List, Sequence
 
 import torch
 from detectron2.structures import Boxes, Instances, pairwise_iou
 
 # Maps IoUs (objects, places) to the objects' indices and to labels (places,): 0 for background. Detectron2's `Matcher`.
 Matching = Callable[[torch.Tensor], Any]
-
-
-@contextmanager
-def replaced(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Replace a method of one object inside a `with` block.
-
-    Args:
-        make: returns the new function for the original method.
-    """
-    setattr(owner, name, make(getattr(owner, name)))
-    try:
-        yield
-    finally:
-        delattr(owner, name)  # the class still has the original
 
 
 def would_match(matcher: Matching, doubtful: Boxes, places: Boxes) -> torch.Tensor:

@@ -13,11 +13,11 @@ from torch.func import functional_call
 
 from .._compat.cascade import LABEL_LATER_STAGE
 from ..errors import GDetKDError
-from ..recorder import Call
+from ..recorder import Call, replaced
 from ..regions import levels_by_box_size, pool_in_full_precision
 from ..structures import DetectorOutputs, DetectorSpec, Predictions, Regions
 from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter
-from .doubt import mark_ignored, replaced, without_doubtful, would_match
+from .doubt import mark_ignored, without_doubtful, would_match
 
 
 class _TwoStageAdapter(DetectorAdapter):

@@ -93,12 +93,15 @@ class Pseudo(Coco):
 
     def read_info(self) -> Dict[str, Any]:
         """Return what the file says about its labels (`label_info`)."""
-        return _describe(self.path("json"), os.stat(self.path("json")).st_mtime_ns).info
+        return self._description().info
 
     def digests(self) -> Dict[str, Tuple[int, str]]:
         """Return the size in bytes and the SHA-256 of each image, by its path, as far as the file has them."""
-        described, images = _describe(self.path("json"), os.stat(self.path("json")).st_mtime_ns), self.path("images")
-        return {os.path.join(images, name): digest for name, digest in described.digests.items()}
+        images = self.path("images")
+        return {os.path.join(images, name): digest for name, digest in self._description().digests.items()}
+
+    def _description(self) -> "_Description":
+        return _describe(self.path("json"), os.stat(self.path("json")).st_mtime_ns)
 
 
 class _Description(NamedTuple):
