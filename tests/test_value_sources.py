@@ -36,7 +36,7 @@ def test_the_module_explains_the_sources():
     "name, loss", list(DISTILL_LOSS_REGISTRY), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_each_default_of_a_loss_names_its_source(name, loss):
-    own_keys = set(make_cfg({}).DISTILL[name]) - {"WEIGHT", "WARMUP_ITERS"}
+    own_keys = set(make_cfg({}).DISTILL[name]) - {"WEIGHT", "SHARE", "WARMUP_ITERS"}
     body = inspect.getsource(loss.add_keys) if own_keys else ""
     comments = "\n".join(re.findall(r"# (.*)", body))
     assert not own_keys or re.search(r"[Ss]ource|authors", comments), f"{name} does not say where its values come from"

@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 
 from conftest import ALL_LOSSES, FAMILIES, make_batch
 from gdetkd import DistillTrainer
-from gdetkd.insight.gradients import OWN, term_gradients
+from gdetkd.engine.gradients import OWN, term_gradients
 
 # torch 2.15 leaves most of the weight gradient of a bfloat16 3x3 convolution uninitialised on a CPU if the map has 1x1
 # cells. On images of this size (height, width) the coarsest such map has 2x2.

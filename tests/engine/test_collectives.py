@@ -113,6 +113,8 @@ def _run_all(rank, cfg, runs):
 
 def periods(checkpoint, evaluation, insight=0, precise=False):
     return {
+        "DISTILL.WEIGHTS": "auto" if insight else "fixed",
+        "DISTILL.AUTO.PERIOD": 2,
         "SOLVER.CHECKPOINT_PERIOD": checkpoint,
         "TEST.EVAL_PERIOD": evaluation,
         "DISTILL.INSIGHT.PERIOD": insight,

@@ -65,6 +65,7 @@ def test_a_changed_number_of_processes_is_named(distill_cfg, caplog):
     "key, value, match",
     [
         ("DISTILL.LOSSES", ("CKD", "SGFI"), "other distillation losses: DISTILL.LOSSES .*SGFI.*CKD"),
+        ("DISTILL.WEIGHTS", "auto", "other weights of the losses: DISTILL.WEIGHTS 'fixed'; now 'auto'"),
         ("SOLVER.OPTIMIZER", "AdamW", "another optimizer"),
         ("SOLVER.AMP.ENABLED", True, "another precision: SOLVER.AMP.ENABLED False; now True"),
         ("SOLVER.BIAS_LR_FACTOR", 2.0, "other groups of parameters .*SOLVER.WEIGHT_DECAY"),

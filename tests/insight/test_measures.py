@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gdetkd.insight.gradients import OWN, term_gradients
+from gdetkd.engine.gradients import OWN, term_gradients
 from gdetkd.insight.measures import class_correlation, correlation_gap, level_matching
 
 

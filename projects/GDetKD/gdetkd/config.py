@@ -90,6 +90,13 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # is larger.
     cfg.DISTILL.WARMUP_ITERS = 0
 
+    # The factors on the terms in the total loss:
+    # - "fixed": WEIGHT of each loss.
+    # - "auto": they change in training, so that the gradient of a term in the backbone's outputs has SHARE times the
+    #   norm of that of the student's own losses.
+    cfg.DISTILL.WEIGHTS = "fixed"
+    _add_auto_node(cfg)
+
     # Number of steps that a run may skip, with a warning, because a loss is infinite or not a number. The next such
     # step stops the run.
     cfg.DISTILL.SKIP_NONFINITE = 0
@@ -196,12 +203,24 @@ def _add_unlabeled_node(cfg: CfgNode) -> None:
     node.WEIGHT = 1.0
 
 
+def _add_auto_node(cfg: CfgNode) -> None:
+    """Add the keys of DISTILL.WEIGHTS "auto". Source of the values: our choice."""
+    node = cfg.DISTILL.AUTO = CfgNode()
+    # Iterations between two measurements of the gradients. The first measurement is at the start.
+    node.PERIOD = 20
+    # Share of the earlier measurements in the smoothed logarithm of a weight.
+    node.MOMENTUM = 0.8
+
+
 def _add_loss_nodes(cfg: CfgNode) -> None:
     """Add a node for each registered loss. The class of the loss gives the default weight and further keys."""
     for name, loss in DISTILL_LOSS_REGISTRY:
         node = cfg.DISTILL[name] = CfgNode()
         # Factor on the term in the total loss.
         node.WEIGHT = loss.default_weight
+        # Norm of the term's gradient in the backbone's outputs for DISTILL.WEIGHTS "auto", in multiples of that of the
+        # student's own losses. Source: our choice (docs/results.md).
+        node.SHARE = loss.default_share
         # The weight rises linearly from 0 over this many iterations. 0: the weight is constant.
         node.WARMUP_ITERS = 0
         loss.add_keys(node)

@@ -5,8 +5,10 @@ import math
 from itertools import islice
 from typing import Any, Dict, List, Optional, Sequence
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import nn
 
@@ -70,6 +72,7 @@ class Check:
             parts += [self._classes(), self._teacher_score()]
         if self._cfg.DATASETS.UNLABELED:
             parts.append(self._unlabeled())
+        self._start_weights()
         terms = measure_terms(self._trainer.model.train(), self._student, self._batches(), self._cfg.SOLVER.AMP.ENABLED)
         if BROKEN in terms:
             reason = self._trainer.guarded_model.failure or "values that are not finite"
@@ -195,16 +198,28 @@ class Check:
     def _batches(self) -> List[Any]:
         return list(islice(iter(self._trainer.data_loader), BATCHES))
 
+    def _start_weights(self) -> None:
+        """Set weights that follow from gradients, as the first step of a training does."""
+        schedule = self._trainer.schedule
+        if schedule.is_auto:
+            with EventStorage(0), torch.autocast("cuda", enabled=self._cfg.SOLVER.AMP.ENABLED):
+                self._trainer.model.train()(self._batches()[0])
+            schedule.follow(schedule.take_gradients())
+
     def _terms(self, terms: Dict[str, TermCost]) -> str:
         schedule = self._trainer.schedule
         for name, term in terms.items():
             self._judge_term(name, term, name in schedule.terms)
         rows = []
         for name, term in terms.items():
-            weight = f"{schedule.full_weight(name):g}" if name in schedule.terms else ""
+            weight = self._weight(name) if name in schedule.terms else ""
             rows.append([name, weight, f"{term.weighted:.4g}", f"{term.gradient:.4g}"])
         headers = ["loss", "weight", "value, weighted", "gradient it sends to the student (norm)"]
         return tabulate(rows, headers, disable_numparse=True)
+
+    def _weight(self, term: str) -> str:
+        schedule = self._trainer.schedule
+        return f"{schedule.full_weight(term):.3g} (auto)" if schedule.is_auto else f"{schedule.full_weight(term):g}"
 
     def _judge_term(self, name: str, term: TermCost, is_distillation: bool) -> None:
         if not (math.isfinite(term.weighted) and math.isfinite(term.gradient)):

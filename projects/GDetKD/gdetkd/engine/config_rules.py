@@ -87,6 +87,9 @@ RULES = (
     Rule("INPUT.MAX_BAD_FRACTION", lambda value: _is_finite(value) and 0 <= value <= 1, "a share from 0 to 1"),
     Rule("DISTILL.UNLABELED.FRACTION", lambda value: _is_finite(value) and 0 < value < 1, "between 0 and 1"),
     Rule("DISTILL.UNLABELED.WEIGHT", _at_least(0), "0 or more"),
+    Rule("DISTILL.WEIGHTS", lambda value: value in ("fixed", "auto"), '"fixed" or "auto"'),
+    Rule("DISTILL.AUTO.PERIOD", _at_least(1), "1 or more iterations between two measurements"),
+    Rule("DISTILL.AUTO.MOMENTUM", lambda value: _is_finite(value) and 0 <= value < 1, "0 or more and below 1"),
     Rule("DISTILL.WARMUP_ITERS", _at_least(0), "0 or more iterations"),
     Rule("DISTILL.SKIP_NONFINITE", _at_least(0), "0 or more steps"),
 )
@@ -127,11 +130,12 @@ def _refuse(wrong: List[str]) -> None:
 
 
 def _wrong_weights(cfg: CfgNode) -> List[str]:
-    weights = {name: cfg.DISTILL[name].WEIGHT for name in cfg.DISTILL.LOSSES if "WEIGHT" in cfg.DISTILL.get(name, ())}
+    known = [name for name in cfg.DISTILL.LOSSES if "WEIGHT" in cfg.DISTILL.get(name, ())]
     return [
-        f"DISTILL.{name}.WEIGHT is {weight!r} and must be 0 or more"
-        for name, weight in weights.items()
-        if not _at_least(0)(weight)
+        f"DISTILL.{name}.{key} is {cfg.DISTILL[name][key]!r} and must be 0 or more"
+        for name in known
+        for key in ("WEIGHT", "SHARE")
+        if not _at_least(0)(cfg.DISTILL[name][key])
     ]
 
 

@@ -27,7 +27,8 @@ class StepAgreement(HookBase):
     Args:
         guard: finds losses that are not finite, and ends the step or the run.
         request: learns whether any process is asked to stop.
-        schedule: gives the values of the distillation terms. Their mean over the processes is logged.
+        schedule: gives the values of the distillation terms, whose mean over the processes is logged, and measures what
+            sets its weights.
         take_local: returns further values to log, as scalar tensors by name. They may differ in number between
             processes, because only those of the main process are logged. None: there are none.
     """
@@ -66,10 +67,12 @@ class StepAgreement(HookBase):
         losses, scalars, own = _read(self._losses, self._schedule.take_scalars(), local)
         self._losses = {}
         terms = self._guard.find(losses)
-        flags, means = any_and_mean([bool(terms), self._request.is_asked], list(scalars.values()))
+        gradients = self._schedule.take_gradients()
+        flags, means = any_and_mean([bool(terms), self._request.is_asked], [*scalars.values(), *gradients.values()])
         some_not_finite, self._request.is_agreed = flags
         if some_not_finite:
             self._guard.skip_or_stop(terms)
+        self._schedule.follow(dict(zip(gradients, means[len(scalars) :])))
         if comm.is_main_process():
             get_event_storage().put_scalars(smoothing_hint=False, **dict(zip(scalars, means)), **own)
 

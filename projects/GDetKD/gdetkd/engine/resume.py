@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 # If such a key changes, the checkpoint's state would go to parameters that it does not belong to.
 FIXED = {
     "DISTILL.LOSSES": "other distillation losses",
+    "DISTILL.WEIGHTS": "other weights of the losses",
     "DISTILL.STUDENT_META_ARCHITECTURE": "another student",
     "SOLVER.OPTIMIZER": "another optimizer",
     "SOLVER.AMP.ENABLED": "another precision",

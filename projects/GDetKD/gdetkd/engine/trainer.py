@@ -27,6 +27,7 @@ from ..errors import GDetKDError
 from ..random_state import random_state
 from ..structures import DetectorSpec
 from ..teacher import transfer_heads
+from .auto_weights import AutoWeights
 from .config_rules import check_values
 from .disk_tolerant import DiskTolerant
 from .evaluators import build_evaluator
@@ -83,7 +84,8 @@ class DistillTrainer(BareTrainer):
         if self.distiller is not None:
             exempt_from_decay(optimizer, [p for loss in self.distiller.losses.values() for p in loss.undecayed()])
         data_loader = self.build_train_loader(cfg)
-        self.schedule = LossSchedule(cfg)
+        auto = AutoWeights(cfg, self.student.backbone) if cfg.DISTILL.WEIGHTS == "auto" and cfg.DISTILL.LOSSES else None
+        self.schedule = LossSchedule(cfg, auto, lambda: self.loss_scale)
         self.guarded_model = ForwardGuard(model, self.student, self.schedule.terms)
         model = _distributed(self.guarded_model)
         self.schedule.attach(model)
@@ -95,6 +97,8 @@ class DistillTrainer(BareTrainer):
         beside: Dict[str, Any] = {"run": RunRecord(cfg, class_names(cfg))}
         if self.distiller and self.distiller.teacher:
             beside["distill"] = DistillState(self.distiller)
+        if auto is not None:
+            beside["weights"] = auto
         self.checkpointer = StudentCheckpointer(self.student, cfg.OUTPUT_DIR, **beside, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -189,7 +193,7 @@ class DistillTrainer(BareTrainer):
         for hook in [hook for hooks_to_add in extra for hook in hooks_to_add.before_writers]:
             hooks = _before_writers(hooks, hook)
         if self.distiller is not None:
-            hooks = _before_writers(hooks, LossScalars(self.distiller.losses))
+            hooks = _before_writers(hooks, LossScalars(self.distiller.losses, self.schedule))
         last = [hook for hooks_to_add in extra for hook in hooks_to_add.last]
         return [*hooks, *last, self._guard, LeaveAtTheEnd(self._request)]
 

@@ -10,9 +10,9 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..distiller import GDetKD
+from ..engine.gradients import term_gradients
 from ..engine.schedule import LossSchedule
 from ..random_state import random_state
-from .gradients import term_gradients
 from .page import write_page
 from .probe import Probe, load_probe
 from .records import RecordFile, make_record

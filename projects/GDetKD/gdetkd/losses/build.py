@@ -30,6 +30,8 @@ class DistillLoss(nn.Module):
         chooses_levels: whether the loss weighs the student's levels against each other. If so, it implements
             `level_attention` and has a temperature `tau`.
         default_weight: default of DISTILL.<name>.WEIGHT, the factor on the term in the total loss.
+        default_share: default of DISTILL.<name>.SHARE, the norm of the term's gradient that DISTILL.WEIGHTS "auto" aims
+            at, in multiples of that of the student's own losses.
         without_decay: names of the module's parameters that get no weight decay, such as the logarithm of a
             temperature.
     """
@@ -37,6 +39,7 @@ class DistillLoss(nn.Module):
     needs: ClassVar[FrozenSet[str]] = frozenset()
     chooses_levels: ClassVar[bool] = False
     default_weight: ClassVar[float] = 1.0
+    default_share: ClassVar[float] = 1.0
     without_decay: ClassVar[FrozenSet[str]] = frozenset()
 
     @classmethod

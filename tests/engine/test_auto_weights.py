@@ -1,0 +1,198 @@
+"""DISTILL.WEIGHTS "auto": each term's gradient gets its share, on all processes alike, also after a resume."""
+
+import gdetkd  # noqa: F401, I001  first, in the spawned processes too
+import json
+import math
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from conftest import ALL_LOSSES, make_batch, make_cfg
+from gdetkd import DistillTrainer
+from gdetkd.distiller import term_name
+from gdetkd.engine.auto_weights import LARGEST_CHANGE, AutoWeights
+from gdetkd.engine.check import Check
+from gdetkd.engine.gradients import OWN, term_gradients
+from gdetkd.errors import GDetKDError
+from test_processes import have_equal_parameters, run_in_processes, train_rank
+from test_trainer import train
+from test_unlabeled_runs import unlabeled_cfg  # noqa: F401  a fixture
+
+SGFI, CKD = term_name("SGFI"), term_name("CKD")
+AUTO = {"DISTILL.WEIGHTS": "auto", "DISTILL.AUTO.PERIOD": 2}
+
+
+class Backbone(nn.Module):
+    """Return two maps of one number each, scaled by a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return {"p2": self.weight * x[0], "p3": self.weight * x[1]}
+
+
+@pytest.fixture
+def make_weights():
+    """Return a function that makes the weights of SGFI, with a share of 3, and CKD, with a share of 0.5."""
+
+    def make(**keys):
+        changes = {"DISTILL.LOSSES": ("SGFI", "CKD"), "DISTILL.SGFI.SHARE": 3.0, "DISTILL.CKD.SHARE": 0.5}
+        backbone = Backbone()
+        return AutoWeights(
+            make_cfg({**changes, **{f"DISTILL.AUTO.{k}": v for k, v in keys.items()}}), backbone
+        ), backbone
+
+    return make
+
+
+def measured(sgfi=1.0, ckd=1.0, own=1.0, sgfi_cosine=0.0, ckd_cosine=0.0):
+    return {
+        **{f"norm/{OWN}": own, f"cosine/{OWN}": 1.0},
+        **{f"norm/{SGFI}": sgfi, f"cosine/{SGFI}": sgfi_cosine},
+        **{f"norm/{CKD}": ckd, f"cosine/{CKD}": ckd_cosine},
+    }
+
+
+def test_closed_form(make_weights):
+    """The student's own gradient is (3, 4), of norm 5; SGFI's is (0, 10), CKD's (-2, 0), against it."""
+    weights, backbone = make_weights()
+    assert weights.weight(SGFI) == weights.weight(CKD) == 0
+    maps = backbone.train()(torch.ones(2))
+    losses = {"a": 3 * maps["p2"], "b": 4 * maps["p3"], SGFI: 10 * maps["p3"], CKD: -2 * maps["p2"]}
+    found = weights.measure(losses, 0, scale=256.0)
+    assert found == pytest.approx(measured(10, 2, 5, sgfi_cosine=0.8, ckd_cosine=-0.6))
+    weights.follow(found)
+    assert weights.weight(SGFI) == pytest.approx(3 * 5 / 10)
+    assert weights.weight(CKD) == pytest.approx(0.5 * 5 / 2 * (1 - 0.6))
+    assert backbone.weight.grad is None
+
+
+def test_measurements_come_at_the_start_and_every_period(make_weights):
+    weights, backbone = make_weights(PERIOD=3)
+
+    def look(iteration):
+        maps = backbone.train()(torch.ones(2))
+        losses = {"a": maps["p2"], SGFI: maps["p2"], CKD: maps["p3"]}
+        found = weights.measure(losses, iteration, 1.0)
+        weights.follow(found)
+        return bool(found)
+
+    assert [look(iteration) for iteration in range(7)] == [True, False, True, False, False, True, False]
+
+
+def test_weights_move_by_the_momentum_in_the_logarithm(make_weights):
+    weights, _ = make_weights(MOMENTUM=0.75)
+    weights.follow(measured(sgfi=1.0))
+    weights.follow(measured(sgfi=1 / 16, ckd=0.0))  # CKD had no region
+    assert weights.weight(SGFI) == pytest.approx(3 * 2)
+    assert weights.weight(CKD) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("values", [{"own": math.nan}, {"own": 0.0}, {"sgfi": math.inf, "ckd": math.nan}])
+def test_values_that_say_nothing_change_nothing(make_weights, values):
+    weights, _ = make_weights()
+    weights.follow(measured(**values))
+    assert weights.weight(SGFI) == 0
+    weights.follow(measured())
+    weights.follow(measured(**values))
+    assert weights.weight(SGFI) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("norm, factor", [(1e-9, LARGEST_CHANGE), (1e9, 1 / LARGEST_CHANGE)])
+def test_weights_stay_in_bounds(make_weights, norm, factor):
+    weights, _ = make_weights(MOMENTUM=0.0)
+    weights.follow(measured())
+    weights.follow(measured(sgfi=norm))
+    assert weights.weight(SGFI) == pytest.approx(3 * factor)
+
+
+def test_a_term_that_opposes_the_student_is_reduced_and_reported_once(make_weights, caplog):
+    weights, _ = make_weights(MOMENTUM=0.5)
+    weights.follow(measured(sgfi_cosine=0.2, ckd_cosine=-0.8))
+    weights.follow(measured(sgfi_cosine=-0.4, ckd_cosine=-1.0))
+    assert weights.weight(SGFI) == pytest.approx(3 * 0.9)
+    assert weights.weight(CKD) == pytest.approx(0.5 * 0.1)
+    assert caplog.text.count("loss_distill_ckd points against") == 1 and "loss_distill_sgfi" not in caplog.text
+
+
+def test_a_share_of_zero_is_a_weight_of_zero(distill_cfg):
+    trainer, losses = train(DistillTrainer, distill_cfg({**AUTO, "DISTILL.CKD.SHARE": 0.0}))
+    assert all(step["loss_distill_ckd"] == 0 < step["raw/loss_distill_ckd"] for step in losses.values())
+
+
+def test_a_frozen_backbone_is_refused():
+    with pytest.raises(GDetKDError, match="no parameter of the backbone is trained"):
+        AutoWeights(make_cfg({"DISTILL.LOSSES": ("SGFI",)}), Backbone().requires_grad_(False))
+
+
+@pytest.mark.parametrize("losses", [ALL_LOSSES, ("CKD", "PKD")])
+def test_a_training_gives_each_term_its_share(distill_cfg, losses):
+    shares = dict(zip(losses, (2.0, 1.0, 0.5, 0.25)))
+    keys = {f"DISTILL.{name}.SHARE": share for name, share in shares.items()}
+    trainer = DistillTrainer(distill_cfg({**AUTO, "DISTILL.LOSSES": losses, **keys}))
+    maps = []
+    trainer.student.backbone.register_forward_hook(lambda module, inputs, output: maps.extend(output.values()))
+    for iteration in (0, 2):  # the first step sets the weights, the second one uses them
+        maps.clear()
+        torch.manual_seed(0)
+        with EventStorage(iteration):
+            weighted = trainer.model.train()(make_batch())
+        trainer.schedule.follow(trainer.schedule.take_gradients())
+    found = term_gradients(weighted, trainer.schedule.terms, maps)
+    for name, share in shares.items():
+        agreement = 1 + min(0.0, found[term_name(name)]["cosine"])
+        assert found[term_name(name)]["norm"] / found[OWN]["norm"] == pytest.approx(share * agreement, rel=1e-3)
+
+
+def test_a_resumed_run_is_bit_identical_and_the_weights_are_logged(distill_cfg, tmp_path):
+    cfg = distill_cfg({**AUTO, "SOLVER.MAX_ITER": 40, "SOLVER.CHECKPOINT_PERIOD": 5, "SOLVER.BASE_LR": 1e-5})
+    whole, losses = train(DistillTrainer, cfg)
+    assert losses[0]["loss_distill_sgfi"] == 0 < losses[1]["loss_distill_sgfi"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
+    assert lines[-1]["weight/loss_distill_sgfi"] == whole.schedule.full_weight("loss_distill_sgfi") > 0
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000004.pth")
+    (tmp_path / "run" / "model_final.pth").unlink()
+    resumed, losses_again = train(DistillTrainer, cfg, resume=True)
+    assert losses_again == {step: values for step, values in losses.items() if step >= 5}
+    assert resumed.schedule.scalars() == whole.schedule.scalars()
+
+
+def _train(rank, cfg):
+    weights = []
+
+    class Trainer(DistillTrainer):
+        def after_train(self):
+            weights.append(self.schedule.scalars())
+            super().after_train()
+
+    return {**train_rank(rank, cfg, Trainer), "weights": weights[0]}
+
+
+def test_two_processes_have_the_same_weights(shared_cfg, tmp_path):
+    results = run_in_processes(_train, tmp_path, 2, shared_cfg(2, {**AUTO, "SOLVER.MAX_ITER": 6}))
+    assert have_equal_parameters(results) and results[0]["weights"] == results[1]["weights"]
+    assert all(weight > 0 for weight in results[0]["weights"].values())
+
+
+def test_with_unlabeled_images_the_gradients_are_those_of_the_whole_batch(unlabeled_cfg):  # noqa: F811
+    trainer = DistillTrainer(unlabeled_cfg({**AUTO, "DISTILL.LOSSES": ("SGFI",)}))
+    kept = []
+    measure = trainer.schedule._auto.measure
+    trainer.schedule._auto.measure = lambda *args: (kept.extend(trainer.schedule._auto._features), measure(*args))[1]
+    with EventStorage(1):
+        trainer.model.train()(next(iter(trainer.data_loader)))
+    assert {len(features) for features in kept} == {4}
+    gradients = trainer.schedule.take_gradients()
+    assert gradients[f"norm/{OWN}"] > 0 and gradients[f"norm/{SGFI}"] > 0
+
+
+def test_the_check_shows_the_weights_of_the_start(distill_cfg):
+    check = Check(distill_cfg({**AUTO, "DATASETS.TEST": ("tiny",), "DISTILL.TEACHER.MIN_AP": 0.0}), images=2)
+    screen = check.run()
+    assert not any("sends no gradient" in problem for problem in check.problems)
+    weight = check._trainer.schedule.full_weight(SGFI)
+    assert weight > 0 and f"{weight:.3g} (auto)" in screen
