@@ -170,6 +170,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Any]:
         "regions": len(look.args[1]),
         "seconds": {name: quartiles(values) for name, values in seconds.items()},
         "megabytes": megabytes,
+        "ratio_to_plain": middle["distilled, all"] / middle["plain student"],
         "ratio_to_floor": middle["distilled, all"] / floor,
         "ratio_to_backbone_floor": middle["distilled, all"] / backbone_floor,
         "breakdown": breakdown(full, batch, args.steps),
@@ -191,9 +192,10 @@ def as_text(result: Dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"{result['machine']}; {len(images)} images of {images[0][0]}x{images[0][1]}, {result['regions']} regions",
+            f"distilled, all: {result['ratio_to_plain']:.3f} times the plain student, {result['ratio_to_floor']:.3f} times "
+            f"the floor (plain student + teacher on the regions), {result['ratio_to_backbone_floor']:.3f} times plain "
+            "student + teacher's backbone",
             tabulate(rows, ["step", "median, s", "quartiles", "MB"], disable_numparse=True),
-            f"distilled, all: {result['ratio_to_floor']:.3f} times the floor (plain student + teacher on the regions), "
-            f"{result['ratio_to_backbone_floor']:.3f} times plain student + teacher's backbone",
             tabulate(parts, ["part of a step with all", "median, s"], disable_numparse=True),
         ]
     )
