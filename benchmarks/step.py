@@ -192,9 +192,9 @@ def as_text(result: Dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"{result['machine']}; {len(images)} images of {images[0][0]}x{images[0][1]}, {result['regions']} regions",
-            f"distilled, all: {result['ratio_to_plain']:.3f} times the plain student, {result['ratio_to_floor']:.3f} times "
-            f"the floor (plain student + teacher on the regions), {result['ratio_to_backbone_floor']:.3f} times plain "
-            "student + teacher's backbone",
+            f"distilled, all: {result['ratio_to_plain']:.3f} times the plain student, "
+            f"{result['ratio_to_floor']:.3f} times the floor (plain student + teacher on the regions), "
+            f"{result['ratio_to_backbone_floor']:.3f} times plain student + teacher's backbone",
             tabulate(rows, ["step", "median, s", "quartiles", "MB"], disable_numparse=True),
             tabulate(parts, ["part of a step with all", "median, s"], disable_numparse=True),
         ]

@@ -34,8 +34,12 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
-def test_both_train_in_turn_on_the_same_batches(pair, monkeypatch):
+@pytest.mark.parametrize("every", [1, 2])
+def test_both_train_in_turn_on_the_same_batches(pair, monkeypatch, every):
+    """With DISTILL.EVERY, a round has as many steps of each."""
     seen, weights = [], {}
+    for run in pair:
+        run.opts += ["DISTILL.EVERY", every]
 
     def spied(steps, rounds, warm_up):
         for name, step in steps.items():
@@ -50,9 +54,9 @@ def test_both_train_in_turn_on_the_same_batches(pair, monkeypatch):
 
     monkeypatch.setattr("gdetkd.study.step_time.time_in_rounds", spied)
     found = measure_pair(*(run.config() for run in pair), rounds=2, warm_up=1)
-    batches = [batch for _, batch in seen]
-    assert [name for name, _ in seen] == ["baseline", "method"] * 3
-    assert batches[0::2] == batches[1::2] and batches[0] != batches[2]
+    assert [name for name, _ in seen] == (["baseline"] * every + ["method"] * every) * 3
+    batches = {name: [batch for other, batch in seen if other == name] for name in ("baseline", "method")}
+    assert batches["baseline"] == batches["method"] and batches["method"][0] != batches["method"][1]
     # The optimizers took their steps.
     assert all(not torch.equal(weight, before) for weight, before in weights.values()) and len(weights) == 2
     assert (found.threads, found.device) == (torch.get_num_threads(), "cpu")
@@ -71,7 +75,7 @@ def test_the_queue_is_full_and_the_terms_have_their_weights(pair, tmp_path):
     trainer = _Stepper(pair[1].config(), str(tmp_path))
     (queue,) = [module for module in trainer.model.modules() if isinstance(module, EmbeddingQueue)]
     assert int(queue.filled) == len(queue.embeddings) > 0
-    trainer.step()
+    trainer.round()
     schedule = trainer.schedule
     assert all(schedule.weight(term, trainer.iter) == schedule.full_weight(term) for term in schedule.terms)
 

@@ -46,7 +46,7 @@ class AutoWeights:
                 'backbone is trained. Train a part of it, or set DISTILL.WEIGHTS to "fixed".'
             )
         self._shares = {term_name(name): cfg.DISTILL[name].SHARE for name in cfg.DISTILL.LOSSES}
-        self._period = cfg.DISTILL.AUTO.PERIOD
+        self._period, self._every = cfg.DISTILL.AUTO.PERIOD, cfg.DISTILL.EVERY
         self._momentum = cfg.DISTILL.AUTO.MOMENTUM
         self._first: Dict[str, float] = {}  # logarithm of the first weight, by term
         self._logs: Dict[str, float] = {}  # logarithm of the weight, smoothed
@@ -61,6 +61,10 @@ class AutoWeights:
 
     def _agreement(self, term: str) -> float:
         return 1.0 + min(0.0, self._cosines[term])
+
+    def attach(self, model: nn.Module) -> Any:
+        """Forget what was kept before each forward pass of `model`. Return the handle that undoes this."""
+        return model.register_forward_pre_hook(lambda module, inputs: self._features.clear())
 
     def _keep_features(self, module: nn.Module, inputs: Any, output: Any) -> None:
         # With images without labels, later calls in the same step return parts of these maps.
@@ -79,7 +83,7 @@ class AutoWeights:
             scale: factor on the losses in the backward pass, undone in the result. Half precision needs a large factor.
         """
         features, self._features = self._features, []
-        if self._logs and (iteration + 1) % self._period:
+        if self._logs and (iteration + 1) % self._period >= self._every:  # not the first step with terms of a period
             return {}
         gradients = term_gradients(losses, list(self._shares), features, scale) if features else {}
         unknown = dict.fromkeys(KINDS, math.nan)

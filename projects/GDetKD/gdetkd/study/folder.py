@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import os
-from typing import Any, Dict
+from typing import Any, Dict, List, Sequence
 
 import yaml
 
@@ -41,14 +41,25 @@ def deciding_keys(dump: str) -> Dict[str, Any]:
     losses = flat["DISTILL.LOSSES"]
     unused = tuple(f"DISTILL.{name}." for name, _ in DISTILL_LOSS_REGISTRY if name not in losses)
     if not losses:
-        unused += ("DISTILL.REGIONS.", "DISTILL.WARMUP_ITERS")
+        unused += ("DISTILL.REGIONS.", "DISTILL.WARMUP_ITERS", "DISTILL.EVERY", "DISTILL.WEIGHTS")
         if not flat["DISTILL.HEAD_TRANSFER"]:
             unused += ("DISTILL.TEACHER.", "DISTILL.CLASS_MAP")
-    if not flat.get("DATASETS.UNLABELED"):  # an earlier version wrote no such key
+    unused += tuple(f"DISTILL.{name}" for name in _unread_weights(flat, losses))
+    # An earlier version wrote none of these keys.
+    if flat.get("DISTILL.EVERY") == 1:
+        unused += ("DISTILL.EVERY",)
+    if not flat.get("DATASETS.UNLABELED"):
         unused += ("DISTILL.UNLABELED.", "DATASETS.UNLABELED")
-    if not flat.get("TEST.PATIENCE"):  # an earlier version wrote no such key
+    if not flat.get("TEST.PATIENCE"):
         unused += ("TEST.PATIENCE",)
     return {key: value for key, value in flat.items() if not key.startswith((*WITHOUT_EFFECT, *unused))}
+
+
+def _unread_weights(flat: Dict[str, Any], losses: Sequence[str]) -> List[str]:
+    """Return the keys under DISTILL that DISTILL.WEIGHTS makes meaningless, or beginnings of keys."""
+    if flat.get("DISTILL.WEIGHTS") == "auto" and losses:
+        return [f"{name}.WEIGHT" for name in losses]
+    return ["WEIGHTS", "AUTO.", *(f"{name}.SHARE" for name in losses)]
 
 
 @functools.lru_cache(maxsize=None)

@@ -5,7 +5,8 @@ compared. Here the baseline and the method take steps in turn, in one process, s
 step is all that a training run times: loading the batch, forward and backward pass, guard and optimizer.
 
 Both start as a run starts, on the same batches, but as in the later part of a run: every term has its full weight, and
-CKD's queue is full. Nothing is written to the folder of a run.
+CKD's queue is full. Nothing is written to the folder of a run. With DISTILL.EVERY, a round has that many steps of each
+config. The measurements of DISTILL.WEIGHTS "auto" cost a step now and then, which the median over rounds leaves out.
 
 One limit: if workers load the batches (DATALOADER.NUM_WORKERS), the workers of one config also load while the other
 config takes a step. If the loader is slower than the step, the waiting time of both is then underestimated.
@@ -40,7 +41,7 @@ from .folder import fingerprint
 from .run import Run
 from .signals import starting
 
-# A round has a step of each config. The warm-up rounds allocate memory, and on a GPU choose algorithms.
+# A round has DISTILL.EVERY steps of each config. The warm-up rounds allocate memory, and on a GPU choose algorithms.
 WARM_UP, ROUNDS = 5, 30
 # Seconds between two looks at a measurement in a job.
 POLL_SECONDS = 1.0
@@ -70,6 +71,7 @@ class _Stepper(DistillTrainer):
     """Take the steps of a training run and nothing else: write no metrics, evaluate nothing and save nothing."""
 
     def __init__(self, cfg: CfgNode, folder: str) -> None:
+        self._steps = cfg.DISTILL.EVERY
         cfg = cfg.clone()
         cfg.OUTPUT_DIR = folder  # StepGuard writes a report there if a step is not finite
         cfg.DISTILL.INSIGHT.PERIOD = 0
@@ -85,11 +87,13 @@ class _Stepper(DistillTrainer):
     def build_hooks(self) -> List[HookBase]:
         return [hook for hook in super().build_hooks() if isinstance(hook, (RandomState, StepGuard))]
 
-    def step(self) -> None:
-        with self.storage:
-            self.before_step()
-            self.run_step()
-        self.iter += 1
+    def round(self) -> None:
+        for _ in range(self._steps):
+            with self.storage:
+                self.before_step()
+                self.run_step()
+            self.iter += 1
+            self.storage.iter = self.iter
 
 
 def measure_pair(baseline: CfgNode, method: CfgNode, rounds: int = ROUNDS, warm_up: int = WARM_UP) -> StepTime:
@@ -103,15 +107,15 @@ def measure_pair(baseline: CfgNode, method: CfgNode, rounds: int = ROUNDS, warm_
         GDetKDError: one of the two cannot be trained.
     """
     with tempfile.TemporaryDirectory() as folder:
-        steps = {"baseline": _Stepper(baseline, folder).step, "method": _Stepper(method, folder).step}
-        seconds = time_in_rounds(steps, rounds, warm_up)
+        works = {"baseline": _Stepper(baseline, folder).round, "method": _Stepper(method, folder).round}
+        seconds = time_in_rounds(works, rounds, warm_up)
     ratios = [method / baseline for baseline, method in zip(seconds["baseline"], seconds["method"])]
     low, ratio, high = statistics.quantiles(ratios, n=4)
     return StepTime(
         round(ratio, 4),
         round(low, 4),
         round(high, 4),
-        round(statistics.median(seconds["baseline"]), 6),
+        round(statistics.median(seconds["baseline"]) / baseline.DISTILL.EVERY, 6),
         torch.get_num_threads(),
         baseline.MODEL.DEVICE,
     )
