@@ -16,6 +16,7 @@ from gdetkd.errors import GDetKDError
         ("SOLVER.CHECKPOINT_PERIOD", 0),
         ("SOLVER.BASE_LR", 0.0),
         ("SOLVER.GAMMA", -0.1),
+        ("DISTILL.TEACHER.CACHE_MB", -1),
         ("DISTILL.TEACHER.SCALE", 0.0),
         ("DISTILL.UNLABELED.FRACTION", 1.0),
         ("DISTILL.UNLABELED.WEIGHT", -0.5),

@@ -186,6 +186,9 @@ def _add_teacher_node(cfg: CfgNode) -> None:
     # Size of the images that the teacher sees in training, in multiples of the size of the student's images. Both are
     # made from the original pixels by the same augmentations. 1: the teacher sees the student's images.
     cfg.DISTILL.TEACHER.SCALE = 1.0
+    # Main memory (MB) of each process for the teacher's features of images that come again. It helps if images have few
+    # views: a fixed size, flips, no crops, and a dataset that fits. 0: keep none.
+    cfg.DISTILL.TEACHER.CACHE_MB = 0
     # On CUDA, run the teacher's backbone on a stream of its own, so that it can run beside the student's forward pass.
     # This takes more memory, and it is faster only if the student alone does not fill the GPU.
     cfg.DISTILL.TEACHER.OWN_STREAM = False

@@ -97,6 +97,8 @@ class GDetKD(nn.Module):
             return self.student(batched_inputs)
         self._to_compute = list(self.losses) if self._distils() else []
         self.expected_terms = [term_name(name) for name in self._to_compute]
+        if self._to_compute:
+            batched_inputs = self.teacher.with_cache_keys(batched_inputs)
         parts = split_batch(images_on_device(batched_inputs, self.device))
         if not self._to_compute:
             return self._joined_to_learned(self._run_student(parts)[0])

@@ -82,6 +82,7 @@ RULES = (
     Rule("LOG.WRITERS", lambda names: set(names) <= set(TRACKERS), f"some of {tuple(TRACKERS)}, or ()"),
     Rule("LOG.PROJECT", bool, "the name of a project"),
     Rule("DATALOADER.NUM_WORKERS", _at_least(0), "0 or more processes"),
+    Rule("DISTILL.TEACHER.CACHE_MB", _at_least(0), "0 or more megabytes"),
     Rule("DISTILL.TEACHER.SCALE", lambda value: _is_finite(value) and value > 0, "a positive factor"),
     Rule("INPUT.MIN_SIZE_TRAIN", _each_at_least(0), "a size in pixels, or 0 for no resizing"),
     Rule("INPUT.MAX_SIZE_TRAIN", _at_least(1), "1 or more pixels"),

@@ -193,7 +193,7 @@ class DistillTrainer(BareTrainer):
         for hook in [hook for hooks_to_add in extra for hook in hooks_to_add.before_writers]:
             hooks = _before_writers(hooks, hook)
         if self.distiller is not None:
-            hooks = _before_writers(hooks, LossScalars(self.distiller.losses, self.schedule))
+            hooks = _before_writers(hooks, LossScalars(self.distiller, self.schedule))
         last = [hook for hooks_to_add in extra for hook in hooks_to_add.last]
         return [*hooks, *last, self._guard, LeaveAtTheEnd(self._request)]
 

@@ -48,6 +48,8 @@ def deciding_keys(dump: str) -> Dict[str, Any]:
     # An earlier version wrote none of these keys.
     if flat.get("DISTILL.EVERY") == 1:
         unused += ("DISTILL.EVERY",)
+    if not flat.get("DISTILL.TEACHER.CACHE_MB"):
+        unused += ("DISTILL.TEACHER.CACHE_MB",)
     if not flat.get("DATASETS.UNLABELED"):
         unused += ("DISTILL.UNLABELED.", "DATASETS.UNLABELED")
     if not flat.get("TEST.PATIENCE"):

@@ -15,10 +15,14 @@ from ..device import SideStream
 from ..errors import GDetKDError, some
 from ..inference import for_inference, parse_dtype
 from ..structures import DetectorOutputs, Regions, seen_at_scale, with_class_names
+from .feature_cache import FeatureCache, Features, key_of
 from .files import TeacherFile, read_teacher_file
 from .weights import load_weights
 
 logger = logging.getLogger(__name__)
+
+# The key of an image's digest in a training sample.
+CACHE_KEY = "teacher_cache_key"
 
 
 class FrozenTeacher:
@@ -33,6 +37,7 @@ class FrozenTeacher:
         adapter: the adapter of the detector.
         spec: the description of the detector, with class names.
         sha256: SHA-256 of the weights file, in hexadecimal digits.
+        cache: keeps the backbone's features of images that come again, or None.
 
     Raises:
         GDetKDError: config or weights are missing or do not fit each other, the detector has no pyramid, or the
@@ -51,6 +56,7 @@ class FrozenTeacher:
         config = cfg.DISTILL.TEACHER
         self._device = torch.device(cfg.MODEL.DEVICE)
         self._stream = SideStream(self._device, config.OWN_STREAM)
+        self.cache: Optional[FeatureCache] = FeatureCache(config.CACHE_MB) if config.CACHE_MB > 0 else None
         self._dtype = parse_dtype(config.DTYPE, cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED)
         self.sha256 = load_weights(self.model, self.file.weights)
         self.model.eval()
@@ -81,11 +87,26 @@ class FrozenTeacher:
         Returns:
             the backbone's features by name. On a stream of its own, they are ready only for `look_at`.
         """
+        keys = [inputs[CACHE_KEY] for inputs in batched_inputs if CACHE_KEY in inputs]
         with self._stream:
             images = self.preprocess(batched_inputs).tensor
-            images = images.to(self._dtype).contiguous(memory_format=torch.channels_last)
-            with self._autocast():
-                return self.adapter.extract(images)
+            if self.cache is not None and len(keys) == len(batched_inputs):
+                return self.cache.features(images, keys, self._run_backbone)
+            return self._run_backbone(images)
+
+    def _run_backbone(self, images: torch.Tensor) -> Features:
+        images = images.to(self._dtype).contiguous(memory_format=torch.channels_last)
+        with self._autocast():
+            return self.adapter.extract(images)
+
+    def with_cache_keys(self, batched_inputs: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+        """Return a training batch whose images have digests for the cache, if there is one.
+
+        Call this before the images go to the device. The given batch does not change.
+        """
+        if self.cache is None:
+            return batched_inputs
+        return [{**inputs, CACHE_KEY: key_of(self._view_of(inputs))} for inputs in batched_inputs]
 
     @torch.no_grad()
     def look_at(
@@ -126,13 +147,16 @@ class FrozenTeacher:
 
     def _image_of(self, inputs: Dict[str, Any]) -> torch.Tensor:
         """Return the image (3, H, W) that the teacher sees, in its own channel order."""
+        image = self._view_of(inputs)
+        return image.flip(0) if self._reorder else image
+
+    def _view_of(self, inputs: Dict[str, Any]) -> torch.Tensor:
         if self._scale != 1 and TEACHER_IMAGE not in inputs:
             raise GDetKDError(
                 f"DISTILL.TEACHER.SCALE is {self._scale}, but a training sample has no {TEACHER_IMAGE!r}. Use GDetKD's "
                 "training loader, or wrap your mapper in gdetkd.data.teacher_view.TeacherViewMapper."
             )
-        image = inputs["image"] if self._scale == 1 else inputs[TEACHER_IMAGE]
-        return image.flip(0) if self._reorder else image
+        return inputs["image"] if self._scale == 1 else inputs[TEACHER_IMAGE]
 
     def describe(self) -> Dict[str, str]:
         """Return what a checkpoint records about the teacher: its weights' path and SHA-256, and its image format."""

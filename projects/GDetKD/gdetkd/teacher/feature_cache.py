@@ -1,0 +1,87 @@
+"""Keep the teacher's features of images that come again (DISTILL.TEACHER.CACHE_MB)."""
+
+import hashlib
+import logging
+from typing import Callable, Dict, Sequence, Tuple
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+Features = Dict[str, torch.Tensor]
+Key = Tuple[bytes, Tuple[int, ...]]
+
+
+def key_of(image: torch.Tensor) -> bytes:
+    """Return a digest of an image's pixels and size. An image on a GPU would make the CPU wait."""
+    pixels = image.contiguous().cpu().numpy()
+    return hashlib.blake2b(pixels.data, digest_size=16, key=str(tuple(image.shape)).encode()).digest()
+
+
+class FeatureCache:
+    """Keep features in main memory by the pixels of the image, up to a limit.
+
+    A frozen teacher has the same features for the same image. With a fixed image size and random flips, an image comes
+    in two views only, so most of a training needs no pass through the teacher's backbone.
+
+    When the limit is reached, the features that are kept stay. To drop the oldest ones would be useless, because the
+    images of an epoch come in turn.
+
+    Args:
+        megabytes: the limit.
+
+    Attributes:
+        hits, misses: number of images whose features were kept, and were not.
+    """
+
+    def __init__(self, megabytes: float) -> None:
+        self._free = megabytes * 1e6  # bytes
+        self._is_full = False
+        self._kept: Dict[Key, Features] = {}
+        self.hits = self.misses = 0
+
+    def features(
+        self, images: torch.Tensor, keys: Sequence[bytes], compute: Callable[[torch.Tensor], Features]
+    ) -> Features:
+        """Return the features of a batch by name, (images, C, H, W).
+
+        Args:
+            images: (images, 3, height, width) preprocessed and padded, on the device.
+            keys: by image, what `key_of` returned for the image before that.
+            compute: runs the backbone. It gets one image at a time, so that the features of an image do not depend on
+                the others in its batch, and a resumed run is exact.
+        """
+        found = [self._features(image[None], key, compute) for image, key in zip(images, keys)]
+        return {name: torch.cat([features[name] for features in found]) for name in found[0]}
+
+    def _features(self, image: torch.Tensor, key: bytes, compute: Callable[[torch.Tensor], Features]) -> Features:
+        place = key, tuple(image.shape)  # padding has an effect on the features
+        if place in self._kept:
+            self.hits += 1
+            return {name: kept.to(image.device, non_blocking=True) for name, kept in self._kept[place].items()}
+        self.misses += 1
+        features = compute(image)
+        self._keep(place, features)
+        return features
+
+    def _keep(self, place: Key, features: Features) -> None:
+        size = sum(feature_map.numel() * feature_map.element_size() for feature_map in features.values())
+        if size <= self._free:
+            self._free -= size
+            # A copy of its own: a part of a larger tensor would keep all of it in memory.
+            self._kept[place] = {
+                name: feature_map.detach().to("cpu", copy=True) for name, feature_map in features.items()
+            }
+        elif not self._is_full:
+            self._is_full = True
+            logger.info(
+                "The teacher's features of %d views fill DISTILL.TEACHER.CACHE_MB. The teacher's backbone runs for "
+                "all other views.",
+                len(self._kept),
+            )
+
+    def take_share(self) -> float:
+        """Return the share of images since the last call whose features were kept."""
+        share = self.hits / max(1, self.hits + self.misses)
+        self.hits = self.misses = 0
+        return share

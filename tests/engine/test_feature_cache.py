@@ -1,0 +1,96 @@
+"""DISTILL.TEACHER.CACHE_MB: the teacher's backbone runs once for each view of an image, and nothing else changes."""
+
+import json
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from test_trainer import train
+
+from conftest import make_batch
+from gdetkd import DistillTrainer, GDetKD
+from gdetkd.teacher import FrozenTeacher
+from gdetkd.teacher.feature_cache import FeatureCache, key_of
+
+CACHE = {"DISTILL.TEACHER.CACHE_MB": 100}
+
+
+def counted(teacher):
+    """Return a list that gets the number of images of each pass through the teacher's backbone."""
+    seen, extract = [], teacher.adapter.extract
+    teacher.adapter.extract = lambda images: (seen.append(len(images)), extract(images))[1]
+    return seen
+
+
+def look(teacher, batch):
+    return teacher.extract(teacher.with_cache_keys(batch))
+
+
+def test_an_image_runs_once_and_has_the_same_features(distill_cfg):
+    teacher = FrozenTeacher(distill_cfg(CACHE))
+    batch, seen = make_batch(), counted(teacher)
+    first, again, turned = look(teacher, batch), look(teacher, batch), look(teacher, batch[::-1])
+    assert seen == [1, 1]
+    for name, features in first.items():
+        assert torch.equal(features, again[name]) and torch.equal(features.flip(0), turned[name])
+    for name, features in FrozenTeacher(distill_cfg()).extract(batch).items():
+        torch.testing.assert_close(features, first[name], rtol=0, atol=float(1e-5 * features.abs().max()))
+
+
+def test_other_pixels_another_size_and_other_padding_are_other_views(distill_cfg):
+    teacher = FrozenTeacher(distill_cfg(CACHE))
+    [one, two], seen = make_batch(sizes=((96, 96), (64, 48))), counted(teacher)
+    look(teacher, [two])
+    look(teacher, [{**two, "image": two["image"].flip(2)}])
+    look(teacher, [{**two, "image": two["image"].reshape(3, 48, 64)}])
+    look(teacher, [one, two])  # padded to the larger image
+    assert len(seen) == 5 and teacher.cache.hits == 0
+    look(teacher, [two])
+    assert len(seen) == 5 and teacher.cache.hits == 1
+
+
+def test_a_change_of_what_was_returned_does_not_reach_the_cache(distill_cfg):
+    teacher = FrozenTeacher(distill_cfg(CACHE))
+    batch = make_batch()[:1]
+    first = {name: features.clone() for name, features in look(teacher, batch).items()}
+    for features in look(teacher, batch).values():
+        features.zero_()
+    assert all(torch.equal(features, first[name]) for name, features in look(teacher, batch).items())
+
+
+def test_the_limit_is_kept_and_said_once(caplog):
+    caplog.set_level("INFO")
+    cache = FeatureCache(0.001)  # 1,000 bytes
+    images = torch.rand(4, 3, 8, 8)
+    for _ in range(2):
+        found = cache.features(images, [bytes([k]) for k in range(4)], lambda image: {"p2": image[:, :2]})  # 512 bytes
+        assert torch.equal(found["p2"], images[:, :2])
+    assert (cache.hits, cache.misses) == (1, 7)
+    assert caplog.text.count("fill DISTILL.TEACHER.CACHE_MB") == 1
+    assert cache.take_share() == 1 / 8 and cache.take_share() == 0
+
+
+def test_keys_depend_on_pixels_and_size():
+    image = torch.arange(24, dtype=torch.uint8).reshape(3, 2, 4)
+    others = [image.flip(2), image.reshape(3, 4, 2), image + 1, image.transpose(1, 2)]
+    assert len({key_of(image), *map(key_of, others)}) == 5
+    assert key_of(image) == key_of(image.flip(2).flip(2)) == key_of(image.transpose(1, 2).contiguous().transpose(1, 2))
+
+
+@pytest.mark.parametrize("keys", [{}, {"DISTILL.TEACHER.SCALE": 2.0}])
+def test_a_resumed_run_is_bit_identical_although_its_cache_is_empty(distill_cfg, tmp_path, keys):
+    cfg = distill_cfg({**CACHE, **keys, "SOLVER.MAX_ITER": 20, "SOLVER.CHECKPOINT_PERIOD": 5, "SOLVER.BASE_LR": 1e-5})
+    whole, losses = train(DistillTrainer, cfg)
+    line = json.loads((tmp_path / "run" / "metrics.json").read_text().splitlines()[-1])
+    assert line["teacher/kept"] > 0.2  # 12 images in 2 views, seen 40 times
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000004.pth")
+    (tmp_path / "run" / "model_final.pth").unlink()
+    resumed, again = train(DistillTrainer, cfg, resume=True)
+    assert again == {step: values for step, values in losses.items() if step >= 5}
+
+
+def test_without_the_key_nothing_is_kept(distill_cfg):
+    model = GDetKD(distill_cfg()).train()
+    with EventStorage(0):
+        model(make_batch())
+    assert model.teacher.cache is None
