@@ -34,7 +34,7 @@ def test_an_image_runs_once_and_has_the_same_features(distill_cfg):
     for name, features in first.items():
         assert torch.equal(features, again[name]) and torch.equal(features.flip(0), turned[name])
     for name, features in FrozenTeacher(distill_cfg()).extract(batch).items():
-        torch.testing.assert_close(features, first[name], rtol=0, atol=float(1e-5 * features.abs().max()))
+        torch.testing.assert_close(features, first[name], rtol=0, atol=float(1e-4 * features.abs().max()))
 
 
 def test_other_pixels_another_size_and_other_padding_are_other_views(distill_cfg):

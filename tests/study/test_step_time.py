@@ -62,6 +62,24 @@ def test_both_train_in_turn_on_the_same_batches(pair, monkeypatch, every):
     assert (found.threads, found.device) == (torch.get_num_threads(), "cpu")
 
 
+def test_the_passes_that_fill_the_cache_are_spread_over_the_run(pair, monkeypatch):
+    for run in pair:
+        run.opts += ["DISTILL.TEACHER.CACHE_MB", 100]
+    seen = []
+    monkeypatch.setattr(
+        "gdetkd.study.step_time.time_in_rounds",
+        lambda works, rounds, warm_up: (
+            seen.append(works["method"].__self__.distiller.teacher.cache.misses),
+            {"baseline": [2.0] * 5, "method": [3.0] * 5},
+        )[1],
+    )
+    times = iter(range(100))
+    monkeypatch.setattr("gdetkd.study.step_time.now", lambda: float(next(times)))
+    found = measure_pair(*(run.config() for run in pair))
+    assert 0 < seen[0] <= 8  # 4 iterations of 2 images
+    assert 1.5 < found.ratio <= 1.5 + 4 / (2 * 4)  # each pass takes a second, and a plain step two
+
+
 def test_the_ratio_is_the_median_over_the_rounds(pair, monkeypatch):
     # Other work slows both steps of a round, so the ratio of that round stays.
     seconds = {"baseline": [1.0, 1.0, 10.0, 1.0, 1.0], "method": [1.5, 1.5, 15.0, 9.0, 1.2]}

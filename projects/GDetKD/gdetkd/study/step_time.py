@@ -13,12 +13,14 @@ config takes a step. If the loader is slower than the step, the waiting time of 
 """
 
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, List, Mapping, Optional, TextIO
 
@@ -29,10 +31,11 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage, EventWriter
 
 from ..config_file import load_config
+from ..device import images_on_device
 from ..engine import DistillTrainer
 from ..engine.guard import StepGuard
 from ..engine.hooks import RandomState
-from ..engine.step_costs import LATE, time_in_rounds
+from ..engine.step_costs import LATE, now, time_in_rounds
 from ..errors import GDetKDError
 from ..files import last_line, written_whole
 from ..program import explained_errors
@@ -52,7 +55,8 @@ class StepTime:
     """Hold the measured time of a method's step.
 
     Attributes:
-        ratio: time of the method's step over that of the baseline's step, median over the rounds.
+        ratio: time of the method's step over that of the baseline's step, median over the rounds. With
+            DISTILL.TEACHER.CACHE_MB it includes the passes of the teacher that fill the cache, spread over the run.
         low, high: lower and upper quartile of that ratio over the rounds.
         baseline_seconds: time of the baseline's step, median over the rounds.
         threads: threads of the process that measured; the runs have as many.
@@ -81,6 +85,23 @@ class _Stepper(DistillTrainer):
         for loss in self.distiller.losses.values() if self.distiller else ():
             loss.fill()
 
+    def fill_cache(self) -> float:
+        """Let the teacher see the views of a run until none is new. Return the seconds of the passes with new views."""
+        teacher = self.distiller.teacher if self.distiller and self.distiller.losses else None
+        if teacher is None or teacher.cache is None:
+            return 0.0
+        loader, seconds, without_new = self.build_train_loader(self.cfg), 0.0, 0
+        epoch = math.ceil(loader.description["images"] / self.cfg.SOLVER.IMS_PER_BATCH)
+        for batch in islice(loader, self.cfg.SOLVER.MAX_ITER // self._steps):
+            misses, start = teacher.cache.misses, now()
+            teacher.extract(images_on_device(teacher.with_cache_keys(batch), self.distiller.device))
+            is_new = teacher.cache.misses > misses
+            seconds += now() - start if is_new else 0.0
+            without_new = 0 if is_new else without_new + 1
+            if teacher.cache.is_full or without_new == epoch:
+                break
+        return seconds
+
     def build_writers(self) -> List[EventWriter]:
         return []
 
@@ -107,15 +128,19 @@ def measure_pair(baseline: CfgNode, method: CfgNode, rounds: int = ROUNDS, warm_
         GDetKDError: one of the two cannot be trained.
     """
     with tempfile.TemporaryDirectory() as folder:
-        works = {"baseline": _Stepper(baseline, folder).round, "method": _Stepper(method, folder).round}
+        steppers = {"baseline": _Stepper(baseline, folder), "method": _Stepper(method, folder)}
+        filling = steppers["method"].fill_cache()
+        works = {name: stepper.round for name, stepper in steppers.items()}
         seconds = time_in_rounds(works, rounds, warm_up)
+    step = statistics.median(seconds["baseline"]) / baseline.DISTILL.EVERY
+    once = filling / (step * method.SOLVER.MAX_ITER)
     ratios = [method / baseline for baseline, method in zip(seconds["baseline"], seconds["method"])]
-    low, ratio, high = statistics.quantiles(ratios, n=4)
+    low, ratio, high = (quartile + once for quartile in statistics.quantiles(ratios, n=4))
     return StepTime(
         round(ratio, 4),
         round(low, 4),
         round(high, 4),
-        round(statistics.median(seconds["baseline"]) / baseline.DISTILL.EVERY, 6),
+        round(step, 6),
         torch.get_num_threads(),
         baseline.MODEL.DEVICE,
     )

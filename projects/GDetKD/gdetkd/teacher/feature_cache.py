@@ -32,11 +32,12 @@ class FeatureCache:
 
     Attributes:
         hits, misses: number of images whose features were kept, and were not.
+        is_full: whether features did not fit.
     """
 
     def __init__(self, megabytes: float) -> None:
         self._free = megabytes * 1e6  # bytes
-        self._is_full = False
+        self.is_full = False
         self._kept: Dict[Key, Features] = {}
         self.hits = self.misses = 0
 
@@ -72,8 +73,8 @@ class FeatureCache:
             self._kept[place] = {
                 name: feature_map.detach().to("cpu", copy=True) for name, feature_map in features.items()
             }
-        elif not self._is_full:
-            self._is_full = True
+        elif not self.is_full:
+            self.is_full = True
             logger.info(
                 "The teacher's features of %d views fill DISTILL.TEACHER.CACHE_MB. The teacher's backbone runs for "
                 "all other views.",
