@@ -1,14 +1,16 @@
 """DISTILL.TEACHER.CACHE_MB: the teacher's backbone runs once for each view of an image, and nothing else changes."""
 
 import json
+import re
 
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
 from test_trainer import train
 
-from conftest import make_batch
+from conftest import make_batch, make_cfg
 from gdetkd import DistillTrainer, GDetKD
+from gdetkd.engine.cache_advice import cache_advice, views_of_an_image
 from gdetkd.teacher import FrozenTeacher
 from gdetkd.teacher.feature_cache import FeatureCache, key_of
 
@@ -94,3 +96,30 @@ def test_without_the_key_nothing_is_kept(distill_cfg):
     with EventStorage(0):
         model(make_batch())
     assert model.teacher.cache is None
+
+
+@pytest.mark.parametrize(
+    "keys, views",
+    [
+        ({}, 2),
+        ({"INPUT.RANDOM_FLIP": "none"}, 1),
+        ({"INPUT.MIN_SIZE_TRAIN": (48, 64)}, 4),
+        ({"INPUT.MIN_SIZE_TRAIN": (48, 64), "INPUT.MIN_SIZE_TRAIN_SAMPLING": "range"}, 0),
+        ({"INPUT.CROP.ENABLED": True}, 0),
+        ({"INPUT.INSTABOOST.ENABLED": True}, 0),
+    ],
+)
+def test_the_number_of_views(keys, views):
+    assert views_of_an_image(make_cfg(keys)) == views
+
+
+def test_the_advised_cache_holds_all_views_and_is_not_advised_twice(distill_cfg):
+    cfg = distill_cfg()
+    teacher, batch = FrozenTeacher(cfg), make_batch(sizes=((64, 64), (64, 64)))
+    advice = cache_advice(cfg, teacher, batch, images=500)
+    [megabytes] = re.findall(r"CACHE_MB (\d+) would keep", advice)
+    view = sum(features[0].numel() * 4 for features in teacher.extract(batch).values())
+    assert 1000 * view <= 1e6 * int(megabytes) <= 1150 * view + 1e6
+    cfg.DISTILL.TEACHER.CACHE_MB = int(megabytes)
+    assert cache_advice(cfg, teacher, batch, images=500) == ""
+    assert cache_advice(cfg, teacher, batch, images=10**9) == ""

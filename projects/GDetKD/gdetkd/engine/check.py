@@ -18,6 +18,7 @@ from ..data.unlabeled import unlabeled_per_batch
 from ..errors import GDetKDError, some
 from ..losses.classes import match_classes, other_names
 from ..structures import DetectorSpec
+from .cache_advice import cache_advice
 from .forward_guard import BROKEN
 from .preflight import load_dataset
 from .preprocessing import USUAL, Preprocessing, preprocessing_of, with_channels_swapped
@@ -245,9 +246,12 @@ class Check:
             f"A step of {cfg.SOLVER.IMS_PER_BATCH} images: {_cost(step)}; of the student alone: {_cost(plain)}.",
             f"{cfg.SOLVER.MAX_ITER} iterations take {end}, without loading data and evaluating.",
         ]
+        if self._distiller is not None and self._distiller.losses:
+            images = self._trainer.data_loader.description["images"]
+            lines.append(cache_advice(cfg, self._teacher, batches[0], images))
         if every > 1:
             lines.insert(1, f"One step in {every} has distillation terms (DISTILL.EVERY), so the mean is {mean:.3f} s.")
-        return "\n".join(lines)
+        return "\n".join(line for line in lines if line)
 
     def _verdict(self) -> str:
         unknown = "".join(f"\nNot checked: {part}" for part in self.unknown)
