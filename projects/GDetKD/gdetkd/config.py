@@ -90,8 +90,6 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # is larger.
     cfg.DISTILL.WARMUP_ITERS = 0
 
-    # Compute the distillation terms in every EVERY-th step. The other steps are those of the student alone.
-    cfg.DISTILL.EVERY = 1
     # The factors on the terms in the total loss:
     # - "fixed": WEIGHT of each loss.
     # - "auto": they change in training, so that the gradient of a term in the backbone's outputs has SHARE times the

@@ -6,7 +6,6 @@ from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
-from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from .config import plain_config
@@ -16,7 +15,6 @@ from .detectors import DetectorAdapter, build_adapter
 from .device import images_on_device, objects_on_device
 from .errors import GDetKDError
 from .losses import DistillLoss, build_losses
-from .losses.build import sum_of_zeros
 from .mixture import Mixture, shared_pyramid
 from .recorder import Recorder
 from .structures import DetectorOutputs, joined, with_class_names
@@ -41,8 +39,6 @@ class GDetKD(nn.Module):
         adapter: reads the student. None if there are no losses and no unlabelled images: then this trains the plain
             student.
         mixture: joins the student's losses on images with and without labels.
-        expected_terms: names of the distillation terms in the output of the last training step. A step that failed
-            would have had them.
 
     Raises:
         GDetKDError: teacher, student and losses do not fit together.
@@ -77,9 +73,7 @@ class GDetKD(nn.Module):
         self.mixture = Mixture(
             cfg.DISTILL.UNLABELED.WEIGHT, self.adapter.losses_are_means if self.adapter is not None else True
         )
-        self._every = cfg.DISTILL.EVERY
         self._to_compute: List[str] = []
-        self.expected_terms: List[str] = []
 
     @property
     def device(self) -> torch.device:
@@ -95,16 +89,16 @@ class GDetKD(nn.Module):
         # A training pass without gradients comes from PreciseBN, which concerns the student alone.
         if not self.training or self.adapter is None or not torch.is_grad_enabled():
             return self.student(batched_inputs)
-        self._to_compute = list(self.losses) if self._distils() else []
-        self.expected_terms = [term_name(name) for name in self._to_compute]
-        if self._to_compute:
+        self._to_compute = list(self.losses)
+        if self.losses:
             batched_inputs = self.teacher.with_cache_keys(batched_inputs)
         parts = split_batch(images_on_device(batched_inputs, self.device))
-        if not self._to_compute:
-            return self._joined_to_learned(self._run_student(parts)[0])
         batch = [inputs for part in parts for inputs in part]
-        features = self.teacher.extract(batch)  # first: a GPU can work on it while the student starts
+        if self.losses:
+            features = self.teacher.extract(batch)  # first: a GPU can work on it while the student starts
         losses, student = self._run_student(parts)
+        if not self.losses:
+            return losses
         later_regions = [stage.regions for stage in student.later_stages]
         teacher = self.teacher.look_at(features, student.regions, self._needs, later_regions)
         _check_filled(self._needs, student, teacher)
@@ -112,14 +106,6 @@ class GDetKD(nn.Module):
             self._to_compute.remove(name)
             losses[term_name(name)] = loss(student, teacher)
         return losses
-
-    def _distils(self) -> bool:
-        return bool(self.losses) and (get_event_storage().iter + 1) % self._every == 0
-
-    def _joined_to_learned(self, losses: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-        """Connect the student's losses to the parameters of the terms, because DDP waits for each gradient."""
-        name = next(iter(losses))
-        return {**losses, name: losses[name] + sum_of_zeros(self.losses.parameters())}
 
     def _run_student(
         self, parts: Sequence[List[Dict[str, Any]]]
@@ -129,7 +115,7 @@ class GDetKD(nn.Module):
             return self._record(parts[0])
         with shared_pyramid(self.student, parts) as pyramid:
             losses, outputs = zip(*(self._record(part) for part in parts))
-        return self.mixture.join(parts, losses), joined(outputs, pyramid) if self._to_compute else None
+        return self.mixture.join(parts, losses), joined(outputs, pyramid) if self.losses else None
 
     def _record(self, batch: List[Dict[str, Any]]) -> Tuple[Dict[str, torch.Tensor], Optional[DetectorOutputs]]:
         with ExitStack() as stack:
@@ -137,7 +123,7 @@ class GDetKD(nn.Module):
                 stack.enter_context(self.adapter.ignoring(doubtful_boxes(batch, self.device)))
             calls = stack.enter_context(Recorder(self.adapter.points()))
             losses = self.student(batch)
-        if not self._to_compute:
+        if not self.losses:
             return losses, None
         batch = objects_on_device(batch, self.device)
         outputs = self.adapter.observe(calls, batch)

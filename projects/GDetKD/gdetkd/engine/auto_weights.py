@@ -46,7 +46,7 @@ class AutoWeights:
                 'backbone is trained. Train a part of it, or set DISTILL.WEIGHTS to "fixed".'
             )
         self._shares = {term_name(name): cfg.DISTILL[name].SHARE for name in cfg.DISTILL.LOSSES}
-        self._period, self._every = cfg.DISTILL.AUTO.PERIOD, cfg.DISTILL.EVERY
+        self._period = cfg.DISTILL.AUTO.PERIOD
         self._momentum = cfg.DISTILL.AUTO.MOMENTUM
         self._first: Dict[str, float] = {}  # logarithm of the first weight, by term
         self._logs: Dict[str, float] = {}  # logarithm of the weight, smoothed
@@ -83,7 +83,7 @@ class AutoWeights:
             scale: factor on the losses in the backward pass, undone in the result. Half precision needs a large factor.
         """
         features, self._features = self._features, []
-        if self._logs and (iteration + 1) % self._period >= self._every:  # not the first step with terms of a period
+        if self._logs and (iteration + 1) % self._period:
             return {}
         gradients = term_gradients(losses, list(self._shares), features, scale) if features else {}
         unknown = dict.fromkeys(KINDS, math.nan)

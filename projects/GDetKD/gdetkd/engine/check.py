@@ -238,9 +238,7 @@ class Check:
         cfg, batches = self._cfg, self._batches()
         models = {"plain": self._student, "step": self._trainer.model.train()}
         plain, step = measure_steps(models, batches, cfg.SOLVER.AMP.ENABLED).values()
-        every = cfg.DISTILL.EVERY
-        mean = (step.seconds + (every - 1) * plain.seconds) / every
-        hours = mean * cfg.SOLVER.MAX_ITER / 3600
+        hours = step.seconds * cfg.SOLVER.MAX_ITER / 3600
         end = f"{hours:.1f} h" if hours >= 2 else f"{60 * hours:.0f} min"
         lines = [
             f"A step of {cfg.SOLVER.IMS_PER_BATCH} images: {_cost(step)}; of the student alone: {_cost(plain)}.",
@@ -249,8 +247,6 @@ class Check:
         if self._distiller is not None and self._distiller.losses:
             images = self._trainer.data_loader.description["images"]
             lines.append(cache_advice(cfg, self._teacher, batches[0], images))
-        if every > 1:
-            lines.insert(1, f"One step in {every} has distillation terms (DISTILL.EVERY), so the mean is {mean:.3f} s.")
         return "\n".join(line for line in lines if line)
 
     def _verdict(self) -> str:

@@ -36,9 +36,6 @@ LEVEL_KEYS = {
 }
 
 
-LARGEST_EVERY = 16
-
-
 class Rule(NamedTuple):
     """Hold a key, a test of its value, and a description of valid values."""
 
@@ -91,7 +88,6 @@ RULES = (
     Rule("INPUT.MAX_BAD_FRACTION", lambda value: _is_finite(value) and 0 <= value <= 1, "a share from 0 to 1"),
     Rule("DISTILL.UNLABELED.FRACTION", lambda value: _is_finite(value) and 0 < value < 1, "between 0 and 1"),
     Rule("DISTILL.UNLABELED.WEIGHT", _at_least(0), "0 or more"),
-    Rule("DISTILL.EVERY", lambda value: value in range(1, LARGEST_EVERY + 1), f"from 1 to {LARGEST_EVERY} steps"),
     Rule("DISTILL.WEIGHTS", lambda value: value in ("fixed", "auto"), '"fixed" or "auto"'),
     Rule("DISTILL.AUTO.PERIOD", _at_least(1), "1 or more iterations between two measurements"),
     Rule("DISTILL.AUTO.MOMENTUM", lambda value: _is_finite(value) and 0 <= value < 1, "0 or more and below 1"),

@@ -68,10 +68,7 @@ class LossSchedule:
 
     def _hook(self, model: nn.Module, inputs: Any, output: Any) -> Optional[Dict[str, torch.Tensor]]:
         # There is no distillation without gradients, as in PreciseBN's forward passes.
-        if not model.training or not torch.is_grad_enabled():
-            return None
-        terms = [name for name in self._nodes if name in output]  # none, if DISTILL.EVERY leaves them out of this step
-        if not terms:
+        if not model.training or not self._nodes or not torch.is_grad_enabled():
             return None
         storage = get_event_storage()
         if self._auto is not None:
@@ -79,8 +76,8 @@ class LossSchedule:
         weighted = self(output, storage.iter)
         # A student's loss may have the shape (1,), so it is summed.
         total = torch.stack([loss.detach().sum() for loss in weighted.values()]).sum()
-        self._scalars = {f"raw/{name}": output[name].detach().sum() for name in terms}
-        self._scalars.update({f"share/{name}": weighted[name].detach().sum() / total for name in terms})
+        self._scalars = {f"raw/{name}": output[name].detach().sum() for name in self._nodes}
+        self._scalars.update({f"share/{name}": weighted[name].detach().sum() / total for name in self._nodes})
         return weighted
 
     def take_scalars(self) -> Dict[str, torch.Tensor]:

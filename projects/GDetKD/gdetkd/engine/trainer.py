@@ -86,7 +86,7 @@ class DistillTrainer(BareTrainer):
         data_loader = self.build_train_loader(cfg)
         auto = AutoWeights(cfg, self.student.backbone) if cfg.DISTILL.WEIGHTS == "auto" and cfg.DISTILL.LOSSES else None
         self.schedule = LossSchedule(cfg, auto, lambda: self.loss_scale)
-        self.guarded_model = ForwardGuard(model, self.student)
+        self.guarded_model = ForwardGuard(model, self.student, self.schedule.terms)
         model = _distributed(self.guarded_model)
         self.schedule.attach(model)
         trainer_class = GuardedAMPTrainer if cfg.SOLVER.AMP.ENABLED else GuardedTrainer

@@ -66,8 +66,6 @@ class Insight(HookBase):
         # Detectron2 estimates BatchNorm statistics (TEST.PRECISE_BN) with forward passes that have no gradient.
         if not model.training or not torch.is_grad_enabled() or not self._is_due(self.trainer.iter + 1):
             return
-        if not any(term in losses for term in self._schedule.terms):
-            return  # DISTILL.EVERY leaves the terms out of this step
         # Every process takes part, because the backward pass of SyncBN waits for all of them.
         self._gradients = term_gradients(losses, self._schedule.terms, self._parameters, self.trainer.loss_scale)
 

@@ -41,13 +41,11 @@ def deciding_keys(dump: str) -> Dict[str, Any]:
     losses = flat["DISTILL.LOSSES"]
     unused = tuple(f"DISTILL.{name}." for name, _ in DISTILL_LOSS_REGISTRY if name not in losses)
     if not losses:
-        unused += ("DISTILL.REGIONS.", "DISTILL.WARMUP_ITERS", "DISTILL.EVERY", "DISTILL.WEIGHTS")
+        unused += ("DISTILL.REGIONS.", "DISTILL.WARMUP_ITERS", "DISTILL.WEIGHTS")
         if not flat["DISTILL.HEAD_TRANSFER"]:
             unused += ("DISTILL.TEACHER.", "DISTILL.CLASS_MAP")
     unused += tuple(f"DISTILL.{name}" for name in _unread_weights(flat, losses))
     # An earlier version wrote none of these keys.
-    if flat.get("DISTILL.EVERY") == 1:
-        unused += ("DISTILL.EVERY",)
     if not flat.get("DISTILL.TEACHER.CACHE_MB"):
         unused += ("DISTILL.TEACHER.CACHE_MB",)
     if not flat.get("DATASETS.UNLABELED"):

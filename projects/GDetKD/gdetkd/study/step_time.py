@@ -5,8 +5,8 @@ compared. Here the baseline and the method take steps in turn, in one process, s
 step is all that a training run times: loading the batch, forward and backward pass, guard and optimizer.
 
 Both start as a run starts, on the same batches, but as in the later part of a run: every term has its full weight, and
-CKD's queue is full. Nothing is written to the folder of a run. With DISTILL.EVERY, a round has that many steps of each
-config. The measurements of DISTILL.WEIGHTS "auto" cost a step now and then, which the median over rounds leaves out.
+CKD's queue is full. Nothing is written to the folder of a run. The measurements of DISTILL.WEIGHTS "auto" lengthen one
+step in many, which the median over the rounds leaves out.
 
 One limit: if workers load the batches (DATALOADER.NUM_WORKERS), the workers of one config also load while the other
 config takes a step. If the loader is slower than the step, the waiting time of both is then underestimated.
@@ -44,7 +44,7 @@ from .folder import fingerprint
 from .run import Run
 from .signals import starting
 
-# A round has DISTILL.EVERY steps of each config. The warm-up rounds allocate memory, and on a GPU choose algorithms.
+# A round has a step of each config. The warm-up rounds allocate memory, and on a GPU choose algorithms.
 WARM_UP, ROUNDS = 5, 30
 # Seconds between two looks at a measurement in a job.
 POLL_SECONDS = 1.0
@@ -75,7 +75,6 @@ class _Stepper(DistillTrainer):
     """Take the steps of a training run and nothing else: write no metrics, evaluate nothing and save nothing."""
 
     def __init__(self, cfg: CfgNode, folder: str) -> None:
-        self._steps = cfg.DISTILL.EVERY
         cfg = cfg.clone()
         cfg.OUTPUT_DIR = folder  # StepGuard writes a report there if a step is not finite
         cfg.DISTILL.INSIGHT.PERIOD = 0
@@ -92,7 +91,7 @@ class _Stepper(DistillTrainer):
             return 0.0
         loader, seconds, without_new = self.build_train_loader(self.cfg), 0.0, 0
         epoch = math.ceil(loader.description["images"] / self.cfg.SOLVER.IMS_PER_BATCH)
-        for batch in islice(loader, self.cfg.SOLVER.MAX_ITER // self._steps):
+        for batch in islice(loader, self.cfg.SOLVER.MAX_ITER):
             misses, start = teacher.cache.misses, now()
             teacher.extract(images_on_device(teacher.with_cache_keys(batch), self.distiller.device))
             is_new = teacher.cache.misses > misses
@@ -108,13 +107,11 @@ class _Stepper(DistillTrainer):
     def build_hooks(self) -> List[HookBase]:
         return [hook for hook in super().build_hooks() if isinstance(hook, (RandomState, StepGuard))]
 
-    def round(self) -> None:
-        for _ in range(self._steps):
-            with self.storage:
-                self.before_step()
-                self.run_step()
-            self.iter += 1
-            self.storage.iter = self.iter
+    def step(self) -> None:
+        with self.storage:
+            self.before_step()
+            self.run_step()
+        self.iter += 1
 
 
 def measure_pair(baseline: CfgNode, method: CfgNode, rounds: int = ROUNDS, warm_up: int = WARM_UP) -> StepTime:
@@ -130,9 +127,9 @@ def measure_pair(baseline: CfgNode, method: CfgNode, rounds: int = ROUNDS, warm_
     with tempfile.TemporaryDirectory() as folder:
         steppers = {"baseline": _Stepper(baseline, folder), "method": _Stepper(method, folder)}
         filling = steppers["method"].fill_cache()
-        works = {name: stepper.round for name, stepper in steppers.items()}
+        works = {name: stepper.step for name, stepper in steppers.items()}
         seconds = time_in_rounds(works, rounds, warm_up)
-    step = statistics.median(seconds["baseline"]) / baseline.DISTILL.EVERY
+    step = statistics.median(seconds["baseline"])
     once = filling / (step * method.SOLVER.MAX_ITER)
     ratios = [method / baseline for baseline, method in zip(seconds["baseline"], seconds["method"])]
     low, ratio, high = (quartile + once for quartile in statistics.quantiles(ratios, n=4))
