@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from conftest import ALL_LOSSES, make_batch, make_cfg
 from gdetkd import DistillTrainer
 from gdetkd.distiller import term_name
-from gdetkd.engine.auto_weights import LARGEST_CHANGE, AutoWeights
+from gdetkd.engine.auto_weights import FIRST_STEPS, LARGEST_CHANGE, AutoWeights
 from gdetkd.engine.check import Check
 from gdetkd.engine.gradients import OWN, term_gradients
 from gdetkd.errors import GDetKDError
@@ -63,7 +64,7 @@ def test_closed_form(make_weights):
     assert weights.weight(SGFI) == weights.weight(CKD) == 0
     maps = backbone.train()(torch.ones(2))
     losses = {"a": 3 * maps["p2"], "b": 4 * maps["p3"], SGFI: 10 * maps["p3"], CKD: -2 * maps["p2"]}
-    found = weights.measure(losses, 0, scale=256.0)
+    found = weights.measure(losses, 0)
     assert found == pytest.approx(measured(10, 2, 5, sgfi_cosine=0.8, ckd_cosine=-0.6))
     weights.follow(found)
     assert weights.weight(SGFI) == pytest.approx(3 * 5 / 10)
@@ -71,25 +72,24 @@ def test_closed_form(make_weights):
     assert backbone.weight.grad is None
 
 
-def test_measurements_come_at_the_start_and_every_period(make_weights):
-    weights, backbone = make_weights(PERIOD=3)
+def test_measurements_come_in_the_first_steps_and_every_period(make_weights):
+    weights, backbone = make_weights(PERIOD=4)
 
     def look(iteration):
         maps = backbone.train()(torch.ones(2))
-        losses = {"a": maps["p2"], SGFI: maps["p2"], CKD: maps["p3"]}
-        found = weights.measure(losses, iteration, 1.0)
-        weights.follow(found)
-        return bool(found)
+        return bool(weights.measure({"a": maps["p2"], SGFI: maps["p2"] * 0, CKD: maps["p3"] * 0}, iteration))
 
-    assert [look(iteration) for iteration in range(7)] == [True, False, True, False, False, True, False]
+    assert [iteration for iteration in range(13) if look(iteration)] == [*range(FIRST_STEPS), 7, 11]
 
 
-def test_weights_move_by_the_momentum_in_the_logarithm(make_weights):
+def test_the_first_measurements_count_equally_and_later_ones_by_the_momentum(make_weights):
     weights, _ = make_weights(MOMENTUM=0.75)
-    weights.follow(measured(sgfi=1.0))
-    weights.follow(measured(sgfi=1 / 16, ckd=0.0))  # CKD had no region
-    assert weights.weight(SGFI) == pytest.approx(3 * 2)
-    assert weights.weight(CKD) == pytest.approx(0.5)
+    for norm in (1.0, 16.0, 1.0, 1.0, 2.0):
+        weights.follow(measured(sgfi=norm, ckd=0.0))  # CKD has no region
+    assert weights.weight(SGFI) == pytest.approx(3 / 2)  # the geometric mean of the norms is 2
+    weights.follow(measured(sgfi=2 * 2**4, ckd=0.0))
+    assert weights.weight(SGFI) == pytest.approx(3 / 4)
+    assert weights.weight(CKD) == 0
 
 
 @pytest.mark.parametrize("values", [{"own": math.nan}, {"own": 0.0}, {"sgfi": math.inf, "ckd": math.nan}])
@@ -105,13 +105,33 @@ def test_values_that_say_nothing_change_nothing(make_weights, values):
 @pytest.mark.parametrize("norm, factor", [(1e-9, LARGEST_CHANGE), (1e9, 1 / LARGEST_CHANGE)])
 def test_weights_stay_in_bounds(make_weights, norm, factor):
     weights, _ = make_weights(MOMENTUM=0.0)
-    weights.follow(measured())
+    for _ in range(FIRST_STEPS):
+        weights.follow(measured())
     weights.follow(measured(sgfi=norm))
     assert weights.weight(SGFI) == pytest.approx(3 * factor)
+    weights.follow(measured())
+    assert weights.weight(SGFI) == pytest.approx(3)
+
+
+def test_an_overflow_in_half_precision_lowers_the_scale_of_its_term_alone(make_weights):
+    weights, backbone = make_weights()
+    backbone.half()
+
+    def look():
+        maps = backbone.train()(torch.ones(2, dtype=torch.float16))
+        losses = {"a": 3 * maps["p2"].float(), SGFI: maps["p3"].float(), CKD: 1e3 * maps["p2"].float()}
+        found = weights.measure(losses, 0)
+        weights.follow(found)
+        return found
+
+    first, second = look(), look()
+    assert math.isinf(first[f"norm/{CKD}"]) and first[f"norm/{SGFI}"] == 1
+    assert second == pytest.approx({**measured(1, 1e3, 3, ckd_cosine=1.0)})
+    assert weights.weight(SGFI) == pytest.approx(9) and weights.weight(CKD) == pytest.approx(0.0015)
 
 
 def test_a_term_that_opposes_the_student_is_reduced_and_reported_once(make_weights, caplog):
-    weights, _ = make_weights(MOMENTUM=0.5)
+    weights, _ = make_weights()
     weights.follow(measured(sgfi_cosine=0.2, ckd_cosine=-0.8))
     weights.follow(measured(sgfi_cosine=-0.4, ckd_cosine=-1.0))
     assert weights.weight(SGFI) == pytest.approx(3 * 0.9)
@@ -129,16 +149,25 @@ def test_a_frozen_backbone_is_refused():
         AutoWeights(make_cfg({"DISTILL.LOSSES": ("SGFI",)}), Backbone().requires_grad_(False))
 
 
-@pytest.mark.parametrize("losses", [ALL_LOSSES, ("CKD", "PKD")])
-def test_a_training_gives_each_term_its_share(distill_cfg, losses):
+@pytest.mark.parametrize(
+    "pair, losses",
+    [
+        ("faster_rcnn-faster_rcnn", ALL_LOSSES),
+        ("faster_rcnn-faster_rcnn", ("CKD", "PKD")),
+        ("cascade_rcnn-cascade_rcnn", ALL_LOSSES),
+        ("faster_rcnn-retinanet", ("SGFI", "CKD")),
+    ],
+)
+def test_a_training_gives_each_term_its_share(pair_cfg, pair, losses):
     shares = dict(zip(losses, (2.0, 1.0, 0.5, 0.25)))
     keys = {f"DISTILL.{name}.SHARE": share for name, share in shares.items()}
-    trainer = DistillTrainer(distill_cfg({**AUTO, "DISTILL.LOSSES": losses, **keys}))
+    trainer = DistillTrainer(pair_cfg(pair, {**AUTO, "DISTILL.LOSSES": losses, **keys}))
     maps = []
     trainer.student.backbone.register_forward_hook(lambda module, inputs, output: maps.extend(output.values()))
-    for iteration in (0, 2):  # the first step sets the weights, the second one uses them
+    for iteration in (0, FIRST_STEPS + 1):  # the first step sets the weights, the second one uses them
         maps.clear()
         torch.manual_seed(0)
+        vars(trainer.student).pop("loss_normalizer", None)  # the moving average of a dense student
         with EventStorage(iteration):
             weighted = trainer.model.train()(make_batch())
         trainer.schedule.follow(trainer.schedule.take_gradients())
@@ -176,6 +205,35 @@ def test_two_processes_have_the_same_weights(shared_cfg, tmp_path):
     results = run_in_processes(_train, tmp_path, 2, shared_cfg(2, {**AUTO, "SOLVER.MAX_ITER": 6}))
     assert have_equal_parameters(results) and results[0]["weights"] == results[1]["weights"]
     assert all(weight > 0 for weight in results[0]["weights"].values())
+
+
+class _Fails(DistillTrainer):
+    """The forward pass of rank 1 is not finite twice, before and after the student's backbone."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        forward, calls = self.student.forward, []
+
+        def fail(batch):
+            calls.append(batch)
+            if len(calls) == 3 and comm.get_rank() == 1:
+                raise FloatingPointError("not finite")
+            losses = forward(batch)
+            if len(calls) == 4 and comm.get_rank() == 1:
+                raise FloatingPointError("not finite")
+            return losses
+
+        self.student.forward = fail
+
+
+def _train_with_failures(rank, cfg):
+    return train_rank(rank, cfg, _Fails)
+
+
+def test_two_processes_stay_together_when_steps_fail(shared_cfg, tmp_path):
+    keys = {**AUTO, "DISTILL.SKIP_NONFINITE": 2, "SOLVER.MAX_ITER": 6}
+    results = run_in_processes(_train_with_failures, tmp_path, 2, shared_cfg(2, keys))
+    assert have_equal_parameters(results) and all(result["changed"] for result in results)
 
 
 def test_with_unlabeled_images_the_gradients_are_those_of_the_whole_batch(unlabeled_cfg):  # noqa: F811

@@ -55,6 +55,17 @@ def test_a_checkpoint_of_an_earlier_version_is_compared_by_the_new_names(distill
     assert "changed since the checkpoint was written: DISTILL.INSIGHT.PERIOD 50 -> 20." in caplog.text
 
 
+def test_a_run_of_an_earlier_version_had_fixed_weights(distill_cfg):
+    cfg = distill_cfg()
+    before = cfg.clone()
+    del before.DISTILL["WEIGHTS"]
+    record = RunRecord(before, None).state_dict()
+    RunRecord(cfg, None).load_state_dict(record)
+    cfg.DISTILL.WEIGHTS = "auto"
+    with pytest.raises(GDetKDError, match="other weights of the losses: DISTILL.WEIGHTS 'fixed'; now 'auto'"):
+        RunRecord(cfg, None).load_state_dict(record)
+
+
 def test_a_changed_number_of_processes_is_named(distill_cfg, caplog):
     record = RunRecord(distill_cfg(), ("cat", "dog"))
     record.load_state_dict({**record.state_dict(), "processes": 4})

@@ -13,6 +13,7 @@ from gdetkd.errors import GDetKDError
 from gdetkd.losses.embedding_queue import EmbeddingQueue
 from gdetkd.study.run import PLAIN, Run
 from gdetkd.study.step_time import StepTime, _Stepper, kept_step_time, measure_in_process, measure_pair
+from gdetkd.teacher.feature_cache import FeatureCache
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,6 +75,26 @@ def test_the_passes_that_fill_the_cache_are_spread_over_the_run(pair, monkeypatc
     found = measure_pair(*(run.config() for run in pair))
     assert 0 < seen[0] <= 8  # 4 iterations of 2 images
     assert 1.5 < found.ratio <= 1.5 + 4 / (2 * 4)  # each pass takes a second, and a plain step two
+
+
+def test_a_full_cache_is_measured_on_batches_that_it_does_not_hold(pair, monkeypatch):
+    for run in pair:
+        run.opts += ["DISTILL.TEACHER.CACHE_MB", 1]
+    monkeypatch.setattr("gdetkd.teacher.frozen.FeatureCache", lambda megabytes: FeatureCache(0.03))
+    starts, hits = [], []
+
+    def look(works, rounds, warm_up):
+        steppers = [work.__self__ for work in works.values()]
+        starts.extend(stepper.data_loader.start_iter for stepper in steppers)
+        cache = steppers[1].distiller.teacher.cache
+        cache.take_share()
+        seconds = time_in_rounds(works, rounds, warm_up)
+        hits.append(cache.hits)
+        return seconds
+
+    monkeypatch.setattr("gdetkd.study.step_time.time_in_rounds", look)
+    measure_pair(*(run.config() for run in pair), rounds=2, warm_up=0)
+    assert starts[0] == starts[1] > 0 and hits == [0]
 
 
 def test_the_ratio_is_the_median_over_the_rounds(pair, monkeypatch):

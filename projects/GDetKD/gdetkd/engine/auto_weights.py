@@ -2,7 +2,7 @@
 
 import logging
 import math
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping
 
 import torch
 from detectron2.config import CfgNode
@@ -10,23 +10,29 @@ from torch import nn
 
 from ..distiller import term_name
 from ..errors import GDetKDError
-from .gradients import OWN, term_gradients
+from .gradients import OWN, gradients_at_scales
 
 logger = logging.getLogger(__name__)
 
-# Largest change of a weight, as a factor, since it was first set. Source: our choice.
-LARGEST_CHANGE = 100.0
+# The first steps in which gradients are measured. Their mean is the reference of the bounds. Source: our choice.
+FIRST_STEPS = 5
+# Largest change of a weight from the reference, as a factor. Source: our choice.
+LARGEST_CHANGE = 1000.0
 # A warning reports a term once if its weight is reduced to less than this share. Source: our choice.
 NOTABLE_REDUCTION = 0.8
+# Factor on a loss in the backward pass in half precision. After an overflow the next measurement takes a lower one.
+HALF_SCALE, SCALE_STEP = 2.0**8, 2.0**4
 KINDS = ("norm", "cosine")
+STATE = ("counts", "references", "logs", "cosines")
 
 
 class AutoWeights:
     """Weight each term so that its gradient has a given norm, in multiples of that of the student's own losses.
 
     The gradients are taken in the backbone's outputs, which all losses share. So they need no backward pass through the
-    backbone, as in MGDA-UB (https://arxiv.org/abs/1810.04650). Balancing the norms of gradients is the idea of GradNorm
-    (https://arxiv.org/abs/1711.02257). Here the weights are computed from the norms. GradNorm learns them.
+    backbone, as in MGDA-UB (https://arxiv.org/abs/1810.04650). A map that is made of another one, such as p6, counts in
+    both. Balancing the norms of gradients is the idea of GradNorm (https://arxiv.org/abs/1711.02257). Here the weights
+    are computed from the norms. GradNorm learns them.
 
     A term whose gradient points against that of the student's own losses gets less: its weight is multiplied by 1 plus
     the cosine of the two, if the cosine is negative. Norms and cosines are smoothed over measurements.
@@ -48,9 +54,11 @@ class AutoWeights:
         self._shares = {term_name(name): cfg.DISTILL[name].SHARE for name in cfg.DISTILL.LOSSES}
         self._period = cfg.DISTILL.AUTO.PERIOD
         self._momentum = cfg.DISTILL.AUTO.MOMENTUM
-        self._first: Dict[str, float] = {}  # logarithm of the first weight, by term
+        self._counts: Dict[str, int] = {}  # number of measurements, by term
+        self._references: Dict[str, float] = {}  # logarithm of the weight after the first measurements
         self._logs: Dict[str, float] = {}  # logarithm of the weight, smoothed
         self._cosines: Dict[str, float] = {}  # smoothed
+        self._scales: Dict[str, float] = {}  # in half precision
         self._reported: List[str] = []
         self._features: List[torch.Tensor] = []
         backbone.register_forward_hook(self._keep_features)
@@ -72,7 +80,7 @@ class AutoWeights:
             maps = output.values() if isinstance(output, Mapping) else output
             self._features = [features for features in maps if features.requires_grad]
 
-    def measure(self, losses: Mapping[str, torch.Tensor], iteration: int, scale: float) -> Dict[str, float]:
+    def measure(self, losses: Mapping[str, torch.Tensor], iteration: int) -> Dict[str, float]:
         """Measure the gradients if that is due at this iteration. Otherwise return nothing.
 
         If a gradient is not finite, or the forward pass failed, the values are not a number. So all processes return
@@ -80,14 +88,20 @@ class AutoWeights:
 
         Args:
             losses: the losses of this step. The terms have no weight.
-            scale: factor on the losses in the backward pass, undone in the result. Half precision needs a large factor.
         """
         features, self._features = self._features, []
-        if self._logs and (iteration + 1) % self._period:
+        if iteration >= FIRST_STEPS and (iteration + 1) % self._period:
             return {}
-        gradients = term_gradients(losses, list(self._shares), features, scale) if features else {}
-        unknown = dict.fromkeys(KINDS, math.nan)
-        return {f"{kind}/{name}": gradients.get(name, unknown)[kind] for name in [OWN, *self._shares] for kind in KINDS}
+        names = [OWN, *self._shares]
+        if not features:
+            return {f"{kind}/{name}": math.nan for name in names for kind in KINDS}
+        half = features[0].dtype in (torch.float16, torch.bfloat16)
+        scales = {name: self._scales.get(name, HALF_SCALE) if half else 1.0 for name in names}
+        gradients = gradients_at_scales(losses, list(self._shares), features, scales)
+        for name in names:
+            if half and not math.isfinite(gradients[name]["norm"]):
+                self._scales[name] = scales[name] / SCALE_STEP
+        return {f"{kind}/{name}": gradients[name][kind] for name in names for kind in KINDS}
 
     def follow(self, measured: Mapping[str, float]) -> None:
         """Move the weights towards those that give each term its share.
@@ -104,11 +118,16 @@ class AutoWeights:
                 self._move(term, math.log(share * own / norm), measured[f"cosine/{term}"])
 
     def _move(self, term: str, log: float, cosine: float) -> None:
-        first = self._first.setdefault(term, log)
-        widest = math.log(LARGEST_CHANGE)
-        log = min(max(log, first - widest), first + widest)
-        self._logs[term] = self._smooth(self._logs.get(term), log)
-        self._cosines[term] = self._smooth(self._cosines.get(term), cosine)
+        count = self._counts[term] = self._counts.get(term, 0) + 1
+        if count > FIRST_STEPS:
+            widest = math.log(LARGEST_CHANGE)
+            log = min(max(log, self._references[term] - widest), self._references[term] + widest)
+        # The first measurements count equally.
+        momentum = min(self._momentum, (count - 1) / count) if count <= FIRST_STEPS else self._momentum
+        self._logs[term] = momentum * self._logs.get(term, 0.0) + (1 - momentum) * log
+        self._cosines[term] = momentum * self._cosines.get(term, 0.0) + (1 - momentum) * cosine
+        if count <= FIRST_STEPS:
+            self._references[term] = self._logs[term]
         if self._agreement(term) < NOTABLE_REDUCTION and term not in self._reported:
             self._reported.append(term)
             logger.warning(
@@ -119,11 +138,9 @@ class AutoWeights:
                 self._agreement(term),
             )
 
-    def _smooth(self, before: Optional[float], now: float) -> float:
-        return now if before is None else self._momentum * before + (1 - self._momentum) * now
-
     def state_dict(self) -> Dict[str, Any]:
-        return {"first": dict(self._first), "logs": dict(self._logs), "cosines": dict(self._cosines)}
+        return {name: dict(getattr(self, f"_{name}")) for name in STATE}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self._first, self._logs, self._cosines = (dict(state[name]) for name in ("first", "logs", "cosines"))
+        for name in STATE:
+            setattr(self, f"_{name}", dict(state[name]))

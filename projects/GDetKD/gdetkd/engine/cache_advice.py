@@ -1,7 +1,7 @@
 """Say how large a cache of the teacher's features must be, where one is useful (DISTILL.TEACHER.CACHE_MB)."""
 
 import math
-from typing import Any, Dict, List
+from typing import Any, List
 
 from detectron2.config import CfgNode
 
@@ -11,24 +11,28 @@ from ..teacher import FrozenTeacher
 LARGEST_MB = 16_000
 
 
-def cache_advice(cfg: CfgNode, teacher: FrozenTeacher, batch: List[Dict[str, Any]], images: int) -> str:
+def cache_advice(cfg: CfgNode, teacher: FrozenTeacher, batches: List[Any], images: int) -> str:
     """Return a sentence on the cache that holds all views of the training images, or "" if it would not help.
 
+    Nothing is said for a GPU, where it was not measured, or if batches are padded to several sizes, because an image
+    then has a view for each.
+
     Args:
-        batch: a training batch, to learn the size of the features.
+        batches: some training batches, to learn the size of the features.
         images: number of training images.
     """
     views = views_of_an_image(cfg)
-    if views == 0:
+    sizes = {tuple(teacher.preprocess(batch).tensor.shape[-2:]) for batch in batches}
+    if views == 0 or len(sizes) > 1 or cfg.MODEL.DEVICE != "cpu":
         return ""
-    features = teacher.extract(batch).values()
-    size = sum(feature_map.numel() * feature_map.element_size() for feature_map in features) / len(batch)
-    megabytes = math.ceil(1.1 * views * images * size / 1e6)  # images differ in size
+    features = teacher.extract(batches[0]).values()
+    size = sum(feature_map.numel() * feature_map.element_size() for feature_map in features) / len(batches[0])
+    megabytes = math.ceil(views * images * size / 1e6)
     if megabytes > LARGEST_MB or cfg.DISTILL.TEACHER.CACHE_MB >= megabytes:
         return ""
     return (
         f"An image has {views} view{'s' if views > 1 else ''}. DISTILL.TEACHER.CACHE_MB {megabytes} would keep the "
-        "teacher's features of all of them in main memory, so that its backbone runs once for each."
+        "teacher's features of all of them in the main memory of each process, so that its backbone runs once for each."
     )
 
 

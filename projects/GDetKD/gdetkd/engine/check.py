@@ -200,11 +200,11 @@ class Check:
         return list(islice(iter(self._trainer.data_loader), BATCHES))
 
     def _start_weights(self) -> None:
-        """Set weights that follow from gradients, as the first step of a training does."""
+        """Set weights that follow from gradients, as the first steps of a training do."""
         schedule = self._trainer.schedule
-        if schedule.is_auto:
+        for batch in self._batches() if schedule.is_auto else ():
             with EventStorage(0), torch.autocast("cuda", enabled=self._cfg.SOLVER.AMP.ENABLED):
-                self._trainer.model.train()(self._batches()[0])
+                self._trainer.model.train()(batch)
             schedule.follow(schedule.take_gradients())
 
     def _terms(self, terms: Dict[str, TermCost]) -> str:
@@ -229,9 +229,10 @@ class Check:
                 "weights, the teacher's weights and the data are finite."
             )
         elif is_distillation and term.gradient == 0:
+            key = "SHARE" if self._trainer.schedule.is_auto else "WEIGHT"
             self.problems.append(
-                f"{name} sends no gradient to the student: its WEIGHT is 0, or {BATCHES} batches had no region for it. "
-                "Raise the weight, check the data, or remove the loss from DISTILL.LOSSES."
+                f"{name} sends no gradient to the student: its {key} is 0, or {BATCHES} batches had no region for it. "
+                f"Raise {key}, check the data, or remove the loss from DISTILL.LOSSES."
             )
 
     def _costs(self) -> str:
@@ -246,7 +247,7 @@ class Check:
         ]
         if self._distiller is not None and self._distiller.losses:
             images = self._trainer.data_loader.description["images"]
-            lines.append(cache_advice(cfg, self._teacher, batches[0], images))
+            lines.append(cache_advice(cfg, self._teacher, batches, images))
         return "\n".join(line for line in lines if line)
 
     def _verdict(self) -> str:

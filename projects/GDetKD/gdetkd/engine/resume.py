@@ -54,6 +54,7 @@ class RunRecord:
             GDetKDError: the classes, their order, the losses, the student, the optimizer or the precision changed.
         """
         before, now = flat_config(then["config"]), flat_config(self._config)
+        before.setdefault("DISTILL.WEIGHTS", "fixed")  # an earlier version had no other way
         for key, what in FIXED.items():
             if key in before and before[key] != now[key]:
                 raise GDetKDError(_refusal(what, f"{key} {before[key]!r}", repr(now[key])))

@@ -1,6 +1,6 @@
 """Weight the distillation terms over the training."""
 
-from typing import Any, Callable, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 import torch
 from detectron2.config import CfgNode
@@ -17,16 +17,12 @@ class LossSchedule:
     Args:
         cfg: gives DISTILL.WARMUP_ITERS, and WEIGHT and WARMUP_ITERS of each loss in DISTILL.LOSSES.
         auto: gives the weights in place of WEIGHT, for DISTILL.WEIGHTS "auto".
-        loss_scale: returns the factor on the losses in the backward pass.
     """
 
-    def __init__(
-        self, cfg: CfgNode, auto: Optional[AutoWeights] = None, loss_scale: Callable[[], float] = lambda: 1.0
-    ) -> None:
+    def __init__(self, cfg: CfgNode, auto: Optional[AutoWeights] = None) -> None:
         self._warmup_iters = cfg.DISTILL.WARMUP_ITERS
         self._nodes = {term_name(name): cfg.DISTILL[name] for name in cfg.DISTILL.LOSSES}
         self._auto = auto
-        self._loss_scale = loss_scale
         self._scalars: Dict[str, torch.Tensor] = {}
         self._gradients: Dict[str, float] = {}
 
@@ -60,7 +56,7 @@ class LossSchedule:
         """Weight the losses that `model` returns in training, and keep values for `take_scalars`.
 
         Returns:
-            the handle that undoes this.
+            the handle that undoes this. Weights that follow from gradients go on watching the backbone.
         """
         if self._auto is not None:
             self._auto.attach(model)
@@ -72,7 +68,7 @@ class LossSchedule:
             return None
         storage = get_event_storage()
         if self._auto is not None:
-            self._gradients = self._auto.measure(output, storage.iter, self._loss_scale())
+            self._gradients = self._auto.measure(output, storage.iter)
         weighted = self(output, storage.iter)
         # A student's loss may have the shape (1,), so it is summed.
         total = torch.stack([loss.detach().sum() for loss in weighted.values()]).sum()

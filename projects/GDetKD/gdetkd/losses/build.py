@@ -46,7 +46,7 @@ class DistillLoss(nn.Module):
     def add_keys(cls, node: CfgNode) -> None:
         """Add the loss's own keys and their defaults to the config node DISTILL.<name>, in place.
 
-        The node has WEIGHT and WARMUP_ITERS already.
+        The node has WEIGHT, SHARE and WARMUP_ITERS already.
         """
 
     def forward(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:

@@ -187,8 +187,9 @@ class Comparison:
     def measure_steps(self, jobs: int, executor: Optional[Executor] = None) -> None:
         """Measure `step_times`, with the number of threads that a training has if `jobs` run at once.
 
-        The time of a step does not depend on seed and schedule, so each method is measured once. If there is only the
-        baseline, it is measured against itself to learn its seconds.
+        The time of a step does not depend on seed and schedule, so each method is measured once. Only the share of the
+        passes that fill DISTILL.TEACHER.CACHE_MB does, and it is that of the config's own schedule. If there is only
+        the baseline, it is measured against itself to learn its seconds.
         """
         methods = self.methods[1:] or [BASELINE]
         with exit_on_signals(), tqdm(methods, desc="measuring the time of a step", unit="method") as bar:

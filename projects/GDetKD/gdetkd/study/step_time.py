@@ -22,7 +22,7 @@ import time
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, List, Mapping, Optional, TextIO
+from typing import Any, List, Mapping, Optional, TextIO, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -56,7 +56,8 @@ class StepTime:
 
     Attributes:
         ratio: time of the method's step over that of the baseline's step, median over the rounds. With
-            DISTILL.TEACHER.CACHE_MB it includes the passes of the teacher that fill the cache, spread over the run.
+            DISTILL.TEACHER.CACHE_MB it includes the passes of the teacher that fill the cache, spread over the
+            iterations of the config.
         low, high: lower and upper quartile of that ratio over the rounds.
         baseline_seconds: time of the baseline's step, median over the rounds.
         threads: threads of the process that measured; the runs have as many.
@@ -84,22 +85,29 @@ class _Stepper(DistillTrainer):
         for loss in self.distiller.losses.values() if self.distiller else ():
             loss.fill()
 
-    def fill_cache(self) -> float:
-        """Let the teacher see the views of a run until none is new. Return the seconds of the passes with new views."""
+    def fill_cache(self) -> Tuple[float, int]:
+        """Let the teacher see the views of a run until none is new, or the cache is full.
+
+        Returns:
+            the seconds of the passes with new views, and the batch from which on steps are typical. If the cache is
+            full, the batches before are not, because it keeps all of their features.
+        """
         teacher = self.distiller.teacher if self.distiller and self.distiller.losses else None
         if teacher is None or teacher.cache is None:
-            return 0.0
+            return 0.0, 0
         loader, seconds, without_new = self.build_train_loader(self.cfg), 0.0, 0
         epoch = math.ceil(loader.description["images"] / self.cfg.SOLVER.IMS_PER_BATCH)
-        for batch in islice(loader, self.cfg.SOLVER.MAX_ITER):
+        for index, batch in enumerate(islice(loader, self.cfg.SOLVER.MAX_ITER)):
             misses, start = teacher.cache.misses, now()
             teacher.extract(images_on_device(teacher.with_cache_keys(batch), self.distiller.device))
             is_new = teacher.cache.misses > misses
             seconds += now() - start if is_new else 0.0
             without_new = 0 if is_new else without_new + 1
-            if teacher.cache.is_full or without_new == epoch:
+            if teacher.cache.is_full:
+                return seconds, index + 1
+            if without_new == epoch:
                 break
-        return seconds
+        return seconds, 0
 
     def build_writers(self) -> List[EventWriter]:
         return []
@@ -126,7 +134,9 @@ def measure_pair(baseline: CfgNode, method: CfgNode, rounds: int = ROUNDS, warm_
     """
     with tempfile.TemporaryDirectory() as folder:
         steppers = {"baseline": _Stepper(baseline, folder), "method": _Stepper(method, folder)}
-        filling = steppers["method"].fill_cache()
+        filling, first_batch = steppers["method"].fill_cache()
+        for stepper in steppers.values():
+            stepper.data_loader.start_iter = first_batch
         works = {name: stepper.step for name, stepper in steppers.items()}
         seconds = time_in_rounds(works, rounds, warm_up)
     step = statistics.median(seconds["baseline"])
