@@ -222,7 +222,7 @@ def _add_loss_nodes(cfg: CfgNode) -> None:
         # Factor on the term in the total loss.
         node.WEIGHT = loss.default_weight
         # Norm of the term's gradient in the backbone's outputs for DISTILL.WEIGHTS "auto", in multiples of that of the
-        # student's own losses. Source: our choice (docs/results.md).
+        # student's own losses. Source: our choice (docs/weights.md).
         node.SHARE = loss.default_share
         # The weight rises linearly from 0 over this many iterations. 0: the weight is constant.
         node.WARMUP_ITERS = 0
