@@ -87,7 +87,7 @@ class REG(DistillLoss):
     """
 
     default_weight = 1.0  # source: our choice
-    default_share = 0.2  # source: our choice (docs/weights.md)
+    default_share = 0.4  # source: our choice (docs/weights.md)
     needs = frozenset({"logits", "deltas"})
 
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
