@@ -92,8 +92,8 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
 
     # The factors on the terms in the total loss:
     # - "fixed": WEIGHT of each loss.
-    # - "auto": they change in training, so that the gradient of a term in the backbone's outputs has SHARE times the
-    #   norm of that of the student's own losses.
+    # - "auto": they are computed in training, so that the gradient of a term in the backbone's outputs has SHARE times
+    #   the norm of the gradient of the student's own losses (docs/weights.md).
     cfg.DISTILL.WEIGHTS = "fixed"
     _add_auto_node(cfg)
 
@@ -184,8 +184,8 @@ def _add_teacher_node(cfg: CfgNode) -> None:
     # Size of the images that the teacher sees in training, in multiples of the size of the student's images. Both are
     # made from the original pixels by the same augmentations. 1: the teacher sees the student's images.
     cfg.DISTILL.TEACHER.SCALE = 1.0
-    # Main memory (MB) of each process for the teacher's features of images that come again. It helps if images have few
-    # views: a fixed size, flips, no crops, and a dataset that fits. 0: keep none.
+    # Main memory (MB) of each process in which the teacher's features are kept for the next time that the same pixels
+    # come. It helps if a dataset has few views: a fixed size, flips, no crops. 0: keep none.
     cfg.DISTILL.TEACHER.CACHE_MB = 0
     # On CUDA, run the teacher's backbone on a stream of its own, so that it can run beside the student's forward pass.
     # This takes more memory, and it is faster only if the student alone does not fill the GPU.
@@ -221,8 +221,8 @@ def _add_loss_nodes(cfg: CfgNode) -> None:
         node = cfg.DISTILL[name] = CfgNode()
         # Factor on the term in the total loss.
         node.WEIGHT = loss.default_weight
-        # Norm of the term's gradient in the backbone's outputs for DISTILL.WEIGHTS "auto", in multiples of that of the
-        # student's own losses. Source: our choice (docs/weights.md).
+        # For DISTILL.WEIGHTS "auto": norm of the term's gradient over the norm of the gradient of the student's own
+        # losses, both in the backbone's outputs. Source: our choice (docs/weights.md).
         node.SHARE = loss.default_share
         # The weight rises linearly from 0 over this many iterations. 0: the weight is constant.
         node.WARMUP_ITERS = 0

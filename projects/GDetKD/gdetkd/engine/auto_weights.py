@@ -14,28 +14,28 @@ from .gradients import OWN, gradients_at_scales
 
 logger = logging.getLogger(__name__)
 
-# The first steps in which gradients are measured. Their mean is the reference of the bounds. Source: our choice.
+# Number of measurements at the start, one in each step. Their mean is the reference of the bounds. Source: our choice.
 FIRST_STEPS = 5
-# Largest change of a weight from the reference, as a factor. Source: our choice.
+# A measured weight is clamped between the reference times this factor, and divided by it. Source: our choice.
 LARGEST_CHANGE = 1000.0
 # A warning reports a term once if its weight is reduced to less than this share. Source: our choice.
 NOTABLE_REDUCTION = 0.8
-# Factor on a loss in the backward pass in half precision. After an overflow the next measurement takes a lower one.
+# Factor on a loss in the backward pass in half precision. After an overflow it is divided by SCALE_STEP.
 HALF_SCALE, SCALE_STEP = 2.0**8, 2.0**4
 KINDS = ("norm", "cosine")
-STATE = ("counts", "references", "logs", "cosines")
+STATE = ("counts", "references", "logs", "cosines", "scales")
 
 
 class AutoWeights:
     """Weight each term so that its gradient has a given norm, in multiples of that of the student's own losses.
 
     The gradients are taken in the backbone's outputs, which all losses share. So they need no backward pass through the
-    backbone, as in MGDA-UB (https://arxiv.org/abs/1810.04650). A map that is made of another one, such as p6, counts in
-    both. Balancing the norms of gradients is the idea of GradNorm (https://arxiv.org/abs/1711.02257). Here the weights
+    backbone, as in MGDA-UB (https://arxiv.org/abs/1810.04650). A loss on p6, which is computed from p5, counts in both
+    maps. Balancing the norms of gradients is the idea of GradNorm (https://arxiv.org/abs/1711.02257). Here the weights
     are computed from the norms. GradNorm learns them.
 
-    A term whose gradient points against that of the student's own losses gets less: its weight is multiplied by 1 plus
-    the cosine of the two, if the cosine is negative. Norms and cosines are smoothed over measurements.
+    If the gradient of a term points against the gradient of the student's own losses, the weight is multiplied by 1
+    plus their cosine. The logarithms of the weights, and the cosines, are smoothed over measurements.
 
     Args:
         cfg: gives DISTILL.AUTO, and SHARE of each loss in DISTILL.LOSSES.
@@ -71,20 +71,21 @@ class AutoWeights:
         return 1.0 + min(0.0, self._cosines[term])
 
     def attach(self, model: nn.Module) -> Any:
-        """Forget what was kept before each forward pass of `model`. Return the handle that undoes this."""
+        """Drop the feature maps of the previous pass before each forward pass of `model`. Return the hook's handle."""
         return model.register_forward_pre_hook(lambda module, inputs: self._features.clear())
 
     def _keep_features(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        # With images without labels, later calls in the same step return parts of these maps.
+        # Keep the maps of the first call. With images without labels, later calls return slices of these maps, and a
+        # gradient in a slice would miss the rest.
         if module.training and torch.is_grad_enabled() and not self._features:
             maps = output.values() if isinstance(output, Mapping) else output
             self._features = [features for features in maps if features.requires_grad]
 
     def measure(self, losses: Mapping[str, torch.Tensor], iteration: int) -> Dict[str, float]:
-        """Measure the gradients if that is due at this iteration. Otherwise return nothing.
+        """Return the measured norms and cosines, or an empty dict if no measurement is due at this iteration.
 
-        If a gradient is not finite, or the forward pass failed, the values are not a number. So all processes return
-        equally many.
+        Every process returns the same keys, because the values are averaged over the processes. So a gradient that is
+        not finite gives a norm that is not finite, and a forward pass that failed gives NaN for all values.
 
         Args:
             losses: the losses of this step. The terms have no weight.
@@ -106,7 +107,7 @@ class AutoWeights:
     def follow(self, measured: Mapping[str, float]) -> None:
         """Move the weights towards those that give each term its share.
 
-        A term without a gradient, and values that are not finite, change nothing.
+        A term does not change if its SHARE or its gradient is 0, or if a norm is not finite.
 
         Args:
             measured: means over the processes of what `measure` returned.
@@ -132,7 +133,8 @@ class AutoWeights:
             self._reported.append(term)
             logger.warning(
                 "The gradient of %s points against that of the student's own losses (cosine %.2f, smoothed). Its "
-                "weight is multiplied by %.2f, and by less or more as the cosine changes.",
+                "weight is now multiplied by %.2f, and the factor follows the cosine. If this lasts, lower the SHARE "
+                "of this loss or remove it from DISTILL.LOSSES.",
                 term,
                 self._cosines[term],
                 self._agreement(term),

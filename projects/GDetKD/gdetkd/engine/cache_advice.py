@@ -1,4 +1,4 @@
-"""Say how large a cache of the teacher's features must be, where one is useful (DISTILL.TEACHER.CACHE_MB)."""
+"""Compute how large a cache of the teacher's features must be to hold a training set (DISTILL.TEACHER.CACHE_MB)."""
 
 import math
 from typing import Any, List
@@ -12,10 +12,10 @@ LARGEST_MB = 16_000
 
 
 def cache_advice(cfg: CfgNode, teacher: FrozenTeacher, batches: List[Any], images: int) -> str:
-    """Return a sentence on the cache that holds all views of the training images, or "" if it would not help.
+    """Return advice on the size of the cache that holds all views of the training images, or "" if it would not help.
 
-    Nothing is said for a GPU, where it was not measured, or if batches are padded to several sizes, because an image
-    then has a view for each.
+    There is no advice for a GPU, where nothing was measured, and none if batches have several padded sizes, because an
+    image then has a view for each size.
 
     Args:
         batches: some training batches, to learn the size of the features.
@@ -31,8 +31,9 @@ def cache_advice(cfg: CfgNode, teacher: FrozenTeacher, batches: List[Any], image
     if megabytes > LARGEST_MB or cfg.DISTILL.TEACHER.CACHE_MB >= megabytes:
         return ""
     return (
-        f"An image has {views} view{'s' if views > 1 else ''}. DISTILL.TEACHER.CACHE_MB {megabytes} would keep the "
-        "teacher's features of all of them in the main memory of each process, so that its backbone runs once for each."
+        f"Augmentation makes {views} view{'s' if views > 1 else ''} of each image. DISTILL.TEACHER.CACHE_MB "
+        f"{megabytes} would keep the teacher's features of all views in main memory, in each process. Then its "
+        "backbone runs once for each view."
     )
 
 

@@ -19,7 +19,8 @@ def term_gradients(
     """Measure the gradients of loss terms, all at one scale. See `gradients_at_scales`.
 
     Returns:
-        an empty dict if a gradient is not finite. In half precision this happens until the scale has come down.
+        an empty dict if a gradient is not finite. In half precision this happens until the trainer has lowered the
+        scale.
     """
     measured = gradients_at_scales(losses, terms, inputs, dict.fromkeys([OWN, *terms], scale))
     return measured if all(math.isfinite(values["norm"]) for values in measured.values()) else {}
@@ -39,12 +40,12 @@ def gradients_at_scales(
         losses: scalars by name.
         terms: names of the distillation terms. All other losses are the student's own.
         inputs: the parameters or feature maps in which the gradients are taken.
-        scales: for `OWN` and each term, the factor on the losses in the backward pass, undone in the result. Half
-            precision needs a large factor.
+        scales: for `OWN` and each term, the factor on the losses in the backward pass. It is divided out of the result.
+            In half precision small gradients become 0 without it.
 
     Returns:
         for `OWN` and each term: "norm", and "cosine" with the gradient of the student's own losses (0 if a norm is 0).
-        A gradient that is not finite has a norm that is not finite.
+        If a gradient overflows, its norm is infinite or NaN.
     """
     groups = {OWN: [loss for name, loss in losses.items() if name not in terms]}
     groups.update({term: [losses[term]] for term in terms})
@@ -52,7 +53,7 @@ def gradients_at_scales(
     own_norm = _product(own, own) ** 0.5 / scales[OWN]
     measured = {}
     for name, group in groups.items():
-        # Hold one term's gradient at a time: it takes as much memory as the inputs.
+        # Hold one term's gradient at a time, beside that of the own losses: each takes as much memory as the inputs.
         gradient = own if name == OWN else _gradient(sum(group), inputs, scales[name])
         norm = _product(gradient, gradient) ** 0.5 / scales[name]
         product = norm * own_norm * scales[OWN] * scales[name]
@@ -62,7 +63,7 @@ def gradients_at_scales(
 
 def _gradient(loss: torch.Tensor, inputs: Sequence[torch.Tensor], scale: float) -> Gradient:
     """Return the gradient in each input, times the scale, or None where the loss does not reach it."""
-    # The trainer's autocast is still on here. It would round this backward pass, unlike a step's own.
+    # The trainer's autocast is still on here. A step runs its backward pass without it.
     with torch.autocast(loss.device.type, enabled=False):
         return list(torch.autograd.grad(loss * scale, inputs, retain_graph=True, allow_unused=True))
 

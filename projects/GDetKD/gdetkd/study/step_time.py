@@ -5,8 +5,8 @@ compared. Here the baseline and the method take steps in turn, in one process, s
 step is all that a training run times: loading the batch, forward and backward pass, guard and optimizer.
 
 Both start as a run starts, on the same batches, but as in the later part of a run: every term has its full weight, and
-CKD's queue is full. Nothing is written to the folder of a run. The measurements of DISTILL.WEIGHTS "auto" lengthen one
-step in many, which the median over the rounds leaves out.
+CKD's queue is full. Nothing is written to the folder of a run. DISTILL.WEIGHTS "auto" measures
+gradients in one of DISTILL.AUTO.PERIOD steps. The median over the rounds does not show that time.
 
 One limit: if workers load the batches (DATALOADER.NUM_WORKERS), the workers of one config also load while the other
 config takes a step. If the loader is slower than the step, the waiting time of both is then underestimated.
@@ -86,11 +86,12 @@ class _Stepper(DistillTrainer):
             loss.fill()
 
     def fill_cache(self) -> Tuple[float, int]:
-        """Let the teacher see the views of a run until none is new, or the cache is full.
+        """Run the teacher on the batches of a run until an epoch brings no new view, or the cache is full.
 
         Returns:
-            the seconds of the passes with new views, and the batch from which on steps are typical. If the cache is
-            full, the batches before are not, because it keeps all of their features.
+            the seconds of the passes with new views, and the index of the first batch to time. If the cache is full,
+            the batches seen so far are skipped: it holds nearly all of their features, so their steps would be too
+            fast. Otherwise the index is 0.
         """
         teacher = self.distiller.teacher if self.distiller and self.distiller.losses else None
         if teacher is None or teacher.cache is None:

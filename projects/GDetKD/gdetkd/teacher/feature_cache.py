@@ -31,7 +31,7 @@ class FeatureCache:
         megabytes: the limit.
 
     Attributes:
-        hits, misses: number of images whose features were kept, and were not.
+        hits, misses: number of images since the last `take_share` whose features were, and were not, in the cache.
         is_full: whether features did not fit.
     """
 
@@ -82,7 +82,7 @@ class FeatureCache:
             )
 
     def take_share(self) -> float:
-        """Return the share of images since the last call whose features were kept."""
+        """Return the fraction of images since the last call that were found in the cache, and count anew."""
         share = self.hits / max(1, self.hits + self.misses)
         self.hits = self.misses = 0
         return share
