@@ -68,7 +68,7 @@ class AutoWeights:
         return math.exp(self._logs[term]) * self._agreement(term) if term in self._logs else 0.0
 
     def _agreement(self, term: str) -> float:
-        return 1.0 + min(0.0, self._cosines[term])
+        return max(0.0, 1.0 + min(0.0, self._cosines[term]))  # rounding may make a cosine less than -1
 
     def attach(self, model: nn.Module) -> Any:
         """Drop the feature maps of the previous pass before each forward pass of `model`. Return the hook's handle."""

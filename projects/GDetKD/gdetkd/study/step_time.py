@@ -5,8 +5,10 @@ compared. Here the baseline and the method take steps in turn, in one process, s
 step is all that a training run times: loading the batch, forward and backward pass, guard and optimizer.
 
 Both start as a run starts, on the same batches, but as in the later part of a run: every term has its full weight, and
-CKD's queue is full. Nothing is written to the folder of a run. DISTILL.WEIGHTS "auto" measures
-gradients in one of DISTILL.AUTO.PERIOD steps. The median over the rounds does not show that time.
+CKD's queue is full. Nothing is written to the folder of a run.
+
+DISTILL.WEIGHTS "auto" measures gradients in one of DISTILL.AUTO.PERIOD steps. The median over the rounds does not show
+that time.
 
 One limit: if workers load the batches (DATALOADER.NUM_WORKERS), the workers of one config also load while the other
 config takes a step. If the loader is slower than the step, the waiting time of both is then underestimated.
