@@ -40,5 +40,5 @@ def test_each_default_of_a_loss_names_its_source(name, loss):
     body = inspect.getsource(loss.add_keys) if own_keys else ""
     comments = "\n".join(re.findall(r"# (.*)", body))
     assert not own_keys or re.search(r"[Ss]ource|authors", comments), f"{name} does not say where its values come from"
-    for name in ("default_weight", "default_share"):
-        assert getattr(loss, name) == 1.0 or re.search(rf"{name} = .*# source: ", inspect.getsource(loss))
+    for default in ("default_weight", "default_share"):
+        assert getattr(loss, default) == 1.0 or re.search(rf"{default} = .*# source: ", inspect.getsource(loss))

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -17,7 +16,7 @@ from gdetkd.engine.auto_weights import FIRST_STEPS, LARGEST_CHANGE, AutoWeights
 from gdetkd.engine.check import Check
 from gdetkd.engine.gradients import OWN, term_gradients
 from gdetkd.errors import GDetKDError
-from test_processes import have_equal_parameters, run_in_processes, train_rank
+from test_processes import fail_on_rank_1, have_equal_parameters, run_in_processes, train_rank
 from test_trainer import train
 from test_unlabeled_runs import unlabeled_cfg  # noqa: F401  a fixture
 
@@ -212,18 +211,7 @@ class _Fails(DistillTrainer):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        forward, calls = self.student.forward, []
-
-        def fail(batch):
-            calls.append(batch)
-            if len(calls) == 3 and comm.get_rank() == 1:
-                raise FloatingPointError("not finite")
-            losses = forward(batch)
-            if len(calls) == 4 and comm.get_rank() == 1:
-                raise FloatingPointError("not finite")
-            return losses
-
-        self.student.forward = fail
+        fail_on_rank_1(self, before=[3], after=[4])
 
 
 def _train_with_failures(rank, cfg):

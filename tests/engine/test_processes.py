@@ -62,6 +62,24 @@ def have_equal_parameters(results):
     return all(torch.equal(a, b) for other in others for a, b in zip(first, other))
 
 
+def fail_on_rank_1(trainer, before=(), after=()):
+    """Let forward passes of the student, counted from 1, fail on rank 1 as not finite, before or after they compute."""
+    forward, calls = trainer.student.forward, []
+
+    def fail_if(numbers):
+        if len(calls) in numbers and comm.get_rank() == 1:
+            raise FloatingPointError("not finite")
+
+    def failing(batch):
+        calls.append(batch)
+        fail_if(before)
+        losses = forward(batch)
+        fail_if(after)
+        return losses
+
+    trainer.student.forward = failing
+
+
 REGIONS = {0: 0, 1: 1, 2: 30, 3: 7}
 
 

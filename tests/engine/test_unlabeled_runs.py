@@ -6,14 +6,13 @@ import json
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.utils import comm
 
 from conftest import ALL_LOSSES, DENSE
 from gdetkd import DistillTrainer
 from gdetkd.engine.check import Check
 from gdetkd.errors import GDetKDError
 from gdetkd.study.methods import method_opts
-from test_processes import have_equal_parameters, run_in_processes, train_rank
+from test_processes import fail_on_rank_1, have_equal_parameters, run_in_processes, train_rank
 
 
 @pytest.fixture
@@ -61,15 +60,7 @@ class _FailsOnce(DistillTrainer):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        forward, calls = self.student.forward, []
-
-        def fail(batch):
-            calls.append(batch)
-            if len(calls) == 3 and comm.get_rank() == 1:  # each step calls it twice
-                raise FloatingPointError("not finite")
-            return forward(batch)
-
-        self.student.forward = fail
+        fail_on_rank_1(self, before=[3])  # each step calls it twice
 
 
 def _train_with_a_failure(rank, cfg):

@@ -6,6 +6,7 @@ from typing import Any, List
 from detectron2.config import CfgNode
 
 from ..teacher import FrozenTeacher
+from ..teacher.feature_cache import size_of
 
 # Above this size nothing is said. Source: our choice.
 LARGEST_MB = 16_000
@@ -22,11 +23,11 @@ def cache_advice(cfg: CfgNode, teacher: FrozenTeacher, batches: List[Any], image
         images: number of training images.
     """
     views = views_of_an_image(cfg)
-    sizes = {tuple(teacher.preprocess(batch).tensor.shape[-2:]) for batch in batches}
-    if views == 0 or len(sizes) > 1 or cfg.MODEL.DEVICE != "cpu":
+    if views == 0 or cfg.MODEL.DEVICE != "cpu":
         return ""
-    features = teacher.extract(batches[0]).values()
-    size = sum(feature_map.numel() * feature_map.element_size() for feature_map in features) / len(batches[0])
+    if len({tuple(teacher.preprocess(batch).tensor.shape[-2:]) for batch in batches}) > 1:
+        return ""
+    size = size_of(teacher.extract(batches[0])) / len(batches[0])
     megabytes = math.ceil(views * images * size / 1e6)
     if megabytes > LARGEST_MB or cfg.DISTILL.TEACHER.CACHE_MB >= megabytes:
         return ""

@@ -41,7 +41,7 @@ def deciding_keys(dump: str) -> Dict[str, Any]:
     losses = flat["DISTILL.LOSSES"]
     unused = tuple(f"DISTILL.{name}." for name, _ in DISTILL_LOSS_REGISTRY if name not in losses)
     if not losses:
-        unused += ("DISTILL.REGIONS.", "DISTILL.WARMUP_ITERS", "DISTILL.WEIGHTS")
+        unused += ("DISTILL.REGIONS.", "DISTILL.WARMUP_ITERS")
         if not flat["DISTILL.HEAD_TRANSFER"]:
             unused += ("DISTILL.TEACHER.", "DISTILL.CLASS_MAP")
     unused += tuple(f"DISTILL.{name}" for name in _unread_weights(flat, losses))

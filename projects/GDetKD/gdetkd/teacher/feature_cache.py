@@ -18,6 +18,11 @@ def key_of(image: torch.Tensor) -> bytes:
     return hashlib.blake2b(pixels.data, digest_size=16, key=str(tuple(image.shape)).encode()).digest()
 
 
+def size_of(features: Features) -> int:
+    """Return the bytes of feature maps."""
+    return sum(feature_map.nbytes for feature_map in features.values())
+
+
 class FeatureCache:
     """Keep features in main memory by the pixels of the image, up to a limit.
 
@@ -66,7 +71,7 @@ class FeatureCache:
         return features
 
     def _keep(self, place: Key, features: Features) -> None:
-        size = sum(feature_map.numel() * feature_map.element_size() for feature_map in features.values())
+        size = size_of(features)
         if size <= self._free:
             self._free -= size
             # A copy of its own: a part of a larger tensor would keep all of it in memory.
