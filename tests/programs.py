@@ -12,9 +12,11 @@ from typing import Any, Dict, Optional
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_SECONDS = 300
-# New processes are forked from a server that has made these imports.
-multiprocessing.set_forkserver_preload(
-    ["gdetkd", "gdetkd.engine.commands", "gdetkd.insight", "gdetkd.study", "detectron2.modeling"]
+# New processes are forked from a server that has made these imports. All tests share the server and this list: another
+# call of set_forkserver_preload would replace it, and each process would make the imports again, for seconds.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["gdetkd.engine.commands", "gdetkd.insight.page", "gdetkd.study.report", "gdetkd.labelling.run"]
 )
 
 
@@ -30,9 +32,7 @@ def run_program(
     words = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as folder:
         outputs = [os.path.join(folder, name) for name in ("stdout", "stderr")]
-        process = multiprocessing.get_context("forkserver").Process(
-            target=_run, args=(words, str(cwd), {**os.environ, **(environment or {})}, outputs)
-        )
+        process = PROCESSES.Process(target=_run, args=(words, str(cwd), {**os.environ, **(environment or {})}, outputs))
         process.start()
         process.join(TIMEOUT_SECONDS)
         code = process.exitcode

@@ -1,6 +1,5 @@
 """A training that is killed again and again ends like an uninterrupted run, bit for bit."""
 
-import multiprocessing
 import random
 import time
 
@@ -11,11 +10,9 @@ from detectron2.data import MetadataCatalog
 
 from conftest import ALL_LOSSES
 from gdetkd.safe_load import read_weights
+from programs import PROCESSES
 
 TIMEOUT_SECONDS = 600
-# Processes start by a fork of a server that has imported everything.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["slow_disk"])
 
 
 @pytest.fixture
