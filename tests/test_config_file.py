@@ -1,9 +1,12 @@
 """The error for a mistake in a config file or in KEY VALUE words names the file, the line and the nearest key."""
 
+import textwrap
+
 import pytest
 
 from conftest import make_cfg
 from gdetkd.config_file import merge_config_file, merge_words
+from gdetkd.config_places import places_of_keys
 from gdetkd.errors import GDetKDError
 
 
@@ -23,6 +26,12 @@ from gdetkd.errors import GDetKDError
         ("SOLVER: 5\n", "line 1: SOLVER is 5 \\(type int\\), but it must be a group of keys"),
         ("MODEL:\n  MASK_ON: 'yes'\n", "line 2: MODEL.MASK_ON is 'yes' \\(type str\\), but it must be of type bool"),
         ("MODEL:\n  FORK: {HEADS: 3}\n", "line 2: 'MODEL.FORK.HEADS' is no config key"),
+        (
+            "MODEL:\n  MASK_ON: True\nSOLVER: {BASE_LR: 0.1}\nMODEL:\n  WEIGHTS: a.pth\n",
+            "line 4: MODEL was given before, in line 1. YAML would keep only the last one",
+        ),
+        ("SOLVER:\n  BASE_LR: 0.1\n  BASE_LR: 0.2\n", "line 3: BASE_LR was given before, in line 2"),
+        ("DATASETS:\n  REGISTER:\n  - {name: a, kind: voc, name: b}\n", "line 3: name was given before, in line 3"),
     ],
 )
 def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path, text, message):
@@ -30,6 +39,12 @@ def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(GDetKDError, match=f"The config '.*own.yaml', {message}"):
         merge_config_file(make_cfg({}), str(path))
+
+
+def test_an_anchor_may_be_used_often(tmp_path):
+    nested = "".join(f"- &x{number} [{', '.join([f'*x{number - 1}'] * 9)}]\n" for number in range(1, 30))
+    (tmp_path / "own.yaml").write_text(f"SOLVER:\n  STEPS:\n  - &x0 []\n{textwrap.indent(nested, '  ')}")
+    assert places_of_keys(str(tmp_path / "own.yaml"))["SOLVER.STEPS"].line == 2
 
 
 def test_a_mistake_in_a_base_is_named_with_the_base(tmp_path):

@@ -25,7 +25,7 @@ FLOORS = (
     ),
     ("figures", "inference", "mixture", "regions", "safe_load", "weights_layout"),
     ("backbones", "detectors", "losses"),
-    ("config", "config_file", "dotted_keys", "old_names"),
+    ("config", "config_file", "config_places", "dotted_keys", "old_names"),
     ("data",),
     ("mmdetection", "teacher"),
     ("distiller",),

@@ -4,32 +4,21 @@ import ast
 import logging
 import os
 from contextlib import suppress
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, Mapping, Sequence, Tuple
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.config.compat import guess_version
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 
 from .config import add_gdetkd_config
+from .config_places import Place, places_of_keys
 from .dotted_keys import flat_config, get_key, group_of, take_keys
 from .errors import GDetKDError, similar
 from .old_names import RENAMED_KEYS
 
-BASE = "_BASE_"
 # Keys that hold a list of names. A single name is accepted as a list of one.
 LISTS_OF_NAMES = ("DATASETS.TRAIN", "DATASETS.TEST", "DISTILL.LOSSES", "LOG.WRITERS")
-
-
-class Place(NamedTuple):
-    """Name the place of a key in a config file."""
-
-    file: str
-    line: int  # counted from 1
-
-    def __str__(self) -> str:
-        return f"{self.file!r}, line {self.line}"
 
 
 def load_config(config_file: str, opts: Sequence[Any]) -> CfgNode:
@@ -49,14 +38,14 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
     """Merge a yaml file and its _BASE_ files into a config, in place. No code in the files is run.
 
     Raises:
-        GDetKDError: a file is missing, empty or no valid yaml, has a tag that makes Python objects, or has an unknown
-            key or a value of the wrong type.
+        GDetKDError: a file is missing, empty or no valid yaml, has a tag that makes Python objects, or has a key that
+            is unknown or appears twice, or a value of the wrong type.
     """
     if not path:
         raise GDetKDError("No config is given. Name one with --config-file FILE; configs/ has examples.")
     try:
         loaded = cfg.load_yaml_with_base(path, allow_unsafe=False)
-        places = _places(path)
+        places = places_of_keys(path)
         _merge(cfg, loaded, path, places)
     except yaml.constructor.ConstructorError as e:
         mark = e.problem_mark
@@ -220,37 +209,3 @@ def _wrong_kind(cfg: CfgNode, key: str, value: Any, source: str) -> str:
 
 def _where(places: Mapping[str, Place], key: str, path: str) -> str:
     return f"The config {places[key]}" if key in places else f"The config {path!r}"
-
-
-def _places(path: str) -> Dict[str, Place]:
-    """Return the place of each key in a file and its bases, those of a file before those of its bases.
-
-    If several files have a key, the place is where its value comes from.
-    """
-    with PathManager.open(path, "r") as file:
-        root = yaml.compose(file, Loader=yaml.SafeLoader)
-    places: Dict[str, Place] = {}
-    bases: List[str] = []
-    for key, node in _children(root):
-        if key.value == BASE:
-            bases = [item.value for item in node.value] if isinstance(node, yaml.SequenceNode) else [node.value]
-            continue
-        places.update(_places_below(key, node, path, ""))
-    for base in reversed(bases):  # the last base counts
-        base = os.path.expanduser(base)
-        if not base.startswith(("/", "http://", "https://")):
-            base = os.path.join(os.path.dirname(path), base)
-        places = {**places, **{key: place for key, place in _places(base).items() if key not in places}}
-    return places
-
-
-def _children(node: Optional[yaml.Node]) -> List[Tuple[yaml.Node, yaml.Node]]:
-    return node.value if isinstance(node, yaml.MappingNode) else []
-
-
-def _places_below(key: yaml.Node, node: yaml.Node, path: str, prefix: str) -> Dict[str, Place]:
-    name = f"{prefix}{key.value}"
-    places = {name: Place(path, key.start_mark.line + 1)}
-    for child, value in _children(node):
-        places.update(_places_below(child, value, path, f"{name}."))
-    return places
