@@ -12,8 +12,9 @@ from torch import nn
 from conftest import ALL_LOSSES, make_batch, make_cfg
 from gdetkd import DistillTrainer
 from gdetkd.distiller import term_name
-from gdetkd.engine.auto_weights import FIRST_STEPS, LARGEST_CHANGE, AutoWeights
+from gdetkd.engine.auto_weights import FIRST_STEPS, HALF_SCALE, LARGEST_CHANGE, AutoWeights
 from gdetkd.engine.check import Check
+from gdetkd.engine.forward_guard import BROKEN
 from gdetkd.engine.gradients import OWN, term_gradients
 from gdetkd.errors import GDetKDError
 from test_processes import fail_on_rank_1, have_equal_parameters, run_in_processes, train_rank
@@ -39,12 +40,11 @@ class Backbone(nn.Module):
 def make_weights():
     """Return a function that makes the weights of SGFI, with a share of 3, and CKD, with a share of 0.5."""
 
-    def make(**keys):
+    def make(amp=False, **keys):
         changes = {"DISTILL.LOSSES": ("SGFI", "CKD"), "DISTILL.SGFI.SHARE": 3.0, "DISTILL.CKD.SHARE": 0.5}
+        changes.update({"SOLVER.AMP.ENABLED": amp, **{f"DISTILL.AUTO.{key}": value for key, value in keys.items()}})
         backbone = Backbone()
-        return AutoWeights(
-            make_cfg({**changes, **{f"DISTILL.AUTO.{k}": v for k, v in keys.items()}}), backbone
-        ), backbone
+        return AutoWeights(make_cfg(changes), backbone), backbone
 
     return make
 
@@ -101,7 +101,7 @@ def test_values_that_say_nothing_change_nothing(make_weights, values):
     assert weights.weight(SGFI) == pytest.approx(3.0)
 
 
-@pytest.mark.parametrize("norm, factor", [(1e-9, LARGEST_CHANGE), (1e9, 1 / LARGEST_CHANGE)])
+@pytest.mark.parametrize("norm, factor", [(1e-5, LARGEST_CHANGE), (1e9, 1 / LARGEST_CHANGE)])
 def test_weights_stay_in_bounds(make_weights, norm, factor):
     weights, _ = make_weights(MOMENTUM=0.0)
     for _ in range(FIRST_STEPS):
@@ -113,7 +113,7 @@ def test_weights_stay_in_bounds(make_weights, norm, factor):
 
 
 def test_an_overflow_in_half_precision_lowers_the_scale_of_its_term_alone(make_weights):
-    weights, backbone = make_weights()
+    weights, backbone = make_weights(amp=True)
     backbone.half()
 
     def look():
@@ -127,6 +127,51 @@ def test_an_overflow_in_half_precision_lowers_the_scale_of_its_term_alone(make_w
     assert math.isinf(first[f"norm/{CKD}"]) and first[f"norm/{SGFI}"] == 1
     assert second == pytest.approx({**measured(1, 1e3, 3, ckd_cosine=1.0)})
     assert weights.weight(SGFI) == pytest.approx(9) and weights.weight(CKD) == pytest.approx(0.0015)
+
+
+def test_a_scale_recovers_after_an_overflow_and_is_at_least_1(make_weights):
+    weights, backbone = make_weights(amp=True)
+    for _ in range(10):
+        weights.follow(measured(sgfi=math.nan, ckd=math.nan, own=math.nan))
+    assert set(weights.state_dict()["scales"].values()) == {1.0}
+    for _ in range(10):
+        weights.follow(measured())
+    assert set(weights.state_dict()["scales"].values()) == {HALF_SCALE}
+
+
+def test_small_gradients_in_half_precision_are_measured_if_the_pyramid_returns_float32(make_weights):
+    """A norm in the pyramid returns float32 maps, and the heads after it compute in half precision."""
+    weights, backbone = make_weights(amp=True)
+    maps = backbone.train()(torch.ones(2))
+    small = maps["p2"].half() * 2.0**-26  # 0 in half precision, and 2 ** -18 with the scale
+    found = weights.measure({"a": small.float(), SGFI: maps["p3"], CKD: maps["p3"]}, 0)
+    assert found[f"norm/{OWN}"] == 2.0**-26
+
+
+def test_a_gradient_that_is_rounding_sets_no_weight(make_weights, caplog):
+    """A student that starts as its teacher has a CLS loss of which only rounding is left."""
+    weights, _ = make_weights()
+    for _ in range(FIRST_STEPS):
+        weights.follow(measured(sgfi=1e-9))
+    assert weights.weight(SGFI) == 0 and not caplog.text
+    weights.follow(measured(sgfi=1e-9))
+    weights.follow(measured(sgfi=1e-9))
+    assert caplog.text.count("loss_distill_sgfi has had no weight for 6 measurements") == 1
+    assert "loss_distill_ckd" not in caplog.text
+
+
+def test_a_loss_without_a_gradient_and_a_backbone_in_evaluation_mode_are_measured(make_weights):
+    weights, backbone = make_weights()
+    maps = backbone.eval()(torch.ones(2))
+    found = weights.measure({"a": maps["p2"], SGFI: maps["p3"], CKD: torch.zeros(())}, 0)
+    assert found == measured(ckd=0.0)
+
+
+def test_a_forward_pass_that_failed_measures_nothing(make_weights):
+    weights, backbone = make_weights()
+    maps = backbone.train()(torch.ones(2))
+    loss = (maps["p2"] + maps["p3"]) * 0 + math.nan
+    assert all(map(math.isnan, weights.measure({BROKEN: loss, SGFI: loss, CKD: loss}, 0).values()))
 
 
 def test_a_term_that_opposes_the_student_is_reduced_and_reported_once(make_weights, caplog):

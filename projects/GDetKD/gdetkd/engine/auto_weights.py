@@ -10,6 +10,7 @@ from torch import nn
 
 from ..distiller import term_name
 from ..errors import GDetKDError
+from .forward_guard import BROKEN
 from .gradients import OWN, gradients_at_scales
 
 logger = logging.getLogger(__name__)
@@ -18,9 +19,12 @@ logger = logging.getLogger(__name__)
 FIRST_STEPS = 5
 # A measured weight is clamped between the reference times this factor, and divided by it. Source: our choice.
 LARGEST_CHANGE = 1000.0
+# A gradient that is smaller, in multiples of that of the student's own losses, is rounding. Source: our choice.
+SMALLEST_RATIO = 1e-6
 # A warning reports a term once if its weight is reduced to less than this share. Source: our choice.
 NOTABLE_REDUCTION = 0.8
-# Factor on a loss in the backward pass in half precision. After an overflow it is divided by SCALE_STEP.
+# Factor on a loss in the backward pass in half precision. After an overflow it is divided by SCALE_STEP, but not below
+# 1. After any other measurement it is doubled, up to HALF_SCALE. Source: our choice.
 HALF_SCALE, SCALE_STEP = 2.0**8, 2.0**4
 KINDS = ("norm", "cosine")
 STATE = ("counts", "references", "logs", "cosines", "scales")
@@ -58,8 +62,11 @@ class AutoWeights:
         self._references: Dict[str, float] = {}  # logarithm of the weight after the first measurements
         self._logs: Dict[str, float] = {}  # logarithm of the weight, smoothed
         self._cosines: Dict[str, float] = {}  # smoothed
-        self._scales: Dict[str, float] = {}  # in half precision
-        self._reported: List[str] = []
+        # In half precision. The dtype of the maps does not tell: a norm in the pyramid may return float32.
+        self._is_half = cfg.SOLVER.AMP.ENABLED
+        self._scales: Dict[str, float] = {}
+        self._followed = 0  # measurements in this process
+        self._reported: List[str] = []  # names of warnings
         self._features: List[torch.Tensor] = []
         backbone.register_forward_hook(self._keep_features)
 
@@ -77,7 +84,7 @@ class AutoWeights:
     def _keep_features(self, module: nn.Module, inputs: Any, output: Any) -> None:
         # Keep the maps of the first call. With images without labels, later calls return slices of these maps, and a
         # gradient in a slice would miss the rest.
-        if module.training and torch.is_grad_enabled() and not self._features:
+        if torch.is_grad_enabled() and not self._features:
             maps = output.values() if isinstance(output, Mapping) else output
             self._features = [features for features in maps if features.requires_grad]
 
@@ -94,29 +101,56 @@ class AutoWeights:
         if iteration >= FIRST_STEPS and (iteration + 1) % self._period:
             return {}
         names = [OWN, *self._shares]
-        if not features:
+        if not features or BROKEN in losses:
             return {f"{kind}/{name}": math.nan for name in names for kind in KINDS}
-        half = features[0].dtype in (torch.float16, torch.bfloat16)
-        scales = {name: self._scales.get(name, HALF_SCALE) if half else 1.0 for name in names}
-        gradients = gradients_at_scales(losses, list(self._shares), features, scales)
-        for name in names:
-            if half and not math.isfinite(gradients[name]["norm"]):
-                self._scales[name] = scales[name] / SCALE_STEP
+        gradients = gradients_at_scales(
+            losses, list(self._shares), features, {name: self._scale(name) for name in names}
+        )
         return {f"{kind}/{name}": gradients[name][kind] for name in names for kind in KINDS}
+
+    def _scale(self, name: str) -> float:
+        return self._scales.get(name, HALF_SCALE) if self._is_half else 1.0
 
     def follow(self, measured: Mapping[str, float]) -> None:
         """Move the weights towards those that give each term its share.
 
-        A term does not change if its SHARE or its gradient is 0, or if a norm is not finite.
+        A term does not change if its SHARE is 0, if its gradient is 0 or only rounding, or if a norm is not finite.
 
         Args:
             measured: means over the processes of what `measure` returned.
         """
-        own = measured.get(f"norm/{OWN}", 0.0)
+        if not measured:
+            return
+        self._followed += 1
+        own = measured[f"norm/{OWN}"]
         for term, share in self._shares.items():
-            norm = measured.get(f"norm/{term}", 0.0)
-            if share > 0 and norm > 0 and own > 0 and math.isfinite(own) and math.isfinite(norm):
+            norm = measured[f"norm/{term}"]
+            if share > 0 and norm > SMALLEST_RATIO * own > 0 and math.isfinite(own) and math.isfinite(norm):
                 self._move(term, math.log(share * own / norm), measured[f"cosine/{term}"])
+            elif share > 0 and self._followed > FIRST_STEPS and term not in self._logs:
+                self._warn_without_weight(term, norm, own)
+        if self._is_half:
+            self._adapt_scales(measured)
+
+    def _adapt_scales(self, measured: Mapping[str, float]) -> None:
+        for name in (OWN, *self._shares):
+            scale = self._scale(name)
+            is_finite = math.isfinite(measured[f"norm/{name}"])
+            self._scales[name] = min(HALF_SCALE, 2 * scale) if is_finite else max(1.0, scale / SCALE_STEP)
+
+    def _warn_without_weight(self, term: str, norm: float, own: float) -> None:
+        if f"{term} without weight" in self._reported:
+            return
+        self._reported.append(f"{term} without weight")
+        logger.warning(
+            "%s has had no weight for %d measurements, so it has no effect: the norm of its gradient is %g, and that "
+            "of the student's own losses %g. Check that the loss has regions and that its value is finite, or set "
+            'DISTILL.WEIGHTS to "fixed".',
+            term,
+            self._followed,
+            norm,
+            own,
+        )
 
     def _move(self, term: str, log: float, cosine: float) -> None:
         count = self._counts[term] = self._counts.get(term, 0) + 1

@@ -63,6 +63,8 @@ def gradients_at_scales(
 
 def _gradient(loss: torch.Tensor, inputs: Sequence[torch.Tensor], scale: float) -> Gradient:
     """Return the gradient in each input, times the scale, or None where the loss does not reach it."""
+    if not loss.requires_grad:  # a loss may be a plain zero if a batch has nothing for it
+        return [None] * len(inputs)
     # The trainer's autocast is still on here. A step runs its backward pass without it.
     with torch.autocast(loss.device.type, enabled=False):
         return list(torch.autograd.grad(loss * scale, inputs, retain_graph=True, allow_unused=True))
