@@ -143,6 +143,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Dict[str, Any]:
     batch = make_batch(cfg.SOLVER.IMS_PER_BATCH, *(args.image_size or (short_side, short_side * 4 // 3)))
     everything = tuple(cfg.DISTILL.LOSSES)
     full = build(cfg, everything)
+    full.teacher.cache = None  # one batch comes again and again, so a cache would spare the teacher all work
     distillers = {name: build(cfg, (name,), full) for name in everything} if len(everything) > 1 else {}
     distillers["all"] = full
     look = teachers_look(full, batch)

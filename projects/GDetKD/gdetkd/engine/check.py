@@ -2,8 +2,9 @@
 
 import logging
 import math
+from contextlib import contextmanager
 from itertools import islice
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -18,6 +19,7 @@ from ..data.unlabeled import unlabeled_per_batch
 from ..errors import GDetKDError, some
 from ..losses.classes import match_classes, other_names
 from ..structures import DetectorSpec
+from ..teacher import FrozenTeacher
 from .cache_advice import cache_advice
 from .forward_guard import BROKEN
 from .preflight import load_dataset
@@ -238,13 +240,18 @@ class Check:
     def _costs(self) -> str:
         cfg, batches = self._cfg, self._batches()
         models = {"plain": self._student, "step": self._trainer.model.train()}
-        plain, step = measure_steps(models, batches, cfg.SOLVER.AMP.ENABLED).values()
+        with _without_cache(self._teacher):  # it holds the views of these batches, unlike in a training
+            plain, step = measure_steps(models, batches, cfg.SOLVER.AMP.ENABLED).values()
         hours = step.seconds * cfg.SOLVER.MAX_ITER / 3600
         end = f"{hours:.1f} h" if hours >= 2 else f"{60 * hours:.0f} min"
         lines = [
             f"A step of {cfg.SOLVER.IMS_PER_BATCH} images: {_cost(step)}; of the student alone: {_cost(plain)}.",
             f"{cfg.SOLVER.MAX_ITER} iterations take {end}, without loading data and evaluating.",
         ]
+        if self._teacher is not None and self._teacher.cache is not None:
+            lines.append(
+                "These steps run the teacher's backbone. Steps on views that DISTILL.TEACHER.CACHE_MB keeps are faster."
+            )
         if self._distiller is not None and self._distiller.losses:
             images = self._trainer.data_loader.description["images"]
             lines.append(cache_advice(cfg, self._teacher, batches, images))
@@ -255,6 +262,19 @@ class Check:
         if not self.problems:
             return f"No problem found in what could be checked.{unknown}" if unknown else "No problem found."
         return f"PROBLEMS: {len(self.problems)}\n{_numbered(self.problems)}{unknown}"
+
+
+@contextmanager
+def _without_cache(teacher: Optional[FrozenTeacher]) -> Iterator[None]:
+    """Let the teacher run its backbone for each image."""
+    if teacher is None:
+        yield
+        return
+    cache, teacher.cache = teacher.cache, None
+    try:
+        yield
+    finally:
+        teacher.cache = cache
 
 
 def _numbered(lines: Sequence[str]) -> str:

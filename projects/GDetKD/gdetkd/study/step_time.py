@@ -92,8 +92,8 @@ class _Stepper(DistillTrainer):
 
         Returns:
             the seconds of the passes with new views, and the index of the first batch to time. If the cache is full,
-            the batches seen so far are skipped: it holds nearly all of their features, so their steps would be too
-            fast. Otherwise the index is 0.
+            this is the begin of the next epoch: the views so far are nearly all in the cache, and those of the rest of
+            the epoch are not. Otherwise the index is 0.
         """
         teacher = self.distiller.teacher if self.distiller and self.distiller.losses else None
         if teacher is None or teacher.cache is None:
@@ -107,7 +107,7 @@ class _Stepper(DistillTrainer):
             seconds += now() - start if is_new else 0.0
             without_new = 0 if is_new else without_new + 1
             if teacher.cache.is_full:
-                return seconds, index + 1
+                return seconds, math.ceil((index + 1) / epoch) * epoch
             if without_new == epoch:
                 break
         return seconds, 0
