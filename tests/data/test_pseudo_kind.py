@@ -1,5 +1,8 @@
 """Datasets of kind `pseudo`: the scores of a teacher's boxes decide which boxes are objects."""
 
+import json
+from pathlib import Path
+
 import pytest
 from detectron2.data import DatasetCatalog
 
@@ -27,6 +30,25 @@ def test_the_score_decides_what_becomes_of_a_box(pseudo_entry):
     assert crowds(load(entry)) == [0, 1, 1]
     assert crowds(load({**entry, "name": "other", "ignore_score": 0.45})) == [0, 1]
     assert crowds(load({**entry, "name": "third", "min_score": 0.0})) == [0] * 5
+
+
+def test_a_crowd_of_the_file_stays_a_crowd(pseudo_entry):
+    def change(content):
+        content["annotations"] = [{**item, "iscrowd": 1, "score": 0.9} for item in content["annotations"][:2]]
+        content["annotations"] += [{**content["annotations"][0], "id": 99, "iscrowd": 0}]
+
+    assert sorted(crowds(load(pseudo_entry(change=change)))) == [0, 1, 1]
+
+
+def test_a_backslash_may_be_part_of_a_name(pseudo_entry):
+    """It is, on Linux, in an archive that was packed on Windows. In a COCO file it may also stand for a slash."""
+    entry = pseudo_entry(change=lambda content: None)
+    content, folder = json.loads(Path(entry["json"]).read_text()), Path(entry["images"])
+    before = content["images"][0]["file_name"]
+    (folder / before).rename(folder / "sub\\image.png")
+    content["images"][0]["file_name"] = "sub\\image.png"
+    Path(entry["json"]).write_text(json.dumps(content))
+    assert str(folder / "sub\\image.png") in [sample["file_name"] for sample in load(entry)]
 
 
 def test_the_file_has_a_threshold_for_each_class(pseudo_entry):

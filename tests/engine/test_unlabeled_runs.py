@@ -9,7 +9,10 @@ from detectron2.data import MetadataCatalog
 
 from conftest import ALL_LOSSES, DENSE
 from gdetkd import DistillTrainer
+from gdetkd.data import register_datasets, train_loader
+from gdetkd.data.unlabeled import is_unlabeled, load_unlabeled
 from gdetkd.engine.check import Check
+from gdetkd.engine.unlabeled_checks import UnlabeledReport
 from gdetkd.errors import GDetKDError
 from gdetkd.study.methods import method_opts
 from test_processes import fail_on_rank_1, have_equal_parameters, run_in_processes, train_rank
@@ -97,6 +100,27 @@ def test_configs_that_cannot_use_unlabeled_images_are_refused(unlabeled_cfg, cha
 def test_masks_do_not_matter_for_a_dense_student(unlabeled_cfg):
     keys = {"MODEL.MASK_ON": True, "DISTILL.STUDENT_META_ARCHITECTURE": "RetinaNet", "DISTILL.LOSSES": ("SGFI",)}
     DistillTrainer(unlabeled_cfg({**DENSE, **keys}))
+
+
+def test_a_dense_student_with_masks_trains_on_crops_of_unlabeled_images(unlabeled_cfg):
+    """Detectron2 fits boxes in a crop to their masks, which a teacher's boxes lack."""
+    crop = {
+        "MODEL.MASK_ON": True,
+        "INPUT.CROP.ENABLED": True,
+        "INPUT.CROP.TYPE": "absolute",
+        "INPUT.CROP.SIZE": [40, 40],
+    }
+    keys = {"DISTILL.STUDENT_META_ARCHITECTURE": "RetinaNet", "DISTILL.LOSSES": ("SGFI",), **crop}
+    cfg = unlabeled_cfg({**DENSE, **keys})
+    register_datasets(cfg)
+    sample = train_loader._build_mapper(cfg)(load_unlabeled(cfg)[0])
+    assert max(sample["image"].shape[1:]) <= 64 and is_unlabeled(sample)
+
+
+def test_the_check_shows_no_precision_of_thresholds_that_are_not_in_use(unlabeled_cfg):
+    cfg = unlabeled_cfg({"DATASETS.TEST": ("tiny",)}, min_score=0.5, change=made_by("0"))
+    register_datasets(cfg)
+    assert all(row[3:] == [None, None] for row in UnlabeledReport(cfg).rows)
 
 
 def made_by(sha256):

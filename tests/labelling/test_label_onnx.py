@@ -14,7 +14,7 @@ from gdetkd.engine import build_plain_student
 from gdetkd.errors import GDetKDError
 from gdetkd.insight.probe import read_at_test_size
 from gdetkd.labelling.images import ImageFile
-from gdetkd.labelling.onnx_source import OnnxModel, OnnxSource
+from gdetkd.labelling.onnx_source import TRIED, OnnxModel, OnnxSource
 from gdetkd.labelling.run import Options, label_images
 from programs import ROOT, run_program
 
@@ -110,6 +110,22 @@ def test_rows_that_fill_up_the_output_are_left_out(tmp_path, write_model):
     source = OnnxSource(make_cfg({}), OnnxModel(write_model(classes=(0, -1, -1))), NAMES)
     [(_, found)] = source.detect([ImageFile("blue.png", str(tmp_path / "blue.png"), 80, 64, 1, 1)])
     assert found.classes.tolist() == [0]
+
+
+def test_relative_boxes_are_found_although_the_first_images_have_none(tmp_path, write_model):
+    source = OnnxSource(make_cfg({}), OnnxModel(write_model(boxes=BOXES / 40)), NAMES)
+    Image.new("RGB", (80, 64), COLOR).save(tmp_path / "image.png")
+    image = ImageFile("image.png", str(tmp_path / "image.png"), 80, 64, 1, 1)
+    outputs, empty = source._session.run, [np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64)]
+    rounds = iter(range(TRIED + 1))
+
+    class Session:
+        def run(self, names, inputs):
+            return empty if next(rounds) < TRIED else outputs(names, inputs)
+
+    source._session = Session()
+    with pytest.raises(GDetKDError, match="its boxes seem relative"):
+        list(source.detect([image] * (TRIED + 1)))
 
 
 def test_models_that_are_refused(tmp_path, write_model):

@@ -1,6 +1,8 @@
 """Test the page of sample images, and the tool's arguments."""
 
 import importlib.util
+import os
+from dataclasses import replace
 
 import pytest
 from matplotlib import pyplot as plt
@@ -47,6 +49,17 @@ def test_boxes_above_are_solid_and_doubtful_boxes_are_dashed(labels):
     drawn = {(*patch.get_bbox().bounds, patch.get_linestyle()) for patch in axis.patches}
     assert drawn == {(10, 20, 30, 40, "-"), (50, 60, 70, 80, "--")}  # in pixels of the file, although it is drawn small
     assert {text.get_text() for text in axis.texts} == {"dog 0.80", "dog 0.40"}
+
+
+@pytest.mark.parametrize("name", ["price_$5_$10.jpg", os.fsdecode(b"caf\xe9.jpg")])
+def test_any_name_can_be_drawn(labels, tmp_path, name):
+    labels = labels._replace(
+        images=[(replace(image, name=name), found) for image, found in labels.images[:1]],
+        classes=("cat", "$d^o^g$"),
+        thresholds={"cat": ClassThreshold(0.1), "$d^o^g$": ClassThreshold(0.8)},
+    )
+    write_page(labels, NoSource(), tmp_path / "page.html", 1, 0)
+    assert "1 of 1 images" in (tmp_path / "page.html").read_text()
 
 
 def test_the_seed_chooses_the_images(labels, tmp_path):

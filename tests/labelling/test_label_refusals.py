@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from PIL import Image
-from scenes import Scene
+from scenes import Scene, results_of
 
 from conftest import make_cfg
 from gdetkd.errors import GDetKDError
@@ -89,6 +89,23 @@ def test_no_box_above_the_threshold(tmp_path):
     assert scene.part.exists() and not list(scene.output.parent.glob("*.html"))
     label_images(make_cfg(scene.keys), scene.perfect(min_score=0.5))  # the part is used
     assert len(scene.read()["images"]) == 8
+
+
+def test_the_boxes_stay_if_the_thresholds_cannot_be_chosen(tmp_path, monkeypatch):
+    scene = Scene(tmp_path)
+    weak = scene.write("weak.json", results_of(scene.content, score=0.2))
+    refused(scene, "Nothing is written", results=weak)  # 0.9 is chosen on the validation set
+    monkeypatch.setattr("gdetkd.labelling.detect.as_found", None)  # no image is labelled again
+    label_images(make_cfg(scene.keys), scene.perfect(results=weak, validation_results="", min_score=0.1))
+    assert len(scene.read()["images"]) == 8
+
+
+def test_corrected_results_of_the_validation_set_are_read_again(tmp_path):
+    scene = Scene(tmp_path)
+    wrong = [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2], "score": 0.9}]
+    refused(scene, "No box on 'val' is right", validation_results=scene.write("wrong.json", wrong))
+    label_images(make_cfg(scene.keys), scene.perfect())
+    assert scene.read()["info"]["gdetkd_labels"]["thresholds"]["class0"]["precision"] == 1
 
 
 def test_an_output_that_cannot_be_written(tmp_path):

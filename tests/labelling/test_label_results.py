@@ -2,9 +2,11 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
-from detectron2.data import DatasetCatalog
+import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from PIL import Image
 from pycocotools.coco import COCO
@@ -13,7 +15,7 @@ from scenes import Scene, results_of
 from conftest import make_cfg
 from gdetkd.data import register_datasets
 from gdetkd.errors import GDetKDError
-from gdetkd.labelling.run import label_images
+from gdetkd.labelling.run import _entry, label_images
 from gdetkd.labelling.source import own_part
 
 
@@ -75,6 +77,54 @@ def test_classes_are_matched_by_name_and_by_the_class_map(tmp_path, cfg_of, capl
     assert "lacks 1 of the student's 3 classes: class1" in caplog.text
     assert written["info"]["gdetkd_labels"]["thresholds"]["class0"]["precision"] is None
     assert written["info"]["gdetkd_labels"]["chosen_on"] is None
+
+
+def test_a_class_whose_name_the_class_map_replaces_is_left_out(tmp_path, cfg_of):
+    """The student's class0 is the source's stranger, so the source's own class0 is another class."""
+    scene = Scene(tmp_path)
+    names = ("class0", "stranger", "class2")
+    scene.content["categories"] = [{"id": index, "name": name} for index, name in enumerate(names, 1)]
+    scene.write("new.json", scene.content)
+    cfg = cfg_of(scene, {"DISTILL.CLASS_MAP": [["class0", "stranger"]]})
+    label_images(cfg, scene.perfect(min_score=0.5, validation_results=""))
+    given = [item["category_id"] for item in scene.content["annotations"]]
+    labels = [item["category_id"] for item in scene.read()["annotations"]]
+    assert labels.count(1) == given.count(2) and labels.count(3) == given.count(3) and 2 not in labels
+
+
+def test_categories_whose_ids_are_text_keep_their_order(tmp_path, cfg_of):
+    """Sorted as text, 10 comes before 9."""
+    scene = Scene(tmp_path)
+    names = {8: "class0", 9: "class1", 10: "class2"}
+    for content, path in ((scene.validation, tmp_path / "val" / "val.json"), (tiny(tmp_path), tmp_path / "tiny.json")):
+        content["categories"] = [{"id": str(index), "name": name} for index, name in names.items()]
+        for item in content["annotations"]:
+            item["category_id"] = str(item["category_id"] + 7)
+        path.write_text(json.dumps(content))
+    entries = [{**entry, "name": f"{entry['name']}_text"} for entry in scene.keys["DATASETS.REGISTER"]]
+    entries[0]["json"] = str(tmp_path / "tiny.json")
+    keys = {"DATASETS.TRAIN": ("tiny_text",), "DATASETS.TEST": ("val_text",), "DATASETS.REGISTER": entries}
+    label_images(cfg_of(scene, keys), scene.perfect(min_score=0.5, validation_results=""))
+    assert [category["name"] for category in scene.read()["categories"]] == list(names.values())
+
+
+def tiny(folder):
+    return json.loads(Path(MetadataCatalog.get("tiny").gdetkd_entry["json"]).read_text())
+
+
+def test_no_box_has_a_score_of_1(tmp_path, cfg_of):
+    """A threshold of 1 leaves out all boxes of a class that is never right."""
+    scene = Scene(tmp_path)
+    label_images(cfg_of(scene), scene.perfect(results=scene.write("sure.json", results_of(scene.content, 0.999999))))
+    assert {item["score"] for item in scene.read()["annotations"]} == {0.99999}
+
+
+def test_the_printed_entry_is_yaml_for_any_name(tmp_path):
+    for stem, folder in (("2024", "new, blurry"), ("no", "a: b"), ("plain", "with #")):
+        entry = yaml.safe_load(_entry(tmp_path / f"{stem}.json", str(tmp_path / folder)))
+        assert entry == {
+            "name": stem, "kind": "pseudo", "json": str(tmp_path / f"{stem}.json"), "images": str(tmp_path / folder)
+        }  # fmt: skip
 
 
 def test_the_config_may_register_the_labels_before_they_exist(tmp_path, cfg_of):

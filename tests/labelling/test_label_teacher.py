@@ -6,9 +6,11 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import active_children
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import read_image
 from PIL import Image
@@ -184,6 +186,19 @@ def test_another_teacher_or_other_settings_do_not_continue(distill_cfg, scene, o
     changed = distill_cfg({**scene.keys, "DISTILL.TEACHER.OPTS": ["INPUT.MIN_SIZE_TEST", 80]})
     with pytest.raises(GDetKDError, match="SHA-256 of the teacher's config"):
         label_images(changed, options())
+
+
+def test_another_number_of_boxes_in_the_teachers_file_does_not_continue(distill_cfg, scene, options, monkeypatch):
+    cfg = distill_cfg(scene.keys)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, 9)
+        label_images(cfg, options())
+    path = Path(cfg.DISTILL.TEACHER.CONFIG_FILE)
+    content = yaml.safe_load(path.read_text())
+    content.setdefault("TEST", {})["DETECTIONS_PER_IMAGE"] = 300
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(GDetKDError, match="other settings .teacher's TEST.DETECTIONS_PER_IMAGE"):
+        label_images(cfg, options())
 
 
 def test_a_process_that_is_killed_loses_no_image(distill_cfg, scene, tmp_path):

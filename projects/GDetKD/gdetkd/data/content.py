@@ -23,14 +23,18 @@ def same_files(
     for other in others:
         if os.path.exists(other):
             by_size[os.path.getsize(other)].append(other)
-    digest = functools.lru_cache(maxsize=None)(sha256_of_file)
+
+    @functools.lru_cache(maxsize=None)
+    def by_digest(size: int) -> Dict[str, str]:
+        """Return a file of `others` for each SHA-256 among those of a size."""
+        return {sha256_of_file(other): other for other in reversed(by_size[size])}
+
     found = {}
     for path in paths:
         if path not in known and not os.path.exists(path):
             continue
-        candidates = by_size.get(known[path][0] if path in known else os.path.getsize(path), [])
-        if candidates:
-            own = known[path][1] if path in known else digest(path)
-            same = [other for other in candidates if digest(other) == own]
-            found.update({path: same[0]} if same else {})
+        size = known[path][0] if path in known else os.path.getsize(path)
+        if size in by_size:
+            own = known[path][1] if path in known else sha256_of_file(path)
+            found.update({path: by_digest(size)[own]} if own in by_digest(size) else {})
     return found

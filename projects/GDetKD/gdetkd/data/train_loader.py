@@ -204,13 +204,19 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
 
 
 def _build_mapper(cfg: CfgNode) -> Callable[[Sample], Sample]:
-    mapper: Any = DatasetMapper(cfg, is_train=True)
-    if cfg.DISTILL.TEACHER.SCALE != 1 and cfg.DISTILL.LOSSES:
-        mapper = TeacherViewMapper(mapper, cfg.DISTILL.TEACHER.SCALE)
+    mapper = _with_teachers_view(cfg, DatasetMapper(cfg, is_train=True))
     labeled = InstaBoostMapper(cfg, mapper) if cfg.INPUT.INSTABOOST.ENABLED else mapper
     if not cfg.DATASETS.UNLABELED:
         return labeled
-    return UnlabeledMapper(labeled, mapper, len(class_names(cfg)))
+    without_masks = DatasetMapper(cfg, is_train=True)
+    # A dense student may have MASK_ON. Detectron2 would then fit the boxes in a crop to their masks.
+    without_masks.recompute_boxes = False
+    return UnlabeledMapper(labeled, _with_teachers_view(cfg, without_masks), len(class_names(cfg)))
+
+
+def _with_teachers_view(cfg: CfgNode, mapper: DatasetMapper) -> Callable[[Sample], Sample]:
+    has_view = cfg.DISTILL.TEACHER.SCALE != 1 and cfg.DISTILL.LOSSES
+    return TeacherViewMapper(mapper, cfg.DISTILL.TEACHER.SCALE) if has_view else mapper
 
 
 def _check_same_everywhere(loader: ResumableLoader, names: str) -> None:

@@ -15,7 +15,7 @@ from detectron2.utils import comm
 
 from ..data import register_datasets
 from ..errors import GDetKDError, some
-from ..losses.classes import other_names
+from ..losses.classes import positions_of_others
 from ..random_state import random_state
 from ..teacher import FrozenTeacher
 from .class_checks import check_classes
@@ -99,9 +99,7 @@ def teachers_classes_in(cfg: CfgNode, teacher: FrozenTeacher, dataset: str) -> O
         return None
     if list(names) == list(teacher_names):
         return None
-    name_in_dataset = {other: name for name, other in other_names(cfg, tuple(names), teacher_names).items()}
-    position = {name: index for index, name in enumerate(names)}
-    classes = [position.get(name_in_dataset.get(name, name)) for name in teacher_names]
+    classes = positions_of_others(cfg, tuple(names), teacher_names)
     if all(index is None for index in classes):
         raise GDetKDError(
             f"The teacher cannot be evaluated on {dataset!r}: its classes ({some(teacher_names)}) and those of the "

@@ -87,7 +87,7 @@ class UnlabeledReport:
         images: the number of unlabelled images that are trained on.
         doubtful: the number of doubtful boxes.
         rows: for each class: its name, its objects in DATASETS.TRAIN and in DATASETS.UNLABELED, and the precision and
-            recall of the labels on the validation split if the file has them.
+            recall of the labels on the validation split, if the thresholds of the file are in use.
         pages: the pages of sample images that exist beside the labels.
         warnings: classes that are never found, or whose shares differ much.
     """
@@ -100,16 +100,22 @@ class UnlabeledReport:
         train = _counts([sample for name in cfg.DATASETS.TRAIN for sample in DatasetCatalog.get(name)])
         pseudo = _counts(samples)
         self.pages: List[str] = []
-        thresholds: Dict[str, Any] = {}
         for dataset in pseudo_sets(cfg):
-            thresholds.update(dataset.read_info().get("thresholds", {}))
             page = os.path.splitext(dataset.path("json"))[0] + ".html"
             self.pages += [page] if os.path.exists(page) else []
+        thresholds = _thresholds_in_use(cfg)
         self.rows = [
             [name, train[index], pseudo[index], *(_rate(thresholds.get(name), key) for key in ("precision", "recall"))]
             for index, name in enumerate(names)
         ]
         self.warnings = _differences(self.rows)
+
+
+def _thresholds_in_use(cfg: CfgNode) -> Dict[str, Any]:
+    """Return what the files say of their thresholds, by class, or an empty dict if other thresholds are in use."""
+    sets = pseudo_sets(cfg)
+    found = [{} if "min_score" in dataset.entry else dataset.read_info().get("thresholds", {}) for dataset in sets]
+    return found[0] if found and all(thresholds == found[0] for thresholds in found) else {}
 
 
 def _counts(samples: Sequence[Dict[str, Any]]) -> "Counter[int]":

@@ -9,6 +9,11 @@ from matplotlib.patches import Rectangle
 TEXT_HEIGHT = 0.06
 
 
+def printable(text: str) -> str:
+    """Return a text that can be drawn. A file name may have bytes that are not UTF-8."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def draw_box(
     axis: Axes, box: Sequence[float], color: str, text: str, strong: bool = False, dashed: bool = False
 ) -> None:
@@ -26,6 +31,7 @@ def draw_box(
         top, bottom = sorted(axis.get_ylim())
         place = "top" if y1 - top < TEXT_HEIGHT * (bottom - top) else "bottom"
         axis.text(
-            x1, y1, text, fontsize=7, color="#222222" if color == "white" else "white", va=place, clip_on=True,
+            x1, y1, printable(text), parse_math=False, fontsize=7, va=place, clip_on=True,
+            color="#222222" if color == "white" else "white",
             bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
         )  # fmt: skip

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 
 from ..data.class_names import class_names
 from ..errors import GDetKDError, some
-from ..losses.classes import other_names, warn_of_unknown_names
+from ..losses.classes import positions_of_others, warn_of_unknown_names
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +57,7 @@ def find_among_students(
         cfg = cfg.clone()
         cfg.defrost()
         cfg.DISTILL.CLASS_MAP = [pair for pair in cfg.DISTILL.CLASS_MAP if len(pair) == 2 and pair[1] in names]
-    students_name = {other: name for name, other in other_names(cfg, student, tuple(names)).items()}
-    position = {name: index for index, name in enumerate(student)}
-    classes = [position.get(students_name.get(name, name)) for name in names]
+    classes = positions_of_others(cfg, student, tuple(names))
     if all(index is None for index in classes):
         raise GDetKDError(
             f"The classes of the boxes ({some(names)}) and the student's classes ({some(student)}) have no name in "

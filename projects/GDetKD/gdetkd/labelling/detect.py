@@ -15,6 +15,8 @@ from .source import Detections, Source
 
 # Decimal digits that are written. They hide the rounding by which processes with other numbers of threads differ.
 BOX_DIGITS, SCORE_DIGITS = 2, 5
+# A threshold of 1 (`thresholds.NONE_TRUSTED`) leaves out every box, so no score is 1.
+HIGHEST_SCORE = 1 - 10**-SCORE_DIGITS
 FILES_AT_ONCE = 8
 
 
@@ -35,7 +37,7 @@ def detect_all(source: Source, images: Sequence[ImageFile], part: Part, kind: st
 
     Args:
         part: keeps the boxes, so that a killed run can continue.
-        kind: "labels" or "validation".
+        kind: "labels", or "validation" and what tells the source of these boxes.
     """
     before = part.read(kind)
     done = _unchanged(before, images)
@@ -69,7 +71,7 @@ def as_found(image: ImageFile, detections: Detections, kept: Kept) -> Found:
 
     Boxes without area and boxes below the floor are left out.
     """
-    scores = [round(score, SCORE_DIGITS) for score in detections.scores.tolist()]
+    scores = [min(round(score, SCORE_DIGITS), HIGHEST_SCORE) for score in detections.scores.tolist()]
     boxes = Boxes(detections.boxes.to(torch.float64, copy=True))
     boxes.clip((image.height, image.width))
     rows, dropped = [], 0

@@ -114,7 +114,7 @@ class OnnxSource(Source):
                 ) from e
             found = _read_outputs(self._model.file, self._outputs, outputs, self.num_classes)
             largest = max([largest, *found.boxes.flatten().tolist()])
-            if number == min(TRIED, len(own)) and 0 < largest <= LARGEST_RELATIVE:
+            if number >= min(TRIED, len(own)) and 0 < largest <= LARGEST_RELATIVE:
                 raise GDetKDError(
                     f"{self._model.file!r} found no box of more than a pixel on {number} images, so its boxes seem "
                     "relative. Export the model with boxes in pixels of its input."

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from ..data.kinds.pseudo import IGNORED_FROM
-from ..figures.boxes import draw_box
+from ..figures.boxes import draw_box, printable
 from ..figures.page import Cell, Section, Table, TableRow, render_page
 from ..figures.style import PALETTE, STYLE, as_png
 from ..files import written_whole
@@ -84,7 +84,7 @@ def _draw_image(axis: Axes, image: ImageFile, found: Found, labels: Labels) -> N
     picture.thumbnail((DRAWN_SIZE, DRAWN_SIZE))
     axis.imshow(picture, extent=(0, image.width, image.height, 0))
     axis.set(xlim=(0, image.width), ylim=(image.height, 0))
-    axis.set_title(image.name[-40:], fontsize=8, loc="left")
+    axis.set_title(printable(image.name[-40:]), fontsize=8, loc="left", parse_math=False)
     for box, score, label in reversed(list(zip(found.boxes, found.scores, found.classes))):  # the best on top
         name = labels.classes[label]
         if score < IGNORED_FROM * labels.thresholds[name].min_score:

@@ -95,7 +95,7 @@ class Part:
         """Return the boxes so far. A torn last line of a file is left out.
 
         Args:
-            kind: which images, "labels" or "validation".
+            kind: which boxes, as in `detect_all`.
         """
         return [
             Found(**json.loads(line))

@@ -1,11 +1,13 @@
 """Label images: from the options of `tools/label.py` to the files."""
 
 import logging
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple
 
+import yaml
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
@@ -99,11 +101,12 @@ def label_images(cfg: CfgNode, options: Options) -> None:
     if comm.is_main_process():
         warn_of_classes_without_labels(student, classes)
     kept = Kept(options.floor, classes)
-    part = Part(options.output, _settings(options, kept, student, source, validation_source))
+    part = Part(options.output, _settings(options, kept, student, source))
     lacking = [name for index, name in enumerate(student) if index not in classes]
     thresholds = _given_thresholds(options, student)
     if validation is not None:
-        found = detect_all(validation_source, validation.images, part, "validation", kept)
+        kind = _validation_kind(source, validation_source)
+        found = detect_all(validation_source, validation.images, part, kind, kept)
         thresholds = {**_choose(found, validation, student, lacking), **thresholds}
         _print_table(HEADERS[:-1], [[name, *threshold_texts(item)] for name, item in thresholds.items()])
     boxes = detect_all(source, images, part, "labels", kept)
@@ -157,7 +160,8 @@ def _write(labels: Labels, source: Source, options: Options) -> None:
 
 def _entry(output: Path, folder: str) -> str:
     """Return the entry of DATASETS.REGISTER for the labels of images in a folder."""
-    return f"{{name: {output.stem}, kind: pseudo, json: {output.resolve()}, images: {os.path.abspath(folder)}}}"
+    entry = {"name": output.stem, "kind": "pseudo", "json": str(output.resolve()), "images": os.path.abspath(folder)}
+    return yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf).strip()
 
 
 def _check_options(options: Options, student: Sequence[str]) -> None:
@@ -229,10 +233,8 @@ def _sources(
     return chosen, chosen
 
 
-def _settings(
-    options: Options, kept: Kept, student: Sequence[str], source: Source, validation_source: Source
-) -> Dict[str, Any]:
-    """Return everything that changes the boxes. Thresholds are not among them."""
+def _settings(options: Options, kept: Kept, student: Sequence[str], source: Source) -> Dict[str, Any]:
+    """Return everything that changes the boxes of the labels. Thresholds are not among it."""
     settings = {
         "source": source.kind,
         **source.settings(),
@@ -242,9 +244,17 @@ def _settings(
     }
     if options.results:
         settings["annotations' SHA-256"] = sha256_of_file(options.annotations)
-    if validation_source is not source:
-        settings["validation results"] = validation_source.settings()
     return settings
+
+
+def _validation_kind(source: Source, validation_source: Source) -> str:
+    """Return the kind of the boxes on the validation dataset. Other results have a kind of their own.
+
+    So a run without these results, or with corrected ones, keeps the boxes of the labels.
+    """
+    if validation_source is source:
+        return "validation"
+    return f"validation-{validation_source.origin()['sha256']}"
 
 
 def _print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

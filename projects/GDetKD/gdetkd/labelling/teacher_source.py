@@ -24,13 +24,14 @@ class TeacherSource(Source):
         cfg: the config of the distillation.
 
     Raises:
-        GDetKDError: the teacher cannot be built, or its weights are missing or do not fit.
+        GDetKDError: the teacher cannot be built or cannot detect, or its weights are missing or do not fit.
     """
 
     kind = "teacher"
 
     def __init__(self, cfg: CfgNode) -> None:
         self._teacher = FrozenTeacher(cfg)
+        self._teacher.file.check_can_detect()
         self._opts = [str(word) for word in cfg.DISTILL.TEACHER.OPTS]
         self.class_names = self._teacher.spec.class_names
         self.num_classes = self._teacher.spec.num_classes
@@ -42,7 +43,11 @@ class TeacherSource(Source):
     def settings(self) -> Dict[str, Any]:
         file = self._teacher.file
         config = hashlib.sha256(f"{file.content()} {self._opts}".encode()).hexdigest()
-        return {"teacher's SHA-256": self._teacher.sha256, "SHA-256 of the teacher's config": config}
+        return {
+            "teacher's SHA-256": self._teacher.sha256,
+            "SHA-256 of the teacher's config": config,
+            **{f"teacher's {key}": value for key, value in file.limits().items()},
+        }
 
     def detect(self, images: Sequence[ImageFile]) -> Iterator[Tuple[ImageFile, Detections]]:
         if not images:

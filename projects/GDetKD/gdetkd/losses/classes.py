@@ -6,7 +6,7 @@ Shapes: N regions, n foreground classes of a detector, m common classes.
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Dict, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -125,6 +125,19 @@ def other_names(cfg: CfgNode, student: Tuple[str, ...], teacher: Tuple[str, ...]
             )
     _check_one_to_one(pairs, student, teacher)
     return pairs
+
+
+def positions_of_others(cfg: CfgNode, student: Tuple[str, ...], other: Tuple[str, ...]) -> List[Optional[int]]:
+    """Return the student's class index for each class of another detector, or None for a class that the student lacks.
+
+    A class of the other detector whose name DISTILL.CLASS_MAP replaces by another one has no match.
+
+    Raises:
+        GDetKDError: as `other_names`.
+    """
+    pairs = other_names(cfg, student, other)
+    position = {pairs.get(name, name): index for index, name in enumerate(student)}
+    return [position.get(name) for name in other]
 
 
 def _check_one_to_one(pairs: Dict[str, str], student: Tuple[str, ...], teacher: Tuple[str, ...]) -> None:

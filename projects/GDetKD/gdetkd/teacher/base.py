@@ -1,7 +1,7 @@
 """The description of a teacher that its file gives before the teacher is built."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 from torch import nn
 
@@ -30,6 +30,14 @@ class TeacherFile(ABC):
     @abstractmethod
     def class_names(self) -> Optional[Tuple[str, ...]]:
         """Return the class names of the teacher's training dataset in order, or None if they are unknown here."""
+
+    def limits(self) -> Dict[str, Any]:
+        """Return the settings outside of `content` that limit the detections of an evaluation."""
+        return {}
+
+    def check_can_detect(self) -> None:
+        """Raise a GDetKDError if the file does not say how images are prepared for an evaluation."""
+        return
 
     @abstractmethod
     def test_loader(self, dataset_name: str) -> Any:

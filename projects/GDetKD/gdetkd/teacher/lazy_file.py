@@ -81,14 +81,17 @@ class LazyTeacher(TeacherFile):
         name = names if isinstance(names, str) or not names else names[0]
         return names_of_dataset(name) if name else None
 
-    def test_loader(self, dataset_name: str) -> Any:
-        mapper = self._get("dataloader.test.mapper")
-        if mapper is None:
+    def check_can_detect(self) -> None:
+        if self._get("dataloader.test.mapper") is None:
             raise GDetKDError(
                 f"The teacher's file {self.path!r} has no dataloader.test.mapper, so the size of test images is "
-                "unknown and the teacher cannot be evaluated. It can still teach: leave out DISTILL.EVAL_TEACHER and "
-                "--eval-teacher."
+                "unknown. The teacher can be neither evaluated nor used to label images. It can still teach: leave out "
+                "DISTILL.EVAL_TEACHER and --eval-teacher."
             )
+
+    def test_loader(self, dataset_name: str) -> Any:
+        self.check_can_detect()
+        mapper = self._get("dataloader.test.mapper")
         dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False)
         return build_detection_test_loader(dicts, mapper=instantiate(mapper))
 

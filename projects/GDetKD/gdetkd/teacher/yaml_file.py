@@ -1,6 +1,6 @@
 """Teachers from yaml configs of Detectron2."""
 
-from typing import Any, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader
@@ -60,6 +60,9 @@ class YamlTeacher(TeacherFile):
     def content(self) -> str:
         items = flat_config(self.cfg.dump()).items()
         return str(sorted((key, value) for key, value in items if key.startswith(CONTENT) and key != "MODEL.DEVICE"))
+
+    def limits(self) -> Dict[str, Any]:
+        return {"TEST.DETECTIONS_PER_IMAGE": self.cfg.TEST.DETECTIONS_PER_IMAGE}
 
     def class_names(self) -> Optional[Tuple[str, ...]]:
         return class_names(self.cfg)

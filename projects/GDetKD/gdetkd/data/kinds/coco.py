@@ -13,6 +13,7 @@ from ..clean import Findings
 from .base import DATASET_KIND_REGISTRY, Counts, DatasetKind, Keys, Sample
 from .coco_json import read_coco
 from .coco_keypoints import flip_map, keypoint_names
+from .coco_quirks import id_from_text
 
 
 @DATASET_KIND_REGISTRY.register()
@@ -33,6 +34,8 @@ class Coco(DatasetKind):
         try:
             with open(path, "rb") as file:
                 categories = json.load(file)["categories"]
+            for category in categories:
+                id_from_text(category)  # "10" comes after "9"
             return [category["name"].strip() for category in sorted(categories, key=lambda item: item["id"])]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
             raise GDetKDError(

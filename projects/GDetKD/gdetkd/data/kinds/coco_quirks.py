@@ -3,6 +3,7 @@
 Annotation tools write numbers as text, ids of different types, and two corners in place of a polygon.
 """
 
+import os
 from typing import Any, Callable, Dict, List
 
 from .base import Counts
@@ -33,6 +34,7 @@ def correct_quirks(images: List[Item], categories: List[Item], annotations: List
     counts: Counts = {}
     for items, quirks in ((images, IMAGE_QUIRKS), (categories, CATEGORY_QUIRKS), (annotations, ANNOTATION_QUIRKS)):
         counts.update({name: sum(map(correct, items)) for name, correct in quirks.items()})
+    counts["file names have backslashes"] = sum(_slashes(image, folder) for image in images)
     counts["file names are not spelt as their files"] = respell_file_names(images, folder)
     counts["annotations name their class by an id of another type"] = match_ids(annotations, "category_id", categories)
     counts["annotations name their image by an id of another type"] = match_ids(annotations, "image_id", images)
@@ -68,9 +70,11 @@ def _size_from_text(image: Item) -> bool:
     return any([_replace(image, key, _as_number(image[key])) for key in ("width", "height") if key in image])
 
 
-def _slashes(image: Item) -> bool:
+def _slashes(image: Item, folder: str) -> bool:
     name = image.get("file_name")
-    return isinstance(name, str) and "\\" in name and _replace(image, "file_name", name.replace("\\", "/"))
+    if not isinstance(name, str) or "\\" not in name or "\0" in name or os.path.exists(os.path.join(folder, name)):
+        return False  # on Linux, a backslash may be a part of the name
+    return _replace(image, "file_name", name.replace("\\", "/"))
 
 
 def _without_spaces(category: Item) -> bool:
@@ -78,7 +82,7 @@ def _without_spaces(category: Item) -> bool:
     return isinstance(name, str) and _replace(category, "name", name.strip())
 
 
-def _id_from_text(item: Item) -> bool:
+def id_from_text(item: Item) -> bool:
     number = _as_number(item.get("id"))
     return isinstance(number, int) and _replace(item, "id", number)
 
@@ -130,13 +134,12 @@ def _without_short_polygons(annotation: Item) -> bool:
 
 
 IMAGE_QUIRKS: Dict[str, Callable[[Item], bool]] = {
-    "image ids are numbers as text": _id_from_text,
+    "image ids are numbers as text": id_from_text,
     "images have their size as text": _size_from_text,
-    "file names have backslashes": _slashes,
 }
 CATEGORY_QUIRKS: Dict[str, Callable[[Item], bool]] = {
     "class names have spaces around them": _without_spaces,
-    "category ids are text": _id_from_text,
+    "category ids are text": id_from_text,
 }
 ANNOTATION_QUIRKS: Dict[str, Callable[[Item], bool]] = {
     "annotations have numbers as text": _numbers_from_text,

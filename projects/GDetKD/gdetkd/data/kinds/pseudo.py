@@ -25,7 +25,8 @@ class Pseudo(Coco):
     The score decides what becomes of a box:
 
     - A box with `min_score` or more is an object.
-    - A box with `ignore_score` or more is doubtful. It becomes a crowd, and the student's losses ignore its place.
+    - A box with `ignore_score` or more is doubtful, and so is a crowd of the file. It becomes a crowd, and the
+      student's losses ignore its place.
     - Any other box is left out.
 
     An entry's `min_score` holds for all classes. Without it, the file must have a threshold for each class.
@@ -60,7 +61,7 @@ class Pseudo(Coco):
                 )
             min_score, ignore_score = thresholds[annotation["category_id"]]
             if score >= ignore_score:
-                is_doubtful = score < min_score
+                is_doubtful = score < min_score or bool(annotation.get("iscrowd"))
                 doubtful += is_doubtful
                 kept.append({**annotation, "iscrowd": int(is_doubtful)})
         if len(kept) == doubtful:
