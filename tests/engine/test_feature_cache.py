@@ -10,6 +10,8 @@ from test_trainer import train
 from conftest import make_batch, make_cfg
 from gdetkd import DistillTrainer
 from gdetkd.engine.cache_advice import cache_advice, views_of_an_image
+from gdetkd.engine.check import Check
+from gdetkd.engine.step_costs import measure_steps
 from gdetkd.teacher import FrozenTeacher
 from gdetkd.teacher.feature_cache import FeatureCache, key_of
 
@@ -123,6 +125,20 @@ def test_the_advised_cache_holds_all_views_and_is_not_advised_twice(distill_cfg)
     cfg.DISTILL.TEACHER.CACHE_MB = int(megabytes)
     assert cache_advice(cfg, teacher, batches, images=500) == ""
     assert cache_advice(cfg, teacher, batches, images=10**9) == ""
+
+
+def test_the_check_times_steps_that_run_the_teachers_backbone(distill_cfg, monkeypatch):
+    """Its batches come again, so the cache would hold all of them, unlike in a training."""
+    check = Check(distill_cfg({"DISTILL.TEACHER.CACHE_MB": 10, "DISTILL.TEACHER.MIN_AP": 0.0}), images=2)
+    teacher, caches = check._trainer.distiller.teacher, []
+
+    def measure(*args):
+        caches.append(teacher.cache)
+        return measure_steps(*args)
+
+    monkeypatch.setattr("gdetkd.engine.check.measure_steps", measure)
+    assert "These steps run the teacher's backbone" in check.run()
+    assert caches == [None] and teacher.cache is not None
 
 
 def test_nothing_is_advised_where_padding_makes_more_views(distill_cfg):
