@@ -74,6 +74,10 @@ def test_every_rule_has_an_invalid_value_above():
             {**DENSE, "DISTILL.STUDENT_META_ARCHITECTURE": "FCOS", "MODEL.FCOS.IN_FEATURES": ["p8"]},
             "MODEL.FCOS.IN_FEATURES names p8",
         ),
+        (
+            DENSE,  # the pyramid of a RetinaNet, in a file that forgets to say so
+            "MODEL.ROI_HEADS.IN_FEATURES names p2, .* or set DISTILL.STUDENT_META_ARCHITECTURE if the student is a",
+        ),
     ],
 )
 def test_levels_and_anchors_that_do_not_fit_are_refused(distill_cfg, changes, message):

@@ -221,7 +221,7 @@ def test_a_full_disk_does_not_lose_the_run(logged_cfg, wandb, monkeypatch, caplo
 def test_a_missing_package_is_named_before_training(logged_cfg, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(GDetKDError, match=r"names 'mlflow', .* install it with pip install 'gdetkd\[mlflow\]'"):
+    with pytest.raises(GDetKDError, match=r"names 'mlflow', .* install it with pip install mlflow"):
         DistillTrainer(logged_cfg("mlflow"))
     check_values(logged_cfg())  # a package that is not asked for is not imported
 

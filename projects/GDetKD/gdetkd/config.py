@@ -50,13 +50,13 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     # Program that computes COCO's metrics:
     # - "pycocotools",
     # - "faster-coco-eval", which gives the same figures several times faster on large datasets, but supports no
-    #   keypoints (pip install 'gdetkd[eval]'),
+    #   keypoints (pip install faster-coco-eval),
     # - empty: Detectron2's compiled program, or pycocotools if Detectron2 is not compiled.
     cfg.TEST.COCO_EVAL = ""
 
     cfg.LOG = CfgNode()
-    # Experiment trackers to log to, beside metrics.json and TensorBoard: "wandb" (pip install 'gdetkd[wandb]') and
-    # "mlflow" (pip install 'gdetkd[mlflow]').
+    # Experiment trackers to log to, beside metrics.json and TensorBoard: "wandb" (pip install wandb) and
+    # "mlflow" (pip install mlflow).
     cfg.LOG.WRITERS = ()
     # The project of W&B, or the experiment of MLflow.
     cfg.LOG.PROJECT = "gdetkd"
@@ -268,7 +268,7 @@ def _add_regions_node(cfg: CfgNode) -> None:
 def _add_instaboost_node(cfg: CfgNode) -> None:
     """Add the keys of InstaBoost, the augmentation of the paper's X-101 teacher.
 
-    It needs masks and `pip install gdetkd[instaboost]`. Names and values are those of InstaBoost's authors.
+    It needs masks and `pip install instaboostfast`. Names and values are those of InstaBoost's authors.
     """
     node = cfg.INPUT.INSTABOOST = CfgNode()
     node.ENABLED = False

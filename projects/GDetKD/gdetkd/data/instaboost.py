@@ -78,8 +78,8 @@ def _load_boost(node: CfgNode) -> Boost:
         package = importlib.import_module("instaboostfast")
     except ImportError as e:
         raise GDetKDError(
-            f"INPUT.INSTABOOST.ENABLED needs the package instaboostfast ({e}). Install it: pip install "
-            "'gdetkd[instaboost]', or, in a checkout, pip install -e '.[instaboost]'."
+            f"INPUT.INSTABOOST.ENABLED needs the package instaboostfast ({e}). Install it with "
+            "pip install instaboostfast."
         ) from e
     config = package.InstaBoostConfig(
         action_candidate=tuple(node.ACTION_CANDIDATE),

@@ -201,12 +201,19 @@ def _wrong_levels(cfg: CfgNode) -> List[str]:
             if lacking:
                 wrong.append(
                     f"{key} names {', '.join(lacking)}, but the pyramid has only {', '.join(made)}: remove the missing "
-                    "levels"
+                    f"levels{_or_another_family(cfg)}"
                 )
     has_anchors = keys and keys[0] in ("MODEL.RPN.IN_FEATURES", "MODEL.RETINANET.IN_FEATURES")
     if has_anchors and cfg.MODEL.ANCHOR_GENERATOR.NAME in ANCHOR_GENERATORS:
         wrong += _wrong_anchors(cfg, keys[0], len(get_key(cfg, keys[0])))
     return wrong
+
+
+def _or_another_family(cfg: CfgNode) -> str:
+    """Return a further remedy: whoever adds a teacher to a dense student may have forgotten to name its family."""
+    if cfg.MODEL.META_ARCHITECTURE != "GDetKD" or student_architecture(cfg) != "GeneralizedRCNN":
+        return ""
+    return ", or set DISTILL.STUDENT_META_ARCHITECTURE if the student is a RetinaNet or FCOS"
 
 
 def _level_keys(cfg: CfgNode) -> List[str]:

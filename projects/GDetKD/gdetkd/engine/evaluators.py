@@ -95,7 +95,7 @@ class FasterCOCOEvaluator(CocoMetrics):
         except ImportError as e:
             raise GDetKDError(
                 "TEST.COCO_EVAL is 'faster-coco-eval', but that package is not installed. Install it with pip install "
-                "'gdetkd[eval]', or set TEST.COCO_EVAL to ''."
+                "faster-coco-eval, or set TEST.COCO_EVAL to ''."
             ) from e
         super().__init__(*args, use_fast_impl=False, **kwargs)
         self._faster = COCOeval_faster

@@ -199,7 +199,7 @@ def missing_packages(cfg: CfgNode) -> List[str]:
         except ImportError as e:
             missing.append(
                 f"LOG.WRITERS names {name!r}, but that package cannot be imported ({first_line(e)}): install it with "
-                f"pip install 'gdetkd[{name}]', or remove it from LOG.WRITERS"
+                f"pip install {name}, or remove it from LOG.WRITERS"
             )
     return missing
 

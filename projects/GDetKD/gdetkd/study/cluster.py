@@ -165,7 +165,7 @@ def slurm_executor(folder: Path, jobs: int, parameters: Dict[str, Any]) -> Clust
     except ImportError as e:
         raise GDetKDError(
             f"--executor slurm needs the package submitit, which cannot be imported ({first_line(e)}). Install it with "
-            "pip install 'gdetkd[slurm]'."
+            "pip install submitit."
         ) from e
     try:
         executor = submitit.SlurmExecutor(folder=folder)
