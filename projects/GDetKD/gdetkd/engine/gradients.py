@@ -50,31 +50,28 @@ def gradients_at_scales(
     groups = {OWN: [loss for name, loss in losses.items() if name not in terms]}
     groups.update({term: [losses[term]] for term in terms})
     own = _gradient(sum(groups[OWN]), inputs, scales[OWN])
-    own_norm = _product(own, own) ** 0.5 / scales[OWN]
+    own_norm = _product(own, own) ** 0.5
     measured = {}
     for name, group in groups.items():
         # Hold one term's gradient at a time, beside that of the own losses: each takes as much memory as the inputs.
         gradient = own if name == OWN else _gradient(sum(group), inputs, scales[name])
-        norm = _product(gradient, gradient) ** 0.5 / scales[name]
-        product = norm * own_norm * scales[OWN] * scales[name]
-        measured[name] = {"norm": norm, "cosine": _product(gradient, own) / product if product > 0 else 0.0}
+        norm = _product(gradient, gradient) ** 0.5
+        lengths = norm * own_norm
+        measured[name] = {"norm": norm, "cosine": _product(gradient, own) / lengths if lengths > 0 else 0.0}
     return measured
 
 
 def _gradient(loss: torch.Tensor, inputs: Sequence[torch.Tensor], scale: float) -> Gradient:
-    """Return the gradient in each input, times the scale, or None where the loss does not reach it."""
+    """Return the gradient in each input in full precision, or None where the loss does not reach it."""
     if not loss.requires_grad:  # a loss may be a plain zero if a batch has nothing for it
         return [None] * len(inputs)
     # The trainer's autocast is still on here. A step runs its backward pass without it.
     with torch.autocast(loss.device.type, enabled=False):
-        return list(torch.autograd.grad(loss * scale, inputs, retain_graph=True, allow_unused=True))
+        scaled = torch.autograd.grad(loss * scale, inputs, retain_graph=True, allow_unused=True)
+    return [None if gradient is None else full_precision(gradient) / scale for gradient in scaled]
 
 
 def _product(a: Gradient, b: Gradient) -> float:
     """Return the inner product of two gradients."""
-    parts = [torch.dot(_flat(x), _flat(y)).double() for x, y in zip(a, b) if x is not None and y is not None]
-    return float(torch.stack(parts).sum()) if parts else 0.0
-
-
-def _flat(gradient: torch.Tensor) -> torch.Tensor:
-    return full_precision(gradient).reshape(-1)
+    both = [(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b) if x is not None and y is not None]
+    return float(torch.stack([torch.dot(x, y).double() for x, y in both]).sum()) if both else 0.0

@@ -68,13 +68,15 @@ class StepAgreement(HookBase):
         self._losses = {}
         terms = self._guard.find(losses)
         gradients = self._schedule.take_gradients()
-        flags, means = any_and_mean([bool(terms), self._request.is_asked], [*scalars.values(), *gradients.values()])
+        shared = {**scalars, **gradients}
+        flags, values = any_and_mean([bool(terms), self._request.is_asked], list(shared.values()))
         some_not_finite, self._request.is_agreed = flags
+        means = dict(zip(shared, values))
         if some_not_finite:
             self._guard.skip_or_stop(terms)
-        self._schedule.follow(dict(zip(gradients, means[len(scalars) :])))
+        self._schedule.follow({name: means[name] for name in gradients})
         if comm.is_main_process():
-            get_event_storage().put_scalars(smoothing_hint=False, **dict(zip(scalars, means)), **own)
+            get_event_storage().put_scalars(smoothing_hint=False, **{name: means[name] for name in scalars}, **own)
 
 
 def _read(*groups: Dict[str, torch.Tensor]) -> List[Dict[str, float]]:
