@@ -34,6 +34,16 @@ def test_a_small_gradient_is_0_without_a_factor():
     assert SCALES[-1] == 1.0
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_loss_without_a_gradient_has_a_norm_of_0(autocast):
+    class Zero(HalfPrecision):
+        def forward(self, batch):
+            return {**super().forward(batch), "zero": torch.zeros(())}
+
+    model = Zero(1.0)
+    assert measure_terms(model, model, [None], autocast)["zero"].gradient == 0.0
+
+
 def test_memory_of_a_model_on_the_cpu_is_measured_on_the_cpu_also_beside_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cost = measure_steps({"model": HalfPrecision(1.0)}, [None, None])["model"]

@@ -124,6 +124,7 @@ def test_thresholds_that_cannot_be(tmp_path):
     scene = Scene(tmp_path)
     refused(scene, "The threshold 0.01 is not between --floor", min_score=0.01)
     refused(scene, "The threshold 1.5 is not between", min_score=1.5)
+    refused(scene, "The threshold 1 is not between .* no box has a score of 1", min_score=1.0)
     refused(scene, "--floor is 2", floor=2)
     refused(scene, "--thresholds names bird", thresholds={"bird": 0.5})
     refused(scene, "DATASETS.TEST is empty. Name a dataset with --validation", {"DATASETS.TEST": ()})

@@ -77,7 +77,7 @@ def test_the_passes_that_fill_the_cache_are_spread_over_the_run(pair, monkeypatc
     assert 1.5 < found.ratio <= 1.5 + 4 / (2 * 4)  # each pass takes a second, and a plain step two
 
 
-def test_with_a_full_cache_whole_epochs_are_measured(pair, monkeypatch):
+def test_with_a_full_cache_the_measurement_starts_with_an_epoch(pair, monkeypatch):
     """The views so far are in the cache, and those of the rest of the epoch are not."""
     for run in pair:
         run.opts += ["DISTILL.TEACHER.CACHE_MB", 1]

@@ -73,7 +73,7 @@ def _refuse_duplicates(root: Optional[yaml.Node], path: str) -> None:
             if key.value in lines and key.value != MERGE:
                 raise GDetKDError(
                     f"The config {Place(path, line)}: {key.value} was given before, in line {lines[key.value]}. YAML "
-                    "would keep only the last one. Write all values below one of them, and remove the other."
+                    "would keep only the last one. Keep one of them. If both are groups, move all keys into one."
                 )
             lines[key.value] = line
         waiting += node.value if isinstance(node, yaml.SequenceNode) else [value for _, value in _children(node)]

@@ -144,8 +144,8 @@ class AutoWeights:
         self._reported.append(f"{term} without weight")
         logger.warning(
             "%s has had no weight for %d measurements, so it has no effect: the norm of its gradient is %g, and that "
-            "of the student's own losses %g. Check that the loss has regions and that its value is finite, or set "
-            'DISTILL.WEIGHTS to "fixed".',
+            "of the student's own losses %g. Check that the losses are finite and that this one has regions. If its "
+            "gradient is only rounding, student and teacher agree already: remove the loss from DISTILL.LOSSES.",
             term,
             self._followed,
             norm,

@@ -231,10 +231,11 @@ class Check:
                 "weights, the teacher's weights and the data are finite."
             )
         elif is_distillation and term.gradient == 0:
-            key = "SHARE" if self._trainer.schedule.is_auto else "WEIGHT"
+            is_auto = self._trainer.schedule.is_auto
+            key, rounding = ("SHARE", ", or its gradient is only rounding") if is_auto else ("WEIGHT", "")
             self.problems.append(
-                f"{name} sends no gradient to the student: its {key} is 0, or {BATCHES} batches had no region for it. "
-                f"Raise {key}, check the data, or remove the loss from DISTILL.LOSSES."
+                f"{name} sends no gradient to the student: its {key} is 0, {BATCHES} batches had no region for it"
+                f"{rounding}. Raise {key}, check the data, or remove the loss from DISTILL.LOSSES."
             )
 
     def _costs(self) -> str:

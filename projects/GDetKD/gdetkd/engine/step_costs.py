@@ -138,6 +138,8 @@ def measure_terms(model: nn.Module, student: nn.Module, batches: List[Any], auto
 
 def _gradient_norm(loss: torch.Tensor, parameters: List[nn.Parameter], autocast: bool) -> float:
     norm = 0.0
+    if not loss.requires_grad:  # a loss may be a plain zero if a batch has nothing for it
+        return norm
     for scale in SCALES if autocast else (1.0,):
         gradients = torch.autograd.grad(loss * scale, parameters, retain_graph=True, allow_unused=True)
         norms = [gradient.float().norm() for gradient in gradients if gradient is not None]

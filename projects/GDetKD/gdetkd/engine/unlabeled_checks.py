@@ -112,7 +112,7 @@ class UnlabeledReport:
 
 
 def _thresholds_in_use(cfg: CfgNode) -> Dict[str, Any]:
-    """Return what the files say of their thresholds, by class, or an empty dict if other thresholds are in use."""
+    """Return what the files say of their thresholds, by class. Empty if an entry sets others, or the files differ."""
     sets = pseudo_sets(cfg)
     found = [{} if "min_score" in dataset.entry else dataset.read_info().get("thresholds", {}) for dataset in sets]
     return found[0] if found and all(thresholds == found[0] for thresholds in found) else {}

@@ -186,14 +186,14 @@ def _check_options(options: Options, student: Sequence[str]) -> None:
         )
     if options.page_images < 1:
         raise GDetKDError(f"--page-images is {options.page_images}. Give at least 1.")
-    if not 0 <= options.floor <= 1:
-        raise GDetKDError(f"--floor is {options.floor:g}. Give a score from 0 to 1.")
+    if not 0 <= options.floor < 1:
+        raise GDetKDError(f"--floor is {options.floor:g}. Give a score from 0 on, and below 1.")
     given = [*options.thresholds.values(), *([] if options.min_score is None else [options.min_score])]
     for value in given:
-        if not options.floor <= value <= 1:
+        if not options.floor <= value < 1:
             raise GDetKDError(
                 f"The threshold {value:g} is not between --floor ({options.floor:g}) and 1. Boxes below the floor are "
-                "not kept. Give another threshold, or a lower --floor."
+                "not kept, and no box has a score of 1. Give another threshold, or a lower --floor."
             )
 
 

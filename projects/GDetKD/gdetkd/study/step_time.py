@@ -92,8 +92,8 @@ class _Stepper(DistillTrainer):
 
         Returns:
             the seconds of the passes with new views, and the index of the first batch to time. If the cache is full,
-            this is the begin of the next epoch: the views so far are nearly all in the cache, and those of the rest of
-            the epoch are not. Otherwise the index is 0.
+            this is the first batch of the next epoch: the views so far are nearly all in the cache, and those of the
+            rest of the epoch are not. Otherwise the index is 0.
         """
         teacher = self.distiller.teacher if self.distiller and self.distiller.losses else None
         if teacher is None or teacher.cache is None:

@@ -24,9 +24,9 @@ class Pseudo(Coco):
 
     The score decides what becomes of a box:
 
-    - A box with `min_score` or more is an object.
-    - A box with `ignore_score` or more is doubtful, and so is a crowd of the file. It becomes a crowd, and the
-      student's losses ignore its place.
+    - A box with `min_score` or more is an object, unless it is a crowd.
+    - Any other box with `ignore_score` or more is doubtful. It becomes a crowd, and the student's losses ignore its
+      place.
     - Any other box is left out.
 
     An entry's `min_score` holds for all classes. Without it, the file must have a threshold for each class.
