@@ -11,13 +11,14 @@ import time
 import pytest
 from test_run import CONFIG, ROOT
 
+from gdetkd.engine.stopping import EXIT_STOPPED
 from gdetkd.errors import GDetKDError
 from gdetkd.study import cluster, in_job
 from gdetkd.study.cluster import ClusterExecutor, parse_parameters, slurm_executor
 from gdetkd.study.jobs import run_all
 from gdetkd.study.run import Run
 from gdetkd.study.step_time import StepTime, kept_step_time, measure_in_job
-from programs import run_program
+from programs import PROCESSES, run_program
 
 submitit = pytest.importorskip("submitit")
 
@@ -130,6 +131,19 @@ def test_jobs_are_cancelled_if_the_comparison_gets_a_signal(start, tmp_path):
     wait_for(tmp_path / "one" / "stopped")
     run = start("finish()")
     assert run.is_complete()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process that its parent ended")
+def test_a_training_saves_if_the_process_of_its_job_is_killed(tmp_path):
+    """submitit's local executor does this to a job that it cancels, if the job does not end within a second."""
+    program = tmp_path / "train_net.py"
+    program.write_text(f"{START}\n(folder / 'started').touch()\ntime.sleep(60)")
+    command = [sys.executable, str(program), str(tmp_path)]
+    job = PROCESSES.Process(target=in_job.ProgramInJob(command, str(tmp_path / "log.txt"), EXIT_STOPPED))
+    job.start()
+    wait_for(tmp_path / "started")
+    job.kill()
+    wait_for(tmp_path / "stopped")
 
 
 def wait_for(path):

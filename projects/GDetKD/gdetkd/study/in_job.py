@@ -3,15 +3,19 @@
 The job gets this file's code without the package, so that it starts fast. The file imports nothing of GDetKD or torch.
 """
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from typing import List
 
 # Seconds that a job waits for its end after SIGTERM stopped its program. If the cluster repeats the job by itself, the
 # job must not report an end before.
 SECONDS_TO_THE_END = 120.0
+# An option of Linux' prctl: the signal that a process gets when its parent ends.
+PR_SET_PDEATHSIG = 1
 
 
 class ProgramInJob:
@@ -53,10 +57,12 @@ class ProgramInJob:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={"OMP_NUM_THREADS": str(cores), **os.environ},
-                # SLURM sends this signal to all processes of a job before its time is over. submitit's process acts.
-                preexec_fn=_ignore_end_of_time,
+                preexec_fn=_follow_the_job,
             )
 
 
-def _ignore_end_of_time() -> None:
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+def _follow_the_job() -> None:
+    """Let only the job's own process act at the end of its time, and let the program save if that process is killed."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # SLURM sends it to all processes of a job before its time is over
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
