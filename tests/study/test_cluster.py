@@ -49,6 +49,9 @@ signal.signal(signal.SIGTERM, stop)
 @pytest.fixture
 def start(tmp_path, monkeypatch):
     """Return a function that trains a run with a program. Its parameters are those of submitit's local executor."""
+    # submitit's local executor cancels a job by SIGINT. A shell lets programs in its background ignore that signal, and
+    # the programs that they start, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(submitit.LocalJob, "_results_timeout_s", 0)
     monkeypatch.setattr(in_job, "SECONDS_TO_THE_END", 0.0)
     path = os.pathsep.join([str(ROOT / "projects" / "GDetKD"), os.environ.get("PYTHONPATH", "")])
