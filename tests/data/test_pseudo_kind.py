@@ -42,7 +42,7 @@ def test_a_crowd_of_the_file_stays_a_crowd(pseudo_entry):
 
 def test_a_backslash_may_be_part_of_a_name(pseudo_entry):
     """It is, on Linux, in an archive that was packed on Windows. In a COCO file it may also stand for a slash."""
-    entry = pseudo_entry(change=lambda content: None)
+    entry = pseudo_entry()
     content, folder = json.loads(Path(entry["json"]).read_text()), Path(entry["images"])
     before = content["images"][0]["file_name"]
     (folder / before).rename(folder / "sub\\image.png")

@@ -96,7 +96,7 @@ def test_categories_whose_ids_are_text_keep_their_order(tmp_path, cfg_of):
     """Sorted as text, 10 comes before 9."""
     scene = Scene(tmp_path)
     names = {8: "class0", 9: "class1", 10: "class2"}
-    for content, path in ((scene.validation, tmp_path / "val" / "val.json"), (tiny(tmp_path), tmp_path / "tiny.json")):
+    for content, path in ((scene.validation, tmp_path / "val" / "val.json"), (tiny(), tmp_path / "tiny.json")):
         content["categories"] = [{"id": str(index), "name": name} for index, name in names.items()]
         for item in content["annotations"]:
             item["category_id"] = str(item["category_id"] + 7)
@@ -108,7 +108,7 @@ def test_categories_whose_ids_are_text_keep_their_order(tmp_path, cfg_of):
     assert [category["name"] for category in scene.read()["categories"]] == list(names.values())
 
 
-def tiny(folder):
+def tiny():
     return json.loads(Path(MetadataCatalog.get("tiny").gdetkd_entry["json"]).read_text())
 
 

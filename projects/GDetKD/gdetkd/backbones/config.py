@@ -24,8 +24,8 @@ def add_backbone_config(cfg: CfgNode) -> None:
     # A model of torchvision, for MODEL.BACKBONE.NAME "build_torchvision_fpn_backbone". NAME is a name of
     # torchvision.models.list_models(module=torchvision.models).
     _add_node(cfg, "TORCHVISION", "mobilenet_v2")
-    # A model of timm, for MODEL.BACKBONE.NAME "build_timm_fpn_backbone" (pip install timm). NAME is a name of
-    # timm.list_models(), or such a name with the tag of its weights ("vit_tiny_patch16_224.augreg_in21k").
+    # A model of timm, for MODEL.BACKBONE.NAME "build_timm_fpn_backbone" (pip install 'timm>=1.0.22'). NAME is a
+    # name of timm.list_models(), or such a name with the tag of its weights ("vit_tiny_patch16_224.augreg_in21k").
     _add_node(cfg, "TIMM", "mobilenetv4_conv_small")
 
 

@@ -23,11 +23,12 @@ def same_files(
     for other in others:
         if os.path.exists(other):
             by_size[os.path.getsize(other)].append(other)
+    digest = functools.lru_cache(maxsize=None)(sha256_of_file)  # a file may be in `paths` and in `others`
 
     @functools.lru_cache(maxsize=None)
     def by_digest(size: int) -> Dict[str, str]:
         """Return a file of `others` for each SHA-256 among those of a size."""
-        return {sha256_of_file(other): other for other in reversed(by_size[size])}
+        return {digest(other): other for other in reversed(by_size[size])}
 
     found = {}
     for path in paths:
@@ -35,6 +36,7 @@ def same_files(
             continue
         size = known[path][0] if path in known else os.path.getsize(path)
         if size in by_size:
-            own = known[path][1] if path in known else sha256_of_file(path)
-            found.update({path: by_digest(size)[own]} if own in by_digest(size) else {})
+            own = known[path][1] if path in known else digest(path)
+            if own in by_digest(size):
+                found[path] = by_digest(size)[own]
     return found

@@ -3,6 +3,7 @@
 Detectron2's sampler starts over on resume, and its augmentations depend on the worker that runs them.
 """
 
+import copy
 import random
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
@@ -204,11 +205,12 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
 
 
 def _build_mapper(cfg: CfgNode) -> Callable[[Sample], Sample]:
-    mapper = _with_teachers_view(cfg, DatasetMapper(cfg, is_train=True))
+    plain = DatasetMapper(cfg, is_train=True)
+    mapper = _with_teachers_view(cfg, plain)
     labeled = InstaBoostMapper(cfg, mapper) if cfg.INPUT.INSTABOOST.ENABLED else mapper
     if not cfg.DATASETS.UNLABELED:
         return labeled
-    without_masks = DatasetMapper(cfg, is_train=True)
+    without_masks = copy.copy(plain)
     # A dense student may have MASK_ON. Detectron2 would then fit the boxes in a crop to their masks.
     without_masks.recompute_boxes = False
     return UnlabeledMapper(labeled, _with_teachers_view(cfg, without_masks), len(class_names(cfg)))

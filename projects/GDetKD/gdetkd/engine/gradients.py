@@ -68,7 +68,8 @@ def _gradient(loss: torch.Tensor, inputs: Sequence[torch.Tensor], scale: float) 
     # The trainer's autocast is still on here. A step runs its backward pass without it.
     with torch.autocast(loss.device.type, enabled=False):
         scaled = torch.autograd.grad(loss * scale, inputs, retain_graph=True, allow_unused=True)
-    return [None if gradient is None else full_precision(gradient) / scale for gradient in scaled]
+    found = [None if gradient is None else full_precision(gradient) for gradient in scaled]
+    return found if scale == 1 else [None if gradient is None else gradient / scale for gradient in found]
 
 
 def _product(a: Gradient, b: Gradient) -> float:

@@ -10,6 +10,7 @@ from detectron2.utils import comm
 
 from ..config import student_architecture
 from ..data.class_names import class_names
+from ..data.kinds.pseudo import Pseudo
 from ..data.task_labels import BOXES_ALONE
 from ..data.train_loader import images_per_process
 from ..data.unlabeled import is_pseudo, load_unlabeled, pseudo_sets, unlabeled_per_batch
@@ -100,10 +101,11 @@ class UnlabeledReport:
         train = _counts([sample for name in cfg.DATASETS.TRAIN for sample in DatasetCatalog.get(name)])
         pseudo = _counts(samples)
         self.pages: List[str] = []
-        for dataset in pseudo_sets(cfg):
+        sets = pseudo_sets(cfg)
+        for dataset in sets:
             page = os.path.splitext(dataset.path("json"))[0] + ".html"
             self.pages += [page] if os.path.exists(page) else []
-        thresholds = _thresholds_in_use(cfg)
+        thresholds = _thresholds_in_use(sets)
         self.rows = [
             [name, train[index], pseudo[index], *(_rate(thresholds.get(name), key) for key in ("precision", "recall"))]
             for index, name in enumerate(names)
@@ -111,9 +113,8 @@ class UnlabeledReport:
         self.warnings = _differences(self.rows)
 
 
-def _thresholds_in_use(cfg: CfgNode) -> Dict[str, Any]:
+def _thresholds_in_use(sets: Sequence[Pseudo]) -> Dict[str, Any]:
     """Return what the files say of their thresholds, by class. Empty if an entry sets others, or the files differ."""
-    sets = pseudo_sets(cfg)
     found = [{} if "min_score" in dataset.entry else dataset.read_info().get("thresholds", {}) for dataset in sets]
     return found[0] if found and all(thresholds == found[0] for thresholds in found) else {}
 

@@ -48,13 +48,8 @@ def match_classes(loss: str, cfg: CfgNode, student: DetectorSpec, teacher: Detec
     """
     if student.class_names is None or teacher.class_names is None:
         return _assume_same_order(loss, cfg, student, teacher)
-    other_name = other_names(cfg, student.class_names, teacher.class_names)
-    position = {name: index for index, name in enumerate(teacher.class_names)}
-    both = [
-        (index, position[other_name.get(name, name)])
-        for index, name in enumerate(student.class_names)
-        if other_name.get(name, name) in position
-    ]
+    positions = positions_of_others(cfg, student.class_names, teacher.class_names)
+    both = sorted((index, other) for other, index in enumerate(positions) if index is not None)
     matched = [student.class_names[index] for index, _ in both]
     alone = [name for name in student.class_names if name not in matched]
     unused = [name for index, name in enumerate(teacher.class_names) if index not in {index for _, index in both}]
