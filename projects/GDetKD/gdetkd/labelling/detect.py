@@ -1,7 +1,7 @@
 """Run a source of boxes over images, and go on where an earlier run stopped."""
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Collection, Dict, List, NamedTuple, Optional, Sequence, Set
 
 import torch
 from detectron2.structures import Boxes
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..safe_load import sha256_of_file
 from .images import ImageFile
-from .part import Found, Part
+from .part import Found, Identity, Part
 from .source import Detections, Source
 
 # Decimal digits that are written. They hide the rounding by which processes with other numbers of threads differ.
@@ -33,15 +33,18 @@ class Kept(NamedTuple):
 
 
 def detect_all(source: Source, images: Sequence[ImageFile], part: Part, kind: str, kept: Kept) -> Dict[str, Found]:
-    """Return the boxes of all images, by name. All processes must call this function.
+    """Return the boxes of all images, by name, in the main process. All processes must call this function.
+
+    Other processes return an empty dict, because all boxes of a large dataset take gigabytes.
 
     Args:
         part: keeps the boxes, so that a killed run can continue.
         kind: "labels", or "validation" and what tells the source of these boxes.
     """
-    before = part.read(kind)
+    before = {found.identity for found in part.read(kind)}
     done = _unchanged(before, images)
-    left = [image for image in images if image.name not in done]
+    names_done = {name for name, *_ in done}
+    left = [image for image in images if image.name not in names_done]
     comm.synchronize()  # every process has read what an earlier run left
     own = len(range(comm.get_rank(), len(left), comm.get_world_size()))
     with part.appending(kind) as add, tqdm(
@@ -51,21 +54,19 @@ def detect_all(source: Source, images: Sequence[ImageFile], part: Part, kind: st
             add(as_found(image, detections, kept))
             progress.update()
     comm.synchronize()
-    outdated = {(found.name, found.sha256) for found in before if found.name not in done}
-    new = {found.name: found for found in part.read(kind) if (found.name, found.sha256) not in outdated}
-    comm.synchronize()  # the main process removes the part at the end
-    return {image.name: done.get(image.name) or new[image.name] for image in images}
+    if not comm.is_main_process():
+        return {}
+    found = {found.name: found for found in part.read(kind) if found.identity not in before - done}
+    return {image.name: found[image.name] for image in images}
 
 
-def _unchanged(before: Sequence[Found], images: Sequence[ImageFile]) -> Dict[str, Found]:
-    """Return the boxes of images whose content is still the same, by name of the image."""
-    by_content = {(found.name, found.bytes, found.sha256): found for found in before}
-    sizes = {(found.name, found.bytes) for found in before}
+def _unchanged(before: Collection[Identity], images: Sequence[ImageFile]) -> Set[Identity]:
+    """Return what was found before in images whose content is still the same."""
+    sizes = {(name, size) for name, size, _ in before}
     same = [image for image in images if (image.name, image.bytes) in sizes]
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         digests = pool.map(sha256_of_file, [image.path for image in same])
-        keys = [(image.name, image.bytes, digest) for image, digest in zip(same, digests)]
-    return {key[0]: by_content[key] for key in keys if key in by_content}
+        return {(image.name, image.bytes, digest) for image, digest in zip(same, digests)} & set(before)
 
 
 def as_found(image: ImageFile, detections: Detections, kept: Kept) -> Found:

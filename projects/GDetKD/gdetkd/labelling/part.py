@@ -5,7 +5,7 @@ import os
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from detectron2.utils import comm
 
@@ -14,6 +14,8 @@ from ..files import PARTIAL, written_whole
 
 ENDING = ".part"
 SETTINGS = "settings.json"
+# Of an image: its name, the bytes of its file, and the SHA-256 of its content.
+Identity = Tuple[str, int, str]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class Found:
     scores: List[float]
     classes: List[int]
     dropped: int
+
+    @property
+    def identity(self) -> Identity:
+        return self.name, self.bytes, self.sha256
 
 
 def check_output(output: Path) -> None:
@@ -91,17 +97,17 @@ class Part:
             with written_whole(str(path)) as file:
                 json.dump(settings, file, indent=1)
 
-    def read(self, kind: str) -> List[Found]:
-        """Return the boxes so far. A torn last line of a file is left out.
+    def read(self, kind: str) -> Iterator[Found]:
+        """Yield the boxes so far, image by image. A torn last line of a file is left out.
 
         Args:
             kind: which boxes, as in `detect_all`.
         """
-        return [
-            Found(**json.loads(line))
-            for path in sorted(self.folder.glob(f"{kind}-*.jsonl"))
-            for line in path.read_text().split("\n")[:-1]
-        ]
+        for path in sorted(self.folder.glob(f"{kind}-*.jsonl")):
+            with open(path) as file:
+                for line in file:
+                    if line.endswith("\n"):
+                        yield Found(**json.loads(line))
 
     @contextmanager
     def appending(self, kind: str) -> Iterator[Callable[[Found], None]]:

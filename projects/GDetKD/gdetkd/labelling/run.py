@@ -107,8 +107,9 @@ def label_images(cfg: CfgNode, options: Options) -> None:
     if validation is not None:
         kind = _validation_kind(source, validation_source)
         found = detect_all(validation_source, validation.images, part, kind, kept)
-        thresholds = {**_choose(found, validation, student, lacking), **thresholds}
-        _print_table(HEADERS[:-1], [[name, *threshold_texts(item)] for name, item in thresholds.items()])
+        if comm.is_main_process():
+            thresholds = {**_choose(found, validation, student, lacking), **thresholds}
+            _print_table(HEADERS[:-1], [[name, *threshold_texts(item)] for name, item in thresholds.items()])
     boxes = detect_all(source, images, part, "labels", kept)
     if comm.is_main_process():
         pairs = [(image, boxes[image.name]) for image in images]
@@ -258,8 +259,6 @@ def _validation_kind(source: Source, validation_source: Source) -> str:
 
 
 def _print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    if not comm.is_main_process():
-        return
     lines: List[Sequence[str]] = [headers, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
     for line in lines:
