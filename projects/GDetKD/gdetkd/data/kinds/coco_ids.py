@@ -1,7 +1,7 @@
 """Match the ids and file names of a COCO file that are written in two ways."""
 
 import os
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 from .base import Counts
 
@@ -20,10 +20,8 @@ def match_ids(annotations: Sequence[Item], key: str, items: Sequence[Item]) -> i
         items: the images or categories that have the ids.
     """
     ids = {item["id"] for item in items if isinstance(item.get("id"), (int, str))}
-    by_text: Dict[str, Optional[Any]] = {}
-    for identity in ids:
-        text = str(identity).strip()
-        by_text[text] = None if text in by_text else identity  # None: the text could mean two ids
+    spellings = (_as_text, _without_zeros)
+    tables = [_by_spelling(ids, spell) for spell in spellings]
     changed = 0
     for annotation in annotations:
         value = annotation.get(key)
@@ -31,11 +29,30 @@ def match_ids(annotations: Sequence[Item], key: str, items: Sequence[Item]) -> i
             continue
         if value in ids and not isinstance(value, float):
             continue
-        text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
-        if by_text.get(text) is not None:
-            annotation[key] = by_text[text]
+        matches = [table.get(spell(value)) for table, spell in zip(tables, spellings)]
+        match = next((match for match in matches if match is not None), None)
+        if match is not None:
+            annotation[key] = match
             changed += 1
     return changed
+
+
+def _as_text(identity: Any) -> str:
+    is_whole = isinstance(identity, float) and identity.is_integer()
+    return str(int(identity)) if is_whole else str(identity).strip()
+
+
+def _without_zeros(identity: Any) -> str:
+    text = _as_text(identity)
+    return str(int(text)) if text.isdecimal() else text
+
+
+def _by_spelling(ids: Iterable[Any], spell: Callable[[Any], str]) -> Dict[str, Optional[Any]]:
+    """Return ids by their spelling, and None for a spelling that could mean two ids."""
+    found: Dict[str, Optional[Any]] = {}
+    for identity in ids:
+        found[spell(identity)] = None if spell(identity) in found else identity
+    return found
 
 
 def drop_unmatched(images: Sequence[Item], annotations: List[Item], max_unmatched: float) -> Counts:

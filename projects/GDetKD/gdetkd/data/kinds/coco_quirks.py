@@ -34,6 +34,7 @@ def correct_quirks(images: List[Item], categories: List[Item], annotations: List
     counts: Counts = {}
     for items, quirks in ((images, IMAGE_QUIRKS), (categories, CATEGORY_QUIRKS), (annotations, ANNOTATION_QUIRKS)):
         counts.update({name: sum(map(correct, items)) for name, correct in quirks.items()})
+    counts.update(_match_types_of_ids(images))
     counts["file names have backslashes"] = sum(_slashes(image, folder) for image in images)
     counts["file names are not spelt as their files"] = respell_file_names(images, folder)
     counts["annotations name their class by an id of another type"] = match_ids(annotations, "category_id", categories)
@@ -44,7 +45,7 @@ def correct_quirks(images: List[Item], categories: List[Item], annotations: List
 
 def _as_number(value: Any) -> Any:
     """Return the number that a text spells, or the value as it is."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or "_" in value:  # Python reads "2023_01" as 202301
         return value
     for number_type in (int, float):
         try:
@@ -61,6 +62,18 @@ def _replace(item: Item, key: str, value: Any) -> bool:
         return False
     item[key] = value
     return True
+
+
+def _match_types_of_ids(images: List[Item]) -> Counts:
+    """Turn the ids of images into numbers if each of them spells one, as 7 does, and else into text, as 007 must stay.
+
+    Detectron2 sorts the ids, so they need the same type.
+    """
+    texts = [image for image in images if isinstance(image.get("id"), str)]
+    if all(image["id"].isdecimal() and str(int(image["id"])) == image["id"] for image in texts):
+        return {"image ids are numbers as text": sum(map(id_from_text, texts))}
+    numbers = [image for image in images if isinstance(image.get("id"), int)]
+    return {"image ids are numbers among texts": sum(_replace(image, "id", str(image["id"])) for image in numbers)}
 
 
 # A function below corrects one quirk of an item in place, and returns whether the item had the quirk.
@@ -134,7 +147,6 @@ def _without_short_polygons(annotation: Item) -> bool:
 
 
 IMAGE_QUIRKS: Dict[str, Callable[[Item], bool]] = {
-    "image ids are numbers as text": id_from_text,
     "images have their size as text": _size_from_text,
 }
 CATEGORY_QUIRKS: Dict[str, Callable[[Item], bool]] = {
