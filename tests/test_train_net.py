@@ -89,9 +89,11 @@ def test_a_finished_training_is_not_overwritten(config_file, tmp_path):
     assert "--resume" in message and "--overwrite" in message
     assert all(path.read_bytes() == content for path, content in files.items())
     (tmp_path / "run" / "model_0000001.pth").touch()
+    (tmp_path / "run" / "metrics.json").write_text('{"iteration": 99, "total_loss": 1.0}\n')
     result = run_program(*command, "--overwrite")
     # Otherwise --resume could continue from the checkpoint of the old training.
     assert not (tmp_path / "run" / "model_0000001.pth").exists()
+    assert '"iteration": 99' not in (tmp_path / "run" / "metrics.json").read_text()
     assert result.returncode == 0 and "Starting training from iteration 0" in result.stdout, result.stderr[-2000:]
 
 

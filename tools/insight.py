@@ -54,10 +54,12 @@ def configure(run: FinishedRun, args: argparse.Namespace) -> CfgNode:
 
 
 def look_at_checkpoints(run: FinishedRun, distiller: GDetKD, probe: Probe, file: RecordFile) -> None:
-    """Make the records if the training made none, and leave the distiller with the last weights."""
-    checkpoints = run.checkpoints()
-    if not file.read():
-        for iterations, path in tqdm(checkpoints, desc="reading checkpoints"):
+    """Make the records that are missing if the training made none. Leave the distiller with the last weights."""
+    checkpoints, records = run.checkpoints(), file.read()
+    if not any(record["gradients"] for record in records):
+        done = {record["iterations"] for record in records}
+        missing = [(iterations, path) for iterations, path in checkpoints if iterations not in done]
+        for iterations, path in tqdm(missing, desc="reading checkpoints", disable=not missing):
             load_checkpoint(distiller, path)
             file.add({**make_record(distiller, probe, iterations), "gradients": None})
     load_checkpoint(distiller, checkpoints[-1][1])

@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from conftest import DENSE, make_cfg, write_coco
 from gdetkd.data import register_datasets
+from gdetkd.data.train_images import load_images
 from gdetkd.engine import DistillTrainer
 from gdetkd.engine.class_checks import check_classes
 from gdetkd.engine.preflight import check_datasets, check_test_sets
@@ -141,6 +142,15 @@ def test_differing_class_names_cause_a_warning(tmp_path, caplog):
     check_datasets(datasets_with_classes(tmp_path, "xyz", "XYZ", ["x", "person", "z"]))
     assert caplog.text.count("name their classes differently") == 1
     assert "'y' is 'person' in the second" in caplog.text
+
+
+def test_training_sets_may_spell_their_classes_differently(tmp_path):
+    cfg = datasets_with_classes(tmp_path, "xyz", "XYZ", ["x", "person", "z"])
+    for sampler in ("TrainingSampler", "WeightedTrainingSampler"):
+        cfg.merge_from_list(["DATASETS.TRAIN", ("set0", "set1", "set2"), "DATALOADER.SAMPLER_TRAIN", sampler])
+        cfg.DATASETS.TRAIN_REPEAT_FACTOR = [("set0", 2.0)]
+        check_datasets(cfg)
+        assert len(load_images(cfg)[0]) == 6
 
 
 @pytest.mark.parametrize("crowds", [True, False])

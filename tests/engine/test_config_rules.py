@@ -1,5 +1,7 @@
 """An error names invalid values before anything is built."""
 
+import sys
+
 import pytest
 
 from conftest import DENSE
@@ -26,6 +28,7 @@ from gdetkd.errors import GDetKDError
         ("TEST.EVAL_PERIOD", -2),
         ("TEST.PATIENCE", -1),
         ("TEST.DETECTIONS_PER_IMAGE", 0),
+        ("TEST.COCO_EVAL", "pycocotool"),
         ("LOG.WRITERS", ("tensorboard",)),
         ("LOG.PROJECT", ""),
         ("DATALOADER.NUM_WORKERS", -1),
@@ -100,12 +103,14 @@ def test_levels_and_anchors_that_do_not_fit_are_refused(distill_cfg, changes, me
             ({key: "PrecomputedProposals"}, f"{key} is 'PrecomputedProposals', which is not registered")
             for key in ("DISTILL.STUDENT_META_ARCHITECTURE", "MODEL.BACKBONE.NAME", "MODEL.ROI_HEADS.NAME")
         ),
+        ({"TEST.COCO_EVAL": "faster-coco-eval"}, "TEST.COCO_EVAL .* cannot be imported .* pip install"),
         ({"TEST.AUG.ENABLED": True}, "TEST.AUG.ENABLED is True.*set it to False"),
         ({"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, True, True, True]}, "DEFORM_ON_PER_STAGE .*compiled"),
     ],
 )
 def test_unknown_or_missing_parts_are_refused(distill_cfg, monkeypatch, changes, message):
     monkeypatch.setattr("gdetkd.engine.config_rules.has_compiled_ops", lambda: False)
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(GDetKDError, match=message):
         DistillTrainer(distill_cfg(changes))
 

@@ -10,6 +10,7 @@ from detectron2.utils import comm
 
 from conftest import ALL_LOSSES, make_batch, make_cfg
 from gdetkd import DistillTrainer
+from gdetkd._compat.training import batch_norms
 from gdetkd.losses import CKD
 from gdetkd.losses.embedding_queue import gather_embeddings
 from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
@@ -100,3 +101,31 @@ def test_one_rank_without_regions_does_not_hang_and_all_ranks_stay_equal(distill
         assert first_filled == second_filled > 0 and torch.equal(first_queue, second_queue)
     for name, value in first["parameters"].items():
         assert torch.equal(value, second["parameters"][name]), name
+
+
+class _Evaluated(_Trainer):
+    """Keep BatchNorm's statistics at each evaluation."""
+
+    statistics = []
+
+    def test(self, cfg, model, evaluators=None):
+        norms = batch_norms(self.student)
+        self.statistics.append(torch.cat([norm.running_mean for norm in norms]))
+        return {}
+
+
+def _evaluate(rank, cfg):
+    torch.manual_seed(0)
+    trainer = _Evaluated(cfg)
+    trainer.train()
+    return trainer.statistics
+
+
+def test_all_ranks_evaluate_the_student_of_the_checkpoint(shared_cfg, tmp_path):
+    """Each rank has statistics of its own images, and the checkpoint holds those of the first."""
+    cfg = shared_cfg(2, {"MODEL.RESNETS.NORM": "BN", "TEST.EVAL_PERIOD": 2, "SOLVER.CHECKPOINT_PERIOD": 2})
+    first, second = run_in_processes(_evaluate, tmp_path, 2, cfg)
+    assert len(first) == len(second) == 2 and all(torch.equal(a, b) for a, b in zip(first, second))
+    saved = torch.load(f"{cfg.OUTPUT_DIR}/model_0000001.pth", weights_only=True)["model"]
+    assert torch.equal(torch.cat([saved[name] for name in saved if name.endswith("running_mean")]), first[0])
+    assert not torch.equal(first[0], first[1])

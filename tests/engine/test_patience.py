@@ -186,6 +186,15 @@ def test_patience_without_evaluations_is_refused(patient_cfg, changes, message):
         DistillTrainer(patient_cfg(**changes))
 
 
+def test_patience_with_a_first_test_set_without_labels_is_refused(patient_cfg, tiny_dataset, caplog):
+    entries = [{"name": "bare", "kind": "images", "images": str(tiny_dataset)}]
+    keys = {"DATASETS.REGISTER": entries, "DATASETS.TEST": ("bare", "tiny")}
+    with pytest.raises(GDetKDError, match="is 2, but 'bare', the first .* has no annotation.*Name a dataset with"):
+        DistillTrainer(patient_cfg(**keys))
+    DistillTrainer(patient_cfg(**keys, **{"TEST.PATIENCE": 0}))
+    assert "'bare', the first dataset of DATASETS.TEST, has no annotation and so no AP, so no model_best" in caplog.text
+
+
 def _train_rank(rank, cfg):
     torch.manual_seed(0)
     register_datasets(cfg)

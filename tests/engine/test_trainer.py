@@ -14,6 +14,7 @@ from gdetkd import DistillTrainer
 from gdetkd.config import plain_config
 from gdetkd.engine.hooks import RandomState
 from gdetkd.errors import GDetKDError
+from gdetkd.metrics_file import MetricsFile
 
 
 class Losses(HookBase):
@@ -158,14 +159,19 @@ def test_resuming_with_another_number_of_processes_is_said(caplog):
 
 
 def test_best_checkpoint_and_teacher_score(distill_cfg, tmp_path):
-    keys = {"DATASETS.TEST": ("tiny",), "TEST.EVAL_PERIOD": 2, "DISTILL.EVAL_TEACHER": True, "SOLVER.MAX_ITER": 4}
-    cfg = distill_cfg(keys)
+    """Detectron2 writes metrics every 20 iterations."""
+    keys = {"DATASETS.TEST": ("tiny",), "TEST.EVAL_PERIOD": 20, "DISTILL.EVAL_TEACHER": True, "SOLVER.MAX_ITER": 40}
+    cfg = distill_cfg({**keys, "SOLVER.BASE_LR": 1e-5, "SOLVER.CHECKPOINT_PERIOD": 10})
     trainer, _ = train(DistillTrainer, cfg)
     best = torch.load(tmp_path / "run" / "model_best.pth", weights_only=True)
     assert list(best["model"]) == list(trainer.student.state_dict())
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_final.pth"
-    metrics = (tmp_path / "run" / "metrics.json").read_text()
-    assert "teacher/bbox/AP" in metrics and '"bbox/AP"' in metrics
+    lines = MetricsFile(tmp_path / "run").lines()
+    assert [line["iteration"] for line in lines if "teacher/bbox/AP" in line] == [19, 39]
+    assert [line["iteration"] for line in lines if "bbox/AP" in line] == [19, 40]
+    resumed, _ = train(DistillTrainer, cfg, resume=True)
+    for latest in (trainer.storage.latest(), resumed.storage.latest()):
+        assert "teacher/bbox/AP" in latest
 
 
 def test_the_best_score_so_far_survives_a_resume(distill_cfg, tmp_path, monkeypatch):

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.utils.env import seed_all_rng
+from matplotlib import pyplot as plt
 
 from gdetkd import DistillTrainer
 from gdetkd.errors import GDetKDError
+from gdetkd.figures.style import STYLE, as_svg
+from gdetkd.insight import charts
 from gdetkd.insight.records import RecordFile
 from gdetkd.old_names import OLD_INSIGHT_FOLDER
 
@@ -77,6 +80,27 @@ def test_a_resumed_run_records_each_iteration_once(distill_cfg):
     assert after[1] == {**before[1], "gradients": None} and after[2] == before[2]
     train(cfg, stop_at=1)  # starts again
     assert [record["iterations"] for record in file.read()] == [0, 1]
+
+
+def test_no_picture_ends_a_training(distill_cfg, monkeypatch, caplog):
+    cfg = distill_cfg({**SEEN, "SOLVER.MAX_ITER": 2})
+    monkeypatch.setattr("gdetkd.insight.page.charts.draw_terms", lambda terms: [][0])
+    train(cfg)
+    assert "page of the distillation could not be written" in caplog.text and "IndexError" in caplog.text
+    assert Path(cfg.OUTPUT_DIR, "model_final.pth").exists()
+
+
+def test_any_class_name_and_fewer_images_can_be_drawn(distill_cfg):
+    cfg = distill_cfg({**SEEN, "SOLVER.MAX_ITER": 2})
+    train(cfg)
+    records = RecordFile(cfg.OUTPUT_DIR).read()
+    names = ["a$%b$", "$5_a_b$", "$1_$2"]
+    with plt.rc_context(STYLE):
+        svg = as_svg(charts.draw_correlation(records[-1]["correlation"], names))
+        assert all(name in svg for name in names)
+        level = next(i for i, count in enumerate(records[-1]["levels"]["all"]["objects"]) if count)
+        records[0]["levels"]["all"]["alpha"][level] = None  # as from fewer images, without an object on the level
+        as_svg(charts.draw_level_history(records))
 
 
 def written_by_an_earlier_version(cfg, records):

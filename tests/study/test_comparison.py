@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -170,7 +171,29 @@ def test_methods_of_about_one_cost_share_one_dotted_curve(tmp_path):
 
 def test_a_teacher_in_half_precision_can_be_compared(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    Comparison(CONFIG, ["DISTILL.TEACHER.DTYPE", "float16"], tmp_path, ["GDetKD"]).check_methods()
+    comparison = Comparison(CONFIG, ["DISTILL.TEACHER.DTYPE", "float16"], tmp_path, ["GDetKD"])
+    comparison.check_methods()
+    monkeypatch.setattr("gdetkd.study.comparison.evaluate_teacher", lambda *args: {"bbox": {"AP": 50.0}})
+    comparison.cfg.MODEL.DEVICE = "cpu"  # as on a login node of a cluster
+    assert comparison.score_teacher() == 50.0
+
+
+def test_the_teachers_score_belongs_to_the_labels_and_the_settings(tmp_path, tiny_dataset, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    labels = tmp_path / "labels.json"
+    shutil.copy(tiny_dataset / "tiny.json", labels)
+    scores = iter((50.0, 60.0, 70.0))
+    monkeypatch.setattr("gdetkd.study.comparison.evaluate_teacher", lambda *args: {"bbox": {"AP": next(scores)}})
+
+    def score(limit):
+        entry = {"name": "mine", "kind": "coco", "json": str(labels), "images": str(tiny_dataset), "limit": limit}
+        opts = ["DATASETS.REGISTER", str([entry]), "DATASETS.TEST", "('mine',)", "MODEL.DEVICE", "cpu"]
+        return Comparison(CONFIG, opts, tmp_path / "out", ["GDetKD"]).score_teacher()
+
+    assert [score(3), score(3), score(4)] == [50.0, 50.0, 60.0]
+    labels.write_text(labels.read_text() + " ")
+    os.utime(labels, ns=(1, 1))
+    assert score(4) == 70.0
 
 
 @pytest.mark.parametrize(
@@ -254,10 +277,10 @@ def test_compare_trains_reports_and_continues_on_a_tiny_pair(distill_cfg, tiny_d
 
     assert "2 runs, 0 of them complete" in compare()
     kept = (tmp_path / "out" / "step_times" / "PKD.json").read_text()
-    assert json.loads(kept)["step_time"]["threads"] == 1
+    assert json.loads(kept)["value"]["threads"] == 1
     rows = json.loads((tmp_path / "out" / "report" / "report.json").read_text())["rows"]
     assert [(row["method"], row["iterations"]) for row in rows] == [("none", 2), ("PKD", 2)]
-    assert rows[1]["step_time"] == round(json.loads(kept)["step_time"]["ratio"], 4) and rows[1]["AP"] is not None
+    assert rows[1]["step_time"] == round(json.loads(kept)["value"]["ratio"], 4) and rows[1]["AP"] is not None
     ends = [(tmp_path / "out" / "runs" / f"{method}-seed1" / "model_final.pth") for method in ("none", "PKD")]
     before = [path.stat().st_mtime for path in ends]
     assert "2 runs, 2 of them complete" in compare()

@@ -170,7 +170,21 @@ def test_another_teacher_at_the_same_path_is_another_run(tmp_path):
     weights.write_bytes(b"another")
     os.utime(weights, ns=(1, 1))
     assert fingerprint(run) != before and fingerprint(alone) == before_alone
-    with pytest.raises(GDetKDError, match="another config: the weights or the config file of the teacher have changed"):
+    with pytest.raises(GDetKDError, match="another config: the teacher's weights or config file, or a dataset's JSON"):
+        claim_folder(run)
+
+
+def test_other_labels_at_the_same_path_are_another_run(tmp_path):
+    labels = tmp_path / "labels.json"
+    labels.write_text("{}")
+    entry = {"name": "mine", "kind": "coco", "json": str(labels), "images": str(tmp_path)}
+    opts = ["DATASETS.REGISTER", str([entry]), "DATASETS.TEST", "('mine',)"]
+    run = Run(tmp_path / "done", CONFIG, opts, 100)
+    claim_folder(run)
+    claim_folder(run)
+    labels.write_text('{"images": []}')
+    os.utime(labels, ns=(1, 1))
+    with pytest.raises(GDetKDError, match="or a dataset's JSON file, have changed|holds a run of another config"):
         claim_folder(run)
 
 

@@ -44,6 +44,10 @@ def test_a_run_without_records_is_shown_from_its_checkpoints(finished):
     page = (distilled / "insight" / "index.html").read_text()
     assert "the baseline finds" in page and "Matching over training" in page and "What pulls" not in page
     assert [record["iterations"] for record in RecordFile(str(distilled)).read()] == [1, 2]
+    file = distilled / "insight" / "records.jsonl"
+    whole = file.read_text()
+    file.write_text(whole[: whole.index("\n") + 20])  # Ctrl-C while it wrote the second
+    assert show(distilled).returncode == 0 and file.read_text() == whole
 
     refused = show(alone)
     assert refused.returncode != 0 and "without distillation losses" in refused.stderr

@@ -5,7 +5,7 @@ import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 # Ending of a file that is still being written. A killed run leaves such a file. The next --resume removes it.
 PARTIAL = ".partial"
@@ -68,14 +68,50 @@ def _sync_folder(folder: str) -> None:
         os.close(handle)
 
 
+def kept_value(path: Path, key: Any, make: Callable[[], Any]) -> Any:
+    """Return the JSON value that a file keeps, or make it and write the file.
+
+    Args:
+        key: a JSON value. The file is used only if it was written with the same key.
+        make: returns the value.
+    """
+    key = json.loads(json.dumps(key))  # as it is read back: tuples become lists
+    try:
+        kept = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        kept = {}
+    if kept.get("key") == key:
+        return kept["value"]
+    value = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(str(path)) as file:
+        json.dump({"value": value, "key": key}, file, indent=2)
+    return value
+
+
 def read_json_lines(path: Path) -> List[Dict[str, Any]]:
     """Return the objects in a file of JSON lines, or nothing if there is no such file.
 
-    A last line that is half written is left out.
+    Lines that a kill or a full disk cut are left out.
     """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    lines = (_parsed(line) for line in path.read_text().split("\n"))
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def remove_cut_line(path: Path) -> None:
+    """Remove the last line of a file if it is cut, before another process appends to it."""
+    if path.exists():
+        whole = path.read_bytes().rfind(b"\n") + 1
+        os.truncate(path, whole)
 
 
 def last_line(path: Path) -> str:

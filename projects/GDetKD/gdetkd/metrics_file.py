@@ -55,7 +55,7 @@ class MetricsFile:
         self._prefix = prefix
 
     def lines(self) -> List[Dict[str, Any]]:
-        """Return the lines of the file. A last line that is half written is left out."""
+        """Return the lines of the file, without those that a kill or a full disk cut."""
         return read_json_lines(self._path)
 
     def iterations_done(self) -> int:

@@ -8,7 +8,6 @@ from typing import Any, Dict, List, Optional, Tuple
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
-from detectron2.data.detection_utils import check_metadata_consistency
 
 from ..errors import GDetKDError
 from .headers import has_size
@@ -33,8 +32,6 @@ def load_images(cfg: CfgNode) -> Tuple[List[Sample], np.ndarray]:
     parts = [
         _load_filtered(cfg, [name], proposals and proposals[index : index + 1]) for index, name in enumerate(train)
     ]
-    if MetadataCatalog.get(train[0]).get("thing_classes") is not None:
-        check_metadata_consistency("thing_classes", train)
     return [image for part in parts for image in part], np.repeat(np.arange(len(parts)), [len(part) for part in parts])
 
 
@@ -45,6 +42,7 @@ def _load_filtered(cfg: CfgNode, names: List[str], proposals: Optional[List[str]
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
             proposal_files=proposals,
+            check_consistency=_have_equal_names(names),  # "Car" may be "car" elsewhere; see `check_class_order`
         )
     except AssertionError as e:  # raised by Detectron2
         raise GDetKDError(
@@ -52,6 +50,11 @@ def _load_filtered(cfg: CfgNode, names: List[str], proposals: Optional[List[str]
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS to False to train on images without objects."
         ) from e
     return with_usable_labels(cfg, dicts, ", ".join(names))
+
+
+def _have_equal_names(names: List[str]) -> bool:
+    classes = [MetadataCatalog.get(name).get("thing_classes") for name in names]
+    return all(other == classes[0] for other in classes)
 
 
 def describe(dicts: List[Sample]) -> Dict[str, Any]:

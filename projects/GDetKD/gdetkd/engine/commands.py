@@ -27,7 +27,7 @@ def train(cfg: CfgNode, args: Namespace) -> Any:
             trainer = DistillTrainer(cfg)
             if args.resume:
                 warn_of_a_fresh_start(cfg.OUTPUT_DIR, trainer.checkpointer.has_checkpoint())
-            if args.overwrite and not args.resume:
+            if not args.resume:
                 remove_earlier_run(cfg.OUTPUT_DIR)
             trainer.resume_or_load(resume=args.resume)
         return trainer.train()

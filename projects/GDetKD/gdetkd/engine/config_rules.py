@@ -13,6 +13,7 @@ from ..backbones.config import added_levels, node_of, wrong_values
 from ..config import student_architecture
 from ..dotted_keys import get_key
 from ..errors import GDetKDError, similar
+from .evaluators import wrong_implementation
 from .trackers import TRACKERS, missing_packages
 
 # Levels that Detectron2's and GDetKD's pyramids add to those of res2 to res5, by MODEL.BACKBONE.NAME.
@@ -111,7 +112,7 @@ def check_values(cfg: CfgNode) -> None:
 
 
 def check_parts(cfg: CfgNode) -> None:
-    """Check the names of parts, the levels, and what GDetKD does not support. An evaluation needs these checks, too.
+    """Check what an evaluation needs, too: names of parts, levels, TEST.COCO_EVAL, and what GDetKD does not support.
 
     Raises:
         GDetKDError: a value is invalid. The message names all invalid values.
@@ -120,7 +121,7 @@ def check_parts(cfg: CfgNode) -> None:
 
 
 def _wrong_parts(cfg: CfgNode) -> List[str]:
-    return _unknown_names(cfg) + _unsupported(cfg) + wrong_values(cfg) + _wrong_levels(cfg)
+    return _unknown_names(cfg) + _unsupported(cfg) + wrong_values(cfg) + _wrong_levels(cfg) + wrong_implementation(cfg)
 
 
 def _refuse(wrong: List[str]) -> None:

@@ -1,5 +1,6 @@
 """Build the evaluators of a dataset."""
 
+import importlib
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from detectron2.utils import comm
 
 from .._compat import has_compiled_ops
 from .._compat.evaluation import CocoSteps, coco_eval_made_by
-from ..errors import GDetKDError
+from ..errors import GDetKDError, first_line
 from ..files import written_whole
 
 logger = logging.getLogger(__name__)
@@ -84,19 +85,11 @@ class FasterCOCOEvaluator(CocoMetrics):
 
     The package takes keypoints only with its own class of ground truth, which Detectron2 does not use. It does not take
     image ids that are text, such as those of VOC.
-
-    Raises:
-        GDetKDError: the package is not installed.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            from faster_coco_eval import COCOeval_faster
-        except ImportError as e:
-            raise GDetKDError(
-                "TEST.COCO_EVAL is 'faster-coco-eval', but that package is not installed. Install it with pip install "
-                "faster-coco-eval, or set TEST.COCO_EVAL to ''."
-            ) from e
+        from faster_coco_eval import COCOeval_faster
+
         super().__init__(*args, use_fast_impl=False, **kwargs)
         self._faster = COCOeval_faster
 
@@ -141,10 +134,26 @@ class DetectionWriter(DatasetEvaluator):
         if not comm.is_main_process():
             return None
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
-        with open(self._path, "w") as file:
+        with written_whole(self._path) as file:
             json.dump([detection for detections in gathered for detection in detections], file)
         logger.info("Detections: %s", self._path)
         return {}
+
+
+def wrong_implementation(cfg: CfgNode) -> List[str]:
+    """Return what is wrong with TEST.COCO_EVAL, and what to do. The list is empty if nothing is wrong."""
+    implementation = cfg.TEST.COCO_EVAL
+    if implementation not in COCO_EVAL:
+        return [f"TEST.COCO_EVAL is {implementation!r} and must be one of {', '.join(map(repr, COCO_EVAL))}"]
+    if implementation == "faster-coco-eval":
+        try:
+            importlib.import_module("faster_coco_eval")
+        except ImportError as e:
+            return [
+                f"TEST.COCO_EVAL is 'faster-coco-eval', but that package cannot be imported ({first_line(e)}): install "
+                "it with pip install faster-coco-eval, or set TEST.COCO_EVAL to ''"
+            ]
+    return []
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, tasks: Optional[Tuple[str, ...]] = None) -> DatasetEvaluator:
@@ -181,11 +190,8 @@ def _coco_evaluator(cfg: CfgNode, dataset_name: str, tasks: Optional[Tuple[str, 
             dataset_name,
             cfg.TEST.DETECTIONS_PER_IMAGE,
         )
-    if implementation not in COCO_EVAL:
-        raise GDetKDError(
-            f"TEST.COCO_EVAL is {implementation!r}, which is unknown. Set it to one of "
-            f"{', '.join(map(repr, COCO_EVAL))}."
-        )
+    for wrong in wrong_implementation(cfg):
+        raise GDetKDError(f"{wrong}.")
     if implementation == "faster-coco-eval":
         return FasterCOCOEvaluator(dataset_name, tasks, output_dir=folder, **options)
     fast = implementation == "" and has_compiled_ops()

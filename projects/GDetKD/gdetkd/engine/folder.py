@@ -13,6 +13,8 @@ from ..errors import GDetKDError
 logger = logging.getLogger(__name__)
 
 LOCK = ".training"
+# Files beside the checkpoints that describe a training, except those that a new training writes anew.
+OTHER_FILES = ("last_checkpoint", "insight/records.jsonl")
 
 
 @contextmanager
@@ -54,12 +56,15 @@ def check_earlier_run(folder: str, resume: bool, overwrite: bool) -> None:
 
 
 def remove_earlier_run(folder: str) -> None:
-    """Remove the checkpoints of an earlier training. All processes must call this together.
+    """Remove the checkpoints and records of an earlier training. All processes must call this together.
 
-    If the new training ended before its first checkpoint, --resume would continue the earlier training.
+    If the new training ended before its first checkpoint, --resume would continue the earlier training. And Detectron2
+    appends to metrics.json, so charts would show both trainings.
     """
     if comm.is_main_process():
-        for name in [*_checkpoints(folder), "last_checkpoint"]:
+        with suppress(FileNotFoundError):
+            os.truncate(os.path.join(folder, "metrics.json"), 0)  # the new training has opened it already
+        for name in [*_checkpoints(folder), *OTHER_FILES]:
             with suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, name))
     comm.synchronize()

@@ -3,6 +3,8 @@
 from typing import Dict, List, Mapping, Optional, Tuple
 
 import torch
+import torch.distributed as dist
+from detectron2.utils import comm
 from torch import nn
 
 from .._compat.training import batch_norms, keeps_moving_average
@@ -51,6 +53,18 @@ class ForwardState:
                 delattr(module, NORMALIZER)  # the first forward pass made it
         for loss in self._losses:
             loss.undo_step()
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Give BatchNorm's running statistics of the main process to all processes. All must call this together.
+
+    Each process has statistics of its own images, and a checkpoint holds those of the main process. They change no
+    training step.
+    """
+    if comm.get_world_size() > 1:
+        for norm in batch_norms(model):
+            for buffer in norm.buffers(recurse=False):
+                dist.broadcast(buffer, src=0)
 
 
 def normalizers(model: nn.Module) -> Dict[str, float]:

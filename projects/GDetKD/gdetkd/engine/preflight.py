@@ -49,6 +49,7 @@ def check_datasets(cfg: CfgNode) -> None:
             - Two datasets have their classes in different orders.
             - A dataset of DATASETS.TEST cannot be evaluated on, or an image of it cannot be read.
             - DATASETS.TEST is empty although DISTILL.EVAL_TEACHER asks for an evaluation.
+            - The first dataset of DATASETS.TEST gives no AP although TEST.PATIENCE asks for it.
     """
     if not cfg.DATASETS.TRAIN:
         raise GDetKDError("DATASETS.TRAIN is empty. Name the dataset to train on.")
@@ -60,6 +61,7 @@ def check_datasets(cfg: CfgNode) -> None:
     for name in cfg.DATASETS.TRAIN:
         check_train_labels(cfg, load_dataset(name), name)
     check_test_sets(cfg)
+    _check_first_test_set(cfg)
     for name in cfg.DATASETS.TRAIN:
         if MetadataCatalog.get(name).get("evaluator_type") == "images":
             raise GDetKDError(
@@ -135,6 +137,25 @@ def _check_objects(dicts: List[dict], name: str) -> None:
         )
     if not annotations and MetadataCatalog.get(name).get("evaluator_type") != "images":
         logger.warning("%s has no annotation, so there is no AP. Only the detections are written.", name)
+
+
+def _check_first_test_set(cfg: CfgNode) -> None:
+    """Check that the first of several test sets has an AP, by which TEST.PATIENCE and TEST.KEEP_BEST decide.
+
+    Raises:
+        GDetKDError: TEST.PATIENCE is on, and the first or only test set has no annotation.
+    """
+    names = cfg.DATASETS.TEST
+    if not names or any(image.get("annotations") for image in load_dataset(names[0])):
+        return
+    reason = f"{names[0]!r}, the first dataset of DATASETS.TEST, has no annotation and so no AP"
+    if cfg.TEST.PATIENCE:
+        raise GDetKDError(
+            f"TEST.PATIENCE is {cfg.TEST.PATIENCE}, but {reason}. Name a dataset with labels first, or set "
+            "TEST.PATIENCE to 0."
+        )
+    if cfg.TEST.KEEP_BEST and len(names) > 1:
+        logger.warning("%s, so no model_best.pth will be written. Name a dataset with labels first.", reason)
 
 
 def check_proposals(cfg: CfgNode) -> None:

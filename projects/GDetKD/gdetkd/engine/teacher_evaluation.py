@@ -140,13 +140,13 @@ class _Renumbered(DatasetEvaluator):
 
 
 class TeacherScore(HookBase):
-    """Log the teacher's metrics beside the metrics of the student.
+    """Log the teacher's metrics at the start, and beside the metrics of the student. It must run before the writers."""
 
-    Args:
-        metrics: what `evaluate_on_test_sets` returned.
-    """
+    def __init__(self) -> None:
+        self._metrics: Dict[str, float] = {}
 
-    def __init__(self, metrics: Dict[str, Any]) -> None:
+    def set(self, metrics: Dict[str, Any]) -> None:
+        """Set what `evaluate_on_test_sets` returned. A resumed run has the metrics from its checkpoint."""
         self._metrics = {f"teacher/{name}": value for name, value in flatten_results_dict(metrics).items()}
 
     def before_train(self) -> None:
@@ -156,3 +156,9 @@ class TeacherScore(HookBase):
         period = self.trainer.cfg.TEST.EVAL_PERIOD
         if period > 0 and (self.trainer.iter + 1) % period == 0:
             self.trainer.storage.put_scalars(smoothing_hint=False, **self._metrics)
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {"metrics": self._metrics}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        self._metrics = state["metrics"]

@@ -3,6 +3,7 @@
 import logging
 import weakref
 from functools import partial
+from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import torch
@@ -24,6 +25,7 @@ from ..data.train_loader import images_per_process
 from ..data.workers import OutlivingLoader
 from ..distiller import GDetKD
 from ..errors import GDetKDError
+from ..files import remove_cut_line
 from ..random_state import random_state
 from ..structures import DetectorSpec
 from ..teacher import transfer_heads
@@ -33,6 +35,7 @@ from .disk_tolerant import DiskTolerant
 from .evaluators import build_evaluator
 from .extensions import EXTENSIONS
 from .forward_guard import ForwardGuard
+from .forward_state import share_statistics
 from .guard import StepGuard
 from .hook_order import order_hooks
 from .hooks import RandomState, TolerantWriter
@@ -168,6 +171,7 @@ class DistillTrainer(BareTrainer):
             for name in self.cfg.DATASETS.TEST
         ]
         training = self.model.training
+        share_statistics(self.model)  # otherwise each process would evaluate another student
         try:
             results = self.test(self.cfg, self.model, evaluators)
         except LeftEarly:
@@ -180,6 +184,7 @@ class DistillTrainer(BareTrainer):
 
     def build_writers(self) -> List[EventWriter]:
         """Build Detectron2's writers and those of LOG.WRITERS. No error of the disk or network ends the training."""
+        remove_cut_line(Path(self.cfg.OUTPUT_DIR) / "metrics.json")  # Detectron2 appends to it
         trackers = build_trackers(self.cfg, weakref.proxy(self))
         return [*(TolerantWriter(writer) for writer in super().build_writers()), *trackers]
 
@@ -194,6 +199,9 @@ class DistillTrainer(BareTrainer):
             hooks = _before_writers(hooks, hook)
         if self.distiller is not None:
             hooks = _before_writers(hooks, LossScalars(self.distiller, self.schedule))
+        if self.cfg.DISTILL.EVAL_TEACHER and self.distiller is not None:
+            self._teacher_score = TeacherScore()
+            hooks = _before_writers(hooks, self._teacher_score)
         last = [hook for hooks_to_add in extra for hook in hooks_to_add.last]
         return [*hooks, *last, self._guard, LeaveAtTheEnd(self._request)]
 
@@ -220,7 +228,7 @@ class DistillTrainer(BareTrainer):
 
     def train(self) -> Any:
         if self.cfg.DISTILL.EVAL_TEACHER and self.distiller is not None and self.start_iter == 0:
-            self.register_hooks([TeacherScore(evaluate_on_test_sets(self.cfg, self.distiller.teacher))])
+            self._teacher_score.set(evaluate_on_test_sets(self.cfg, self.distiller.teacher))
         with self._request.listening():
             results = super().train()
         if "model_final" in self.checkpointer.failed:

@@ -44,7 +44,9 @@ def draw_level_history(records: Sequence[Record]) -> Figure:
     figure, axes = plt.subplots(1, len(levels) + 1, figsize=(2.7 * (len(levels) + 1) + 1, 3.0), squeeze=False)
     iterations = [record["iterations"] for record in records]
     for axis, level in zip(axes[0], levels):
-        alphas = np.array([record["levels"]["all"]["alpha"][level] for record in records])
+        # A record made with fewer images may have no object on a level.
+        unknown = [np.nan] * len(last["student_levels"])
+        alphas = np.array([record["levels"]["all"]["alpha"][level] or unknown for record in records])
         for place, name in enumerate(last["student_levels"]):
             axis.plot(iterations, alphas[:, place], color=PALETTE[place], label=name, linewidth=1.8)
         axis.set(ylim=(0, 1), xlabel="iterations")

@@ -109,11 +109,9 @@ class Insight(HookBase):
         try:
             with random_state((0,)):
                 images = write_page(self._file, self._cfg, self._distiller.student, self._probe, self._references)
-        except OSError as e:
-            logger.error(
-                "The page of the distillation could not be written to %s (%s). The training goes on.",
-                self._file.folder,
-                e.strerror or e,
+        except Exception:  # no picture is worth a training
+            logger.exception(
+                "The page of the distillation could not be written to %s. The training goes on.", self._file.folder
             )
             return
         for name, image in images.items():

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional
 import torch
 
 from ..distiller import GDetKD
-from ..files import read_json_lines, written_whole
+from ..files import read_json_lines, remove_cut_line, written_whole
 from ..old_names import OLD_INSIGHT_FOLDER
 from .measures import class_correlation, correlation_gap, level_matching
 from .probe import Look, Probe, look_at_objects
@@ -81,8 +81,9 @@ class RecordFile:
         self._old_path = Path(output_dir) / OLD_INSIGHT_FOLDER / FILE
 
     def read(self) -> List[Dict[str, Any]]:
-        """Return all records. A last line that is half written is left out."""
-        return read_json_lines(self._path if self._path.exists() else self._old_path)
+        """Return all records. Lines that a kill or a full disk cut are left out."""
+        records = read_json_lines(self._path if self._path.exists() else self._old_path)
+        return sorted(records, key=lambda record: record["iterations"])
 
     def start_at(self, iterations: int) -> None:
         """Remove the records that a run which goes on after `iterations` makes again. At 0 all are removed."""
@@ -100,5 +101,6 @@ class RecordFile:
             OSError: the disk is full, or the file cannot be written.
         """
         os.makedirs(self.folder, exist_ok=True)
+        remove_cut_line(self._path)
         with open(self._path, "a") as file:
             file.write(json.dumps(record) + "\n")

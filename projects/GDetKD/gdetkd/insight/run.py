@@ -120,4 +120,4 @@ def read_teacher_ap(cfg: CfgNode) -> Any:
         cfg: the run's config.
     """
     name = f"teacher/{score_prefix(cfg)}bbox/AP"
-    return next((line[name] for line in MetricsFile(Path(cfg.OUTPUT_DIR)).lines() if name in line), None)
+    return next((line[name] for line in reversed(MetricsFile(Path(cfg.OUTPUT_DIR)).lines()) if name in line), None)

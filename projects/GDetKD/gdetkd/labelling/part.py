@@ -1,7 +1,6 @@
 """Keep the boxes that are found so far in a folder beside the output, so that a killed run can continue."""
 
 import json
-import os
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 from detectron2.utils import comm
 
 from ..errors import GDetKDError
-from ..files import PARTIAL, written_whole
+from ..files import PARTIAL, remove_cut_line, written_whole
 
 ENDING = ".part"
 SETTINGS = "settings.json"
@@ -113,7 +112,7 @@ class Part:
     def appending(self, kind: str) -> Iterator[Callable[[Found], None]]:
         """Yield a function that adds the boxes of an image. A killed process loses no image that is added."""
         path = self.folder / f"{kind}-{comm.get_rank()}.jsonl"
-        _cut_torn_line(path)
+        remove_cut_line(path)
         with open(path, "a") as file:
 
             def add(found: Found) -> None:
@@ -132,9 +131,3 @@ class Part:
     def _remove_lines(self) -> None:
         for path in self.folder.glob("*.jsonl"):
             path.unlink()
-
-
-def _cut_torn_line(path: Path) -> None:
-    if path.exists():
-        whole = path.read_bytes().rfind(b"\n") + 1
-        os.truncate(path, whole)

@@ -1,15 +1,13 @@
 """List the runs of a comparison of several methods on one config and teacher, and train them."""
 
 import contextlib
-import hashlib
-import json
 import logging
 import math
 import os
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -23,9 +21,10 @@ from ..dotted_keys import flat_config
 from ..engine import DistillTrainer, evaluate_teacher
 from ..engine.preflight import check_student
 from ..errors import GDetKDError
+from ..files import kept_value
 from ..teacher import FrozenTeacher, transfer_heads
 from .executors import Executor, run_environment
-from .folder import claim_folder
+from .folder import claim_folder, digests_of_labels
 from .jobs import run_all, seed_by_seed
 from .methods import BASELINE, CONFIGURED, configured_parts, method_opts
 from .run import Run, stretched
@@ -38,6 +37,16 @@ logger = logging.getLogger(__name__)
 SAME_TIME = 0.05
 # The time of a longer baseline is the method's time, rounded up to a tenth of the baseline's time.
 TIME_STEPS = 10
+# Beginnings of the keys, beside those of the teacher's own config, that the teacher's AP depends on.
+KEYS_OF_THE_SCORE = (
+    "DATASETS.REGISTER",
+    "DATASETS.TEST",
+    "DISTILL.CLASS_MAP",
+    "DISTILL.TEACHER.CLASSES",
+    "MODEL.KEYPOINT_ON",
+    "MODEL.MASK_ON",
+    "TEST.",
+)
 # A method, and its schedule as a multiple of the config's iterations.
 Key = Tuple[str, float]
 
@@ -145,22 +154,21 @@ class Comparison:
 
         Return None, and warn with the reason, if the teacher cannot be evaluated on this dataset.
         """
-        teacher, path = FrozenTeacher(self.cfg), self.output / "teacher.json"
-        content = hashlib.sha256(teacher.file.content().encode()).hexdigest()
-        key = {"sha256": teacher.sha256, "file": content, "data": self.cfg.DATASETS.TEST[0]}
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        if all(kept.get(name) == value for name, value in key.items()):
-            return kept["AP"]
-        try:
+        cfg = self.cfg.clone()
+        cfg.DISTILL.TEACHER.DTYPE = "float32"  # this machine may have no GPU, which float16 needs
+        teacher = FrozenTeacher(cfg)
+
+        def evaluate() -> float:
             with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
-                ap = evaluate_teacher(self.cfg, teacher)["bbox"]["AP"]
+                return evaluate_teacher(cfg, teacher)["bbox"]["AP"]
+
+        try:
+            return kept_value(self.output / "teacher.json", _score_key(cfg, teacher), evaluate)
         except GDetKDError as e:
             logger.warning(
                 "The teacher was not evaluated, so the report cannot show the share of its lead closed. %s", e
             )
             return None
-        path.write_text(json.dumps({**key, "AP": ap}) + "\n")
-        return ap
 
     def train(self, train_net: Path, jobs: int = 2, executor: Optional[Executor] = None) -> None:
         """Measure the steps, then train the runs that are not complete.
@@ -250,6 +258,13 @@ class Comparison:
         run = self._run(BASELINE, schedule, seed)
         folder = run.folder.with_name(run.folder.name.replace("-seed", "-whole-seed"))
         return replace(run, folder=folder, opts=[*run.opts, "TEST.PATIENCE", "0"])
+
+
+def _score_key(cfg: CfgNode, teacher: FrozenTeacher) -> Dict[str, Any]:
+    """Return what the teacher's AP depends on."""
+    keys = {key: value for key, value in flat_config(cfg.dump()).items() if key.startswith(KEYS_OF_THE_SCORE)}
+    labels = digests_of_labels(cfg, cfg.DATASETS.TEST)
+    return {"weights": teacher.sha256, "file": teacher.file.content(), "labels": labels, "config": keys}
 
 
 def _check(cfg: CfgNode, config_file: str, methods: Sequence[str]) -> None:

@@ -6,10 +6,12 @@ import os
 from typing import Any, Dict, List, Sequence
 
 import yaml
+from detectron2.config import CfgNode
 
 from ..data.folders import resolve
 from ..dotted_keys import changed_keys, flat_config
 from ..errors import GDetKDError
+from ..files import written_whole
 from ..losses import DISTILL_LOSS_REGISTRY
 from ..safe_load import sha256_of_file
 from ..teacher import read_teacher_file
@@ -72,10 +74,22 @@ def _digest(path: str, modified: int) -> str:
     return sha256_of_file(path)
 
 
-def fingerprint(run: Run) -> str:
-    """Return a digest of what determines a run, except the images and their labels.
+def digests_of_labels(cfg: CfgNode, names: Sequence[str]) -> Dict[str, List[str]]:
+    """Return the SHA-256 of each JSON file that DATASETS.REGISTER names for the given datasets."""
+    files = {
+        name: [resolve(entry["json"]) for entry in cfg.DATASETS.REGISTER if entry["name"] == name and "json" in entry]
+        for name in names
+    }
+    return {
+        name: [_digest(path, os.stat(path).st_mtime_ns) for path in paths if os.path.isfile(path)]
+        for name, paths in files.items()
+    }
 
-    This is its config, the teacher's file and weights, and the boxes that a teacher found in unlabelled images.
+
+def fingerprint(run: Run) -> str:
+    """Return a digest of what determines a run, except the images and the labels of VOC's and YOLO's layouts.
+
+    This is its config, the teacher's file and weights, and the JSON files of its datasets.
 
     Raises:
         GDetKDError: the teacher's file does not exist.
@@ -87,9 +101,7 @@ def fingerprint(run: Run) -> str:
         keys["teacher"], keys["weights"] = file.content(), file.weights
         if os.path.isfile(file.weights):
             keys["weights"] = _digest(file.weights, os.stat(file.weights).st_mtime_ns)
-    for name in cfg.DATASETS.UNLABELED:
-        paths = [resolve(entry["json"]) for entry in cfg.DATASETS.REGISTER if entry["name"] == name and "json" in entry]
-        keys[f"labels of {name}"] = [_digest(path, os.stat(path).st_mtime_ns) for path in paths if os.path.isfile(path)]
+    keys["labels"] = digests_of_labels(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, *cfg.DATASETS.UNLABELED])
     return hashlib.sha256(yaml.safe_dump(keys).encode()).hexdigest()
 
 
@@ -106,7 +118,9 @@ def claim_folder(run: Run) -> None:
             f"{run.folder} holds a run of another config{_differences(run)}. Use that config again, remove the folder, "
             "or choose another --output."
         )
-    mark.write_text(digest)
+    if not mark.exists():
+        with written_whole(str(mark)) as file:
+            file.write(digest)
 
 
 def _differences(run: Run) -> str:
@@ -115,5 +129,5 @@ def _differences(run: Run) -> str:
     if not path.exists():
         return ""
     changes = changed_keys(deciding_keys(path.read_text()), deciding_keys(run.config().dump()))
-    same = "the weights or the config file of the teacher have changed"
+    same = "the teacher's weights or config file, or a dataset's JSON file, have changed"
     return f": {'; '.join(changes.values()) or same}"

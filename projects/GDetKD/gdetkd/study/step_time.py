@@ -24,7 +24,7 @@ import time
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, List, Mapping, Optional, TextIO, Tuple
+from typing import Any, Dict, List, Mapping, Optional, TextIO, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -39,7 +39,7 @@ from ..engine.guard import StepGuard
 from ..engine.hooks import RandomState
 from ..engine.step_costs import LATE, now, time_in_rounds
 from ..errors import GDetKDError
-from ..files import last_line, written_whole
+from ..files import kept_value, last_line
 from ..program import explained_errors
 from .executors import Executor, Process
 from .folder import fingerprint
@@ -236,27 +236,24 @@ def kept_step_time(
 
     A comparison that continues needs the same ratio, because the ratio sets the length of the runs at equal time. So
     the file is used as long as both configs and the teacher are the same, and the measurement runs on the same kind of
-    machine.
+    machine with as many threads.
 
     Args:
         environment: the environment of the runs, if they run on this machine.
         executor: starts the measurement. None: it runs on this machine.
     """
-    key = [fingerprint(run) for run in (baseline, method)]
-    if executor is not None and executor.machine is not None:
-        key.append(executor.machine)
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    if kept.get("key") == key:
-        return StepTime(**kept["step_time"])
-    path.parent.mkdir(parents=True, exist_ok=True)
+    here = [environment.get("OMP_NUM_THREADS"), torch.cuda.is_available()]
+    machine = here if executor is None else executor.machine
     log = path.with_suffix(".log")
-    if executor is None:
-        step_time = measure_in_process(baseline, method, environment, log)
-    else:
-        step_time = measure_in_job(executor, baseline, method, log)
-    with written_whole(str(path)) as file:
-        json.dump({"step_time": asdict(step_time), "key": key}, file, indent=2)
-    return step_time
+
+    def measure() -> Dict[str, Any]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if executor is None:
+            return asdict(measure_in_process(baseline, method, environment, log))
+        return asdict(measure_in_job(executor, baseline, method, log))
+
+    key = {"runs": [fingerprint(run) for run in (baseline, method)], "machine": machine}
+    return StepTime(**kept_value(path, key, measure))
 
 
 def _main(request: Mapping[str, Any], result: Path) -> None:
