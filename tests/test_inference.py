@@ -7,6 +7,7 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
+from torchvision.ops import FrozenBatchNorm2d as TorchvisionNorm
 
 from conftest import WIDER, make_batch, make_cfg, settle_batch_norm
 from gdetkd.errors import GDetKDError
@@ -102,6 +103,22 @@ def test_half_precision_is_close(distill_cfg):
     found, expected = look(half), look(full)
     for field in ("pooled", "embeddings", "logits"):
         assert 1e-5 < relative_difference(getattr(found, field), getattr(expected, field)) < 0.05
+
+
+@pytest.mark.parametrize("norm", [TorchvisionNorm, FrozenBatchNorm2d, torch.nn.BatchNorm2d])
+@torch.no_grad()
+def test_a_small_variance_does_not_become_zero_in_half_precision(norm):
+    """A norm that is not folded keeps its statistics, and half precision has no number between 0 and 3e-8."""
+    module = torch.nn.Sequential(norm(2, eps=0.0)).eval()
+    module[0].running_var.copy_(torch.tensor([1e-9, 0.25]))
+    module[0].running_mean.copy_(torch.tensor([1e-4, -1.0]))
+    module[0].weight.copy_(torch.tensor([1e-2, 3.0]))
+    module[0].bias.copy_(torch.tensor([0.5, -0.5]))
+    image = torch.tensor([[1e-3, 2.0], [2e-4, -1.0]]).half().view(2, 2, 1, 1)
+    found = for_inference(module, torch.float16)(image)
+    torch.testing.assert_close(found.float(), module(image.float()), rtol=1e-2, atol=1e-3)
+    expected = module.double()(image.double())
+    torch.testing.assert_close(for_inference(module, torch.float64)(image.double()), expected)
 
 
 def test_dtypes():

@@ -108,6 +108,20 @@ def test_teacher_or_student_without_pyramid(distill_cfg):
     refused(distill_cfg({**RESNET_C4}), "The student has no FPN")
 
 
+def test_rotated_boxes_are_refused(distill_cfg):
+    rotated = {
+        "MODEL.PROPOSAL_GENERATOR.NAME": "RRPN",
+        "MODEL.ANCHOR_GENERATOR.NAME": "RotatedAnchorGenerator",
+        "MODEL.ANCHOR_GENERATOR.ANGLES": [[0.0]],
+        "MODEL.RPN.BBOX_REG_WEIGHTS": (1.0,) * 5,
+        "MODEL.ROI_HEADS.NAME": "RROIHeads",
+        "MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIAlignRotated",
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": (10.0, 10.0, 5.0, 5.0, 1.0),
+    }
+    refused(distill_cfg(teacher={**WIDER, **rotated}), "The teacher finds rotated boxes")
+    refused(distill_cfg({**rotated, "DISTILL.HEAD_TRANSFER": False}), "The student finds rotated boxes")
+
+
 def test_unknown_or_repeated_loss(distill_cfg):
     refused(distill_cfg({"DISTILL.LOSSES": ("SGFI", "SGFY")}), "'SGFY'.*CKD")
     refused(distill_cfg({"DISTILL.LOSSES": ("SGFI", "SGFI")}), "twice")

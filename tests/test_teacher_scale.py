@@ -112,6 +112,21 @@ def test_the_teacher_looks_at_scaled_regions_of_its_image(distill_cfg):
     assert found.regions.boxes is boxes
 
 
+def test_a_dense_teacher_labels_its_anchors_by_the_objects_in_its_own_pixels(pair_cfg):
+    """The anchors of the teacher lie in its larger image."""
+    (batch,) = [next(iter(build_train_loader(pair_cfg("retinanet-retinanet", {"DISTILL.TEACHER.SCALE": 2.0}))))]
+    boxes = [inputs["instances"].gt_boxes for inputs in batch]
+    labels = []
+    for scale in (2.0, 1.0):
+        teacher = FrozenTeacher(pair_cfg("retinanet-retinanet", {"DISTILL.TEACHER.SCALE": scale}))
+        large = [{**inputs, "image": inputs[TEACHER_IMAGE]} for inputs in batch]
+        features = teacher.extract(batch if scale == 2 else large)
+        head = teacher.look_at(features, None, {"head"}).head
+        objects = boxes if scale == 2 else Regions(boxes).scaled(2.0).boxes
+        labels.append(head.label(objects, list(features.values())))
+    assert torch.equal(labels[0], labels[1]) and (labels[0] == 1).any()
+
+
 @pytest.mark.parametrize(
     "pair, losses", [("faster_rcnn-faster_rcnn", (*ALL_LOSSES, "ROIFI")), ("retinanet-fcos", ("SGFI", "CKD"))]
 )

@@ -341,3 +341,21 @@ def test_mmdetections_retinanet_pyramid_has_no_relu_before_p7():
 def test_a_detector_that_reads_one_map_has_no_pyramid():
     with pytest.raises(GDetKDError, match="student has no FPN"):
         build("retinanet", {"MODEL.RETINANET.IN_FEATURES": ["p4"], "MODEL.ANCHOR_GENERATOR.SIZES": [[32]]})
+
+
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+@torch.no_grad()
+def test_a_teacher_runs_its_classification_tower_once(family):
+    model, adapter, _ = build(family)
+    model.eval()
+    images = model.preprocess_image(make_batch())
+    features = model.backbone(images.tensor)
+    regions = Regions([Boxes(torch.tensor([[4.0, 4, 40, 40]]))] * len(images))
+    with Recorder({"tower": model.head.cls_subnet}) as calls:
+        both = adapter.look(features, regions, {"embeddings"})
+    levels = len(calls["tower"])
+    regions = Regions(regions.boxes, torch.zeros(len(images), 4, dtype=torch.long))
+    with Recorder({"tower": model.head.cls_subnet}) as calls:
+        all_at_once = adapter.look(features, regions, {"embeddings", "logits", "deltas"})
+    assert len(calls["tower"]) == levels == len(adapter.spec.strides)
+    assert torch.equal(both.embeddings, all_at_once.embeddings)

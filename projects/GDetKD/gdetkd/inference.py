@@ -6,13 +6,14 @@ import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
 from .errors import GDetKDError
 
 # Values of DISTILL.TEACHER.DTYPE.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Norms that multiply each channel by a factor and add an offset in eval mode.
-FIXED_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+FIXED_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, TorchvisionFrozenBatchNorm2d)
 
 
 def fold_norms(module: nn.Module) -> int:
@@ -34,6 +35,26 @@ def fold_norms(module: nn.Module) -> int:
     return folded
 
 
+def settle_statistics(module: nn.Module) -> None:
+    """Move the statistics of all fixed norms into their factor and offset, in place.
+
+    Otherwise a small variance becomes 0 in half precision, and the result infinite if the norm's eps is 0, as in some
+    of torchvision's detectors.
+    """
+    for norm in module.modules():
+        if not isinstance(norm, FIXED_NORMS) or norm.running_mean is None:
+            continue
+        factor = (norm.running_var + norm.eps).rsqrt()
+        factor = factor if norm.weight is None else norm.weight.detach() * factor
+        offset = -norm.running_mean * factor
+        offset = offset if norm.bias is None else norm.bias.detach() + offset
+        is_parameter = not isinstance(norm, (FrozenBatchNorm2d, TorchvisionFrozenBatchNorm2d))
+        for name, value in (("weight", factor), ("bias", offset)):
+            setattr(norm, name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+        norm.running_mean = torch.zeros_like(norm.running_mean)
+        norm.running_var = torch.full_like(norm.running_var, 1 - norm.eps)
+
+
 def for_inference(backbone: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a copy of a frozen backbone with folded norms, in channels-last order.
 
@@ -45,6 +66,7 @@ def for_inference(backbone: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     faster = copy.deepcopy(backbone)
     fold_norms(faster)
+    settle_statistics(faster)
     return faster.to(dtype=dtype, memory_format=torch.channels_last)
 
 

@@ -12,15 +12,15 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
+from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, Instances
 from torch import nn
 from torchvision.ops import roi_align
 
 from ..device import on_device
 from ..errors import GDetKDError
-from ..recorder import Call, replaced
-from ..regions import match_and_sample, pool_in_full_precision, suppress
+from ..recorder import Call, Recorder, replaced
+from ..regions import levels_by_box_size, match_and_sample, pool_in_full_precision, suppress
 from ..structures import DenseSpec, DetectorOutputs, DetectorSpec, Regions, full_precision
 from .base import DETECTOR_ADAPTER_REGISTRY, REGION_FIELDS, DetectorAdapter
 from .dense_head import DenseHead
@@ -56,11 +56,8 @@ class DenseAdapter(DetectorAdapter):
             )
         strides = list(self.spec.strides.values())
         size, level = self.level_rule()
-        self._level_range = {"min_level": int(math.log2(strides[0])), "max_level": int(math.log2(strides[-1]))}
-        self._level_rule = {"canonical_box_size": size, "canonical_level": level}
-        self._pooler = ROIPooler(
-            POOLED_SIZE, [1.0 / stride for stride in strides], SAMPLING_RATIO, "ROIAlignV2", **self._level_rule
-        )
+        scales = [1.0 / stride for stride in strides]
+        self._pooler = ROIPooler(POOLED_SIZE, scales, SAMPLING_RATIO, "ROIAlignV2", size, level)
 
     @property
     def feature_names(self) -> List[str]:
@@ -155,19 +152,24 @@ class DenseAdapter(DetectorAdapter):
         if "head" in needs:
             outputs.head = DenseHead(model)
         if "levels" in needs:
-            outputs.levels = self._assign_levels(regions)
+            outputs.levels = levels_by_box_size(self._pooler, regions)
         if "pooled" in needs:
             outputs.pooled = pool_in_full_precision(self._pooler, maps, regions)
+        towers: List[torch.Tensor] = []
+        if {"logits", "deltas"} & set(needs):
+            with Recorder({"tower": self.classification_tower}) as calls:
+                self.fill_predictions(outputs, self.predict(maps))
+            towers = [call.output for call in calls["tower"]]
         if "embeddings" in needs:
             # The tower runs on all levels in order, because a head with BatchNorm steps from level to level by itself.
-            outputs.embeddings = self._embed_at_centres([self.classification_tower(level) for level in maps], regions)
-        if {"logits", "deltas"} & set(needs):
-            self.fill_predictions(outputs, self.predict(maps))
+            towers = towers or [self.classification_tower(level) for level in maps]
+            outputs.embeddings = self._embed_at_centres(towers, regions)
         return outputs
 
-    def classification_tower(self, level: torch.Tensor) -> torch.Tensor:
-        """Return the last features (B, D, H, W) of the classification tower on a map (B, C, H, W)."""
-        return self.model.head.cls_subnet(level)
+    @property
+    def classification_tower(self) -> nn.Module:
+        """Return the classification tower, which maps (B, C, H, W) to (B, D, H, W)."""
+        return self.model.head.cls_subnet
 
     def predict(self, maps: List[torch.Tensor]) -> Sequence[List[torch.Tensor]]:
         """Return the head's outputs on all maps: logits (B, A n, H, W) by level, deltas (B, A 4, H, W) by level, ..."""
@@ -241,9 +243,6 @@ class DenseAdapter(DetectorAdapter):
         is_candidate = is_candidate & is_large
         return clipped * is_candidate[..., None], is_candidate
 
-    def _assign_levels(self, regions: Regions) -> torch.Tensor:
-        return assign_boxes_to_levels(regions.boxes, **self._level_range, **self._level_rule)
-
     def _embed_at_centres(self, towers: List[torch.Tensor], regions: Regions) -> torch.Tensor:
         """Interpolate the tower's map of a region's level at the region's centre (bilinear).
 
@@ -263,8 +262,9 @@ class DenseAdapter(DetectorAdapter):
             cell = torch.cat([part.image_ids()[:, None], centre - stride / 2, centre + stride / 2], dim=1)
             return roi_align(tower, cell.to(tower.dtype), 1, 1.0 / stride, sampling_ratio=1, aligned=True).flatten(1)
 
-        levels = zip(map(full_precision, towers), self.spec.strides.values())
-        return regions.on_levels(self._assign_levels(regions), [partial(interpolate, *level) for level in levels])
+        pairs = zip(map(full_precision, towers), self.spec.strides.values())
+        levels = levels_by_box_size(self._pooler, regions)
+        return regions.on_levels(levels, [partial(interpolate, *pair) for pair in pairs])
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()

@@ -24,11 +24,17 @@ class DenseHead:
 
     Args:
         model: a dense Detectron2 detector.
+        scale: pixels of the detector's images per pixel of the images that ground truth belongs to
+            (DISTILL.TEACHER.SCALE).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, scale: float = 1.0) -> None:
         self._model = model
+        self._scale = scale
         self._towers = [model.head.cls_subnet, model.head.bbox_subnet]
+
+    def at_scale(self, scale: float) -> "DenseHead":
+        return DenseHead(self._model, scale)
 
     @property
     def channels(self) -> Tuple[int, ...]:
@@ -77,7 +83,10 @@ class DenseHead:
         return torch.cat(logits, dim=1), torch.cat([permute_to_N_HWA_K(level, 4) for level in deltas], dim=1)
 
     def decode(self, deltas: torch.Tensor, maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Decode box deltas (B, R, 4) to boxes (B, R, 4), xyxy in pixels. The sizes of `maps` tell the anchors."""
+        """Decode box deltas (B, R, 4) to boxes (B, R, 4), xyxy in the detector's pixels.
+
+        The sizes of `maps` tell the anchors.
+        """
         anchors = self._anchors(maps).expand(len(deltas), -1, -1)
         # FCOS's decoding changes its input in place, so it gets a copy.
         boxes = self._model.box2box_transform.apply_deltas(deltas.flatten(0, 1).clone(), anchors.flatten(0, 1))
@@ -98,7 +107,7 @@ class DenseHead:
         labels = torch.zeros(len(gt_boxes), sum(map(len, anchors)), device=maps[0].device)
         for image, boxes in enumerate(gt_boxes):
             if len(boxes):  # v0.6's FCOS fails on an image without objects
-                labels[image] = self._label_image(anchors, boxes)
+                labels[image] = self._label_image(anchors, Boxes(boxes.tensor * self._scale))
         return labels
 
     def _label_image(self, anchors: List[Boxes], boxes: Boxes) -> torch.Tensor:

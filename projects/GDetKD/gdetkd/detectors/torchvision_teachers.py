@@ -144,8 +144,9 @@ class _TorchvisionDenseAdapter(_OnlyTeaches, DenseAdapter):
             dense=DenseSpec(tuple(zip(self._strides.values(), cells)), anchor_based=self.anchor_based),
         )
 
-    def classification_tower(self, level: torch.Tensor) -> torch.Tensor:
-        return self.model.head.classification_head.conv(level)
+    @property
+    def classification_tower(self) -> nn.Module:
+        return self.model.head.classification_head.conv
 
     def predict(self, maps: List[torch.Tensor]) -> Sequence[List[torch.Tensor]]:
         classes, boxes = self.model.head.classification_head, self.model.head.regression_head

@@ -11,6 +11,8 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from .gradients import OWN, term_gradients
+
 # An iteration after every warm-up.
 LATE = 10**9
 # Factors on a loss in half precision. A small gradient is 0 without a factor, and a large gradient infinite with it.
@@ -137,13 +139,9 @@ def measure_terms(model: nn.Module, student: nn.Module, batches: List[Any], auto
 
 
 def _gradient_norm(loss: torch.Tensor, parameters: List[nn.Parameter], autocast: bool) -> float:
-    norm = 0.0
-    if not loss.requires_grad:  # a loss may be a plain zero if a batch has nothing for it
-        return norm
+    """Return the norm of a loss's gradient, or NaN if it is not finite at any scale."""
     for scale in SCALES if autocast else (1.0,):
-        gradients = torch.autograd.grad(loss * scale, parameters, retain_graph=True, allow_unused=True)
-        norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
-        norm = torch.stack(norms).norm().item() / scale if norms else 0.0
-        if math.isfinite(norm):
-            break
-    return norm
+        measured = term_gradients({OWN: loss}, (), parameters, scale)
+        if measured:
+            return measured[OWN]["norm"]
+    return math.nan

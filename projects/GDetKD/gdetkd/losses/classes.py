@@ -162,6 +162,11 @@ def _index(classes: Tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(classes, device=device)
 
 
+@lru_cache(maxsize=64)
+def _others(classes: Tuple[int, ...], columns: int) -> Tuple[int, ...]:
+    return tuple(sorted(set(range(columns)) - set(classes)))
+
+
 def merge_logits(logits: torch.Tensor, classes: Optional[Tuple[int, ...]]) -> torch.Tensor:
     """Keep the softmax logits of the given classes, and merge all other columns into the last one.
 
@@ -180,9 +185,9 @@ def merge_logits(logits: torch.Tensor, classes: Optional[Tuple[int, ...]]) -> to
     """
     if classes is None:
         return logits
-    merged = tuple(index for index in range(logits.shape[1]) if index not in classes)
+    merged = logits[:, _index(_others(classes, logits.shape[1]), logits.device)]
     kept = logits[:, _index(classes, logits.device)]
-    return torch.cat([kept, logits[:, _index(merged, logits.device)].logsumexp(dim=1, keepdim=True)], dim=1)
+    return torch.cat([kept, merged.logsumexp(dim=1, keepdim=True)], dim=1)
 
 
 def select_logits(logits: torch.Tensor, classes: Optional[Tuple[int, ...]]) -> torch.Tensor:

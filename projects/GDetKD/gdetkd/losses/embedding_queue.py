@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
+from detectron2.utils import comm
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -20,17 +21,17 @@ def gather_embeddings(embeddings: torch.Tensor) -> Tuple[int, List[torch.Tensor]
         this process's rank, and a list of the embeddings by rank.
     """
     embeddings = embeddings.detach()
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if comm.get_world_size() == 1:
         return 0, [embeddings]
     count = torch.full((1,), len(embeddings), dtype=torch.long, device=embeddings.device)
-    counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
+    counts = [torch.empty_like(count) for _ in range(comm.get_world_size())]
     dist.all_gather(counts, count)
     sizes = torch.cat(counts).tolist()
     padded = embeddings.new_zeros(max(sizes), embeddings.shape[1])
     padded[: len(embeddings)] = embeddings
     gathered = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(gathered, padded)
-    return dist.get_rank(), [part[:size] for part, size in zip(gathered, sizes)]
+    return comm.get_rank(), [part[:size] for part, size in zip(gathered, sizes)]
 
 
 class EmbeddingQueue(nn.Module):

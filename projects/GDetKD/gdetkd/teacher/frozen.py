@@ -131,7 +131,8 @@ class FrozenTeacher:
             scaled = None if regions is None else regions.scaled(self._scale)
             later = [stage.scaled(self._scale) for stage in later_regions]
             outputs = self.adapter.look(features, scaled, needs, later)
-        return replace(outputs, regions=regions, strides=self.spec.strides)
+        head = None if outputs.head is None else outputs.head.at_scale(self._scale)
+        return replace(outputs, regions=regions, strides=self.spec.strides, head=head)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, self._dtype, enabled=torch.finfo(self._dtype).bits < 32)
