@@ -11,7 +11,6 @@ import argparse
 import functools
 import json
 import statistics
-import sys
 import tempfile
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -21,7 +20,7 @@ from unittest import mock
 from gdetkd.config_file import load_config
 from gdetkd.distiller import GDetKD
 from gdetkd.engine.step_costs import LATE, now, peak_memory, time_in_rounds
-from gdetkd.errors import GDetKDError
+from gdetkd.program import explained_errors
 from gdetkd.teacher import read_teacher_file
 
 import torch  # isort: skip
@@ -212,7 +211,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with explained_errors():
         main()
-    except GDetKDError as error:
-        sys.exit(str(error))

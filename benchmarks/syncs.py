@@ -4,11 +4,10 @@
 python benchmarks/syncs.py --config-file FILE [--random-weights] [KEY VALUE ...]
 """
 
-import sys
 import tempfile
 from pathlib import Path
 
-from gdetkd.errors import GDetKDError
+from gdetkd.program import explained_errors
 
 from inputs import make_batch  # isort: skip
 from step import build, make_config, parse_arguments
@@ -41,7 +40,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with explained_errors():
         main()
-    except GDetKDError as error:
-        sys.exit(str(error))

@@ -23,7 +23,11 @@ import sys
 from pathlib import Path
 from typing import Dict, Optional
 
-import torch
+from gdetkd.program import explained_errors
+from gdetkd.safe_load import read_weights
+from gdetkd.weights_layout import with_model
+
+import torch  # isort: skip
 import torchvision
 
 # Architectures that Detectron2 builds itself start like this.
@@ -57,7 +61,7 @@ def load(architecture: str, path: Optional[Path]) -> Dict[str, torch.Tensor]:
     if architecture not in torchvision.models.list_models(torchvision.models):
         sys.exit(f"torchvision has no classifier {architecture!r}. Choose one, such as resnet18 or mobilenet_v2.")
     if path is not None:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return with_model(read_weights(str(path)), str(path))["model"]
     return torchvision.models.get_model(architecture, weights="IMAGENET1K_V1").state_dict()
 
 
@@ -79,4 +83,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with explained_errors():
+        main()
