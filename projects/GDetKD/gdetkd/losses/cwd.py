@@ -58,8 +58,4 @@ class CWD(MapLoss):
         self.adapters = adapters_where_widths_differ(self.levels, student_spec, teacher_spec)
 
     def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
-        terms = [
-            channel_wise_distillation(adapter(student_map), teacher_map, self.temperature)
-            for adapter, (student_map, teacher_map) in zip(self.adapters, self.maps(student, teacher))
-        ]
-        return sum(terms)
+        return sum(channel_wise_distillation(*pair, self.temperature) for pair in self.maps(student, teacher))

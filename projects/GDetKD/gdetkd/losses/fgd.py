@@ -149,9 +149,9 @@ class FGD(MapLoss):
         gt_boxes = [boxes.tensor for boxes in student.gt_boxes]
         total = 0.0
         for index, (level, (student_map, teacher_map)) in enumerate(zip(self.levels, self.maps(student, teacher))):
-            adapted = self.adapters[index](student_map)
-            total = total + self._focal(adapted, teacher_map, scale_masks(gt_boxes, level.stride, adapted.shape[-2:]))
-            relation = (self.students[index](adapted) - self.teachers[index](teacher_map)) ** 2
+            masks = scale_masks(gt_boxes, level.stride, teacher_map.shape[-2:])
+            total = total + self._focal(student_map, teacher_map, masks)
+            relation = (self.students[index](student_map) - self.teachers[index](teacher_map)) ** 2
             total = total + self.config.LAMBDA * relation.sum() / len(teacher_map)
         return total
 

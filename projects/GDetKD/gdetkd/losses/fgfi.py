@@ -118,5 +118,4 @@ class FGFI(MapLoss):
         ]
         by_image = [near_object_cells(anchors, boxes.tensor, self.factor) for boxes in student.gt_boxes]
         masks = [torch.stack(level_masks) for level_masks in zip(*by_image)]
-        adapted = [adapter(student_map) for adapter, student_map in zip(self.adapters, student_maps)]
-        return fine_grained_imitation(adapted, teacher_maps, masks)
+        return fine_grained_imitation(student_maps, teacher_maps, masks)

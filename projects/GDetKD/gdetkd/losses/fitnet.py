@@ -42,8 +42,4 @@ class FITNET(MapLoss):
         self.adapters = adapters(self.levels, student_spec, teacher_spec)
 
     def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
-        terms = [
-            whole_map_imitation(adapter(student_map), teacher_map)
-            for adapter, (student_map, teacher_map) in zip(self.adapters, self.maps(student, teacher))
-        ]
-        return torch.stack(terms).mean()
+        return torch.stack([whole_map_imitation(*pair) for pair in self.maps(student, teacher)]).mean()

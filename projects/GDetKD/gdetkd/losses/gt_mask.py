@@ -70,5 +70,4 @@ class GTMASK(MapLoss):
         student_maps, teacher_maps = zip(*self.maps(student, teacher))
         gt_boxes = [boxes.tensor for boxes in student.gt_boxes]
         masks = [object_mask(gt_boxes, level.stride, maps.shape[-2:]) for level, maps in zip(self.levels, teacher_maps)]
-        adapted = [adapter(student_map) for adapter, student_map in zip(self.adapters, student_maps)]
-        return ground_truth_mask_imitation(adapted, teacher_maps, masks)
+        return ground_truth_mask_imitation(student_maps, teacher_maps, masks)

@@ -64,25 +64,29 @@ def _strides(spec: DetectorSpec) -> str:
 class MapLoss(DistillLoss):
     """Compare the feature maps of whole images, on the levels of the strides that both pyramids have.
 
+    A subclass sets `adapters`, a module for each level that takes the student's map to the teacher's width.
+
     Raises:
         GDetKDError: the pyramids have no stride in common.
     """
+
+    adapters: nn.ModuleList
 
     def __init__(self, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__()
         self.levels = match_levels(type(self).__name__, student_spec, teacher_spec)
 
     def maps(self, student: DetectorOutputs, teacher: DetectorOutputs) -> List[Tuple[torch.Tensor, torch.Tensor]]:
-        """Return the student's map (B, C_S, H, W) and the teacher's map (B, C_T, H, W) of each level.
+        """Return the student's map after its adapter, and the teacher's map, of each level: (B, C_T, H, W) each.
 
         The two detectors can pad images differently, on the right and below. The maps are cropped to the common part.
         """
         pairs = []
-        for level in self.levels:
+        for level, adapter in zip(self.levels, self.adapters):
             student_map = full_precision(student.pyramid[level.student])
             teacher_map = full_precision(teacher.pyramid[level.teacher])
             height, width = (min(sizes) for sizes in zip(student_map.shape[-2:], teacher_map.shape[-2:]))
-            pairs.append((student_map[..., :height, :width], teacher_map[..., :height, :width]))
+            pairs.append((adapter(student_map[..., :height, :width]), teacher_map[..., :height, :width]))
         return pairs
 
 

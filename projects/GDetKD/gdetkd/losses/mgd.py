@@ -71,10 +71,9 @@ class MGD(MapLoss):
 
     def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
         terms = []
-        maps = self.maps(student, teacher)
-        for adapter, generate, (student_map, teacher_map) in zip(self.adapters, self.generate, maps):
+        for generate, (student_map, teacher_map) in zip(self.generate, self.maps(student, teacher)):
             visible = torch.rand_like(teacher_map[:, :1]) >= self.mask_ratio
-            terms.append(masked_generation(adapter(student_map), teacher_map, visible, generate))
+            terms.append(masked_generation(student_map, teacher_map, visible, generate))
         return self.alpha * sum(terms)
 
 

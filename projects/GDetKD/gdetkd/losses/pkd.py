@@ -78,8 +78,4 @@ class PKD(MapLoss):
         self.adapters = adapters_where_widths_differ(self.levels, student_spec, teacher_spec)
 
     def compute(self, student: DetectorOutputs, teacher: DetectorOutputs) -> torch.Tensor:
-        terms = [
-            pearson_imitation(adapter(student_map), teacher_map)
-            for adapter, (student_map, teacher_map) in zip(self.adapters, self.maps(student, teacher))
-        ]
-        return sum(terms)
+        return sum(pearson_imitation(*pair) for pair in self.maps(student, teacher))
