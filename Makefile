@@ -8,7 +8,7 @@
 # make gpu          runs tests/cuda and benchmarks/gpu.py on a machine with a GPU, without a network; OUT=output/gpu
 # make teacher      retrains a teacher of the quickstart (about 20 minutes on 2 cores); TEACHER=FasterRCNN
 
-PAIR ?= faster_rcnn-faster_rcnn
+PAIR ?= faster_rcnn-faster_rcnn_unlabeled
 TEACHER ?= FasterRCNN
 VENV := .venv
 PYTHON := $(VENV)/bin/python

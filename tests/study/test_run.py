@@ -54,18 +54,20 @@ def test_unknown_pair_names_the_known_ones(monkeypatch):
 
 
 def test_the_quickstart_is_a_comparison_with_one_seed_at_equal_time(tmp_path, monkeypatch, capsys):
-    quickstart, drawn = load_quickstart(), []
+    quickstart, drawn, labelled = load_quickstart(), [], []
 
     def train(comparison, train_net, jobs):
         assert train_net.is_file() and jobs == 2
-        comparison.step_times = {"GDetKD": StepTime(1.58, 1.5, 1.6, 0.25, 1, "cpu")}
+        methods = ["GDetKD", "GDetKD+unlabeled"]
+        comparison.step_times = {method: StepTime(1.58, 1.5, 1.6, 0.25, 1, "cpu") for method in methods}
         comparison.add_equal_time()
         (tmp_path / "runs").mkdir()
-        (baseline,), (distilled,) = comparison.runs["none", 1.0], comparison.runs["GDetKD", 1.0]
+        runs = [*(comparison.runs[method, 1.0][0] for method in ["none", *methods])]
         (longer,) = comparison.equal_time_runs["GDetKD", 1.0]
-        for run, ap, iterations in ((baseline, 10.0, 500), (distilled, 35.0, 500), (longer, 20.0, 800)):
-            assert run.max_iter == iterations and run.config().SEED == 7
-            finished(run.folder, ap, iterations, 1.0)
+        assert comparison.equal_time_runs["GDetKD+unlabeled", 1.0] == [longer]
+        for run, ap, factor in zip([*runs, longer], (10.0, 35.0, 45.0, 20.0), (1, 1, 1, 1.6)):
+            assert run.max_iter == round(700 * factor) and run.config().SEED == 7
+            finished(run.folder, ap, run.max_iter, 1.0)
 
     monkeypatch.setattr("sys.argv", ["quickstart.py", "--seed", "7", "--output", str(tmp_path)])
     monkeypatch.chdir(ROOT)
@@ -75,9 +77,16 @@ def test_the_quickstart_is_a_comparison_with_one_seed_at_equal_time(tmp_path, mo
     monkeypatch.setattr(quickstart.Comparison, "score_teacher", lambda comparison: 60.0)
     monkeypatch.setattr(quickstart.Comparison, "train", train)
     monkeypatch.setattr(quickstart, "draw", lambda *args: drawn.append(args))
+    monkeypatch.setattr(quickstart, "make_shapes_for", lambda cfg: None)
+    monkeypatch.setattr(quickstart, "label_images", lambda cfg, options: labelled.append(options))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     quickstart.main()
+    (options,) = labelled
+    assert options.output == tmp_path / "gdetkd_shapes" / "pseudo.json"
+    assert options.images == str(tmp_path / "gdetkd_shapes" / "teacher")
     summary = json.loads((tmp_path / "summary.json").read_text())
-    baseline, distilled = summary["rows"]
+    baseline, distilled, with_images = summary["rows"]
+    assert with_images["AP"] == 45.0 and with_images["equal_time_gain"] == 25.0
     assert summary["teacher_AP"] == 60.0 and (baseline["AP"], distilled["AP"]) == (10.0, 35.0)
     assert (distilled["gain"], distilled["equal_time_gain"], distilled["equal_time_AP"]) == (25.0, 15.0, 20.0)
     assert (distilled["step_time"], distilled["lead_closed"]) == (1.58, 0.5)

@@ -20,6 +20,7 @@ from .run import PLAIN
 
 BASELINE, CONFIGURED, HEAD_TRANSFER = "none", "GDetKD", "head_transfer"
 UNLABELED, PSEUDO = "unlabeled", "pseudo"
+WITH_UNLABELED = f"{CONFIGURED}+{UNLABELED}"
 
 
 def method_opts(method: str, cfg: CfgNode) -> List[str]:

@@ -1,4 +1,4 @@
-"""Draw a picture of a comparison with one method: AP over training time, and the detections on some images."""
+"""Draw a picture of the quickstart's comparison: AP over training time, and the detections on some images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,17 @@ from torch import nn
 from ..figures.style import METHOD, PLAIN, TEACHER
 from ..insight.probe import read_at_test_size
 from .comparison import Comparison
-from .methods import BASELINE, CONFIGURED
+from .methods import BASELINE, CONFIGURED, WITH_UNLABELED
 from .summary import mean_curve
 
-COLORS = {"baseline": PLAIN, "baseline, equal time": "#4a4f57", "distilled": METHOD, "teacher": TEACHER}
+LABELS = {CONFIGURED: "distilled", WITH_UNLABELED: "and unlabelled images"}
+COLORS = {
+    "baseline": PLAIN,
+    "baseline, equal time": "#4a4f57",
+    LABELS[CONFIGURED]: METHOD,
+    LABELS[WITH_UNLABELED]: "#8f2d56",
+    "teacher": TEACHER,
+}
 CLASS_COLORS = plt.get_cmap("tab10")
 
 
@@ -32,18 +39,20 @@ class Curve:
 
 
 def curves_of(comparison: Comparison) -> List[Curve]:
-    """Return the curves of the baseline, of the baseline at equal time and of the configured method.
+    """Return the curves of the baseline, of the longest baseline at equal time, and of the methods in `LABELS`.
 
-    The time is iterations times the measured time of a step. The iterations of the baseline at equal time are rounded
-    up, so it ends where the method ends, or up to a tenth of the baseline's time later.
+    The time is iterations times the measured time of a step. The iterations of a baseline at equal time are rounded up,
+    so it ends where its method ends, or up to a tenth of the baseline's time later.
     """
     schedule = comparison.schedules[0]
-    baseline, method = (BASELINE, schedule), (CONFIGURED, schedule)
-    shown = [("baseline", comparison.runs[baseline], BASELINE)]
-    longer = comparison.equal_time_runs.get(method, comparison.runs[baseline])
-    if longer is not comparison.runs[baseline]:  # they are equal if a step of the method costs no more
-        shown.append(("baseline, equal time", longer, BASELINE))
-    shown.append(("distilled", comparison.runs[method], CONFIGURED))
+    baseline = comparison.runs[BASELINE, schedule]
+    methods = [method for method in LABELS if method in comparison.methods]
+    shown = [("baseline", baseline, BASELINE)]
+    longer = [comparison.equal_time_runs.get((method, schedule), baseline) for method in methods]
+    longest = max(longer, key=lambda runs: runs[0].max_iter)
+    if longest is not baseline:  # they are equal if a step of the method costs no more
+        shown.append(("baseline, equal time", longest, BASELINE))
+    shown += [(LABELS[method], comparison.runs[method, schedule], method) for method in methods]
     return [Curve(label, *mean_curve(runs, comparison.step_seconds(name))) for label, runs, name in shown]
 
 
@@ -54,7 +63,7 @@ def draw_comparison(
 
     Args:
         path: file of the PNG.
-        comparison: a comparison with complete runs and the method GDetKD.
+        comparison: a comparison with complete runs and a method in `LABELS`.
         teacher_ap: percent; None if it is not known.
         detectors: by title, a detector in eval mode and its config. Each detector has a row of images, the first images
             of the test set with at least three objects. Every image shows as many detections as it has objects.
@@ -85,7 +94,8 @@ def _draw_curves(axis: Axes, curves: Sequence[Curve], teacher_ap: Optional[float
         color = COLORS[curve.label]
         # The label of a short curve fits on its right. The labels of long curves are above or below their ends.
         is_short = curve.seconds[-1] < 0.8 * end
-        offset = (8, -11) if is_short else (2, -18) if curve.label == "baseline" else (2, 9)
+        is_below = curve.label == "baseline" or (curve.label == LABELS[CONFIGURED] and curve is not curves[-1])
+        offset = (8, -11) if is_short else (2, -18) if is_below else (2, 9)
         axis.plot([0, *curve.seconds], [0, *curve.ap], color=color, linewidth=2, marker="o", markersize=4)
         axis.annotate(
             f"{curve.label} {curve.ap[-1]:.1f}",
