@@ -44,6 +44,13 @@ def test_pair_builds(path, tmp_path, monkeypatch):
     assert type(model.teacher.model).__name__ == FAMILIES[teacher][0]
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/mobilenetv2-*.yaml")), ids=name)
+def test_students_of_mobilenetv2_have_the_sizes_that_their_comments_give(path):
+    model = build_model(plain_config(load(path)))
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert round(millions, 2) == (1.07 if "tiny" in path.stem else 2.98)
+
+
 @pytest.mark.parametrize("path", TEACHERS, ids=name)
 def test_teacher_starts_from_scratch_or_from_weights_that_exist_or_that_another_teacher_writes(path):
     weights = load(path).MODEL.WEIGHTS

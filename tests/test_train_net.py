@@ -79,8 +79,12 @@ def test_only_one_training_at_a_time_uses_a_folder(config_file, tmp_path):
 
 def test_a_finished_training_is_not_overwritten(config_file, tmp_path):
     command = ["train_net.py", "--config-file", config_file]
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "metrics.json").write_text('{"iteration": 98}\n{"iterat')  # of a training that was killed
     result = run_program(*command, "--resume")
     assert result.returncode == 0 and "THE TRAINING STARTS FROM THE BEGINNING" in result.stdout, result.stderr[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
+    assert lines[0] == {"iteration": 98} and "bbox/AP" in lines[-1]
     files = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     result = run_program(*command)
     assert result.returncode == 1 and "Traceback" not in result.stderr
@@ -90,10 +94,13 @@ def test_a_finished_training_is_not_overwritten(config_file, tmp_path):
     assert all(path.read_bytes() == content for path, content in files.items())
     (tmp_path / "run" / "model_0000001.pth").touch()
     (tmp_path / "run" / "metrics.json").write_text('{"iteration": 99, "total_loss": 1.0}\n')
+    (tmp_path / "run" / "insight").mkdir()
+    (tmp_path / "run" / "insight" / "records.jsonl").touch()
     result = run_program(*command, "--overwrite")
     # Otherwise --resume could continue from the checkpoint of the old training.
     assert not (tmp_path / "run" / "model_0000001.pth").exists()
     assert '"iteration": 99' not in (tmp_path / "run" / "metrics.json").read_text()
+    assert not (tmp_path / "run" / "insight" / "records.jsonl").exists()
     assert result.returncode == 0 and "Starting training from iteration 0" in result.stdout, result.stderr[-2000:]
 
 

@@ -69,6 +69,7 @@ def label_images_of(cfg: CfgNode) -> None:
     for entry in [entry for entry in cfg.DATASETS.REGISTER if entry["name"] in cfg.DATASETS.UNLABELED]:
         labels = Path(resolve(entry["json"]))
         if not labels.exists():
+            print(f"The teacher labels the images in {entry['images']}.")
             label_images(cfg, Options(labels, images=resolve(entry["images"])))
 
 

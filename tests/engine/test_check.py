@@ -251,8 +251,9 @@ def test_the_last_line_says_that_the_teacher_cannot_be_evaluated(shapes_cfg, tmp
     last = screen.splitlines()[-2:]
     assert last[0] == "No problem found in what could be checked." and last[1].startswith("Not checked: how good")
     assert "a wrong teacher would not be noticed." in last[1] and "in DISTILL.TEACHER.CLASSES" in last[1]
-    cfg.DISTILL.EVAL_TEACHER = True  # then the training would not start
-    assert ["EVAL_TEACHER to False" in problem for problem in problems_of(cfg)] == [True]
+    cfg.DISTILL.EVAL_TEACHER = True
+    with pytest.raises(GDetKDError, match="has 6 classes and the teacher 7.*set DISTILL.EVAL_TEACHER to False"):
+        DistillTrainer(cfg)
 
 
 def test_an_invalid_class_map_is_a_problem(shapes_cfg):

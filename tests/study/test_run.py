@@ -13,6 +13,7 @@ from conftest import as_an_earlier_version_wrote_it
 from gdetkd.config_file import load_config
 from gdetkd.errors import GDetKDError
 from gdetkd.old_names import RENAMED_KEYS
+from gdetkd.study import folder
 from gdetkd.study.folder import claim_folder, deciding_keys, fingerprint
 from gdetkd.study.jobs import run_all
 from gdetkd.study.run import PLAIN, Run, stretched
@@ -190,11 +191,20 @@ def test_other_labels_at_the_same_path_are_another_run(tmp_path):
     opts = ["DATASETS.REGISTER", str([entry]), "DATASETS.TEST", "('mine',)"]
     run = Run(tmp_path / "done", CONFIG, opts, 100)
     claim_folder(run)
+    (run.folder / "config.yaml").write_text(run.config().dump())
     claim_folder(run)
     labels.write_text('{"images": []}')
     os.utime(labels, ns=(1, 1))
-    with pytest.raises(GDetKDError, match="or a dataset's JSON file, have changed|holds a run of another config"):
+    with pytest.raises(GDetKDError, match="or a dataset's JSON file, have changed"):
         claim_folder(run)
+
+
+def test_a_folder_of_an_earlier_version_is_continued(tmp_path):
+    """Its fingerprint did not depend on labels."""
+    run = Run(tmp_path, CONFIG, [], 100)
+    (tmp_path / "fingerprint.txt").write_text(folder._earlier_fingerprint(run))
+    claim_folder(run)
+    assert (tmp_path / "fingerprint.txt").read_text() == fingerprint(run)
 
 
 def test_a_teacher_whose_file_has_changed_is_another_run(tmp_path):

@@ -80,10 +80,10 @@ def kept_value(path: Path, key: Any, make: Callable[[], Any]) -> Any:
         kept = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         kept = {}
-    if kept.get("key") == key:
+    if isinstance(kept, dict) and kept.get("key") == key:
         return kept["value"]
-    value = make()
     path.parent.mkdir(parents=True, exist_ok=True)
+    value = make()
     with written_whole(str(path)) as file:
         json.dump({"value": value, "key": key}, file, indent=2)
     return value
@@ -107,10 +107,14 @@ def _parsed(line: str) -> Any:
         return None
 
 
-def remove_cut_line(path: Path) -> None:
-    """Remove the last line of a file if it is cut, before another process appends to it."""
-    if path.exists():
-        whole = path.read_bytes().rfind(b"\n") + 1
+def mend_last_line(path: Path) -> None:
+    """Complete the last of a file's JSON lines, or remove it if it is cut, before more lines are appended."""
+    content = path.read_bytes() if path.exists() else b""
+    whole = content.rfind(b"\n") + 1
+    if _parsed(content[whole:].decode(errors="replace")) is not None:
+        with open(path, "ab") as file:
+            file.write(b"\n")
+    elif whole < len(content):
         os.truncate(path, whole)
 
 

@@ -66,7 +66,8 @@ def for_inference(backbone: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     faster = copy.deepcopy(backbone)
     fold_norms(faster)
-    settle_statistics(faster)
+    if torch.finfo(dtype).bits < 32:
+        settle_statistics(faster)
     return faster.to(dtype=dtype, memory_format=torch.channels_last)
 
 

@@ -137,5 +137,6 @@ def build_adapter(model: nn.Module, role: str, cfg: CfgNode) -> DetectorAdapter:
     families = ", ".join(name for name, _ in DETECTOR_ADAPTER_REGISTRY)
     raise GDetKDError(
         f"The {role} is a {type(model).__name__}, but no adapter matches it. The registered adapters are {families}. "
-        "Register an adapter in gdetkd.detectors.DETECTOR_ADAPTER_REGISTRY (docs/detector-families.md)."
+        "Detectors of rotated boxes have none. Register an adapter in gdetkd.detectors.DETECTOR_ADAPTER_REGISTRY "
+        "(docs/detector-families.md)."
     )

@@ -155,14 +155,14 @@ class DenseAdapter(DetectorAdapter):
             outputs.levels = levels_by_box_size(self._pooler, regions)
         if "pooled" in needs:
             outputs.pooled = pool_in_full_precision(self._pooler, maps, regions)
-        towers: List[torch.Tensor] = []
+        # The tower runs on all levels in order, because a head with BatchNorm steps from level to level by itself.
         if {"logits", "deltas"} & set(needs):
-            with Recorder({"tower": self.classification_tower}) as calls:
+            with Recorder({"tower": self.classification_tower} if "embeddings" in needs else {}) as calls:
                 self.fill_predictions(outputs, self.predict(maps))
-            towers = [call.output for call in calls["tower"]]
+            towers = [call.output for call in calls.get("tower", ())]
+        elif "embeddings" in needs:
+            towers = [self.classification_tower(level) for level in maps]
         if "embeddings" in needs:
-            # The tower runs on all levels in order, because a head with BatchNorm steps from level to level by itself.
-            towers = towers or [self.classification_tower(level) for level in maps]
             outputs.embeddings = self._embed_at_centres(towers, regions)
         return outputs
 

@@ -6,8 +6,8 @@ from typing import Any, Callable, Collection, Dict, Iterator, List, Optional, Se
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import ROIAlignRotated
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.roi_heads import RROIHeads
 from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.func import functional_call
@@ -38,11 +38,6 @@ class _TwoStageAdapter(DetectorAdapter):
                 f"{'one feature map' if features is None else ', '.join(features)}, and GDetKD imitates pyramids. "
                 "Choose a config whose MODEL.BACKBONE.NAME builds an FPN and whose MODEL.ROI_HEADS.NAME is "
                 "StandardROIHeads."
-            )
-        if any(isinstance(layer, ROIAlignRotated) for layer in heads.box_pooler.level_poolers):
-            raise GDetKDError(
-                f"The {role} finds rotated boxes (MODEL.ROI_HEADS.NAME {type(heads).__name__}), which GDetKD does not "
-                "support. Choose a detector of upright boxes."
             )
         self._features = list(features)
         self._heads = list(heads.box_head) if _is_cascade(model) else [heads.box_head]
@@ -193,13 +188,17 @@ def _labelling_without(heads: nn.Module, doubtful: Sequence[Boxes], original: Ca
     return label
 
 
+def _finds_rotated_boxes(model: nn.Module) -> bool:
+    return isinstance(model.roi_heads, RROIHeads)
+
+
 @DETECTOR_ADAPTER_REGISTRY.register()
 class RCNNAdapter(_TwoStageAdapter):
     """Read a Faster R-CNN or Mask R-CNN."""
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        return isinstance(model, GeneralizedRCNN) and not _is_cascade(model)
+        return isinstance(model, GeneralizedRCNN) and not _is_cascade(model) and not _finds_rotated_boxes(model)
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()

@@ -26,7 +26,6 @@ from .preflight import load_dataset
 from .preprocessing import USUAL, Preprocessing, preprocessing_of, with_channels_swapped
 from .sample_score import SampleScore, score_on_sample
 from .step_costs import StepCost, TermCost, measure_steps, measure_terms
-from .teacher_evaluation import teachers_classes_in
 from .trainer import DistillTrainer
 from .unlabeled_checks import UnlabeledReport
 
@@ -150,8 +149,6 @@ class Check:
         cfg, teacher = self._cfg, self._teacher
         dataset, count = (cfg.DATASETS.TEST or cfg.DATASETS.TRAIN)[0], self._images
         own = preprocessing_of(teacher.model, teacher.file.input_format)
-        if cfg.DISTILL.EVAL_TEACHER:
-            self.problems += _reasons_against_evaluation(cfg, teacher)
         try:
             score = score_on_sample(cfg, teacher, dataset, count)
         except GDetKDError as e:
@@ -266,17 +263,6 @@ class Check:
         if not self.problems:
             return f"No problem found in what could be checked.{unknown}" if unknown else "No problem found."
         return f"PROBLEMS: {len(self.problems)}\n{_numbered(self.problems)}{unknown}"
-
-
-def _reasons_against_evaluation(cfg: CfgNode, teacher: FrozenTeacher) -> List[str]:
-    """Return why the teacher cannot be evaluated on DATASETS.TEST, as DISTILL.EVAL_TEACHER asks for."""
-    reasons = []
-    for name in cfg.DATASETS.TEST:
-        try:
-            teachers_classes_in(cfg, teacher, name)
-        except GDetKDError as e:
-            reasons.append(f"{e} Or set DISTILL.EVAL_TEACHER to False.")
-    return reasons
 
 
 @contextmanager

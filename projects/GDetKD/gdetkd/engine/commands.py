@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 
+from ..files import mend_last_line
 from .check import Check
 from .config_rules import check_parts
 from .folder import check_earlier_run, only_training_in, remove_earlier_run, warn_of_a_fresh_start
@@ -27,7 +29,9 @@ def train(cfg: CfgNode, args: Namespace) -> Any:
             trainer = DistillTrainer(cfg)
             if args.resume:
                 warn_of_a_fresh_start(cfg.OUTPUT_DIR, trainer.checkpointer.has_checkpoint())
-            if not args.resume:
+                if comm.is_main_process():
+                    mend_last_line(Path(cfg.OUTPUT_DIR, "metrics.json"))  # Detectron2 appends to it
+            elif args.overwrite:
                 remove_earlier_run(cfg.OUTPUT_DIR)
             trainer.resume_or_load(resume=args.resume)
         return trainer.train()

@@ -9,12 +9,13 @@ from typing import IO, Iterator, List, Tuple
 from detectron2.utils import comm
 
 from ..errors import GDetKDError
+from ..old_names import OLD_INSIGHT_FOLDER
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".training"
-# Files beside the checkpoints that describe a training, except those that a new training writes anew.
-OTHER_FILES = ("last_checkpoint", "insight/records.jsonl")
+# Files that a new training does not replace at its start, and that a resume or a tool would take for its own.
+OTHER_FILES = ("last_checkpoint", "insight/records.jsonl", f"{OLD_INSIGHT_FOLDER}/records.jsonl")
 
 
 @contextmanager

@@ -140,10 +140,10 @@ def _check_objects(dicts: List[dict], name: str) -> None:
 
 
 def _check_first_test_set(cfg: CfgNode) -> None:
-    """Check that the first of several test sets has an AP, by which TEST.PATIENCE and TEST.KEEP_BEST decide.
+    """Check that the first dataset of DATASETS.TEST gives an AP, by which TEST.PATIENCE and TEST.KEEP_BEST decide.
 
     Raises:
-        GDetKDError: TEST.PATIENCE is on, and the first or only test set has no annotation.
+        GDetKDError: TEST.PATIENCE is on, and that dataset has no annotation.
     """
     names = cfg.DATASETS.TEST
     if not names or any(image.get("annotations") for image in load_dataset(names[0])):

@@ -3,7 +3,6 @@
 import logging
 import weakref
 from functools import partial
-from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import torch
@@ -25,7 +24,6 @@ from ..data.train_loader import images_per_process
 from ..data.workers import OutlivingLoader
 from ..distiller import GDetKD
 from ..errors import GDetKDError
-from ..files import remove_cut_line
 from ..random_state import random_state
 from ..structures import DetectorSpec
 from ..teacher import transfer_heads
@@ -48,7 +46,7 @@ from .resume import DistillState, RunRecord, warn_of_other_data
 from .schedule import LossSchedule
 from .stopping import Interruptible, LeaveAtTheEnd, LeftEarly, StopRequest
 from .student_weights import StudentCheckpointer
-from .teacher_evaluation import TeacherScore, evaluate_on_test_sets
+from .teacher_evaluation import TeacherScore, evaluate_on_test_sets, teachers_classes_in
 from .trackers import build_trackers
 from .unlabeled_checks import check_unlabeled, other_teachers
 
@@ -81,6 +79,9 @@ class DistillTrainer(BareTrainer):
         self.distiller: Optional[GDetKD] = model if isinstance(model, GDetKD) else None
         teacher = None if self.distiller is None else self.distiller.teacher
         self.student_spec: Optional[DetectorSpec] = check_student(cfg, self.student, teacher)
+        if cfg.DISTILL.EVAL_TEACHER and teacher is not None:
+            for name in cfg.DATASETS.TEST:
+                teachers_classes_in(cfg, teacher, name)  # raises an error before hours of training
         for warning in other_teachers(cfg, teacher.sha256) if teacher is not None else ():
             logger.warning(warning)
         optimizer = self.build_optimizer(cfg, model)
@@ -184,7 +185,6 @@ class DistillTrainer(BareTrainer):
 
     def build_writers(self) -> List[EventWriter]:
         """Build Detectron2's writers and those of LOG.WRITERS. No error of the disk or network ends the training."""
-        remove_cut_line(Path(self.cfg.OUTPUT_DIR) / "metrics.json")  # Detectron2 appends to it
         trackers = build_trackers(self.cfg, weakref.proxy(self))
         return [*(TolerantWriter(writer) for writer in super().build_writers()), *trackers]
 

@@ -31,7 +31,7 @@ def draw_box(
         top, bottom = sorted(axis.get_ylim())
         place = "top" if y1 - top < TEXT_HEIGHT * (bottom - top) else "bottom"
         axis.text(
-            x1, y1, printable(text), fontsize=7, va=place, clip_on=True,
+            x1, y1, printable(text), parse_math=False, fontsize=7, va=place, clip_on=True,
             color="#222222" if color == "white" else "white",
             bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
         )  # fmt: skip

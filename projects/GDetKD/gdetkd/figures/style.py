@@ -22,7 +22,6 @@ STYLE = {
     "axes.spines.right": False,
     "axes.edgecolor": "#888888",
     "axes.axisbelow": True,
-    "text.parse_math": False,  # a class name may have dollar signs
     "svg.hashsalt": "gdetkd",  # the same figure gives the same file
 }
 

@@ -79,6 +79,8 @@ def draw_correlation(matrices: Dict[str, List[List[Optional[float]]]], classes: 
                 _write_cell(axis, row, column, "–" if np.isnan(value) else f"{value:.2f}", dark=value < (1 + least) / 2)
             axis.set_xticks(range(len(classes)), classes, rotation=40, ha="right")
             axis.set_yticks(range(len(classes)), classes if axis is axes[0][0] else [""] * len(classes))
+            for label in [*axis.get_xticklabels(), *axis.get_yticklabels()]:
+                label.set_parse_math(False)  # a class name may have dollar signs
         _hide_frame(axis)
     figure.tight_layout()
     figure.colorbar(drawn, ax=list(axes[0]), shrink=0.8, label="correlation")

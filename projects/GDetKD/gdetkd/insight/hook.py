@@ -109,7 +109,7 @@ class Insight(HookBase):
         try:
             with random_state((0,)):
                 images = write_page(self._file, self._cfg, self._distiller.student, self._probe, self._references)
-        except Exception:  # no picture is worth a training
+        except Exception:  # an error in a figure must not end the training
             logger.exception(
                 "The page of the distillation could not be written to %s. The training goes on.", self._file.folder
             )

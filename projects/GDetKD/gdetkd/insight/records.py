@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional
 import torch
 
 from ..distiller import GDetKD
-from ..files import read_json_lines, remove_cut_line, written_whole
+from ..files import mend_last_line, read_json_lines, written_whole
 from ..old_names import OLD_INSIGHT_FOLDER
 from .measures import class_correlation, correlation_gap, level_matching
 from .probe import Look, Probe, look_at_objects
@@ -101,6 +101,6 @@ class RecordFile:
             OSError: the disk is full, or the file cannot be written.
         """
         os.makedirs(self.folder, exist_ok=True)
-        remove_cut_line(self._path)
+        mend_last_line(self._path)
         with open(self._path, "a") as file:
             file.write(json.dumps(record) + "\n")

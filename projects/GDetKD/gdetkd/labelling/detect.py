@@ -1,7 +1,7 @@
 """Run a source of boxes over images, and go on where an earlier run stopped."""
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Collection, Dict, List, NamedTuple, Optional, Sequence, Set
+from typing import Dict, List, NamedTuple, Optional, Sequence, Set
 
 import torch
 from detectron2.structures import Boxes
@@ -56,17 +56,18 @@ def detect_all(source: Source, images: Sequence[ImageFile], part: Part, kind: st
     comm.synchronize()
     if not comm.is_main_process():
         return {}
-    found = {found.name: found for found in part.read(kind) if found.identity not in before - done}
+    outdated = before - done
+    found = {found.name: found for found in part.read(kind) if found.identity not in outdated}
     return {image.name: found[image.name] for image in images}
 
 
-def _unchanged(before: Collection[Identity], images: Sequence[ImageFile]) -> Set[Identity]:
+def _unchanged(before: Set[Identity], images: Sequence[ImageFile]) -> Set[Identity]:
     """Return what was found before in images whose content is still the same."""
     sizes = {(name, size) for name, size, _ in before}
     same = [image for image in images if (image.name, image.bytes) in sizes]
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         digests = pool.map(sha256_of_file, [image.path for image in same])
-        return {(image.name, image.bytes, digest) for image, digest in zip(same, digests)} & set(before)
+        return {(image.name, image.bytes, digest) for image, digest in zip(same, digests)} & before
 
 
 def as_found(image: ImageFile, detections: Detections, kept: Kept) -> Found:

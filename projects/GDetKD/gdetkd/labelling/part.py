@@ -9,11 +9,11 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 from detectron2.utils import comm
 
 from ..errors import GDetKDError
-from ..files import PARTIAL, remove_cut_line, written_whole
+from ..files import PARTIAL, mend_last_line, written_whole
 
 ENDING = ".part"
 SETTINGS = "settings.json"
-# Of an image: its name, the bytes of its file, and the SHA-256 of its content.
+# The name, the size in bytes and the SHA-256 of an image's file.
 Identity = Tuple[str, int, str]
 
 
@@ -112,7 +112,7 @@ class Part:
     def appending(self, kind: str) -> Iterator[Callable[[Found], None]]:
         """Yield a function that adds the boxes of an image. A killed process loses no image that is added."""
         path = self.folder / f"{kind}-{comm.get_rank()}.jsonl"
-        remove_cut_line(path)
+        mend_last_line(path)
         with open(path, "a") as file:
 
             def add(found: Found) -> None:

@@ -107,8 +107,11 @@ def label_images(cfg: CfgNode, options: Options) -> None:
     if validation is not None:
         kind = _validation_kind(source, validation_source)
         found = detect_all(validation_source, validation.images, part, kind, kept)
+        chosen, error = _choose_on_main(found, validation, student, lacking)
+        if error := comm.all_gather(error)[0]:
+            raise GDetKDError(error)
+        thresholds = {**chosen, **thresholds}
         if comm.is_main_process():
-            thresholds = {**_choose(found, validation, student, lacking), **thresholds}
             _print_table(HEADERS[:-1], [[name, *threshold_texts(item)] for name, item in thresholds.items()])
     boxes = detect_all(source, images, part, "labels", kept)
     if comm.is_main_process():
@@ -139,11 +142,17 @@ def _is_later(entry: Any, needed: Collection[str]) -> bool:
     return isinstance(entry.get("json"), str) and not os.path.exists(resolve(entry["json"]))
 
 
-def _choose(
+def _choose_on_main(
     found: Mapping[str, Found], validation: Validation, student: Sequence[str], lacking: Sequence[str]
-) -> Dict[str, ClassThreshold]:
+) -> Tuple[Dict[str, ClassThreshold], str]:
+    """Return the thresholds of the main process, and why they cannot be chosen; empty if they can."""
+    if not comm.is_main_process():
+        return {}, ""
     pairs = [(found[image.name], validation.objects[image.path]) for image in validation.images]
-    return fill_gaps(choose_thresholds(pairs, len(student)), student, lacking, validation.dataset)
+    try:
+        return fill_gaps(choose_thresholds(pairs, len(student)), student, lacking, validation.dataset), ""
+    except GDetKDError as e:
+        return {}, str(e)
 
 
 def _write(labels: Labels, source: Source, options: Options) -> None:

@@ -77,7 +77,7 @@ class MapLoss(DistillLoss):
         self.levels = match_levels(type(self).__name__, student_spec, teacher_spec)
 
     def maps(self, student: DetectorOutputs, teacher: DetectorOutputs) -> List[Tuple[torch.Tensor, torch.Tensor]]:
-        """Return the student's map after its adapter, and the teacher's map, of each level: (B, C_T, H, W) each.
+        """Return, by level, the adapted student's map and the teacher's map, both (B, C_T, H, W).
 
         The two detectors can pad images differently, on the right and below. The maps are cropped to the common part.
         """

@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 SAME_TIME = 0.05
 # The time of a longer baseline is the method's time, rounded up to a tenth of the baseline's time.
 TIME_STEPS = 10
-# Beginnings of the keys, beside those of the teacher's own config, that the teacher's AP depends on.
+# Keys of the student's config, or beginnings of keys, that affect the teacher's AP. The teacher's own config counts as
+# a whole.
 KEYS_OF_THE_SCORE = (
     "DATASETS.REGISTER",
     "DATASETS.TEST",

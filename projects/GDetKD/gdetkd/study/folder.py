@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import os
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Mapping, Sequence
 
 import yaml
 from detectron2.config import CfgNode
@@ -76,14 +76,12 @@ def _digest(path: str, modified: int) -> str:
 
 def digests_of_labels(cfg: CfgNode, names: Sequence[str]) -> Dict[str, List[str]]:
     """Return the SHA-256 of each JSON file that DATASETS.REGISTER names for the given datasets."""
-    files = {
-        name: [resolve(entry["json"]) for entry in cfg.DATASETS.REGISTER if entry["name"] == name and "json" in entry]
-        for name in names
-    }
-    return {
-        name: [_digest(path, os.stat(path).st_mtime_ns) for path in paths if os.path.isfile(path)]
-        for name, paths in files.items()
-    }
+    digests: Dict[str, List[str]] = {name: [] for name in names}
+    for entry in cfg.DATASETS.REGISTER:
+        path = resolve(entry["json"]) if entry["name"] in digests and "json" in entry else ""
+        if os.path.isfile(path):
+            digests[entry["name"]].append(_digest(path, os.stat(path).st_mtime_ns))
+    return digests
 
 
 def fingerprint(run: Run) -> str:
@@ -95,13 +93,24 @@ def fingerprint(run: Run) -> str:
         GDetKDError: the teacher's file does not exist.
     """
     cfg = run.config()
-    keys = deciding_keys(cfg.dump())
+    labels = digests_of_labels(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, *cfg.DATASETS.UNLABELED])
+    return _digest_of(cfg, {"labels": labels})
+
+
+def _earlier_fingerprint(run: Run) -> str:
+    """Return the fingerprint of an earlier version, which read the labels of DATASETS.UNLABELED alone."""
+    cfg = run.config()
+    labels = digests_of_labels(cfg, cfg.DATASETS.UNLABELED)
+    return _digest_of(cfg, {f"labels of {name}": digests for name, digests in labels.items()})
+
+
+def _digest_of(cfg: CfgNode, labels: Mapping[str, Any]) -> str:
+    keys = {**deciding_keys(cfg.dump()), **labels}
     if "DISTILL.TEACHER.CONFIG_FILE" in keys:
         file = read_teacher_file(cfg)
         keys["teacher"], keys["weights"] = file.content(), file.weights
         if os.path.isfile(file.weights):
             keys["weights"] = _digest(file.weights, os.stat(file.weights).st_mtime_ns)
-    keys["labels"] = digests_of_labels(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, *cfg.DATASETS.UNLABELED])
     return hashlib.sha256(yaml.safe_dump(keys).encode()).hexdigest()
 
 
@@ -113,12 +122,13 @@ def claim_folder(run: Run) -> None:
     """
     mark, digest = run.folder / MARK, fingerprint(run)
     run.folder.mkdir(parents=True, exist_ok=True)
-    if (mark.exists() or run.metrics_file.lines()) and (not mark.exists() or mark.read_text() != digest):
+    found = mark.read_text() if mark.exists() else ""
+    if (found or run.metrics_file.lines()) and found not in (digest, _earlier_fingerprint(run)):
         raise GDetKDError(
             f"{run.folder} holds a run of another config{_differences(run)}. Use that config again, remove the folder, "
             "or choose another --output."
         )
-    if not mark.exists():
+    if found != digest:
         with written_whole(str(mark)) as file:
             file.write(digest)
 

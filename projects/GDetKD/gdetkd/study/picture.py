@@ -18,7 +18,7 @@ from .comparison import Comparison
 from .methods import BASELINE, CONFIGURED, WITH_UNLABELED
 from .summary import mean_curve
 
-LABELS = {CONFIGURED: "distilled", WITH_UNLABELED: "and unlabelled images"}
+LABELS = {CONFIGURED: "distilled", WITH_UNLABELED: "distilled, with unlabelled images"}
 COLORS = {
     "baseline": PLAIN,
     "baseline, equal time": "#4a4f57",

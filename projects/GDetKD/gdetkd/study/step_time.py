@@ -236,23 +236,22 @@ def kept_step_time(
 
     A comparison that continues needs the same ratio, because the ratio sets the length of the runs at equal time. So
     the file is used as long as both configs and the teacher are the same, and the measurement runs on the same kind of
-    machine with as many threads.
+    machine.
 
     Args:
         environment: the environment of the runs, if they run on this machine.
         executor: starts the measurement. None: it runs on this machine.
     """
-    here = [environment.get("OMP_NUM_THREADS"), torch.cuda.is_available()]
-    machine = here if executor is None else executor.machine
     log = path.with_suffix(".log")
 
     def measure() -> Dict[str, Any]:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if executor is None:
             return asdict(measure_in_process(baseline, method, environment, log))
         return asdict(measure_in_job(executor, baseline, method, log))
 
-    key = {"runs": [fingerprint(run) for run in (baseline, method)], "machine": machine}
+    key = [fingerprint(run) for run in (baseline, method)]
+    if executor is not None and executor.machine is not None:
+        key.append(executor.machine)
     return StepTime(**kept_value(path, key, measure))
 
 

@@ -65,9 +65,10 @@ def _replace(item: Item, key: str, value: Any) -> bool:
 
 
 def _match_types_of_ids(images: List[Item]) -> Counts:
-    """Turn the ids of images into numbers if each of them spells one, as 7 does, and else into text, as 007 must stay.
+    """Give all image ids one type, because Detectron2 sorts them.
 
-    Detectron2 sorts the ids, so they need the same type.
+    They become numbers if every text is a plain number such as "7". Otherwise all become text, because "007" would lose
+    its zeros.
     """
     texts = [image for image in images if isinstance(image.get("id"), str)]
     if all(image["id"].isdecimal() and str(int(image["id"])) == image["id"] for image in texts):
