@@ -81,7 +81,7 @@ def main() -> None:
     cfg = load_config(config, [] if torch.cuda.is_available() else ["MODEL.DEVICE", "cpu"])
     label_images_of(cfg)
     methods = [CONFIGURED, WITH_UNLABELED] if cfg.DATASETS.UNLABELED else [CONFIGURED]
-    comparison = Comparison(config, [], output, methods, [args.seed], equal_time=True)
+    comparison = Comparison(config, [], output, methods, [args.seed], equal_time=True, one_longer=True)
     comparison.prepare()
     teacher_ap = comparison.score_teacher()
     comparison.train(ROOT / "train_net.py", jobs=2)

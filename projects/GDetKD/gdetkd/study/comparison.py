@@ -74,6 +74,8 @@ class Comparison:
         seeds: the seeds of each method. A seed sets the initialisation and the data order for every method alike.
         schedules: multiples of the config's iterations.
         equal_time: whether the baseline is also trained for the time that each method takes.
+        one_longer: whether all methods of a schedule share the baseline that trains as long as the slowest of them. It
+            has no effect with TEST.PATIENCE.
 
     Raises:
         GDetKDError: a method is unknown, a schedule is not positive, or the config does not distil or is not evaluated
@@ -87,6 +89,7 @@ class Comparison:
     seeds: Sequence[int] = (1, 2, 3)
     schedules: Sequence[float] = (1.0,)
     equal_time: bool = False
+    one_longer: bool = False
 
     def __post_init__(self) -> None:
         self.methods = list(dict.fromkeys([BASELINE, *self.methods]))
@@ -227,10 +230,11 @@ class Comparison:
         if self.cfg.TEST.PATIENCE:
             self._add_equal_time_after_early_ends()
             return
+        slowest = max(map(self.step_ratio, self.methods))
         for method, schedule in self.runs:
             if method == BASELINE:
                 continue
-            ratio = self.step_ratio(method)
+            ratio = slowest if self.one_longer else self.step_ratio(method)
             # Rounding lets methods of similar cost share a baseline, also with a schedule of that length.
             longer = round(schedule * math.ceil(ratio * TIME_STEPS - 1e-6) / TIME_STEPS, 6)
             self.equal_time_runs[method, schedule] = (
