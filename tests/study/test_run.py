@@ -68,7 +68,7 @@ def test_the_quickstart_is_a_comparison_with_one_seed_at_equal_time(tmp_path, mo
         (longer,) = comparison.equal_time_runs["GDetKD", 1.0]
         assert comparison.equal_time_runs["GDetKD+unlabeled", 1.0] == [longer]
         for run, ap, factor in zip([*runs, longer], (10.0, 35.0, 45.0, 20.0), (1, 1, 1, 1.6)):
-            assert run.max_iter == round(700 * factor) and run.config().SEED == 7
+            assert run.max_iter == round(600 * factor) and run.config().SEED == 7
             finished(run.folder, ap, run.max_iter, 1.0)
 
     monkeypatch.setattr("sys.argv", ["quickstart.py", "--seed", "7", "--output", str(tmp_path)])
