@@ -1,5 +1,6 @@
 """Draw a picture of the quickstart's comparison: AP over training time, and the detections on some images."""
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -26,6 +27,7 @@ COLORS = {
     LABELS[WITH_UNLABELED]: "#8f2d56",
     "teacher": TEACHER,
 }
+LABEL_WIDTH = 16  # characters in a line beside a row of images
 CLASS_COLORS = plt.get_cmap("tab10")
 
 
@@ -75,9 +77,9 @@ def draw_comparison(
     _draw_curves(left.subplots(), curves_of(comparison), teacher_ap)
     left.subplots_adjust(left=0.1, right=0.97, bottom=0.11, top=0.92)
     axes = right.subplots(len(detectors), len(images), squeeze=False)
-    right.subplots_adjust(left=0.05, right=0.99, bottom=0.06, top=0.95, wspace=0.04, hspace=0.04)
+    right.subplots_adjust(left=0.07, right=0.99, bottom=0.06, top=0.95, wspace=0.04, hspace=0.04)
     for row, (title, (model, cfg)) in zip(axes, detectors.items()):
-        row[0].set_ylabel(title, fontsize=11, color=COLORS.get(title, "black"))
+        row[0].set_ylabel(textwrap.fill(title, LABEL_WIDTH), fontsize=10, color=COLORS.get(title, "black"))
         for axis, image in zip(row, images):
             _draw_detections(axis, image, model, cfg)
     _draw_legend(axes[-1][0], MetadataCatalog.get(dataset).thing_classes)
