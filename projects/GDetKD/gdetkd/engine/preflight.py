@@ -60,8 +60,7 @@ def check_datasets(cfg: CfgNode) -> None:
         )
     for name in cfg.DATASETS.TRAIN:
         check_train_labels(cfg, load_dataset(name), name)
-    check_test_sets(cfg)
-    _check_first_test_set(cfg)
+    _check_first_test_set(cfg, check_test_sets(cfg))
     for name in cfg.DATASETS.TRAIN:
         if MetadataCatalog.get(name).get("evaluator_type") == "images":
             raise GDetKDError(
@@ -71,11 +70,14 @@ def check_datasets(cfg: CfgNode) -> None:
     check_class_order([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
 
 
-def check_test_sets(cfg: CfgNode, needed: bool = False) -> None:
+def check_test_sets(cfg: CfgNode, needed: bool = False) -> List[str]:
     """Check the datasets of DATASETS.TEST.
 
     Args:
         needed: whether DATASETS.TEST must name a dataset.
+
+    Returns:
+        the names of the datasets without annotations, which give no AP.
 
     Raises:
         GDetKDError: DATASETS.TEST is empty although it is needed, a file of proposals cannot be trusted, or a dataset
@@ -87,12 +89,15 @@ def check_test_sets(cfg: CfgNode, needed: bool = False) -> None:
     if needed and not cfg.DATASETS.TEST:
         raise GDetKDError("DATASETS.TEST is empty, so there is nothing to evaluate on. Name a registered dataset.")
     check_proposals(cfg)
+    without_ap = []
     for name in cfg.DATASETS.TEST:
         dicts = load_dataset(name)
         _check_keys(dicts, name)
-        _check_objects(dicts, name)
+        if not _has_objects(dicts, name):
+            without_ap.append(name)
         check_test_labels(cfg, dicts, name)
         check_images(dicts, name)
+    return without_ap
 
 
 def _check_keys(dicts: List[dict], name: str) -> None:
@@ -123,8 +128,8 @@ def _check_keys(dicts: List[dict], name: str) -> None:
         )
 
 
-def _check_objects(dicts: List[dict], name: str) -> None:
-    """Check that a test set has an object to find. Only warn if it has no annotations.
+def _has_objects(dicts: List[dict], name: str) -> bool:
+    """Return whether a test set has annotations. Warn if it has none.
 
     Raises:
         GDetKDError: all annotations are of crowds. COCO's metrics have no AP for crowds.
@@ -137,16 +142,17 @@ def _check_objects(dicts: List[dict], name: str) -> None:
         )
     if not annotations and MetadataCatalog.get(name).get("evaluator_type") != "images":
         logger.warning("%s has no annotation, so there is no AP. Only the detections are written.", name)
+    return bool(annotations)
 
 
-def _check_first_test_set(cfg: CfgNode) -> None:
+def _check_first_test_set(cfg: CfgNode, without_ap: Sequence[str]) -> None:
     """Check that the first dataset of DATASETS.TEST gives an AP, by which TEST.PATIENCE and TEST.KEEP_BEST decide.
 
     Raises:
         GDetKDError: TEST.PATIENCE is on, and that dataset has no annotation.
     """
     names = cfg.DATASETS.TEST
-    if not names or any(image.get("annotations") for image in load_dataset(names[0])):
+    if not names or names[0] not in without_ap:
         return
     reason = f"{names[0]!r}, the first dataset of DATASETS.TEST, has no annotation and so no AP"
     if cfg.TEST.PATIENCE:

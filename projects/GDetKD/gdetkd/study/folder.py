@@ -123,7 +123,7 @@ def claim_folder(run: Run) -> None:
     mark, digest = run.folder / MARK, fingerprint(run)
     run.folder.mkdir(parents=True, exist_ok=True)
     found = mark.read_text() if mark.exists() else ""
-    if (found or run.metrics_file.lines()) and found not in (digest, _earlier_fingerprint(run)):
+    if found != digest and (found or run.metrics_file.lines()) and found != _earlier_fingerprint(run):
         raise GDetKDError(
             f"{run.folder} holds a run of another config{_differences(run)}. Use that config again, remove the folder, "
             "or choose another --output."

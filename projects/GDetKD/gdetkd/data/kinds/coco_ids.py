@@ -51,7 +51,8 @@ def _by_spelling(ids: Iterable[Any], spell: Callable[[Any], str]) -> Dict[str, O
     """Return ids by their spelling, and None for a spelling that could mean two ids."""
     found: Dict[str, Optional[Any]] = {}
     for identity in ids:
-        found[spell(identity)] = None if spell(identity) in found else identity
+        text = spell(identity)
+        found[text] = None if text in found else identity
     return found
 
 
