@@ -125,6 +125,7 @@ def test_a_small_variance_does_not_become_zero_in_half_precision(norm):
 def test_dtypes():
     assert parse_dtype("", "cpu", amp=False) == torch.float32
     assert parse_dtype("", "cuda", amp=True) == torch.float16
+    assert parse_dtype("", "cpu", amp=True) == torch.float32  # a run of a GPU, viewed on a CPU
     assert parse_dtype("bfloat16", "cpu", amp=False) == torch.bfloat16
     with pytest.raises(GDetKDError, match="DISTILL.TEACHER.DTYPE is 'half'"):
         parse_dtype("half", "cpu", amp=False)

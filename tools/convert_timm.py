@@ -8,7 +8,8 @@ The tool downloads the weights unless --input names a file. It reads three kinds
 
 - a .safetensors file of timm, as the Hugging Face hub has them,
 - a file of torch with timm's names,
-- a file with the names of EfficientNet-PyTorch ("_blocks.0._bn1.weight"), for timm's EfficientNets.
+- a file with the names of EfficientNet-PyTorch ("_blocks.0._bn1.weight"), for timm's tf_efficientnet models. The
+  models without "tf_" pad images otherwise.
 
 docs/backbones.md says which images the weights expect.
 """
@@ -78,7 +79,12 @@ def load(name: str, path: Optional[Path]) -> Dict[str, torch.Tensor]:
     model = timm.create_model(name, pretrained=path is None)
     if path is None:
         return model.state_dict()
-    weights, own = with_timms_names(read(path), model), model.state_dict()
+    given = read(path)
+    if "_conv_stem.weight" in given and not name.startswith("tf_"):
+        sys.exit(
+            f"{path} is a file of EfficientNet-PyTorch, and {name} pads images otherwise. Convert it for tf_{name}."
+        )
+    weights, own = with_timms_names(given, model), model.state_dict()
     classifier = model.get_classifier()
     head = {name for name, module in model.named_modules() if module is classifier}
     wrong: List[str] = [

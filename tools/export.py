@@ -28,7 +28,7 @@ from gdetkd.program import explained_errors
 
 import torch  # isort: skip
 import torchvision  # noqa: F401  registers operators that the exported model uses
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
 # The first version with antialiasing, by which a vision transformer resizes its position embedding. RoIAlign is the
@@ -137,6 +137,15 @@ def _resize_smoothly(graph: Any, image: Any, size: Any, align_corners: Any, scal
     )
 
 
+def _drop_defaults(node: CfgNode, defaults: CfgNode) -> None:
+    """Drop keys with Detectron2's default values, in place, but keep VERSION. Versions of Detectron2 differ in keys."""
+    for key in [key for key in node if key in defaults and key != "VERSION"]:
+        if isinstance(node[key], CfgNode):
+            _drop_defaults(node[key], defaults[key])
+        if node[key] == defaults[key] or node[key] == {}:
+            del node[key]
+
+
 def write_plain_config(cfg: CfgNode, weights: str, output: Path) -> None:
     """Write the student's config for plain Detectron2, with the path of the weights.
 
@@ -154,6 +163,7 @@ def write_plain_config(cfg: CfgNode, weights: str, output: Path) -> None:
     if node := node_of(cfg):
         plain.MODEL[node].WEIGHTS = ""  # the student's weights replace the ImageNet weights
         print("The config needs gdetkd.backbones.add_backbone_config(cfg) before it is merged: see docs/deploy.md.")
+    _drop_defaults(plain, get_cfg())
     output.write_text(plain.dump())
     print(output)
 

@@ -1,6 +1,7 @@
 """Test when a backbone's file of ImageNet weights is read, that it is loaded whole, and which images it expects."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -139,6 +140,23 @@ def test_weights_of_a_detector_replace_the_file(weights, tmp_path, caplog):
     assert torch.equal(both.student.state_dict()[PREFIX + FIRST], tensors[FIRST])
     assert both.checkpointer.unloaded == [] and set(heads).isdisjoint(both.checkpointer.pretrained)
     assert "as they were initialised" not in caplog.text
+
+
+@pytest.mark.parametrize("key, value", [("BACKBONE.FREEZE_AT", 2), ("TORCHVISION.NORM", "FrozenBN"), ("", "")])
+def test_a_frozen_part_that_no_file_sets_is_reported(weights, tmp_path, caplog, key, value):
+    frozen = {f"MODEL.{key}": value} if key else {}
+    path, _ = weights
+    DistillTrainer(run_keys(path, tmp_path, frozen)).resume_or_load(resume=False)
+    assert "no file sets them" not in caplog.text
+    check = Check(run_keys("", tmp_path, frozen))
+    check.run()
+    assert len(check.problems) == len(frozen)
+    if frozen:
+        assert re.search(r"\d+ tensors of the student \(backbone.bottom_up.*are frozen, but no file", check.problems[0])
+        assert "MODEL.TORCHVISION.WEIGHTS" in check.problems[0]
+        trainer = DistillTrainer(run_keys("", tmp_path, frozen))
+        trainer.resume_or_load(resume=False)
+        assert "no file sets them" in caplog.text
 
 
 def test_the_librarys_file_in_the_place_of_a_detectors_is_explained(weights, tmp_path):

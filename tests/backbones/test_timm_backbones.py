@@ -174,6 +174,11 @@ def test_a_level_that_the_model_lacks_is_named():
         build_shapes(timm_cfg("test_convnext", changes={"MODEL.FPN.IN_FEATURES": ["res1", *LEVELS]}))
 
 
+def test_a_model_with_a_map_of_an_odd_stride_is_refused_in_words():
+    with pytest.raises(GDetKDError, match="'mobilevitv2_050' has no feature map"):
+        build_shapes(timm_cfg("mobilevitv2_050"))
+
+
 def test_a_missing_or_old_timm_is_named(monkeypatch):
     with monkeypatch.context() as old:
         old.setattr(timm, "__version__", "1.0.9")

@@ -40,7 +40,8 @@ def test_a_coco_dataset_with_and_without_a_limit(tmp_path):
 
 def test_relative_paths_start_at_detectron2s_data_folder(tmp_path, monkeypatch):
     write_coco(tmp_path, 2, name="mine")
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path.parent))
+    monkeypatch.setenv("HOME", str(tmp_path.parent.parent))
+    monkeypatch.setenv("DETECTRON2_DATASETS", f"~/{tmp_path.parent.name}")
     entry = {"name": "mine", "kind": "coco", "json": f"{tmp_path.name}/mine.json", "images": tmp_path.name}
     register(entry)
     assert os.path.exists(DatasetCatalog.get("mine")[0]["file_name"])

@@ -1,6 +1,7 @@
 """Datasets without the masks, keypoints or panoptic labels that a detector needs are refused, or read without them."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import make_cfg, write_coco
 from gdetkd import DistillTrainer
 from gdetkd.data import register_datasets
 from gdetkd.data.kinds.coco_keypoints import flip_map, keypoint_names
+from gdetkd.data.task_labels import check_test_labels
 from gdetkd.engine.preflight import check_datasets
 from gdetkd.errors import GDetKDError
 
@@ -45,6 +47,26 @@ def labelled_cfg(tmp_path):
         return cfg
 
     return make
+
+
+def as_run_lengths(content, more=0):
+    sizes = {image["id"]: [image["height"] + more, image["width"]] for image in content["images"]}
+    for annotation in content["annotations"]:
+        height, width = sizes[annotation["image_id"]]
+        annotation["segmentation"] = {"size": [height, width], "counts": [10, 20, height * width - 30]}
+
+
+def test_masks_of_another_size_than_their_images_are_refused(labelled_cfg):
+    masks = {"MODEL.MASK_ON": True, "INPUT.MASK_FORMAT": "bitmask"}
+    wrong = partial(as_run_lengths, more=1)
+    DistillTrainer(labelled_cfg(masks, as_run_lengths))
+    message = r"\d+ run-length masks of 'labelled' are not as large as.*height and width \[65, \d+\], and.*\[64, "
+    with pytest.raises(GDetKDError, match=message):
+        DistillTrainer(labelled_cfg(masks, wrong))
+    cfg = labelled_cfg(masks, wrong)
+    with pytest.raises(GDetKDError, match=message):
+        check_test_labels(cfg, DatasetCatalog.get("labelled"), "labelled")
+    DistillTrainer(labelled_cfg({"MODEL.MASK_ON": False}, wrong))  # boxes need no masks
 
 
 def train_and_test(cfg):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_model
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_backbone, build_model
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, ImageList
 from detectron2.utils.events import EventStorage
@@ -10,6 +10,7 @@ from torch import nn
 
 from conftest import make_batch, make_cfg, plain_keys_of, run_example
 from gdetkd import DistillTrainer
+from gdetkd.detectors import DETECTOR_ADAPTER_REGISTRY, RCNNAdapter, find_adapter
 from gdetkd.engine.preprocessing import preprocessing_of
 from gdetkd.errors import GDetKDError
 from gdetkd.safe_load import read_weights
@@ -67,6 +68,56 @@ def test_the_documented_example_learns_and_teaches(distill_cfg, own_family, tmp_
     described = trainer.distiller.teacher.describe()
     assert read_weights(str(tmp_path / "run" / "model_final.pth"))["distill"]["teacher"] == described
     assert described["images"] == "BGR" and preprocessing_of(trainer.distiller.teacher.model, "BGR") is None
+
+
+def test_a_detector_that_extends_a_known_one_can_have_an_adapter_of_its_own(distill_cfg, own_family):
+    class Extended(GeneralizedRCNN):
+        pass
+
+    class ExtendedAdapter(RCNNAdapter):
+        @classmethod
+        def matches(cls, model):
+            return isinstance(model, Extended)
+
+    META_ARCH_REGISTRY.register(Extended)
+    DETECTOR_ADAPTER_REGISTRY.register(ExtendedAdapter)
+    model = build_model(distill_cfg({"DISTILL.STUDENT_META_ARCHITECTURE": "Extended"}))
+    assert type(model.adapter) is ExtendedAdapter and type(model.teacher.adapter) is RCNNAdapter
+
+
+def test_a_teacher_without_a_backbone_brings_its_own_way_to_features(distill_cfg, own_family, tmp_path):
+    run_example("detector-families.md")
+
+    class Renamed(MyDetector):
+        def __init__(self, cfg):
+            super().__init__(cfg)
+            self.net = self.backbone
+            del self.backbone
+
+    class RenamedAdapter(find_adapter(MyDetector(make_cfg({})))):
+        @classmethod
+        def matches(cls, model):
+            return isinstance(model, Renamed)
+
+        @property
+        def spec(self):
+            self.model.__dict__["backbone"] = self.model.net  # the example's description reads it
+            try:
+                return super().spec
+            finally:
+                del self.model.__dict__["backbone"]
+
+        def extract(self, images):
+            return self.model.net(images)
+
+    META_ARCH_REGISTRY.register(Renamed)
+    DETECTOR_ADAPTER_REGISTRY.register(RenamedAdapter)
+    teacher = plain_keys_of(make_cfg({"MODEL.META_ARCHITECTURE": "Renamed"}))
+    (tmp_path / "own.yaml").write_text(teacher.dump())
+    torch.save({"model": build_model(teacher).state_dict()}, tmp_path / "own.pth")
+    files = {"CONFIG_FILE": str(tmp_path / "own.yaml"), "WEIGHTS": str(tmp_path / "own.pth")}
+    keys = {f"DISTILL.TEACHER.{k}": v for k, v in files.items()}
+    check(build_model(distill_cfg({"DISTILL.LOSSES": ("SGFI", "CKD"), **keys})).train())
 
 
 def check(model):

@@ -36,6 +36,10 @@ class Backbone(nn.Module):
         return {"p2": self.weight * x[0], "p3": self.weight * x[1]}
 
 
+def student_with(backbone):
+    return nn.ModuleDict({"backbone": backbone})
+
+
 @pytest.fixture
 def make_weights():
     """Return a function that makes the weights of SGFI, with a share of 3, and CKD, with a share of 0.5."""
@@ -44,7 +48,7 @@ def make_weights():
         changes = {"DISTILL.LOSSES": ("SGFI", "CKD"), "DISTILL.SGFI.SHARE": 3.0, "DISTILL.CKD.SHARE": 0.5}
         changes.update({"SOLVER.AMP.ENABLED": amp, **{f"DISTILL.AUTO.{key}": value for key, value in keys.items()}})
         backbone = Backbone()
-        return AutoWeights(make_cfg(changes), backbone), backbone
+        return AutoWeights(make_cfg(changes), student_with(backbone)), backbone
 
     return make
 
@@ -190,7 +194,12 @@ def test_a_share_of_zero_is_a_weight_of_zero(distill_cfg):
 
 def test_a_frozen_backbone_is_refused():
     with pytest.raises(GDetKDError, match="no parameter of the backbone is trained"):
-        AutoWeights(make_cfg({"DISTILL.LOSSES": ("SGFI",)}), Backbone().requires_grad_(False))
+        AutoWeights(make_cfg({"DISTILL.LOSSES": ("SGFI",)}), student_with(Backbone().requires_grad_(False)))
+
+
+def test_a_student_whose_backbone_has_another_name_is_refused():
+    with pytest.raises(GDetKDError, match="A ModuleDict has no attribute `backbone`"):
+        AutoWeights(make_cfg({"DISTILL.LOSSES": ("SGFI",)}), nn.ModuleDict({"body": Backbone()}))
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,13 @@ def test_a_file_of_efficientnet_pytorch(tool, tmp_path):
     assert list(found) == list(own) and all(torch.equal(found[name], own[name]) for name in own)
 
 
+def test_a_file_of_efficientnet_pytorch_does_not_fit_a_model_that_pads_otherwise(tool, tmp_path):
+    own = timm.create_model("efficientnet_lite0").state_dict()
+    torch.save(dict(zip(lite0_names(), own.values())), tmp_path / "lite0.pth")
+    with pytest.raises(SystemExit, match="pads images otherwise. Convert it for tf_efficientnet_lite0"):
+        tool.load("efficientnet_lite0", tmp_path / "lite0.pth")
+
+
 def test_the_hubs_format_and_the_command(tmp_path):
     weights = timm.create_model("test_efficientnet").state_dict()
     save_file(weights, str(tmp_path / "model.safetensors"))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2.data import MetadataCatalog
 
 from conftest import as_an_earlier_version_wrote_it, make_cfg
@@ -66,6 +67,16 @@ def test_a_run_on_fewer_processes_than_its_config_is_for_is_shown_to_its_end(fin
     assert run.cfg.SOLVER.MAX_ITER == 4
     assert [iterations for iterations, _ in run.checkpoints()] == [2, 4]
     assert run.curve()[0][-1] == 4
+
+
+def test_a_run_with_a_float16_teacher_is_shown_without_a_gpu(tmp_path):
+    cfg = make_cfg({"DISTILL.TEACHER.DTYPE": "float16", "MODEL.DEVICE": "cuda"})
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    (tmp_path / "model_final.pth").touch()
+    shown = FinishedRun(str(tmp_path)).cfg
+    on_gpu = torch.cuda.is_available()
+    assert shown.DISTILL.TEACHER.DTYPE == ("float16" if on_gpu else "float32")
+    assert shown.MODEL.DEVICE == ("cuda" if on_gpu else "cpu")
 
 
 def test_a_folder_without_a_finished_run_is_refused(tmp_path):

@@ -75,7 +75,7 @@ def parse_dtype(name: str, device: str, amp: bool) -> torch.dtype:
     """Return the dtype that the teacher runs in.
 
     Args:
-        name: DISTILL.TEACHER.DTYPE. Empty: float16 if the student trains with AMP, else float32.
+        name: DISTILL.TEACHER.DTYPE. Empty: float16 if the student trains with AMP on CUDA, else float32.
         device: MODEL.DEVICE.
         amp: SOLVER.AMP.ENABLED.
 
@@ -83,7 +83,7 @@ def parse_dtype(name: str, device: str, amp: bool) -> torch.dtype:
         GDetKDError: the dtype is unknown, or the device does not support it.
     """
     if not name:
-        return torch.float16 if amp else torch.float32
+        return torch.float16 if amp and device.startswith("cuda") else torch.float32
     if name not in DTYPES:
         raise GDetKDError(
             f"DISTILL.TEACHER.DTYPE is {name!r}. Set it to {', '.join(DTYPES)}, or '' for the student's precision."

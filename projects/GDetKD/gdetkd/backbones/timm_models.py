@@ -53,7 +53,8 @@ class TimmBottomUp(LibraryBottomUp):
         self.preprocessing = of_unit_range(features.pretrained_cfg["mean"], features.pretrained_cfg["std"])
         self.model, self._indices = features.model, features.out_indices
         blocks, _, maps = probe_blocks(f"{KEY} {config.NAME!r}", self.model, self._maps)
-        made = {level_of(map_stride(feature_map)): feature_map.shape[1] for feature_map in maps}
+        named = [(level_of(map_stride(feature_map)), feature_map.shape[1]) for feature_map in maps]
+        made = {level: channels for level, channels in named if level}
         check_levels(KEY, config.NAME, self._levels, made)
         self._channels = {level: made[level] for level in self._levels}
         layers = importlib.import_module("timm.layers")

@@ -19,7 +19,7 @@ MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codec
 
 def resolve(path: str) -> str:
     """Join a path to Detectron2's data folder. An absolute path stays as it is."""
-    return os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), path)
+    return os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), path)
 
 
 def leaves(path: str) -> bool:

@@ -32,7 +32,7 @@ def check_train_labels(cfg: CfgNode, dicts: List[Item], name: str) -> None:
         name: the dataset's name, for messages.
 
     Raises:
-        GDetKDError: masks, keypoints or panoptic labels are missing or in the wrong form.
+        GDetKDError: masks, keypoints or panoptic labels are missing, in the wrong form or of the wrong size.
     """
     if student_architecture(cfg) in PANOPTIC:
         _check_panoptic(student_architecture(cfg), dicts, name)
@@ -40,6 +40,7 @@ def check_train_labels(cfg: CfgNode, dicts: List[Item], name: str) -> None:
         _check_share_with_masks(cfg, key, dicts, name)
     if _has(cfg, "MASK_ON"):
         _check_mask_format(cfg, dicts, name)
+        _check_mask_sizes(dicts, name)
     if _has(cfg, "KEYPOINT_ON"):
         _check_keypoints(cfg, dicts, name)
         _check_keypoint_names(cfg, name)
@@ -49,7 +50,8 @@ def check_test_labels(cfg: CfgNode, dicts: List[Item], name: str) -> None:
     """Check the labels of a test set. A dataset without any mask or keypoint is evaluated by its boxes.
 
     Raises:
-        GDetKDError: only some objects have masks, or keypoints do not fit the detector or TEST.KEYPOINT_OKS_SIGMAS.
+        GDetKDError: only some objects have masks, a mask is not as large as its image, or keypoints do not fit the
+            detector or TEST.KEYPOINT_OKS_SIGMAS.
     """
     if _has(cfg, "MASK_ON"):
         annotations = [annotation for image in dicts for annotation in image.get("annotations", ())]
@@ -61,6 +63,7 @@ def check_test_labels(cfg: CfgNode, dicts: List[Item], name: str) -> None:
             )
         if annotations and missing:
             logger.warning("%s has no masks: only the AP of boxes is evaluated on it.", name)
+        _check_mask_sizes(dicts, name)
     if _has(cfg, "KEYPOINT_ON") and _check_keypoints(cfg, dicts, name):
         _check_sigmas(cfg, name)
 
@@ -155,6 +158,25 @@ def _check_mask_format(cfg: CfgNode, dicts: List[Item], name: str) -> None:
     if run_lengths and cfg.INPUT.MASK_FORMAT == "polygon":
         raise GDetKDError(
             f"{run_lengths} objects of {name!r} have masks that are not polygons. Set INPUT.MASK_FORMAT to 'bitmask'."
+        )
+
+
+def _check_mask_sizes(dicts: List[Item], name: str) -> None:
+    """Check that each run-length mask is as large as its image. pycocotools gives other masks an IoU of -1."""
+    sizes = [
+        (image, annotation["segmentation"]["size"], [image["height"], image["width"]])
+        for image in dicts
+        if "height" in image and "width" in image
+        for annotation in image.get("annotations", ())
+        if isinstance(annotation.get("segmentation"), dict)
+    ]
+    wrong = [(image, given, wanted) for image, given, wanted in sizes if list(given) != wanted]
+    if wrong:
+        image, given, wanted = wrong[0]
+        raise GDetKDError(
+            f"{len(wrong)} run-length masks of {name!r} are not as large as their images. In {image['file_name']!r}, a "
+            f"mask has height and width {list(given)}, and the image {wanted}. Correct the masks, or set MODEL.MASK_ON "
+            "to False."
         )
 
 

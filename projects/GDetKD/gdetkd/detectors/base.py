@@ -15,12 +15,12 @@ from ..structures import DetectorOutputs, DetectorSpec, Regions
 
 DETECTOR_ADAPTER_REGISTRY = Registry("DETECTOR_ADAPTER")
 DETECTOR_ADAPTER_REGISTRY.__doc__ = """
-Adapters, one for each detector family. The first adapter whose `matches(model)` is true is used.
-Register a subclass of `DetectorAdapter` to add a family.
+Adapters, one for each detector family. Register a subclass of `DetectorAdapter` to add a family. The adapter that was
+registered last is asked first (`matches(model)`), so a subclass of a known detector can have an adapter of its own.
 """
 
 # Fields of `DetectorOutputs` about regions. A loss that needs none of them reads pyramids alone.
-REGION_FIELDS = frozenset({"pooled", "levels", "embeddings", "logits", "deltas"})
+REGION_FIELDS = frozenset({"regions", "pooled", "levels", "embeddings", "logits", "deltas"})
 
 
 class DetectorAdapter(ABC):
@@ -121,8 +121,9 @@ class DetectorAdapter(ABC):
 
 
 def find_adapter(model: nn.Module) -> Optional[Type[DetectorAdapter]]:
-    """Return the registered adapter class for a detector, or None."""
-    return next((adapter for _, adapter in DETECTOR_ADAPTER_REGISTRY if adapter.matches(model)), None)
+    """Return the adapter class for a detector that was registered last, or None."""
+    adapters = [adapter for _, adapter in DETECTOR_ADAPTER_REGISTRY]
+    return next((adapter for adapter in reversed(adapters) if adapter.matches(model)), None)
 
 
 def build_adapter(model: nn.Module, role: str, cfg: CfgNode) -> DetectorAdapter:

@@ -43,13 +43,19 @@ class AutoWeights:
 
     Args:
         cfg: gives DISTILL.AUTO, and SHARE of each loss in DISTILL.LOSSES.
-        backbone: the student's backbone.
+        student: a plain detector.
 
     Raises:
-        GDetKDError: no parameter of the backbone is trained.
+        GDetKDError: the student has no `backbone`, or no parameter of it is trained.
     """
 
-    def __init__(self, cfg: CfgNode, backbone: nn.Module) -> None:
+    def __init__(self, cfg: CfgNode, student: nn.Module) -> None:
+        backbone = getattr(student, "backbone", None)
+        if backbone is None:
+            raise GDetKDError(
+                f'A {type(student).__name__} has no attribute `backbone`. DISTILL.WEIGHTS "auto" compares gradients '
+                'in its outputs. Give the student\'s backbone this name, or set DISTILL.WEIGHTS to "fixed".'
+            )
         if not any(parameter.requires_grad for parameter in backbone.parameters()):
             raise GDetKDError(
                 'DISTILL.WEIGHTS "auto" compares gradients in the outputs of the backbone, but no parameter of the '

@@ -1,7 +1,7 @@
 """Check that detectors and datasets agree on the number and the order of classes."""
 
 import logging
-from typing import List, Sequence
+from typing import List, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -72,11 +72,13 @@ def _lower(names: Sequence[str]) -> List[str]:
 def check_transfer(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> None:
     """Check that head transfer gives each class of the student the teacher's weights for the same class.
 
-    Head transfer copies a classification layer row by row.
+    Head transfer copies a classification layer row by row. Warn if a copied layer means something else in the student.
 
     Raises:
         GDetKDError: the student has the teacher's classes in another order.
     """
+    if student.family == teacher.family:
+        _warn_of_other_boxes(cfg, student, teacher)
     if student.num_classes != teacher.num_classes:
         return
     if student.family == teacher.family and student.independent_classes != teacher.independent_classes:
@@ -104,3 +106,25 @@ def check_transfer(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -
         some(student.class_names),
         some(teacher.class_names),
     )
+
+
+def _units(spec: DetectorSpec) -> List[Optional[Tuple[float, ...]]]:
+    return [spec.regression_weights, *spec.later_regression_weights]
+
+
+def _warn_of_other_boxes(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> None:
+    """Warn if the layers that predict boxes predict them in other units or from other anchors in the student."""
+    stages = zip(_units(student), _units(teacher))  # a cascade's further stages are copied from a cascade only
+    differ = ["BBOX_REG_WEIGHTS"] if any(ours != theirs for ours, theirs in stages) else []
+    ours, theirs = student.location_anchors or {}, teacher.location_anchors or {}
+    # A layer for another number of anchors has another shape and is not copied.
+    copied = [name for name in ours if len(ours[name]) == len(theirs.get(name, ()))]
+    # With DISTILL.TEACHER.SCALE, the teacher is described in pixels of the student's images.
+    if cfg.DISTILL.TEACHER.SCALE == 1 and any(ours[name] != theirs[name] for name in copied):
+        differ.append("MODEL.ANCHOR_GENERATOR")
+    if differ:
+        logger.warning(
+            "Head transfer copies the layers that predict boxes, but %s of student and teacher differ. So the "
+            "student's first boxes are wrong. Give both the same values.",
+            " and ".join(differ),
+        )

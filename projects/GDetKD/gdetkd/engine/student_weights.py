@@ -1,6 +1,6 @@
 """Load the student's weights, and find the tensors that a file leaves out."""
 
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Set
 
 from torch import nn
 
@@ -88,6 +88,7 @@ class StudentCheckpointer(DurableCheckpointer):
         """Return what is wrong with the weights that the backbone starts from. Nothing else would show it.
 
         - MODEL.WEIGHTS is given, but leaves tensors of the backbone out. Detectors' and classifiers' files hold them.
+        - A tensor is frozen, although no file has set it.
         - The student's images are not those that the backbone's ImageNet weights expect.
 
         Args:
@@ -101,6 +102,14 @@ class StudentCheckpointer(DurableCheckpointer):
                 f"MODEL.WEIGHTS {path!r} leaves {len(left)} tensors of the student's backbone as they were initialised "
                 f"({left[0]}, ...). Check that the file belongs to {self._backbone_node()}."
             )
+        never_set = sorted(_frozen(self.model).intersection(self.unloaded))
+        if never_set:
+            problems.append(
+                f"{len(never_set)} tensors of the student ({some(never_set)}) are frozen, but no file sets them, so "
+                "they stay as they were initialised. Give weights in MODEL.WEIGHTS, or train these tensors: set "
+                "MODEL.BACKBONE.FREEZE_AT to 0, and the backbone's NORM to one that is trained, such as BN."
+                f"{self._hint()}"
+            )
         if self.pretrained and (message := other_than_pretrained(self.model, input_format)):
             problems.append(message)
         return problems
@@ -112,3 +121,12 @@ class StudentCheckpointer(DurableCheckpointer):
     def _hint(self) -> str:
         bottom_up = find_bottom_up(self.model)
         return "" if bottom_up is None else f" ImageNet weights of the backbone belong into {bottom_up.key}."
+
+
+def _frozen(model: nn.Module) -> Set[str]:
+    """Return the names of the parameters that are not trained, and of the tensors of frozen norms."""
+    names = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    for path, module in model.named_modules():
+        if type(module).__name__.startswith("FrozenBatchNorm"):  # of Detectron2, torchvision or timm
+            names.update(f"{path}.{name}" for name in module.state_dict())
+    return names

@@ -88,7 +88,7 @@ class DistillTrainer(BareTrainer):
         if self.distiller is not None:
             exempt_from_decay(optimizer, [p for loss in self.distiller.losses.values() for p in loss.undecayed()])
         data_loader = self.build_train_loader(cfg)
-        auto = AutoWeights(cfg, self.student.backbone) if cfg.DISTILL.WEIGHTS == "auto" and cfg.DISTILL.LOSSES else None
+        auto = AutoWeights(cfg, self.student) if cfg.DISTILL.WEIGHTS == "auto" and cfg.DISTILL.LOSSES else None
         self.schedule = LossSchedule(cfg, auto)
         self.guarded_model = ForwardGuard(model, self.student, self.schedule.terms)
         model = _distributed(self.guarded_model)

@@ -193,7 +193,7 @@ def _check_size(cfg: CfgNode, teacher: nn.Module) -> None:
 
     A plain vision transformer pads images to a square of a fixed size. It cannot take larger images.
     """
-    square = getattr(teacher.backbone, "padding_constraints", {}).get("square_size", 0)
+    square = getattr(getattr(teacher, "backbone", None), "padding_constraints", {}).get("square_size", 0)
     scale = cfg.DISTILL.TEACHER.SCALE
     if 0 < square < scale * cfg.INPUT.MAX_SIZE_TRAIN:
         raise GDetKDError(
