@@ -40,16 +40,34 @@ def test_an_image_runs_once_and_has_the_same_features(distill_cfg):
         torch.testing.assert_close(features, first[name], rtol=0, atol=float(1e-4 * features.abs().max()))
 
 
-def test_other_pixels_another_size_and_other_padding_are_other_views(distill_cfg):
+def test_other_pixels_and_another_size_are_other_views(distill_cfg):
     teacher = FrozenTeacher(distill_cfg(CACHE))
-    [one, two], seen = make_batch(sizes=((96, 96), (64, 48))), counted(teacher)
-    look(teacher, [two])
-    look(teacher, [{**two, "image": two["image"].flip(2)}])
-    look(teacher, [{**two, "image": two["image"].reshape(3, 48, 64)}])
-    look(teacher, [one, two])  # padded to the larger image
-    assert len(seen) == 5 and teacher.cache.hits == 0
-    look(teacher, [two])
-    assert len(seen) == 5 and teacher.cache.hits == 1
+    [image], seen = make_batch(sizes=((64, 48),)), counted(teacher)
+    look(teacher, [image])
+    look(teacher, [{**image, "image": image["image"].flip(2)}])
+    look(teacher, [{**image, "image": image["image"].reshape(3, 48, 64)}])
+    assert len(seen) == 3 and teacher.cache.hits == 0
+    look(teacher, [image])
+    assert len(seen) == 3 and teacher.cache.hits == 1
+
+
+@pytest.mark.parametrize("keys", [{}, {"DISTILL.TEACHER.DTYPE": "bfloat16"}])
+def test_an_image_has_one_view_however_large_its_batch_is(distill_cfg, keys):
+    teacher = FrozenTeacher(distill_cfg({**CACHE, **keys}))
+    sizes, seen = ((64, 48), (96, 32), (32, 128)), counted(teacher)
+    batch = make_batch(sizes=sizes)
+    alone = [teacher.extract([inputs]) for inputs in batch]  # without keys: padded for itself
+    for order in ([0, 1, 2], [2, 0], [1]):
+        found = look(teacher, [batch[place] for place in order])
+        together = teacher.preprocess([batch[place] for place in order]).tensor
+        for (name, features), stride in zip(found.items(), teacher.spec.strides.values()):
+            assert features.shape[-2:] == tuple(-(-side // stride) for side in together.shape[-2:])
+            for features_of_one, place in zip(features, order):
+                [expected] = alone[place][name]
+                height, width = expected.shape[1:]
+                assert torch.equal(features_of_one[:, :height, :width], expected)
+                assert not features_of_one[:, height:].any() and not features_of_one[:, :, width:].any()
+    assert len(seen) == 3 + 3
 
 
 def test_a_change_of_what_was_returned_does_not_reach_the_cache(distill_cfg):
@@ -64,10 +82,11 @@ def test_a_change_of_what_was_returned_does_not_reach_the_cache(distill_cfg):
 def test_the_limit_is_kept_and_said_once(caplog):
     caplog.set_level("INFO")
     cache = FeatureCache(0.001)  # 1,000 bytes
-    images = torch.rand(4, 3, 8, 8)
+    maps = torch.rand(4, 1, 2, 8, 8)  # 512 bytes each
     for _ in range(2):
-        found = cache.features(images, [bytes([k]) for k in range(4)], lambda image: {"p2": image[:, :2]})  # 512 bytes
-        assert torch.equal(found["p2"], images[:, :2])
+        keys = [bytes([place]) for place in range(4)]
+        found = cache.features(keys, lambda place: {"p2": maps[place]}, torch.device("cpu"))
+        assert torch.equal(found["p2"], maps[:, 0])
     assert (cache.hits, cache.misses) == (1, 7)
     assert caplog.text.count("fill DISTILL.TEACHER.CACHE_MB") == 1
     assert cache.take_share() == 1 / 8 and cache.take_share() == 0
@@ -117,10 +136,11 @@ def test_the_number_of_views(keys, views):
 
 def test_the_advised_cache_holds_all_views_and_is_not_advised_twice(distill_cfg):
     cfg = distill_cfg()
-    teacher, batches = FrozenTeacher(cfg), [make_batch(), make_batch(sizes=((64, 64), (64, 64)))]
+    teacher, batches = FrozenTeacher(cfg), [make_batch(), make_batch(sizes=((64, 64), (64, 96)))]
     advice = cache_advice(cfg, teacher, batches, images=500)
     [megabytes] = re.findall(r"CACHE_MB (\d+) would keep", advice)
-    view = sum(features[0].numel() * 4 for features in teacher.extract(batches[0]).values())
+    cells = sum(features[0].numel() for features in teacher.extract(make_batch(sizes=((64, 64),))).values())
+    view = 4 * cells * 4.5 / 4  # images of 64, 64, 64 and 96 pixels in width: the teacher pads 48 to 64
     assert 1000 * view <= 1e6 * int(megabytes) < 1000 * view + 1e6
     cfg.DISTILL.TEACHER.CACHE_MB = int(megabytes)
     assert cache_advice(cfg, teacher, batches, images=500) == ""
@@ -139,9 +159,3 @@ def test_the_check_times_steps_that_run_the_teachers_backbone(distill_cfg, monke
     monkeypatch.setattr("gdetkd.engine.check.measure_steps", measure)
     assert "These steps run the teacher's backbone" in check.run()
     assert caches == [None] and teacher.cache is not None
-
-
-def test_nothing_is_advised_where_padding_makes_more_views(distill_cfg):
-    cfg = distill_cfg()
-    batches = [make_batch(), make_batch(sizes=((64, 64), (64, 96)))]
-    assert cache_advice(cfg, FrozenTeacher(cfg), batches, images=5) == ""

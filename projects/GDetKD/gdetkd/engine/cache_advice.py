@@ -1,6 +1,7 @@
 """Compute how large a cache of the teacher's features must be to hold a training set (DISTILL.TEACHER.CACHE_MB)."""
 
 import math
+import statistics
 from typing import Any, List
 
 from detectron2.config import CfgNode
@@ -15,19 +16,16 @@ LARGEST_MB = 16_000
 def cache_advice(cfg: CfgNode, teacher: FrozenTeacher, batches: List[Any], images: int) -> str:
     """Return advice on the size of the cache that holds all views of the training images, or "" if it would not help.
 
-    There is no advice for a GPU, where nothing was measured, and none if batches have several padded sizes, because an
-    image then has a view for each size.
+    There is no advice for a GPU, where nothing was measured.
 
     Args:
-        batches: some training batches, to learn the size of the features.
+        batches: some training batches, to learn the mean size of the features.
         images: number of training images.
     """
     views = views_of_an_image(cfg)
     if views == 0 or cfg.MODEL.DEVICE != "cpu":
         return ""
-    if len({tuple(teacher.preprocess(batch).tensor.shape[-2:]) for batch in batches}) > 1:
-        return ""
-    size = size_of(teacher.extract(batches[0])) / len(batches[0])
+    size = statistics.fmean(size_of(teacher.extract([inputs])) for batch in batches for inputs in batch)
     megabytes = math.ceil(views * images * size / 1e6)
     if megabytes > LARGEST_MB or cfg.DISTILL.TEACHER.CACHE_MB >= megabytes:
         return ""

@@ -2,14 +2,14 @@
 
 import hashlib
 import logging
-from typing import Callable, Dict, Sequence, Tuple
+from typing import Callable, Dict, Sequence
 
 import torch
+import torch.nn.functional as F
 
 logger = logging.getLogger(__name__)
 
 Features = Dict[str, torch.Tensor]
-Key = Tuple[bytes, Tuple[int, ...]]
 
 
 def key_of(image: torch.Tensor) -> bytes:
@@ -27,7 +27,8 @@ class FeatureCache:
     """Keep features in main memory by the pixels of the image, up to a limit.
 
     A frozen teacher has the same features for the same image. With a fixed image size and random flips, an image comes
-    in two views only, so most of a training needs no pass through the teacher's backbone.
+    in two views only, so most of a training needs no pass through the teacher's backbone. Each image is padded for
+    itself, so that its features do not depend on the other images in its batch.
 
     When the limit is reached, the features that are kept stay. To drop the oldest ones would be useless, because the
     images of an epoch come in turn.
@@ -43,39 +44,38 @@ class FeatureCache:
     def __init__(self, megabytes: float) -> None:
         self._free = megabytes * 1e6  # bytes
         self.is_full = False
-        self._kept: Dict[Key, Features] = {}
+        self._kept: Dict[bytes, Features] = {}
         self.hits = self.misses = 0
 
-    def features(
-        self, images: torch.Tensor, keys: Sequence[bytes], compute: Callable[[torch.Tensor], Features]
-    ) -> Features:
+    def features(self, keys: Sequence[bytes], compute: Callable[[int], Features], device: torch.device) -> Features:
         """Return the features of a batch by name, (images, C, H, W).
 
-        Args:
-            images: (images, 3, height, width) preprocessed and padded, on the device.
-            keys: by image, what `key_of` returned for the image before that.
-            compute: runs the backbone. It gets one image at a time, so that the features of an image do not depend on
-                the others in its batch, and a resumed run is exact.
-        """
-        found = [self._features(image[None], key, compute) for image, key in zip(images, keys)]
-        return {name: torch.cat([features[name] for features in found]) for name in found[0]}
+        A map is as large as the largest of the images needs. The maps of smaller images are 0 at the right and at the
+        bottom.
 
-    def _features(self, image: torch.Tensor, key: bytes, compute: Callable[[torch.Tensor], Features]) -> Features:
-        place = key, tuple(image.shape)  # padding has an effect on the features
-        if place in self._kept:
+        Args:
+            keys: by image, what `key_of` returned.
+            compute: returns the features (1, C, h, w) of an image, by its place in the batch.
+            device: where the returned features are.
+        """
+        found = [self._features(key, place, compute) for place, key in enumerate(keys)]
+        return {name: _joined([features[name] for features in found], device) for name in found[0]}
+
+    def _features(self, key: bytes, place: int, compute: Callable[[int], Features]) -> Features:
+        if key in self._kept:
             self.hits += 1
-            return {name: kept.to(image.device, non_blocking=True) for name, kept in self._kept[place].items()}
+            return self._kept[key]
         self.misses += 1
-        features = compute(image)
-        self._keep(place, features)
+        features = compute(place)
+        self._keep(key, features)
         return features
 
-    def _keep(self, place: Key, features: Features) -> None:
+    def _keep(self, key: bytes, features: Features) -> None:
         size = size_of(features)
         if size <= self._free:
             self._free -= size
             # A copy of its own: a part of a larger tensor would keep all of it in memory.
-            self._kept[place] = {
+            self._kept[key] = {
                 name: feature_map.detach().to("cpu", copy=True) for name, feature_map in features.items()
             }
         elif not self.is_full:
@@ -91,3 +91,10 @@ class FeatureCache:
         share = self.hits / max(1, self.hits + self.misses)
         self.hits = self.misses = 0
         return share
+
+
+def _joined(maps: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Join maps (1, C, h, w) of several sizes on a device, with zeros at the right and at the bottom."""
+    height, width = (max(level.shape[side] for level in maps) for side in (2, 3))
+    on_device = [level.to(device, non_blocking=True) for level in maps]
+    return torch.cat([F.pad(level, (0, width - level.shape[3], 0, height - level.shape[2])) for level in on_device])

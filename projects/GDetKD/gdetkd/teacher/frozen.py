@@ -89,12 +89,13 @@ class FrozenTeacher:
         """
         keys = [inputs[CACHE_KEY] for inputs in batched_inputs if CACHE_KEY in inputs]
         with self._stream:
-            images = self.preprocess(batched_inputs).tensor
             if self.cache is not None and len(keys) == len(batched_inputs):
-                return self.cache.features(images, keys, self._run_backbone)
-            return self._run_backbone(images)
+                views = [[inputs] for inputs in batched_inputs]
+                return self.cache.features(keys, lambda place: self._run_backbone(views[place]), self._device)
+            return self._run_backbone(batched_inputs)
 
-    def _run_backbone(self, images: torch.Tensor) -> Features:
+    def _run_backbone(self, batched_inputs: List[Dict[str, Any]]) -> Features:
+        images = self.preprocess(batched_inputs).tensor
         images = images.to(self._dtype).contiguous(memory_format=torch.channels_last)
         with self._autocast():
             return self.adapter.extract(images)
