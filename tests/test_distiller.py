@@ -96,7 +96,9 @@ def test_the_teachers_backbone_starts_before_the_student_on_the_same_copy_of_the
     model, batch = build_model(distill_cfg()).train(), make_batch()
     seen = []
     extract, forward = model.teacher.extract, model.student.forward
-    monkeypatch.setattr(model.teacher, "extract", lambda inputs: seen.append(("teacher", inputs)) or extract(inputs))
+    monkeypatch.setattr(
+        model.teacher, "extract", lambda inputs, *more: seen.append(("teacher", inputs)) or extract(inputs, *more)
+    )
     monkeypatch.setattr(model.student, "forward", lambda inputs: seen.append(("student", inputs)) or forward(inputs))
     before = [(dict(inputs), inputs["instances"].get_fields().copy()) for inputs in batch]
     one_step(model, batch)

@@ -9,7 +9,7 @@ The tool downloads the weights unless --input names a file. It reads three kinds
 - a .safetensors file of timm, as the Hugging Face hub has them,
 - a file of torch with timm's names,
 - a file with the names of EfficientNet-PyTorch ("_blocks.0._bn1.weight"), for timm's tf_efficientnet models. The
-  models without "tf_" pad images otherwise.
+  models without "tf_" pad images in another way.
 
 docs/backbones.md says which images the weights expect.
 """
@@ -82,7 +82,8 @@ def load(name: str, path: Optional[Path]) -> Dict[str, torch.Tensor]:
     given = read(path)
     if "_conv_stem.weight" in given and not name.startswith("tf_"):
         sys.exit(
-            f"{path} is a file of EfficientNet-PyTorch, and {name} pads images otherwise. Convert it for tf_{name}."
+            f"{path} is a file of EfficientNet-PyTorch, and {name} pads images in another way, which spoils its "
+            f"weights. Convert the file for tf_{name.partition('.')[0]}."
         )
     weights, own = with_timms_names(given, model), model.state_dict()
     classifier = model.get_classifier()

@@ -159,6 +159,14 @@ def test_a_frozen_part_that_no_file_sets_is_reported(weights, tmp_path, caplog, 
         assert "no file sets them" in caplog.text
 
 
+def test_frozen_heads_are_not_reported_because_head_transfer_may_fill_them():
+    model = build_model(make_cfg({}))
+    model.roi_heads.requires_grad_(False)
+    assert StudentCheckpointer(model).backbone_problems("", "BGR") == []
+    model.backbone.requires_grad_(False)
+    assert len(StudentCheckpointer(model).backbone_problems("", "BGR")) == 1
+
+
 def test_the_librarys_file_in_the_place_of_a_detectors_is_explained(weights, tmp_path):
     path, _ = weights
     trainer = DistillTrainer(run_keys("", tmp_path, {"MODEL.WEIGHTS": str(path)}))

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -60,13 +61,33 @@ def test_masks_of_another_size_than_their_images_are_refused(labelled_cfg):
     masks = {"MODEL.MASK_ON": True, "INPUT.MASK_FORMAT": "bitmask"}
     wrong = partial(as_run_lengths, more=1)
     DistillTrainer(labelled_cfg(masks, as_run_lengths))
-    message = r"\d+ run-length masks of 'labelled' are not as large as.*height and width \[65, \d+\], and.*\[64, "
+    message = r"\d+ masks of 'labelled' are not as large as.*height and width \[65, \d+\], and.*\[64, "
     with pytest.raises(GDetKDError, match=message):
         DistillTrainer(labelled_cfg(masks, wrong))
     cfg = labelled_cfg(masks, wrong)
     with pytest.raises(GDetKDError, match=message):
         check_test_labels(cfg, DatasetCatalog.get("labelled"), "labelled")
     DistillTrainer(labelled_cfg({"MODEL.MASK_ON": False}, wrong))  # boxes need no masks
+
+
+def test_a_mask_of_a_crowd_matters_in_an_evaluation_alone(labelled_cfg):
+    def change(content):
+        as_run_lengths(content)
+        crowd = content["annotations"][0]
+        crowd.update(iscrowd=1, segmentation={"size": [8, 8], "counts": [64]})
+
+    cfg = labelled_cfg({"MODEL.MASK_ON": True, "INPUT.MASK_FORMAT": "bitmask"}, change)
+    DistillTrainer(cfg)
+    with pytest.raises(GDetKDError, match=r"1 masks of 'labelled' are not as large.*height and width \[8, 8\]"):
+        check_test_labels(cfg, DatasetCatalog.get("labelled"), "labelled")
+
+
+def test_an_array_has_the_size_of_its_image_too():
+    cfg = make_cfg({"MODEL.MASK_ON": True, "INPUT.MASK_FORMAT": "bitmask"})
+    image = {"file_name": "a.png", "height": 4, "width": 6}
+    check_test_labels(cfg, [{**image, "annotations": [{"segmentation": np.ones((4, 6), bool)}]}], "mine")
+    with pytest.raises(GDetKDError, match=r"In 'a.png', a mask has height and width \[6, 4\], and the image \[4, 6\]"):
+        check_test_labels(cfg, [{**image, "annotations": [{"segmentation": np.ones((6, 4), bool)}]}], "mine")
 
 
 def train_and_test(cfg):

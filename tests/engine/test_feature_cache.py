@@ -5,6 +5,8 @@ import re
 
 import pytest
 import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 from test_trainer import train
 
 from conftest import make_batch, make_cfg
@@ -25,8 +27,8 @@ def counted(teacher):
     return seen
 
 
-def look(teacher, batch):
-    return teacher.extract(teacher.with_cache_keys(batch))
+def look(teacher, batch, for_regions_alone=False):
+    return teacher.extract(teacher.with_cache_keys(batch), for_regions_alone)
 
 
 def test_an_image_runs_once_and_has_the_same_features(distill_cfg):
@@ -40,15 +42,36 @@ def test_an_image_runs_once_and_has_the_same_features(distill_cfg):
         torch.testing.assert_close(features, first[name], rtol=0, atol=float(1e-4 * features.abs().max()))
 
 
-def test_other_pixels_and_another_size_are_other_views(distill_cfg):
+def test_other_pixels_another_size_and_other_padding_are_other_views(distill_cfg):
     teacher = FrozenTeacher(distill_cfg(CACHE))
-    [image], seen = make_batch(sizes=((64, 48),)), counted(teacher)
-    look(teacher, [image])
-    look(teacher, [{**image, "image": image["image"].flip(2)}])
-    look(teacher, [{**image, "image": image["image"].reshape(3, 48, 64)}])
-    assert len(seen) == 3 and teacher.cache.hits == 0
-    look(teacher, [image])
-    assert len(seen) == 3 and teacher.cache.hits == 1
+    [one, two], seen = make_batch(sizes=((96, 96), (64, 48))), counted(teacher)
+    look(teacher, [two])
+    look(teacher, [{**two, "image": two["image"].flip(2)}])
+    look(teacher, [{**two, "image": two["image"].reshape(3, 48, 64)}])
+    look(teacher, [one, two])  # padded to the larger image
+    assert len(seen) == 5 and teacher.cache.hits == 0
+    look(teacher, [two])
+    assert len(seen) == 5 and teacher.cache.hits == 1
+
+
+def test_whole_maps_are_those_of_the_batch(distill_cfg):
+    """A loss on whole maps, such as PKD, compares cells in the padding, too."""
+    batch = make_batch(sizes=((96, 96), (64, 48)))
+    expected = FrozenTeacher(distill_cfg()).extract(batch)
+    for name, features in look(FrozenTeacher(distill_cfg(CACHE)), batch).items():
+        torch.testing.assert_close(features, expected[name], rtol=0, atol=float(1e-4 * features.abs().max()))
+
+
+@pytest.mark.parametrize("losses, alone", [(("SGFI", "CKD", "CLS", "REG", "ROIFI"), True), (("SGFI", "PKD"), False)])
+def test_images_are_padded_alone_if_no_loss_reads_whole_maps(distill_cfg, losses, alone):
+    model = build_model(distill_cfg({**CACHE, "DISTILL.LOSSES": losses})).train()
+    batches = make_batch(sizes=((64, 64), (64, 32))), make_batch(sizes=((64, 96), (64, 32)), seed=1)
+    batches[1][1] = batches[0][1]  # the same image in a wider batch
+    seen = counted(model.teacher)
+    for batch in batches:
+        with EventStorage():
+            model(batch)
+    assert len(seen) == (3 if alone else 4)
 
 
 @pytest.mark.parametrize("keys", [{}, {"DISTILL.TEACHER.DTYPE": "bfloat16"}])
@@ -58,7 +81,7 @@ def test_an_image_has_one_view_however_large_its_batch_is(distill_cfg, keys):
     batch = make_batch(sizes=sizes)
     alone = [teacher.extract([inputs]) for inputs in batch]  # without keys: padded for itself
     for order in ([0, 1, 2], [2, 0], [1]):
-        found = look(teacher, [batch[place] for place in order])
+        found = look(teacher, [batch[place] for place in order], for_regions_alone=True)
         together = teacher.preprocess([batch[place] for place in order]).tensor
         for (name, features), stride in zip(found.items(), teacher.spec.strides.values()):
             assert features.shape[-2:] == tuple(-(-side // stride) for side in together.shape[-2:])
@@ -82,11 +105,11 @@ def test_a_change_of_what_was_returned_does_not_reach_the_cache(distill_cfg):
 def test_the_limit_is_kept_and_said_once(caplog):
     caplog.set_level("INFO")
     cache = FeatureCache(0.001)  # 1,000 bytes
-    maps = torch.rand(4, 1, 2, 8, 8)  # 512 bytes each
+    images = torch.rand(4, 3, 8, 8)
     for _ in range(2):
         keys = [bytes([place]) for place in range(4)]
-        found = cache.features(keys, lambda place: {"p2": maps[place]}, torch.device("cpu"))
-        assert torch.equal(found["p2"], maps[:, 0])
+        found = cache.features(images.split(1), keys, lambda image: {"p2": image[:, :2]})  # 512 bytes
+        assert torch.equal(found["p2"], images[:, :2])
     assert (cache.hits, cache.misses) == (1, 7)
     assert caplog.text.count("fill DISTILL.TEACHER.CACHE_MB") == 1
     assert cache.take_share() == 1 / 8 and cache.take_share() == 0
@@ -136,15 +159,22 @@ def test_the_number_of_views(keys, views):
 
 def test_the_advised_cache_holds_all_views_and_is_not_advised_twice(distill_cfg):
     cfg = distill_cfg()
-    teacher, batches = FrozenTeacher(cfg), [make_batch(), make_batch(sizes=((64, 64), (64, 96)))]
-    advice = cache_advice(cfg, teacher, batches, images=500)
+    model, batches = build_model(cfg), [make_batch(), make_batch(sizes=((64, 64), (64, 96)))]
+    advice = cache_advice(cfg, model, batches, images=500)
     [megabytes] = re.findall(r"CACHE_MB (\d+) would keep", advice)
-    cells = sum(features[0].numel() for features in teacher.extract(make_batch(sizes=((64, 64),))).values())
+    cells = sum(features[0].numel() for features in model.teacher.extract(make_batch(sizes=((64, 64),))).values())
     view = 4 * cells * 4.5 / 4  # images of 64, 64, 64 and 96 pixels in width: the teacher pads 48 to 64
     assert 1000 * view <= 1e6 * int(megabytes) < 1000 * view + 1e6
     cfg.DISTILL.TEACHER.CACHE_MB = int(megabytes)
-    assert cache_advice(cfg, teacher, batches, images=500) == ""
-    assert cache_advice(cfg, teacher, batches, images=10**9) == ""
+    assert cache_advice(cfg, model, batches, images=500) == ""
+    assert cache_advice(cfg, model, batches, images=10**9) == ""
+
+
+def test_nothing_is_advised_where_padding_makes_more_views(distill_cfg):
+    cfg = distill_cfg({"DISTILL.LOSSES": ("SGFI", "PKD")})
+    batches = [make_batch(), make_batch(sizes=((64, 64), (64, 96)))]
+    assert cache_advice(cfg, build_model(cfg), batches, images=5) == ""
+    assert "would keep" in cache_advice(cfg, build_model(cfg), batches[:1] * 2, images=5)
 
 
 def test_the_check_times_steps_that_run_the_teachers_backbone(distill_cfg, monkeypatch):

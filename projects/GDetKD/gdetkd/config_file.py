@@ -49,10 +49,10 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
         _merge(cfg, loaded, path, places)
     except yaml.constructor.ConstructorError as e:
         mark = e.problem_mark
+        known = " docs/teachers.md names configs for Detectron2's RetinaNets." if "RetinaNet" in str(mark.name) else ""
         raise GDetKDError(
             f"The config {mark.name!r}, line {mark.line + 1}, has a tag that would make a Python object ({e.problem}), "
-            "which could run code. Write plain values: numbers, strings, lists and mappings. For Detectron2's "
-            "Base-RetinaNet.yaml, the config configs/COCO-Detection/Base-RetinaNet.yaml has plain values."
+            f"which could run code. Write plain values: numbers, strings, lists and mappings.{known}"
         ) from e
     except yaml.YAMLError as e:
         raise GDetKDError(f"The config {path!r} or one of its _BASE_ files is not valid YAML. Correct it: {e}") from e

@@ -39,6 +39,7 @@ class GDetKD(nn.Module):
         adapter: reads the student. None if there are no losses and no unlabelled images: then this trains the plain
             student.
         mixture: joins the student's losses on images with and without labels.
+        reads_regions_alone: whether all losses read the teacher's features in regions, and none reads whole maps.
 
     Raises:
         GDetKDError: teacher, student and losses do not fit together.
@@ -67,6 +68,7 @@ class GDetKD(nn.Module):
                 spec = with_class_names(self.adapter.spec, class_names(cfg))
                 self.losses = build_losses(cfg, spec, self.teacher.spec)
         self._needs = frozenset().union(*(loss.needs for loss in self.losses.values()))
+        self.reads_regions_alone = all(loss.reads_regions_alone for loss in self.losses.values())
         if self.losses:
             self.adapter.needs = self._needs
             self.adapter.stages_compared = min(spec.num_stages, self.teacher.spec.num_stages)
@@ -95,7 +97,8 @@ class GDetKD(nn.Module):
         parts = split_batch(images_on_device(batched_inputs, self.device))
         batch = [inputs for part in parts for inputs in part]
         if self.losses:
-            features = self.teacher.extract(batch)  # first: a GPU can work on it while the student starts
+            # First: a GPU can work on it while the student starts.
+            features = self.teacher.extract(batch, self.reads_regions_alone)
         losses, student = self._run_student(parts)
         if not self.losses:
             return losses

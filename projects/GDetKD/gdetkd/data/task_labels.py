@@ -40,7 +40,8 @@ def check_train_labels(cfg: CfgNode, dicts: List[Item], name: str) -> None:
         _check_share_with_masks(cfg, key, dicts, name)
     if _has(cfg, "MASK_ON"):
         _check_mask_format(cfg, dicts, name)
-        _check_mask_sizes(dicts, name)
+        without_crowds = [{**image, "annotations": _objects([image])} for image in dicts]
+        _check_mask_sizes(without_crowds, name)
     if _has(cfg, "KEYPOINT_ON"):
         _check_keypoints(cfg, dicts, name)
         _check_keypoint_names(cfg, name)
@@ -162,22 +163,27 @@ def _check_mask_format(cfg: CfgNode, dicts: List[Item], name: str) -> None:
 
 
 def _check_mask_sizes(dicts: List[Item], name: str) -> None:
-    """Check that each run-length mask is as large as its image. pycocotools gives other masks an IoU of -1."""
+    """Check that each mask of pixels is as large as its image. pycocotools gives other masks an IoU of -1."""
     sizes = [
-        (image, annotation["segmentation"]["size"], [image["height"], image["width"]])
+        (image, _mask_size(annotation.get("segmentation")), [image["height"], image["width"]])
         for image in dicts
         if "height" in image and "width" in image
         for annotation in image.get("annotations", ())
-        if isinstance(annotation.get("segmentation"), dict)
     ]
-    wrong = [(image, given, wanted) for image, given, wanted in sizes if list(given) != wanted]
+    wrong = [(image, size, wanted) for image, size, wanted in sizes if size and size != wanted]
     if wrong:
-        image, given, wanted = wrong[0]
+        image, size, wanted = wrong[0]
         raise GDetKDError(
-            f"{len(wrong)} run-length masks of {name!r} are not as large as their images. In {image['file_name']!r}, a "
-            f"mask has height and width {list(given)}, and the image {wanted}. Correct the masks, or set MODEL.MASK_ON "
-            "to False."
+            f"{len(wrong)} masks of {name!r} are not as large as their images. In {image['file_name']!r}, a mask has "
+            f"height and width {size}, and the image {wanted}. Correct the masks, or set MODEL.MASK_ON to False."
         )
+
+
+def _mask_size(mask: Any) -> List[int]:
+    """Return the height and width of a mask of pixels, an array or run lengths. It is empty for polygons."""
+    if isinstance(mask, np.ndarray):
+        return list(mask.shape)
+    return list(mask.get("size", ())) if isinstance(mask, dict) else []
 
 
 def _check_keypoints(cfg: CfgNode, dicts: List[Item], name: str) -> int:

@@ -121,7 +121,7 @@ class DetectorAdapter(ABC):
 
 
 def find_adapter(model: nn.Module) -> Optional[Type[DetectorAdapter]]:
-    """Return the adapter class for a detector that was registered last, or None."""
+    """Return the adapter class that matches a detector, or None. The class that was registered last is asked first."""
     adapters = [adapter for _, adapter in DETECTOR_ADAPTER_REGISTRY]
     return next((adapter for adapter in reversed(adapters) if adapter.matches(model)), None)
 

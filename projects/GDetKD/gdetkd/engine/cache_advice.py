@@ -6,17 +6,18 @@ from typing import Any, List
 
 from detectron2.config import CfgNode
 
-from ..teacher import FrozenTeacher
+from ..distiller import GDetKD
 from ..teacher.feature_cache import size_of
 
 # Above this size nothing is said. Source: our choice.
 LARGEST_MB = 16_000
 
 
-def cache_advice(cfg: CfgNode, teacher: FrozenTeacher, batches: List[Any], images: int) -> str:
+def cache_advice(cfg: CfgNode, distiller: GDetKD, batches: List[Any], images: int) -> str:
     """Return advice on the size of the cache that holds all views of the training images, or "" if it would not help.
 
-    There is no advice for a GPU, where nothing was measured.
+    There is no advice for a GPU, where nothing was measured. If a loss reads whole maps, an image has a view for each
+    padded size. Then there is no advice if batches have several padded sizes.
 
     Args:
         batches: some training batches, to learn the mean size of the features.
@@ -24,6 +25,10 @@ def cache_advice(cfg: CfgNode, teacher: FrozenTeacher, batches: List[Any], image
     """
     views = views_of_an_image(cfg)
     if views == 0 or cfg.MODEL.DEVICE != "cpu":
+        return ""
+    teacher = distiller.teacher
+    padded_sizes = {teacher.preprocess(batch).tensor.shape[-2:] for batch in batches}
+    if len(padded_sizes) > 1 and not distiller.reads_regions_alone:
         return ""
     size = statistics.fmean(size_of(teacher.extract([inputs])) for batch in batches for inputs in batch)
     megabytes = math.ceil(views * images * size / 1e6)

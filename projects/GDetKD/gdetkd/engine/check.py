@@ -255,7 +255,7 @@ class Check:
             )
         if self._distiller is not None and self._distiller.losses:
             images = self._trainer.data_loader.description["images"]
-            lines.append(cache_advice(cfg, self._teacher, batches, images))
+            lines.append(cache_advice(cfg, self._distiller, batches, images))
         return "\n".join(line for line in lines if line)
 
     def _verdict(self) -> str:

@@ -1,7 +1,7 @@
 """Check that detectors and datasets agree on the number and the order of classes."""
 
 import logging
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -72,13 +72,11 @@ def _lower(names: Sequence[str]) -> List[str]:
 def check_transfer(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> None:
     """Check that head transfer gives each class of the student the teacher's weights for the same class.
 
-    Head transfer copies a classification layer row by row. Warn if a copied layer means something else in the student.
+    Head transfer copies a classification layer row by row.
 
     Raises:
         GDetKDError: the student has the teacher's classes in another order.
     """
-    if student.family == teacher.family:
-        _warn_of_other_boxes(cfg, student, teacher)
     if student.num_classes != teacher.num_classes:
         return
     if student.family == teacher.family and student.independent_classes != teacher.independent_classes:
@@ -108,19 +106,22 @@ def check_transfer(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -
     )
 
 
-def _units(spec: DetectorSpec) -> List[Optional[Tuple[float, ...]]]:
-    return [spec.regression_weights, *spec.later_regression_weights]
+def warn_of_other_boxes(cfg: CfgNode, copied: Sequence[str], student: DetectorSpec, teacher: DetectorSpec) -> None:
+    """Warn if head transfer copies layers that predict boxes in other units, or from other anchors, than the student's.
 
-
-def _warn_of_other_boxes(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> None:
-    """Warn if the layers that predict boxes predict them in other units or from other anchors in the student."""
-    stages = zip(_units(student), _units(teacher))  # a cascade's further stages are copied from a cascade only
-    differ = ["BBOX_REG_WEIGHTS"] if any(ours != theirs for ours, theirs in stages) else []
-    ours, theirs = student.location_anchors or {}, teacher.location_anchors or {}
-    # A layer for another number of anchors has another shape and is not copied.
-    copied = [name for name in ours if len(ours[name]) == len(theirs.get(name, ()))]
+    Args:
+        copied: names of the tensors that head transfer copies.
+    """
+    student_units = [student.regression_weights, *student.later_regression_weights]
+    teacher_units = [teacher.regression_weights, *teacher.later_regression_weights]
+    differ = []
+    if _has_layer(copied, "bbox_pred") and any(a != b for a, b in zip(student_units, teacher_units)):
+        differ.append("BBOX_REG_WEIGHTS")
+    student_anchors, teacher_anchors = student.location_anchors or {}, teacher.location_anchors or {}
+    have_other_anchors = any(student_anchors[name] != teacher_anchors.get(name, ()) for name in student_anchors)
+    predicts_from_anchors = _has_layer(copied, "anchor_deltas" if student.dense is None else "bbox_pred")
     # With DISTILL.TEACHER.SCALE, the teacher is described in pixels of the student's images.
-    if cfg.DISTILL.TEACHER.SCALE == 1 and any(ours[name] != theirs[name] for name in copied):
+    if predicts_from_anchors and have_other_anchors and cfg.DISTILL.TEACHER.SCALE == 1:
         differ.append("MODEL.ANCHOR_GENERATOR")
     if differ:
         logger.warning(
@@ -128,3 +129,7 @@ def _warn_of_other_boxes(cfg: CfgNode, student: DetectorSpec, teacher: DetectorS
             "student's first boxes are wrong. Give both the same values.",
             " and ".join(differ),
         )
+
+
+def _has_layer(names: Sequence[str], layer: str) -> bool:
+    return any(name.endswith(f"{layer}.weight") for name in names)

@@ -16,8 +16,8 @@ from ..detectors import build_adapter, find_adapter
 from ..errors import GDetKDError
 from ..safe_load import read_weights
 from ..structures import DetectorSpec, with_class_names
-from ..teacher import FrozenTeacher
-from .class_checks import check_class_order, check_classes, check_transfer
+from ..teacher import FrozenTeacher, transferable
+from .class_checks import check_class_order, check_classes, check_transfer, warn_of_other_boxes
 
 logger = logging.getLogger(__name__)
 
@@ -226,4 +226,5 @@ def check_student(cfg: CfgNode, student: nn.Module, teacher: Optional[FrozenTeac
     spec = with_class_names(spec, class_names(cfg))
     if cfg.DISTILL.HEAD_TRANSFER and teacher is not None:
         check_transfer(cfg, spec, teacher.spec)
+        warn_of_other_boxes(cfg, transferable(teacher.model, student), spec, teacher.spec)
     return spec

@@ -88,7 +88,7 @@ class StudentCheckpointer(DurableCheckpointer):
         """Return what is wrong with the weights that the backbone starts from. Nothing else would show it.
 
         - MODEL.WEIGHTS is given, but leaves tensors of the backbone out. Detectors' and classifiers' files hold them.
-        - A tensor is frozen, although no file has set it.
+        - A tensor of the backbone is frozen, although no file has set it.
         - The student's images are not those that the backbone's ImageNet weights expect.
 
         Args:
@@ -102,7 +102,9 @@ class StudentCheckpointer(DurableCheckpointer):
                 f"MODEL.WEIGHTS {path!r} leaves {len(left)} tensors of the student's backbone as they were initialised "
                 f"({left[0]}, ...). Check that the file belongs to {self._backbone_node()}."
             )
-        never_set = sorted(_frozen(self.model).intersection(self.unloaded))
+        reported = left if path else []
+        frozen = _frozen_in_backbone(self.model)
+        never_set = [name for name in self.unloaded if name in frozen and name not in reported]
         if never_set:
             problems.append(
                 f"{len(never_set)} tensors of the student ({some(never_set)}) are frozen, but no file sets them, so "
@@ -123,10 +125,10 @@ class StudentCheckpointer(DurableCheckpointer):
         return "" if bottom_up is None else f" ImageNet weights of the backbone belong into {bottom_up.key}."
 
 
-def _frozen(model: nn.Module) -> Set[str]:
-    """Return the names of the parameters that are not trained, and of the tensors of frozen norms."""
+def _frozen_in_backbone(model: nn.Module) -> Set[str]:
+    """Return the names of the backbone's parameters that are not trained, and of the tensors of its frozen norms."""
     names = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for path, module in model.named_modules():
         if type(module).__name__.startswith("FrozenBatchNorm"):  # of Detectron2, torchvision or timm
             names.update(f"{path}.{name}" for name in module.state_dict())
-    return names
+    return {name for name in names if name.startswith("backbone.")}

@@ -41,7 +41,8 @@ class FinishedRun:
         self.cfg: CfgNode = load_config(str(self.folder / "config.yaml"), ["OUTPUT_DIR", str(folder)])
         if not torch.cuda.is_available():
             self.cfg.MODEL.DEVICE = "cpu"
-            self.cfg.DISTILL.TEACHER.DTYPE = "float32"  # float16 needs a GPU
+            if self.cfg.DISTILL.TEACHER.DTYPE == "float16":  # it needs a GPU
+                self.cfg.DISTILL.TEACHER.DTYPE = "float32"
         # SOLVER.REFERENCE_WORLD_SIZE may have changed the number of iterations after the config was written.
         trained = [line["iteration"] for line in MetricsFile(self.folder).lines() if "total_loss" in line]
         if trained:

@@ -29,6 +29,8 @@ class DistillLoss(nn.Module):
             loss needs is not computed.
         chooses_levels: whether the loss weighs the student's levels against each other. If so, it implements
             `level_attention` and has a temperature `tau`.
+        reads_regions_alone: whether the loss reads the teacher's features in regions, and not its whole maps. Then
+            DISTILL.TEACHER.CACHE_MB can pad each image for itself.
         default_weight: default of DISTILL.<name>.WEIGHT, the factor on the term in the total loss.
         default_share: default of DISTILL.<name>.SHARE, the norm of the term's gradient that DISTILL.WEIGHTS "auto" aims
             at, in multiples of that of the student's own losses.
@@ -38,6 +40,7 @@ class DistillLoss(nn.Module):
 
     needs: ClassVar[FrozenSet[str]] = frozenset()
     chooses_levels: ClassVar[bool] = False
+    reads_regions_alone: ClassVar[bool] = False
     default_weight: ClassVar[float] = 1.0
     default_share: ClassVar[float] = 1.0
     without_decay: ClassVar[FrozenSet[str]] = frozenset()

@@ -140,6 +140,7 @@ class CKD(DistillLoss):
 
     default_weight = 0.5  # source: a re-implementation
     needs = frozenset({"embeddings"})
+    reads_regions_alone = True
 
     @classmethod
     def add_keys(cls, node: CfgNode) -> None:

@@ -89,6 +89,7 @@ class REG(DistillLoss):
     default_weight = 1.0  # source: our choice
     default_share = 0.4  # source: our choice (docs/weights.md)
     needs = frozenset({"logits", "deltas"})
+    reads_regions_alone = True
 
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__()

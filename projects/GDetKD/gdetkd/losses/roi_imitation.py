@@ -85,6 +85,7 @@ class ROIFI(DistillLoss):
 
     default_weight = 1.0  # source: our choice
     needs = frozenset({"pooled", "levels"})
+    reads_regions_alone = True
 
     @classmethod
     def add_keys(cls, node: CfgNode) -> None:

@@ -151,6 +151,7 @@ class SGFI(DistillLoss):
     default_weight = 1.0  # source: a re-implementation
     default_share = 4.0  # source: our choice (docs/weights.md)
     needs = frozenset({"pooled"})
+    reads_regions_alone = True
     chooses_levels = True
     without_decay = frozenset({"log_tau"})  # weight decay would pull the temperature towards 1
 

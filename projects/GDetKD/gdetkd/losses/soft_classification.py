@@ -99,6 +99,7 @@ class CLS(DistillLoss):
     default_weight = 1.0  # source: our choice
     default_share = 2.0  # source: our choice (docs/weights.md)
     needs = frozenset({"logits"})
+    reads_regions_alone = True
 
     def __init__(self, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> None:
         super().__init__()

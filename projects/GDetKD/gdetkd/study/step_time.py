@@ -102,7 +102,8 @@ class _Stepper(DistillTrainer):
         epoch = math.ceil(loader.description["images"] / self.cfg.SOLVER.IMS_PER_BATCH)
         for index, batch in enumerate(islice(loader, self.cfg.SOLVER.MAX_ITER)):
             misses, start = teacher.cache.misses, now()
-            teacher.extract(images_on_device(teacher.with_cache_keys(batch), self.distiller.device))
+            batch = images_on_device(teacher.with_cache_keys(batch), self.distiller.device)
+            teacher.extract(batch, self.distiller.reads_regions_alone)
             is_new = teacher.cache.misses > misses
             seconds += now() - start if is_new else 0.0
             without_new = 0 if is_new else without_new + 1

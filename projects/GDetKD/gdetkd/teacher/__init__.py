@@ -1,7 +1,7 @@
 from .base import TeacherFile
 from .files import read_teacher_file
 from .frozen import FrozenTeacher
-from .head_transfer import transfer_heads
+from .head_transfer import transfer_heads, transferable
 from .weights import CompleteCheckpointer, load_weights
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     "load_weights",
     "read_teacher_file",
     "transfer_heads",
+    "transferable",
 ]

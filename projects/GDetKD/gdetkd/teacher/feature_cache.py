@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from typing import Callable, Dict, Sequence
+from typing import Callable, Dict, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 logger = logging.getLogger(__name__)
 
 Features = Dict[str, torch.Tensor]
+Key = Tuple[bytes, Tuple[int, ...]]
 
 
 def key_of(image: torch.Tensor) -> bytes:
@@ -27,8 +28,7 @@ class FeatureCache:
     """Keep features in main memory by the pixels of the image, up to a limit.
 
     A frozen teacher has the same features for the same image. With a fixed image size and random flips, an image comes
-    in two views only, so most of a training needs no pass through the teacher's backbone. Each image is padded for
-    itself, so that its features do not depend on the other images in its batch.
+    in two views only, so most of a training needs no pass through the teacher's backbone.
 
     When the limit is reached, the features that are kept stay. To drop the oldest ones would be useless, because the
     images of an epoch come in turn.
@@ -44,38 +44,40 @@ class FeatureCache:
     def __init__(self, megabytes: float) -> None:
         self._free = megabytes * 1e6  # bytes
         self.is_full = False
-        self._kept: Dict[bytes, Features] = {}
+        self._kept: Dict[Key, Features] = {}
         self.hits = self.misses = 0
 
-    def features(self, keys: Sequence[bytes], compute: Callable[[int], Features], device: torch.device) -> Features:
+    def features(
+        self, images: Sequence[torch.Tensor], keys: Sequence[bytes], compute: Callable[[torch.Tensor], Features]
+    ) -> Features:
         """Return the features of a batch by name, (images, C, H, W).
 
-        A map is as large as the largest of the images needs. The maps of smaller images are 0 at the right and at the
-        bottom.
-
         Args:
-            keys: by image, what `key_of` returned.
-            compute: returns the features (1, C, h, w) of an image, by its place in the batch.
-            device: where the returned features are.
+            images: (1, 3, height, width) each, preprocessed and padded, on the device. If they differ in size, the maps
+                of smaller images are 0 at the right and at the bottom.
+            keys: by image, what `key_of` returned for the image before that.
+            compute: runs the backbone. It gets one image at a time, so that the features of an image do not depend on
+                the others in its batch, and a resumed run is exact.
         """
-        found = [self._features(key, place, compute) for place, key in enumerate(keys)]
-        return {name: _joined([features[name] for features in found], device) for name in found[0]}
+        found = [self._features(image, key, compute) for image, key in zip(images, keys)]
+        return {name: _joined([features[name] for features in found]) for name in found[0]}
 
-    def _features(self, key: bytes, place: int, compute: Callable[[int], Features]) -> Features:
-        if key in self._kept:
+    def _features(self, image: torch.Tensor, key: bytes, compute: Callable[[torch.Tensor], Features]) -> Features:
+        place = key, tuple(image.shape)  # padding has an effect on the features
+        if place in self._kept:
             self.hits += 1
-            return self._kept[key]
+            return {name: kept.to(image.device, non_blocking=True) for name, kept in self._kept[place].items()}
         self.misses += 1
-        features = compute(place)
-        self._keep(key, features)
+        features = compute(image)
+        self._keep(place, features)
         return features
 
-    def _keep(self, key: bytes, features: Features) -> None:
+    def _keep(self, place: Key, features: Features) -> None:
         size = size_of(features)
         if size <= self._free:
             self._free -= size
             # A copy of its own: a part of a larger tensor would keep all of it in memory.
-            self._kept[key] = {
+            self._kept[place] = {
                 name: feature_map.detach().to("cpu", copy=True) for name, feature_map in features.items()
             }
         elif not self.is_full:
@@ -93,8 +95,9 @@ class FeatureCache:
         return share
 
 
-def _joined(maps: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Join maps (1, C, h, w) of several sizes on a device, with zeros at the right and at the bottom."""
+def _joined(maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join maps (1, C, h, w) of an image each. Smaller maps get zeros at the right and at the bottom."""
+    if len({level.shape for level in maps}) == 1:
+        return torch.cat(list(maps))
     height, width = (max(level.shape[side] for level in maps) for side in (2, 3))
-    on_device = [level.to(device, non_blocking=True) for level in maps]
-    return torch.cat([F.pad(level, (0, width - level.shape[3], 0, height - level.shape[2])) for level in on_device])
+    return torch.cat([F.pad(level, (0, width - level.shape[3], 0, height - level.shape[2])) for level in maps])

@@ -78,24 +78,28 @@ class FrozenTeacher:
         return self.look_at(self.extract(batched_inputs), regions, needs, later_regions)
 
     @torch.no_grad()
-    def extract(self, batched_inputs: List[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
+    def extract(self, batched_inputs: List[Dict[str, Any]], for_regions_alone: bool = False) -> Dict[str, torch.Tensor]:
         """Run the teacher's backbone on a training batch. This depends on nothing that the student computes.
 
         Args:
             batched_inputs: the student's inputs, in the student's channel order, not normalised.
+            for_regions_alone: whether only features in regions will be read. Then the cache has a view of an image for
+                all batches: the image is padded for itself, and the maps are 0 in the rest of the batch's padding.
 
         Returns:
             the backbone's features by name. On a stream of its own, they are ready only for `look_at`.
         """
         keys = [inputs[CACHE_KEY] for inputs in batched_inputs if CACHE_KEY in inputs]
         with self._stream:
-            if self.cache is not None and len(keys) == len(batched_inputs):
-                views = [[inputs] for inputs in batched_inputs]
-                return self.cache.features(keys, lambda place: self._run_backbone(views[place]), self._device)
-            return self._run_backbone(batched_inputs)
+            if self.cache is None or len(keys) < len(batched_inputs):
+                return self._run_backbone(self.preprocess(batched_inputs).tensor)
+            if for_regions_alone:
+                images = [self.preprocess([inputs]).tensor for inputs in batched_inputs]
+            else:
+                images = list(self.preprocess(batched_inputs).tensor.split(1))
+            return self.cache.features(images, keys, self._run_backbone)
 
-    def _run_backbone(self, batched_inputs: List[Dict[str, Any]]) -> Features:
-        images = self.preprocess(batched_inputs).tensor
+    def _run_backbone(self, images: torch.Tensor) -> Features:
         images = images.to(self._dtype).contiguous(memory_format=torch.channels_last)
         with self._autocast():
             return self.adapter.extract(images)

@@ -15,6 +15,20 @@ NOT_HEADS = ("backbone.", "pixel_")
 CLASS_FREQUENCIES = "fed_loss_cls_weights"
 
 
+def transferable(teacher: nn.Module, student: nn.Module) -> List[str]:
+    """Return the names of the tensors that `transfer_heads` copies."""
+    source = teacher.state_dict()
+    return [
+        name
+        for name, tensor in student.state_dict().items()
+        if _is_in_head(name) and name in source and source[name].shape == tensor.shape
+    ]
+
+
+def _is_in_head(name: str) -> bool:
+    return not (name.startswith(NOT_HEADS) or name.endswith(CLASS_FREQUENCIES))
+
+
 def transfer_heads(teacher: nn.Module, student: nn.Module) -> List[str]:
     """Copy the teacher's heads to the student, in place. Tensors are copied if name and shape agree.
 
@@ -24,16 +38,11 @@ def transfer_heads(teacher: nn.Module, student: nn.Module) -> List[str]:
     Raises:
         GDetKDError: no tensor agrees.
     """
-    source = teacher.state_dict()
-    copied, skipped = [], []
-    for name, tensor in student.state_dict().items():
-        if name.startswith(NOT_HEADS) or name.endswith(CLASS_FREQUENCIES):
-            continue
-        if name in source and source[name].shape == tensor.shape:
-            tensor.copy_(source[name])
-            copied.append(name)
-        else:
-            skipped.append(name)
+    source, own = teacher.state_dict(), student.state_dict()
+    copied = transferable(teacher, student)
+    for name in copied:
+        own[name].copy_(source[name])
+    skipped = [name for name in own if _is_in_head(name) and name not in set(copied)]
     if not copied:
         raise GDetKDError(
             "DISTILL.HEAD_TRANSFER would transfer nothing: no tensor outside the backbones agrees in name and shape "
