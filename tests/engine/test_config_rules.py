@@ -37,6 +37,7 @@ from gdetkd.errors import GDetKDError
         ("INPUT.MIN_SIZE_TEST", -1),
         ("INPUT.MAX_SIZE_TEST", 0),
         ("INPUT.MAX_BAD_FRACTION", 2.0),
+        ("DISTILL.UNTIL", 0.0),
         ("DISTILL.WEIGHTS", "learned"),
         ("DISTILL.AUTO.PERIOD", 0),
         ("DISTILL.AUTO.MOMENTUM", 1.0),

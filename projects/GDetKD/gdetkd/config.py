@@ -80,6 +80,9 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     cfg.DISTILL.LOSSES = ()
     # Copy the teacher's weights to the student before training, except the backbone's, if name and shape agree.
     cfg.DISTILL.HEAD_TRANSFER = False
+    # Share of the iterations in which the student is distilled. After them it trains alone, without the teacher, and a
+    # step is as cheap as a plain one (docs/performance.md). Source: our choice. 1: all iterations, as in the paper.
+    cfg.DISTILL.UNTIL = 1.0
     # Evaluate the teacher once before training, and log its AP beside the student's.
     cfg.DISTILL.EVAL_TEACHER = False
 

@@ -15,6 +15,7 @@ from .detectors import DetectorAdapter, build_adapter
 from .device import images_on_device, objects_on_device
 from .errors import GDetKDError
 from .losses import DistillLoss, build_losses
+from .losses.build import sum_of_zeros
 from .mixture import Mixture, shared_pyramid
 from .recorder import Recorder
 from .structures import DetectorOutputs, joined, with_class_names
@@ -40,6 +41,7 @@ class GDetKD(nn.Module):
             student.
         mixture: joins the student's losses on images with and without labels.
         reads_regions_alone: whether all losses read the teacher's features in regions, and none reads whole maps.
+        distils: whether the next training step has distillation terms. The trainer sets it by DISTILL.UNTIL.
 
     Raises:
         GDetKDError: teacher, student and losses do not fit together.
@@ -75,7 +77,13 @@ class GDetKD(nn.Module):
         self.mixture = Mixture(
             cfg.DISTILL.UNLABELED.WEIGHT, self.adapter.losses_are_means if self.adapter is not None else True
         )
+        self.distils = True
         self._to_compute: List[str] = []
+
+    @property
+    def terms(self) -> List[str]:
+        """Return the names of the distillation terms of the next training step."""
+        return [term_name(name) for name in self.losses] if self.distils else []
 
     @property
     def device(self) -> torch.device:
@@ -91,17 +99,18 @@ class GDetKD(nn.Module):
         # A training pass without gradients comes from PreciseBN, which concerns the student alone.
         if not self.training or self.adapter is None or not torch.is_grad_enabled():
             return self.student(batched_inputs)
-        self._to_compute = list(self.losses)
-        if self.losses:
+        distils = self.distils and bool(self.losses)
+        self._to_compute = list(self.losses) if distils else []
+        if distils:
             batched_inputs = self.teacher.with_cache_keys(batched_inputs)
         parts = split_batch(images_on_device(batched_inputs, self.device))
         batch = [inputs for part in parts for inputs in part]
-        if self.losses:
+        if distils:
             # First: a GPU can work on it while the student starts.
             features = self.teacher.extract(batch, self.reads_regions_alone)
-        losses, student = self._run_student(parts)
-        if not self.losses:
-            return losses
+        losses, student = self._run_student(parts, distils)
+        if not distils:
+            return self._reaching_all_parameters(losses)
         later_regions = [stage.regions for stage in student.later_stages]
         teacher = self.teacher.look_at(features, student.regions, self._needs, later_regions)
         _check_filled(self._needs, student, teacher)
@@ -111,27 +120,37 @@ class GDetKD(nn.Module):
         return losses
 
     def _run_student(
-        self, parts: Sequence[List[Dict[str, Any]]]
+        self, parts: Sequence[List[Dict[str, Any]]], distils: bool
     ) -> Tuple[Dict[str, torch.Tensor], Optional[DetectorOutputs]]:
         """Return the student's own losses, and what the distillation terms read."""
         if len(parts) == 1:
-            return self._record(parts[0])
+            return self._record(parts[0], distils)
         with shared_pyramid(self.student, parts) as pyramid:
-            losses, outputs = zip(*(self._record(part) for part in parts))
-        return self.mixture.join(parts, losses), joined(outputs, pyramid) if self.losses else None
+            losses, outputs = zip(*(self._record(part, distils) for part in parts))
+        return self.mixture.join(parts, losses), joined(outputs, pyramid) if distils else None
 
-    def _record(self, batch: List[Dict[str, Any]]) -> Tuple[Dict[str, torch.Tensor], Optional[DetectorOutputs]]:
+    def _record(
+        self, batch: List[Dict[str, Any]], distils: bool
+    ) -> Tuple[Dict[str, torch.Tensor], Optional[DetectorOutputs]]:
         with ExitStack() as stack:
             if is_unlabeled(batch[0]):
                 stack.enter_context(self.adapter.ignoring(doubtful_boxes(batch, self.device)))
             calls = stack.enter_context(Recorder(self.adapter.points()))
             losses = self.student(batch)
-        if not self.losses:
+        if not distils:
             return losses, None
         batch = objects_on_device(batch, self.device)
         outputs = self.adapter.observe(calls, batch)
         outputs.gt_boxes = [inputs["instances"].gt_boxes for inputs in batch]
         return losses, outputs
+
+    def _reaching_all_parameters(self, losses: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """Return the losses of a step without distillation, with a gradient of 0 for the parameters of the terms.
+
+        Otherwise DDP would wait for these gradients.
+        """
+        zero = sum_of_zeros(self.losses.parameters())
+        return {name: loss + zero if place == 0 else loss for place, (name, loss) in enumerate(losses.items())}
 
     def join_exchanges(self) -> None:
         """Take part in the collectives of the losses that a failed forward pass did not reach."""

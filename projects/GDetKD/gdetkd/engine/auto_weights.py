@@ -97,6 +97,8 @@ class AutoWeights:
     def measure(self, losses: Mapping[str, torch.Tensor], iteration: int) -> Dict[str, float]:
         """Return the measured norms and cosines, or an empty dict if no measurement is due at this iteration.
 
+        None is due if `losses` has no term, as after DISTILL.UNTIL.
+
         Every process returns the same keys, because the values are averaged over the processes. So a gradient that is
         not finite gives a norm that is not finite, and a forward pass that failed gives NaN for all values.
 
@@ -104,6 +106,8 @@ class AutoWeights:
             losses: the losses of this step. The terms have no weight.
         """
         features, self._features = self._features, []
+        if not any(term in losses for term in self._shares):
+            return {}
         if iteration >= FIRST_STEPS and (iteration + 1) % self._period:
             return {}
         names = [OWN, *self._shares]

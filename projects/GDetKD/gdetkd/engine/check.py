@@ -243,12 +243,15 @@ class Check:
         models = {"plain": self._student, "step": self._trainer.model.train()}
         with _without_cache(self._teacher):  # it holds the views of these batches, unlike in a training
             plain, step = measure_steps(models, batches, cfg.SOLVER.AMP.ENABLED).values()
-        hours = step.seconds * cfg.SOLVER.MAX_ITER / 3600
+        share = cfg.DISTILL.UNTIL if self._trainer.schedule.terms else 1.0
+        hours = (plain.seconds + share * (step.seconds - plain.seconds)) * cfg.SOLVER.MAX_ITER / 3600
         end = f"{hours:.1f} h" if hours >= 2 else f"{60 * hours:.0f} min"
         lines = [
             f"A step of {cfg.SOLVER.IMS_PER_BATCH} images: {_cost(step)}; of the student alone: {_cost(plain)}.",
             f"{cfg.SOLVER.MAX_ITER} iterations take {end}, without loading data and evaluating.",
         ]
+        if share < 1:
+            lines.append(f"After {share:.0%} of them the student trains alone (DISTILL.UNTIL).")
         if self._teacher is not None and self._teacher.cache is not None:
             lines.append(
                 "These steps run the teacher's backbone. Steps on views that DISTILL.TEACHER.CACHE_MB keeps are faster."

@@ -89,6 +89,7 @@ RULES = (
     Rule("INPUT.MAX_BAD_FRACTION", lambda value: _is_finite(value) and 0 <= value <= 1, "a share from 0 to 1"),
     Rule("DISTILL.UNLABELED.FRACTION", lambda value: _is_finite(value) and 0 < value < 1, "between 0 and 1"),
     Rule("DISTILL.UNLABELED.WEIGHT", _at_least(0), "0 or more"),
+    Rule("DISTILL.UNTIL", lambda value: _is_finite(value) and 0 < value <= 1, "a share above 0 and up to 1"),
     Rule("DISTILL.WEIGHTS", lambda value: value in ("fixed", "auto"), '"fixed" or "auto"'),
     Rule("DISTILL.AUTO.PERIOD", _at_least(1), "1 or more iterations between two measurements"),
     Rule("DISTILL.AUTO.MOMENTUM", lambda value: _is_finite(value) and 0 <= value < 1, "0 or more and below 1"),

@@ -1,6 +1,6 @@
 """Turn a forward pass with non-finite values into a step that all processes can skip."""
 
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Dict, Iterator, List
 
 import torch
 from detectron2.structures import Boxes
@@ -29,17 +29,15 @@ class ForwardGuard(nn.Module):
     Args:
         model: the model that is trained.
         student: the plain detector in the model, or `model` itself.
-        terms: names of the distillation terms among the losses.
 
     Attributes:
         failure: why the last forward pass failed; empty if it did not.
     """
 
-    def __init__(self, model: nn.Module, student: nn.Module, terms: Sequence[str] = ()) -> None:
+    def __init__(self, model: nn.Module, student: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.failure = ""
-        self._terms = list(terms)
         self._features: List[torch.Tensor] = []
         self._can_take_part = comm.get_world_size() == 1 or not _exchanges_beside_backbone(model, student)
         if isinstance(getattr(student, "backbone", None), nn.Module):
@@ -81,7 +79,7 @@ class ForwardGuard(nn.Module):
         # The loss includes the features: the backward pass of SyncBN in the backbone waits for every process.
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         loss = sum_of_zeros([*parameters, *self._features]) + float("nan")
-        return {name: loss for name in [BROKEN, *self._terms]}
+        return {name: loss for name in [BROKEN, *getattr(self.model, "terms", ())]}
 
 
 def is_about_nonfinite(error: Exception) -> bool:

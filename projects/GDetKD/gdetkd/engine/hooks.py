@@ -11,6 +11,7 @@ from detectron2.engine.hooks import BestCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
+from ..distiller import GDetKD
 from ..random_state import get_random_state, set_random_state
 from ..safe_load import DamagedFileError, read_weights
 from .checkpoint import DurableCheckpointer
@@ -68,6 +69,24 @@ class RandomState(HookBase):
             comm.get_world_size(),
             processes,
         )
+
+
+class DistilUntil(HookBase):
+    """Let a distiller distil in the first iterations. After them the student trains alone.
+
+    Args:
+        share: share of SOLVER.MAX_ITER in which the student is distilled.
+    """
+
+    def __init__(self, distiller: GDetKD, share: float) -> None:
+        self._distiller = distiller
+        self._share = share
+
+    def before_step(self) -> None:
+        distils = self.trainer.iter < self._share * self.trainer.cfg.SOLVER.MAX_ITER
+        if self._distiller.distils and not distils:
+            logger.info("From iteration %d on, the student trains without distillation.", self.trainer.iter)
+        self._distiller.distils = distils
 
 
 class Stopwatch(HookBase):

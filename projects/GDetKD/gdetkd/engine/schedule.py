@@ -69,6 +69,8 @@ class LossSchedule:
         storage = get_event_storage()
         if self._auto is not None:
             self._gradients = self._auto.measure(output, storage.iter)
+        if not any(name in output for name in self._nodes):  # after DISTILL.UNTIL
+            return None
         weighted = self(output, storage.iter)
         # A student's loss may have the shape (1,), so it is summed.
         total = torch.stack([loss.detach().sum() for loss in weighted.values()]).sum()

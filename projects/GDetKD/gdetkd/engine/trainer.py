@@ -36,7 +36,7 @@ from .forward_guard import ForwardGuard
 from .forward_state import share_statistics
 from .guard import StepGuard
 from .hook_order import order_hooks
-from .hooks import RandomState, TolerantWriter
+from .hooks import DistilUntil, RandomState, TolerantWriter
 from .loss_scalars import LossScalars
 from .optimizer import build_optimizer, exempt_from_decay
 from .optimizer_step import GuardedAMPTrainer, GuardedTrainer, StepAgreement
@@ -90,7 +90,7 @@ class DistillTrainer(BareTrainer):
         data_loader = self.build_train_loader(cfg)
         auto = AutoWeights(cfg, self.student) if cfg.DISTILL.WEIGHTS == "auto" and cfg.DISTILL.LOSSES else None
         self.schedule = LossSchedule(cfg, auto)
-        self.guarded_model = ForwardGuard(model, self.student, self.schedule.terms)
+        self.guarded_model = ForwardGuard(model, self.student)
         model = _distributed(self.guarded_model)
         self.schedule.attach(model)
         trainer_class = GuardedAMPTrainer if cfg.SOLVER.AMP.ENABLED else GuardedTrainer
@@ -194,6 +194,8 @@ class DistillTrainer(BareTrainer):
         self._guard = StepGuard(self.cfg.DISTILL.SKIP_NONFINITE, random_state)
         self._patience = Patience(self.cfg, random_state)
         hooks = order_hooks(super().build_hooks(), self, self._request, random_state, self._evaluate, self._patience)
+        if self.distiller is not None and self.distiller.losses:
+            hooks.append(DistilUntil(self.distiller, self.cfg.DISTILL.UNTIL))
         extra = [hooks_of(self) for hooks_of in EXTENSIONS]
         for hook in [hook for hooks_to_add in extra for hook in hooks_to_add.before_writers]:
             hooks = _before_writers(hooks, hook)

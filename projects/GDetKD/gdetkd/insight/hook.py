@@ -66,6 +66,8 @@ class Insight(HookBase):
         # Detectron2 estimates BatchNorm statistics (TEST.PRECISE_BN) with forward passes that have no gradient.
         if not model.training or not torch.is_grad_enabled() or not self._is_due(self.trainer.iter + 1):
             return
+        if not self._distiller.distils:
+            return
         # Every process takes part, because the backward pass of SyncBN waits for all of them.
         self._gradients = term_gradients(losses, self._schedule.terms, self._parameters, self.trainer.loss_scale)
 

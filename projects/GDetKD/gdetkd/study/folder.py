@@ -43,7 +43,7 @@ def deciding_keys(dump: str) -> Dict[str, Any]:
     losses = flat["DISTILL.LOSSES"]
     unused = tuple(f"DISTILL.{name}." for name, _ in DISTILL_LOSS_REGISTRY if name not in losses)
     if not losses:
-        unused += ("DISTILL.REGIONS.", "DISTILL.WARMUP_ITERS")
+        unused += ("DISTILL.REGIONS.", "DISTILL.UNTIL", "DISTILL.WARMUP_ITERS")
         if not flat["DISTILL.HEAD_TRANSFER"]:
             unused += ("DISTILL.TEACHER.", "DISTILL.CLASS_MAP")
     unused += tuple(f"DISTILL.{name}" for name in _unread_weights(flat, losses))
@@ -54,6 +54,8 @@ def deciding_keys(dump: str) -> Dict[str, Any]:
         unused += ("DISTILL.UNLABELED.", "DATASETS.UNLABELED")
     if not flat.get("TEST.PATIENCE"):
         unused += ("TEST.PATIENCE",)
+    if flat.get("DISTILL.UNTIL", 1.0) == 1:
+        unused += ("DISTILL.UNTIL",)
     return {key: value for key, value in flat.items() if not key.startswith((*WITHOUT_EFFECT, *unused))}
 
 

@@ -100,7 +100,8 @@ class _Stepper(DistillTrainer):
             return 0.0, 0
         loader, seconds, without_new = self.build_train_loader(self.cfg), 0.0, 0
         epoch = math.ceil(loader.description["images"] / self.cfg.SOLVER.IMS_PER_BATCH)
-        for index, batch in enumerate(islice(loader, self.cfg.SOLVER.MAX_ITER)):
+        distilled = math.ceil(self.cfg.DISTILL.UNTIL * self.cfg.SOLVER.MAX_ITER)
+        for index, batch in enumerate(islice(loader, distilled)):
             misses, start = teacher.cache.misses, now()
             batch = images_on_device(teacher.with_cache_keys(batch), self.distiller.device)
             teacher.extract(batch, self.distiller.reads_regions_alone)
@@ -145,7 +146,9 @@ def measure_pair(baseline: CfgNode, method: CfgNode, rounds: int = ROUNDS, warm_
         seconds = time_in_rounds(works, rounds, warm_up)
     step = statistics.median(seconds["baseline"])
     once = filling / (step * method.SOLVER.MAX_ITER)
-    ratios = [method / baseline for baseline, method in zip(seconds["baseline"], seconds["method"])]
+    # All measured steps of the method distil. After DISTILL.UNTIL, its steps are those of the baseline.
+    pairs = zip(seconds["baseline"], seconds["method"])
+    ratios = [1 + method.DISTILL.UNTIL * (distilled / plain - 1) for plain, distilled in pairs]
     low, ratio, high = (quartile + once for quartile in statistics.quantiles(ratios, n=4))
     return StepTime(
         round(ratio, 4),
