@@ -12,6 +12,8 @@ from detectron2.utils.events import EventStorage
 from conftest import ALL_LOSSES, make_batch, make_cfg
 from gdetkd import DistillTrainer, GDetKD
 from gdetkd.engine.check import Check
+from gdetkd.errors import GDetKDError
+from gdetkd.study.comparison import Comparison
 from gdetkd.study.folder import deciding_keys
 from gdetkd.study.step_time import measure_pair
 from test_feature_cache import counted
@@ -126,6 +128,24 @@ def test_the_time_of_a_step_is_the_mean_over_the_iterations(distill_cfg, monkeyp
     plain = distill_cfg({"DISTILL.LOSSES": ()})
     ratios = [measure_pair(plain, distill_cfg({"DISTILL.UNTIL": share})).ratio for share in (1.0, 0.5, 0.25)]
     assert ratios == [1.6, 1.3, 1.15]
+
+
+def test_a_time_that_is_not_known_is_refused(distill_cfg, tmp_path):
+    (tmp_path / "c.yaml").write_text(distill_cfg({"DISTILL.UNTIL": 0.5, "DATASETS.TEST": ("tiny",)}).dump())
+    opts = ["TEST.PATIENCE", "2"]
+    Comparison(str(tmp_path / "c.yaml"), opts, tmp_path, ["GDetKD"])
+    Comparison(str(tmp_path / "c.yaml"), [], tmp_path, ["GDetKD"], equal_time=True)
+    with pytest.raises(GDetKDError, match="Equal time is unknown .*DISTILL.UNTIL below 1"):
+        Comparison(str(tmp_path / "c.yaml"), opts, tmp_path, ["GDetKD"], equal_time=True)
+
+
+def test_nothing_is_logged_of_losses_that_are_no_longer_computed(distill_cfg):
+    keys = {"DISTILL.TEACHER.CACHE_MB": 10, "SOLVER.MAX_ITER": 40, "SOLVER.BASE_LR": 1e-5, "TEST.EVAL_PERIOD": 0}
+    for until, last in ((1.0, 39), (0.5, 19)):
+        trainer = made(distill_cfg({**keys, "DISTILL.UNTIL": until}))
+        train(trainer)
+        latest = trainer.storage.latest()
+        assert latest["teacher/kept"][1] == latest["sgfi/attention"][1] == last and latest["teacher/kept"][0] > 0
 
 
 def test_the_check_says_it(distill_cfg):

@@ -1,6 +1,7 @@
 """Keep random states for resume, the training time and the best checkpoint, and survive a full disk."""
 
 import logging
+import math
 import os
 import time
 from typing import Any, Callable, Dict, List, Optional
@@ -83,9 +84,10 @@ class DistilUntil(HookBase):
         self._share = share
 
     def before_step(self) -> None:
-        distils = self.trainer.iter < self._share * self.trainer.cfg.SOLVER.MAX_ITER
+        end = math.ceil(self._share * self.trainer.cfg.SOLVER.MAX_ITER)
+        distils = self.trainer.iter < end
         if self._distiller.distils and not distils:
-            logger.info("From iteration %d on, the student trains without distillation.", self.trainer.iter)
+            logger.info("From iteration %d on, the student trains without distillation.", end)
         self._distiller.distils = distils
 
 

@@ -13,7 +13,7 @@ class LossScalars(HookBase):
     """Log `DistillLoss.scalars` of every loss, such as "sgfi/attention", the schedule's weights, and the share of the
     teacher's features that were kept from earlier steps.
 
-    The hook must stand before the hook that writes metrics.
+    After DISTILL.UNTIL there is nothing to log. The hook must stand before the hook that writes metrics.
     """
 
     def __init__(self, distiller: GDetKD, schedule: LossSchedule) -> None:
@@ -21,7 +21,7 @@ class LossScalars(HookBase):
         self._schedule = schedule
 
     def after_step(self) -> None:
-        if (self.trainer.iter + 1) % PERIOD:
+        if (self.trainer.iter + 1) % PERIOD or not self._distiller.distils:
             return
         scalars = self._schedule.scalars()
         for loss_name, loss in self._distiller.losses.items():

@@ -102,6 +102,11 @@ class Comparison:
         self.opts = [*self.opts, *for_one_process(load_config(self.config_file, self.opts))]
         self.cfg = load_config(self.config_file, self.opts)
         _check(self.cfg, self.config_file, self.methods)
+        if self.equal_time and self.cfg.TEST.PATIENCE and self.cfg.DISTILL.UNTIL < 1:
+            raise GDetKDError(
+                "Equal time is unknown if a training may end early (TEST.PATIENCE) and a part of it is cheaper "
+                "(DISTILL.UNTIL below 1). Set one of the two to its default, or leave out --equal-time."
+            )
         self.runs: Dict[Key, List[Run]] = {
             (method, schedule): [self._run(method, schedule, seed) for seed in self.seeds]
             for schedule in self.schedules

@@ -146,7 +146,7 @@ def measure_pair(baseline: CfgNode, method: CfgNode, rounds: int = ROUNDS, warm_
         seconds = time_in_rounds(works, rounds, warm_up)
     step = statistics.median(seconds["baseline"])
     once = filling / (step * method.SOLVER.MAX_ITER)
-    # All measured steps of the method distil. After DISTILL.UNTIL, its steps are those of the baseline.
+    # All measured steps of the method distil. After DISTILL.UNTIL, its steps are taken to last as long as a plain one.
     pairs = zip(seconds["baseline"], seconds["method"])
     ratios = [1 + method.DISTILL.UNTIL * (distilled / plain - 1) for plain, distilled in pairs]
     low, ratio, high = (quartile + once for quartile in statistics.quantiles(ratios, n=4))
