@@ -40,8 +40,7 @@ def check_train_labels(cfg: CfgNode, dicts: List[Item], name: str) -> None:
         _check_share_with_masks(cfg, key, dicts, name)
     if _has(cfg, "MASK_ON"):
         _check_mask_format(cfg, dicts, name)
-        without_crowds = [{**image, "annotations": _objects([image])} for image in dicts]
-        _check_mask_sizes(without_crowds, name)
+        _check_mask_sizes([_with_annotations(image, _objects([image])) for image in dicts], name)
     if _has(cfg, "KEYPOINT_ON"):
         _check_keypoints(cfg, dicts, name)
         _check_keypoint_names(cfg, name)

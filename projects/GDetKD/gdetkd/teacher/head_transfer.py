@@ -42,7 +42,7 @@ def transfer_heads(teacher: nn.Module, student: nn.Module) -> List[str]:
     copied = transferable(teacher, student)
     for name in copied:
         own[name].copy_(source[name])
-    skipped = [name for name in own if _is_in_head(name) and name not in set(copied)]
+    skipped = [name for name in own if _is_in_head(name) and name not in copied]
     if not copied:
         raise GDetKDError(
             "DISTILL.HEAD_TRANSFER would transfer nothing: no tensor outside the backbones agrees in name and shape "
