@@ -6,6 +6,7 @@
 # make lock         resolves requirements.in into requirements.txt
 # make gpu-pack     packs what `make gpu` needs, into build/gpu
 # make gpu          runs tests/cuda and benchmarks/gpu.py on a machine with a GPU, without a network; OUT=output/gpu
+# make clean        removes .venv, and what `make quickstart` and `make gpu-pack` made
 # make teacher      retrains a teacher of the quickstart (about 20 minutes on 2 cores); TEACHER=FasterRCNN
 
 PAIR ?= faster_rcnn-faster_rcnn_unlabeled
@@ -66,4 +67,4 @@ $(VENV)/.uv: requirements-uv.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) output datasets
+	rm -rf $(VENV) build datasets/gdetkd_shapes output/quickstart

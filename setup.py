@@ -15,7 +15,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.8",
+    python_requires=">=3.9",
     package_dir={"": PACKAGES},
     packages=find_packages(PACKAGES),
     package_data={"gdetkd": ["py.typed", "figures/*.html"]},
