@@ -183,10 +183,15 @@ def tiny_dataset(tmp_path_factory) -> Path:
     return folder
 
 
+def example_in(page: str) -> str:
+    """Return the first Python example of a page in docs/."""
+    text = (Path(__file__).resolve().parents[1] / "docs" / page).read_text()
+    return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+
+
 def run_example(page: str) -> None:
     """Run the first Python example of a page in docs/, as a user would paste it."""
-    text = (Path(__file__).resolve().parents[1] / "docs" / page).read_text()
-    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {"__name__": "example"})
+    exec(example_in(page), {"__name__": "example"})
 
 
 def write_coco(folder: Path, count: int, name: str = "tiny", seed: int = 0, masks: bool = False) -> None:

@@ -22,6 +22,7 @@ FLOORS = (
         "random_state",
         "recorder",
         "structures",
+        "user_modules",
     ),
     ("figures", "inference", "mixture", "regions", "safe_load", "weights_layout"),
     ("backbones", "detectors", "losses"),

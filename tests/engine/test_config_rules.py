@@ -76,7 +76,11 @@ def test_every_rule_has_an_invalid_value_above():
         ),
         (
             {**DENSE, "DISTILL.STUDENT_META_ARCHITECTURE": "FCOS", "MODEL.FCOS.IN_FEATURES": ["p8"]},
-            "MODEL.FCOS.IN_FEATURES names p8",
+            "MODEL.FCOS.IN_FEATURES names p8.*or start from configs/COCO-Detection/Base-FCOS.yaml",
+        ),
+        (
+            {"DISTILL.HEAD_TRANSFER": True, "DISTILL.TEACHER.CONFIG_FILE": "torchvision:fasterrcnn_resnet50_fpn"},
+            "HEAD_TRANSFER is True, but the classes of a torchvision teacher",
         ),
         (
             DENSE,  # the pyramid of a RetinaNet, in a file that forgets to say so

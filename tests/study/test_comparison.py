@@ -9,7 +9,7 @@ import sys
 import pytest
 from made_up_runs import CONFIG, RATIOS, ROOT, STEP, finish, finished
 
-from conftest import WIDER
+from conftest import WIDER, example_in
 from gdetkd.config_file import load_config
 from gdetkd.data.shapes import CLASSES
 from gdetkd.engine import DistillTrainer
@@ -266,9 +266,10 @@ def test_compare_trains_reports_and_continues_on_a_tiny_pair(distill_cfg, tiny_d
     cfg = distill_cfg({**sets, "DISTILL.LOSSES": ("SGFI",), "SOLVER.MAX_ITER": 2}, teacher=WIDER)
     (tmp_path / "pair.yaml").write_text(cfg.dump())
     command = [ROOT / "tools" / "compare.py", "--config-file", tmp_path / "pair.yaml"]
-    command += ["--methods", "none,PKD", "--seeds", "1", "--jobs", "2", "--output", tmp_path / "out"]
+    command += ["--methods", "none,PEAK", "--seeds", "1", "--jobs", "2", "--output", tmp_path / "out"]
     path = os.pathsep.join([str(ROOT / "projects" / "GDetKD"), os.environ.get("PYTHONPATH", "")])
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    (tmp_path / "my_loss.py").write_text(example_in("losses.md"))
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GDETKD_IMPORT": "my_loss.py"}
 
     def compare():
         done = run_program(*command, environment=environment, cwd=tmp_path)
@@ -276,16 +277,16 @@ def test_compare_trains_reports_and_continues_on_a_tiny_pair(distill_cfg, tiny_d
         return done.stdout
 
     assert "2 runs, 0 of them complete" in compare()
-    kept = (tmp_path / "out" / "step_times" / "PKD.json").read_text()
+    kept = (tmp_path / "out" / "step_times" / "PEAK.json").read_text()
     assert json.loads(kept)["value"]["threads"] == 1
     rows = json.loads((tmp_path / "out" / "report" / "report.json").read_text())["rows"]
-    assert [(row["method"], row["iterations"]) for row in rows] == [("none", 2), ("PKD", 2)]
+    assert [(row["method"], row["iterations"]) for row in rows] == [("none", 2), ("PEAK", 2)]
     assert rows[1]["step_time"] == round(json.loads(kept)["value"]["ratio"], 4) and rows[1]["AP"] is not None
-    ends = [(tmp_path / "out" / "runs" / f"{method}-seed1" / "model_final.pth") for method in ("none", "PKD")]
+    ends = [(tmp_path / "out" / "runs" / f"{method}-seed1" / "model_final.pth") for method in ("none", "PEAK")]
     before = [path.stat().st_mtime for path in ends]
     assert "2 runs, 2 of them complete" in compare()
     assert before == [path.stat().st_mtime for path in ends]
-    assert (tmp_path / "out" / "step_times" / "PKD.json").read_text() == kept
+    assert (tmp_path / "out" / "step_times" / "PEAK.json").read_text() == kept
 
 
 PATIENT = ["TEST.PATIENCE", "2", "TEST.EVAL_PERIOD", "100"]

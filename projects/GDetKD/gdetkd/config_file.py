@@ -16,17 +16,19 @@ from .config_places import Place, places_of_keys
 from .dotted_keys import flat_config, get_key, group_of, take_keys
 from .errors import GDetKDError, similar
 from .old_names import RENAMED_KEYS
+from .user_modules import import_user_modules
 
 # Keys that hold a list of names. A single name is accepted as a list of one.
 LISTS_OF_NAMES = ("DATASETS.TRAIN", "DATASETS.TEST", "DISTILL.LOSSES", "LOG.WRITERS")
 
 
 def load_config(config_file: str, opts: Sequence[Any]) -> CfgNode:
-    """Return the config of a file with KEY VALUE changes.
+    """Return the config of a file with KEY VALUE changes. The user's own modules are imported first: they may add keys.
 
     Raises:
-        GDetKDError: as `merge_config_file` and `merge_words`.
+        GDetKDError: as `import_user_modules`, `merge_config_file` and `merge_words`.
     """
+    import_user_modules()
     cfg = get_cfg()
     add_gdetkd_config(cfg)
     merge_config_file(cfg, config_file)

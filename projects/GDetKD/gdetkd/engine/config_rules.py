@@ -13,6 +13,7 @@ from ..backbones.config import added_levels, node_of, wrong_values
 from ..config import student_architecture
 from ..dotted_keys import get_key
 from ..errors import GDetKDError, similar
+from ..teacher.torchvision_file import PREFIX as TORCHVISION
 from .evaluators import wrong_implementation
 from .trackers import TRACKERS, missing_packages
 
@@ -109,7 +110,8 @@ def check_values(cfg: CfgNode) -> None:
         for rule in RULES
         if not rule.holds(get_key(cfg, rule.key))
     ]
-    _refuse(wrong + _wrong_weights(cfg) + _wrong_patience(cfg) + missing_packages(cfg) + _wrong_parts(cfg))
+    wrong += _wrong_weights(cfg) + _wrong_patience(cfg) + _wrong_transfer(cfg)
+    _refuse(wrong + missing_packages(cfg) + _wrong_parts(cfg))
 
 
 def check_parts(cfg: CfgNode) -> None:
@@ -153,6 +155,16 @@ def _wrong_patience(cfg: CfgNode) -> List[str]:
             "before the end: set it to a number of iterations"
         )
     return wrong
+
+
+def _wrong_transfer(cfg: CfgNode) -> List[str]:
+    """Check the teacher of head transfer. torchvision's classification layers have the background first."""
+    if not (cfg.DISTILL.HEAD_TRANSFER and cfg.DISTILL.TEACHER.CONFIG_FILE.startswith(TORCHVISION)):
+        return []
+    return [
+        "DISTILL.HEAD_TRANSFER is True, but the classes of a torchvision teacher have another order than Detectron2's: "
+        "set it to False"
+    ]
 
 
 def _unknown_names(cfg: CfgNode) -> List[str]:
@@ -212,8 +224,11 @@ def _wrong_levels(cfg: CfgNode) -> List[str]:
 
 
 def _or_another_family(cfg: CfgNode) -> str:
-    """Return a further remedy: whoever adds a teacher to a dense student may have forgotten to name its family."""
-    if cfg.MODEL.META_ARCHITECTURE != "GDetKD" or student_architecture(cfg) != "GeneralizedRCNN":
+    """Return a further remedy: the config may name another family than the one that it was written for."""
+    architecture = student_architecture(cfg)
+    if architecture in ("RetinaNet", "FCOS"):
+        return f", or start from configs/COCO-Detection/Base-{architecture}.yaml"
+    if cfg.MODEL.META_ARCHITECTURE != "GDetKD" or architecture != "GeneralizedRCNN":
         return ""
     return ", or set DISTILL.STUDENT_META_ARCHITECTURE if the student is a RetinaNet or FCOS"
 
