@@ -83,6 +83,10 @@ def test_an_augmentation_that_cannot_be_repeated_is_named(photo):
     with pytest.raises(GDetKDError, match="TEACHER.SCALE is 2.0.*RotationTransform.*before the image is resized"):
         mapped(photo, rotated, 2.0)
     mapped(photo, rotated[::-1], 2.0)
+    saturated = [T.ResizeShortestEdge(32, 100), T.RandomSaturation(0.5, 1.5)]
+    with pytest.raises(GDetKDError, match="the augmentation RandomSaturation .*before the image is resized"):
+        mapped(photo, saturated, 2.0)
+    mapped(photo, saturated[::-1], 2.0)
 
 
 def test_the_loader_adds_the_view_and_leaves_the_students_samples_alone(distill_cfg):

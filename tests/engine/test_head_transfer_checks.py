@@ -2,7 +2,7 @@
 
 import pytest
 
-from conftest import make_cfg
+from conftest import DENSE, make_cfg
 from gdetkd.detectors import build_adapter
 from gdetkd.engine.class_checks import warn_of_other_boxes
 from gdetkd.engine.preflight import check_student
@@ -10,6 +10,8 @@ from gdetkd.teacher import FrozenTeacher, transferable
 
 from detectron2.modeling import build_model  # isort: skip
 
+FCOS = {**DENSE, "MODEL.META_ARCHITECTURE": "FCOS"}
+SCALED = {**FCOS, "MODEL.FCOS.LEVEL_SCALES": True}
 WEIGHTS = {"MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0)}
 ANCHORS = {"MODEL.ANCHOR_GENERATOR.SIZES": [[16], [32], [64], [128]]}
 MORE_ANCHORS = {"MODEL.ANCHOR_GENERATOR.SIZES": [[16, 20], [32, 40], [64, 80], [128, 160]]}
@@ -35,6 +37,7 @@ def warn(config, student, teacher):
         (ANCHORS, {}, "MODEL.ANCHOR_GENERATOR"),
         ({**WEIGHTS, **ANCHORS}, {}, "BBOX_REG_WEIGHTS and MODEL.ANCHOR_GENERATOR"),
         ({**RETINANET, **ANCHORS}, RETINANET, "MODEL.ANCHOR_GENERATOR"),
+        (FCOS, SCALED, "MODEL.FCOS.LEVEL_SCALES"),
         # a box layer without classes is copied, whatever the number of classes
         ({**WEIGHTS, **OTHER_CLASSES, **AGNOSTIC}, AGNOSTIC, "BBOX_REG_WEIGHTS"),
     ],
@@ -53,12 +56,24 @@ def test_boxes_in_other_units_or_from_other_anchors_are_warned_of(caplog, studen
         ({**WEIGHTS, "MODEL.ROI_BOX_HEAD.FC_DIM": 8}, {}, {}),
         ({**ANCHORS, "MODEL.FPN.OUT_CHANNELS": 12}, {}, {}),
         ({**RETINANET, **ANCHORS}, {}, {}),
+        (SCALED, FCOS, {}),
+        (SCALED, SCALED, {}),
         (ANCHORS, {}, {"DISTILL.TEACHER.SCALE": 2.0}),
     ],
 )
 def test_layers_that_agree_or_are_not_copied_cause_no_warning(caplog, student, teacher, config):
     warn(config, student, teacher)
     assert "first boxes" not in caplog.text
+
+
+def test_towers_with_and_without_norms_share_no_layer():
+    plain, normed = (
+        build_model(make_cfg({**RETINANET, "MODEL.RETINANET.NUM_CONVS": 3, "MODEL.RETINANET.NORM": norm}))
+        for norm in ("", "BN")
+    )
+    assert "head.cls_subnet.0.weight" in transferable(plain, plain)
+    copied = transferable(normed, plain)
+    assert "head.cls_score.weight" in copied and not any("_subnet." in name for name in copied)
 
 
 def test_a_training_with_head_transfer_warns(distill_cfg, caplog):

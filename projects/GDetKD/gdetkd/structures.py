@@ -185,11 +185,13 @@ class DenseSpec:
             dense detectors if these are equal. An anchor-free detector has one anchor for each location.
         tower_channels: width of each convolution of a tower.
         anchor_based: whether boxes are regressed from anchors. If not, they are regressed from locations.
+        scales_deltas: whether the deltas of each level are multiplied by a learned factor after the last layer.
     """
 
     anchors: Tuple[Tuple[int, Tuple[Tuple[float, ...], ...]], ...] = ()
     tower_channels: Tuple[int, ...] = ()
     anchor_based: bool = True
+    scales_deltas: bool = False
 
 
 @dataclass(frozen=True)

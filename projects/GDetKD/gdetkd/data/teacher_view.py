@@ -98,7 +98,7 @@ class _View:
         return [max(least, round(self._scale * side)) for side in sides]
 
     def _scaled(self, transform: Transform) -> Transform:
-        if isinstance(transform, FREE_OF_SIZE):
+        if isinstance(transform, FREE_OF_SIZE) and np.ndim(getattr(transform, "src_image", 0)) < 2:
             return transform
         if isinstance(transform, CropTransform):
             return CropTransform(*self._scaled_sides((transform.x0, transform.y0, transform.w, transform.h)))
@@ -106,8 +106,8 @@ class _View:
             sides = self._scaled_sides((transform.x0, transform.y0, transform.x1, transform.y1))
             return PadTransform(*sides, pad_value=transform.pad_value)
         raise GDetKDError(
-            f"DISTILL.TEACHER.SCALE is {self._scale}, but the augmentation {type(transform).__name__} cannot be "
-            "repeated at another resolution. Apply it before the image is resized, or set DISTILL.TEACHER.SCALE to 1."
+            f"DISTILL.TEACHER.SCALE is {self._scale}, but the augmentation {_name(transform)} cannot be repeated at "
+            "another resolution. Apply it before the image is resized, or set DISTILL.TEACHER.SCALE to 1."
         )
 
     def finish(self, size: Tuple[int, int]) -> torch.Tensor:
@@ -115,6 +115,12 @@ class _View:
         if list(self._image.shape[:2]) != self._scaled_sides(size, least=1):
             self._resize(size, T.ResizeTransform(1, 1, 1, 1).interp)
         return torch.as_tensor(np.ascontiguousarray(self._image.transpose(2, 0, 1)))
+
+
+def _name(transform: Transform) -> str:
+    # A blend with an image depends on the size of the image.
+    is_blend = isinstance(transform, BlendTransform)
+    return "RandomSaturation (BlendTransform with an image)" if is_blend else type(transform).__name__
 
 
 def at_scale(pixels: np.ndarray, scale: float, size: Tuple[int, int]) -> torch.Tensor:

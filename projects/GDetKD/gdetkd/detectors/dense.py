@@ -98,7 +98,12 @@ class DenseAdapter(DetectorAdapter):
             anchor_offset=model.anchor_generator.offset,
             independent_classes=True,
             regions_per_image=self.cfg.DISTILL.REGIONS.BATCH_SIZE_PER_IMAGE,
-            dense=DenseSpec(tuple(zip(strides.values(), cells)), DenseHead(model).channels, self.anchor_based),
+            dense=DenseSpec(
+                tuple(zip(strides.values(), cells)),
+                DenseHead(model).channels,
+                self.anchor_based,
+                hasattr(model.head, "level_scales"),  # an FCOS with MODEL.FCOS.LEVEL_SCALES
+            ),
         )
 
     def points(self) -> Dict[str, nn.Module]:

@@ -123,12 +123,19 @@ def warn_of_other_boxes(cfg: CfgNode, copied: Sequence[str], student: DetectorSp
     # With DISTILL.TEACHER.SCALE, the teacher is described in pixels of the student's images.
     if predicts_from_anchors and have_other_anchors and cfg.DISTILL.TEACHER.SCALE == 1:
         differ.append("MODEL.ANCHOR_GENERATOR")
+    # A student's own factors start at 1.
+    if _has_layer(copied, "bbox_pred") and _scales_deltas(teacher) and not _scales_deltas(student):
+        differ.append("MODEL.FCOS.LEVEL_SCALES")
     if differ:
         logger.warning(
             "Head transfer copies the layers that predict boxes, but %s of student and teacher differ. So the "
             "student's first boxes are wrong. Give both the same values.",
             " and ".join(differ),
         )
+
+
+def _scales_deltas(spec: DetectorSpec) -> bool:
+    return spec.dense is not None and spec.dense.scales_deltas
 
 
 def _has_layer(names: Sequence[str], layer: str) -> bool:

@@ -18,11 +18,29 @@ CLASS_FREQUENCIES = "fed_loss_cls_weights"
 def transferable(teacher: nn.Module, student: nn.Module) -> List[str]:
     """Return the names of the tensors that `transfer_heads` copies."""
     source = teacher.state_dict()
+    other_sequences = tuple(f"{name}." for name in _other_sequences(teacher, student))
     return [
         name
         for name, tensor in student.state_dict().items()
-        if _is_in_head(name) and name in source and source[name].shape == tensor.shape
+        if _is_in_head(name)
+        and name in source
+        and source[name].shape == tensor.shape
+        and not name.startswith(other_sequences)
     ]
+
+
+def _other_sequences(teacher: nn.Module, student: nn.Module) -> List[str]:
+    """Return the names of sequences with other layers than the teacher's: equal numbers mean different layers there.
+
+    A tower with norms and a tower without them are such sequences.
+    """
+    layers = {name: _layers(module) for name, module in teacher.named_modules() if type(module) is nn.Sequential}
+    modules = [(name, module) for name, module in student.named_modules() if name in layers]
+    return [name for name, module in modules if _layers(module) != layers[name]]
+
+
+def _layers(module: nn.Module) -> List[type]:
+    return [type(layer) for layer in module.children()]
 
 
 def _is_in_head(name: str) -> bool:
