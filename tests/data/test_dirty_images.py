@@ -46,6 +46,15 @@ def test_images_are_turned_as_exif_says(tmp_path, turn):
     assert mean_error(read_image(str(path), "RGB"), upright) < 6
 
 
+@pytest.mark.parametrize("orientation, is_bad", [(1, False), (3, True), (6, True)])
+def test_a_turned_tiff_is_bad_because_it_would_be_turned_twice(tmp_path, orientation, is_bad):
+    exif = Image.Exif()
+    exif[274] = orientation
+    photograph().save(tmp_path / "x.tif", exif=exif)
+    faults = find_bad_images([{"file_name": str(tmp_path / "x.tif")}])
+    assert [fault.endswith("save it upright") for fault in faults.values()] == [True] * is_bad
+
+
 @pytest.mark.parametrize(
     "mode, ending", [("L", "png"), ("CMYK", "jpg"), ("RGBA", "png"), ("LA", "png"), ("P", "png"), ("1", "png")]
 )

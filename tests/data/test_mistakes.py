@@ -59,6 +59,14 @@ def test_repeated_annotations_and_doubtful_classes_cause_warnings(tmp_path, capl
     assert caplog.text.count("mine: 2 of 3 classes have no object (class1, class2): remove") == 1
 
 
+def test_two_entries_of_one_file_cause_a_warning():
+    warnings = find_mistakes(images([5, 5, 9, 9]) + images([6, 6, 9, 9]), ["cat"], "mine")
+    assert warnings == [
+        "1 images have the file of another image, so the objects of each are background in the other: merge their "
+        "annotations"
+    ]
+
+
 def spec(*names):
     return DetectorSpec(4, {"p2": 4, "p3": 8}, (7, 7), 6, len(names), None, class_names=names)
 

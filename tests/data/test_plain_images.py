@@ -48,6 +48,16 @@ def test_hidden_files_are_skipped_and_links_are_followed_once(tmp_path, caplog):
     assert "mine:" not in caplog.text
 
 
+def test_a_link_beside_its_folder_is_left_out(tmp_path):
+    for name in ("2024/x.png", ".store/y.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    (tmp_path / "1-latest").symlink_to(tmp_path / "2024")
+    (tmp_path / "hidden").symlink_to(tmp_path / ".store")
+    assert walk(str(tmp_path)) == ["2024/x.png", "hidden/y.png"]
+    assert walk(str(tmp_path), recursive=False) == []
+
+
 def test_a_listing_finds_a_file_whose_name_differs_in_case_or_accents(tmp_path):
     for name in ("One.png", "two.png", "Two.png", "e\u0301.png"):
         (tmp_path / name).touch()

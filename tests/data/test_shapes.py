@@ -46,6 +46,11 @@ def test_splits_are_complete_disjoint_and_not_drawn_twice(tmp_path, monkeypatch)
     assert (tmp_path / "val" / "00000.png").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.parametrize("entry", [{"name": "a"}, {"name": "a", "kind": "coco"}, "a", None])
+def test_a_wrong_entry_of_a_config_is_left_to_the_check_of_entries(distill_cfg, entry):
+    shapes.make_shapes_for(distill_cfg({"DATASETS.REGISTER": [entry]}))
+
+
 def test_the_real_splits_share_no_seed():
     ranges = [range(seed, seed + count) for count, seed in shapes.SPLITS.values()]
     assert [len(r) for r in ranges] == [1000, 80, 200, 200]

@@ -51,6 +51,11 @@ def test_equal_scores_are_taken_together():
     assert len(found.above(0.5).boxes) == 4
 
 
+def test_without_a_teacher_and_a_baseline_nothing_has_changed():
+    alone = compare_detectors(3, find((shifted(0), 0.9, 0), (shifted(1, 60.0), 0.8, 1)), None, None)
+    assert len(alone) == 0 and alone.copied.tolist() == [False, False]
+
+
 def test_what_distillation_changed():
     copied, shared = shifted(0, 60.0), shifted(0, 90.0)
     student = find((shifted(0), 0.9, 0), (copied, 0.8, 1), (shared, 0.7, 1))

@@ -135,6 +135,15 @@ def test_across_families(pair_cfg, pair):
     assert len(record["levels"]["all"]["alpha"]) == len(record["teacher_levels"])
 
 
+def test_a_teacher_without_the_students_classes_is_not_shown(distill_cfg, caplog):
+    keys = {"DISTILL.LOSSES": ("SGFI", "CKD"), "DISTILL.TEACHER.CLASSES": ["x", "y", "z"], "SOLVER.MAX_ITER": 2}
+    cfg = distill_cfg({**SEEN, **keys})
+    train(cfg)
+    page = Path(cfg.OUTPUT_DIR, "insight", "index.html").read_text()
+    assert "The teacher has none of their classes." in page and "the teacher finds" not in page
+    assert "teacher's mistakes" not in page
+
+
 def test_without_sgfi_there_are_no_levels(distill_cfg):
     cfg = distill_cfg({**SEEN, "DISTILL.LOSSES": ("CKD",), "SOLVER.MAX_ITER": 2})
     train(cfg)

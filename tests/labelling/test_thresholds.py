@@ -6,10 +6,13 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+from PIL import Image
 
 from gdetkd.errors import GDetKDError
 from gdetkd.labelling.part import Found
-from gdetkd.labelling.thresholds import ClassThreshold, Objects, choose_thresholds, fill_gaps
+from gdetkd.labelling.thresholds import ClassThreshold, Objects, choose_thresholds, fill_gaps, load_validation
 
 CLASSES = 4  # the last one has no object
 
@@ -57,6 +60,28 @@ def count_at(pairs, label, threshold):
             elif not any(overlap(box, gt_boxes[i], over_a=True) >= 0.5 for i in crowds):
                 kept += 1
     return kept, right, total
+
+
+def test_objects_are_read_as_training_reads_them(tmp_path):
+    """They are cut at the edge of the image, a file can have several entries, and case in class names may differ."""
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    boxes = ([30, 10, 50, 20], 0), ([5, 5, 9, 9], 1)
+    dicts = [
+        {
+            "file_name": str(tmp_path / "a.png"),
+            "image_id": index,
+            "width": 40,
+            "height": 30,
+            "annotations": [{"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": category}],
+        }
+        for index, (box, category) in enumerate(boxes)
+    ]
+    DatasetCatalog.register("in_two_entries", lambda: dicts)
+    MetadataCatalog.get("in_two_entries").set(thing_classes=["Cat", "dog"])
+    validation = load_validation("in_two_entries", ("cat", "dog"))
+    (objects,) = validation.objects.values()
+    assert objects.boxes.tolist() == [[30, 10, 40, 20], [5, 5, 9, 9]] and objects.classes.tolist() == [0, 1]
+    assert len(validation.images) == 1
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -100,6 +100,28 @@ def test_the_order_of_classes_decides_whether_a_dataset_is_named(name, count):
         assert len(converted.notes()) == (expected is None)
 
 
+@pytest.mark.parametrize(
+    "test_cfg, number",
+    [
+        ("dict(max_per_img=300)", 300),
+        ("dict(rpn=dict(max_per_img=1000), rcnn=dict(max_per_img=500))", 500),
+        ("dict(max_per_img=-1)", -1),
+        ("dict(rcnn=None)", None),
+        ("None", None),
+    ],
+)
+@pytest.mark.parametrize("is_in_model", [True, False])
+def test_the_number_of_detections_is_the_teachers(test_cfg, number, is_in_model):
+    model = {**retinanet(), "test_cfg": None}
+    with torch.device("meta"):
+        tensors = Detector(model).state_dict()
+    config = read_config_text(config_2x(model), "x")
+    settings = read_config_text(f"test_cfg = {test_cfg}", "x")
+    config = {**config, "model": {**config["model"], **settings}} if is_in_model else {**config, **settings}
+    converted = convert_checkpoint(MMDetCheckpoint("x.pth", tensors, config, None))
+    assert converted.keys.get("TEST.DETECTIONS_PER_IMAGE") == number
+
+
 def test_the_size_of_test_images_may_be_unknown():
     model = retinanet()
     with torch.device("meta"):

@@ -113,6 +113,11 @@ def test_jobs_that_save_may_end_often(start):
     assert run.is_complete() and starts(run) == 5
 
 
+def test_a_job_that_saved_is_not_counted_with_those_that_did_not(start):
+    run = start("if start == 1:\n    save()\nif start < 4:\n    os.kill(os.getpid(), signal.SIGKILL)\nfinish()")
+    assert run.is_complete() and starts(run) == 4
+
+
 def test_a_training_that_fails_is_named_with_its_last_line(start, tmp_path):
     with pytest.raises(GDetKDError, match="The run in .*one failed.*the reason"):
         start("print('the reason'); sys.exit(1)")

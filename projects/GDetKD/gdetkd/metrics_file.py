@@ -89,5 +89,5 @@ class MetricsFile:
         return {**known, **self.curve()[-1].metrics}
 
     def peak_megabytes(self) -> Optional[float]:
-        """Return the peak GPU memory in MB, or None on a CPU, where Detectron2 records no peak."""
+        """Return the peak GPU memory in MB, or None on a CPU."""
         return max((line["max_mem"] for line in self.lines() if "max_mem" in line), default=None)

@@ -48,7 +48,7 @@ class Findings:
             (self.without_area, "annotations without area are left out"),
             (self.far, f"annotations with coordinates beyond {FARTHEST:.0f} pixels are left out"),
             (self.outside, "annotations outside their image are left out"),
-            (self.over_edge, "boxes reach over the edge of their image and are cut there"),
+            (self.over_edge, "boxes reach over the edge of their image, and training cuts them there"),
             (self.crowds, "are crowds, which training ignores"),
         ]
         return "; ".join(f"{count} {text}" for count, text in parts if count)

@@ -50,22 +50,36 @@ def read_text(path: str) -> str:
 def walk(folder: str, recursive: bool = True) -> List[str]:
     """Return the sorted files of a folder, as relative paths with forward slashes.
 
-    Hidden files and folders are skipped, because they are not data. A link to a folder is followed once.
+    Hidden files and folders are skipped, because they are not data. A folder is read once: links to a folder inside of
+    the given one, and further links to the same folder, are left out.
 
     Args:
         recursive: also return the files of subfolders.
     """
     found: List[str] = []
-    seen: Set[str] = set()
+    root = os.path.realpath(folder)
+    seen = {root}
     for where, folders, files in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(where))
-        visible = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
-        folders[:] = [name for name in visible if os.path.realpath(os.path.join(where, name)) not in seen]
-        if not recursive:
-            folders.clear()
+        folders[:] = [name for name in sorted(folders) if recursive and _is_new(os.path.join(where, name), root, seen)]
         start = os.path.relpath(where, folder)
         found += [os.path.normpath(os.path.join(start, name)) for name in files if not name.startswith(".")]
     return sorted(path.replace(os.sep, "/") for path in found)
+
+
+def _is_new(folder: str, root: str, seen: Set[str]) -> bool:
+    """Return whether a folder below `root` holds data that was not read yet, and note it in `seen`."""
+    real = os.path.realpath(folder)
+    if real in seen or not _is_data(os.path.basename(folder)):
+        return False
+    if os.path.islink(folder) and os.path.commonpath([real, root]) == root:
+        if all(map(_is_data, os.path.relpath(real, root).split(os.sep))):
+            return False  # the walk comes to the folder itself
+    seen.add(real)
+    return True
+
+
+def _is_data(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"
 
 
 def list_images(folder: str) -> Tuple[List[str], Dict[str, int]]:

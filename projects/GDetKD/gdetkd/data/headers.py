@@ -111,7 +111,9 @@ def _read_header(sample: Sample, whole: bool = False) -> Header:
             if image.format not in FORMATS:
                 return Header(f"is {image.format}, not one of {', '.join(FORMATS)}: convert it")
             size, mode = image.size, image.mode
-            turned = _is_turned(image)
+            orientation = _orientation(image)
+            if image.format == "TIFF" and orientation != 1:
+                return Header("is a TIFF with an EXIF orientation, which is read the wrong way up: save it upright")
             if whole:
                 image.draft(None, (1, 1))  # decodes a JPEG coarsely and fast, but to its end
                 image.load()
@@ -119,15 +121,15 @@ def _read_header(sample: Sample, whole: bool = False) -> Header:
         return Header(f"does not open ({type(e).__name__})")
     if mode in DEEP:
         return Header("has more than 8 bits a channel, which would be clipped: convert it to 8 bits")
-    size = size[::-1] if turned else size
+    size = size[::-1] if orientation in TURNED else size
     expected: Tuple[Any, Any] = (sample.get("width", size[0]), sample.get("height", size[1]))
     if size != expected:
         return Header(f"is {size[0]}x{size[1]}, annotated as {expected[0]}x{expected[1]}")
     return Header(None, size)
 
 
-def _is_turned(image: Image.Image) -> bool:
+def _orientation(image: Image.Image) -> int:
     try:
-        return image.getexif().get(EXIF_ORIENTATION) in TURNED
+        return image.getexif().get(EXIF_ORIENTATION, 1)
     except IMAGE_ERRORS:
-        return False  # Detectron2 does not turn an image whose EXIF it cannot read
+        return 1  # Detectron2 does not turn an image whose EXIF it cannot read

@@ -53,6 +53,12 @@ def find_mistakes(dicts: Sequence[Sample], classes: Sequence[str], name: str) ->
     repeated = sum(count - 1 for count in counts.values())
     if repeated:
         warnings.append(f"{repeated} annotations repeat another with the same image, class and box: remove them")
+    again = len(dicts) - len({image["file_name"] for image in dicts})
+    if again:
+        warnings.append(
+            f"{again} images have the file of another image, so the objects of each are background in the other: merge "
+            "their annotations"
+        )
     return warnings + _class_warnings(annotations, classes)
 
 

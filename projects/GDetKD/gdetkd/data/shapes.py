@@ -7,7 +7,7 @@ pyramid levels of a small detector. Colour is a hint at the class, but not a cer
 import colorsys
 import json
 import os
-from typing import Any, Collection, Dict, List, Tuple
+from typing import Any, Collection, Dict, List, Mapping, Tuple
 
 import numpy as np
 import pycocotools.mask
@@ -61,7 +61,8 @@ def make_shapes(folder: str, splits: Collection[str] = tuple(SPLITS)) -> None:
 
 def make_shapes_for(cfg: CfgNode) -> None:
     """Generate the dataset if a config registers it."""
-    if any(entry["json"] == f"{FOLDER}/val.json" for entry in cfg.DATASETS.REGISTER if entry["kind"] == "coco"):
+    entries = [entry for entry in cfg.DATASETS.REGISTER if isinstance(entry, Mapping)]
+    if any(entry.get("kind") == "coco" and entry.get("json") == f"{FOLDER}/val.json" for entry in entries):
         make_shapes(resolve(FOLDER))
 
 

@@ -1,7 +1,7 @@
 """Check that detectors and datasets agree on the number and the order of classes."""
 
 import logging
-from typing import List, Sequence
+from typing import List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -63,6 +63,15 @@ def check_class_order(names: Sequence[str]) -> None:
             name,
             some(pairs, 5),
         )
+
+
+def as_student_names(names: Sequence[str], student: Optional[Sequence[str]]) -> Sequence[str]:
+    """Return a dataset's class names as the student spells them. `check_class_order` lets upper and lower case differ.
+
+    Args:
+        student: the student's class names, or None if they are unknown.
+    """
+    return student if student is not None and _lower(names) == _lower(student) else names
 
 
 def _lower(names: Sequence[str]) -> List[str]:

@@ -94,7 +94,8 @@ class DistilUntil(HookBase):
 class Stopwatch(HookBase):
     """Log `train_seconds`: the time in training steps so far, without evaluations and checkpoints, kept on resume.
 
-    The hook must come first, before the hooks that take time.
+    On a GPU, also log `max_mem`: the most memory (MB) that this process has had since its start. The hook must come
+    first, before the hooks that take time.
     """
 
     def __init__(self) -> None:
@@ -107,6 +108,9 @@ class Stopwatch(HookBase):
     def after_step(self) -> None:
         self._seconds += time.perf_counter() - self._start
         self.trainer.storage.put_scalar("train_seconds", self._seconds, smoothing_hint=False)
+        if torch.cuda.is_available():
+            memory = torch.cuda.max_memory_allocated() / 2**20
+            self.trainer.storage.put_scalar("max_mem", memory, smoothing_hint=False)
 
     def state_dict(self) -> Dict[str, Any]:
         return {"seconds": self._seconds}

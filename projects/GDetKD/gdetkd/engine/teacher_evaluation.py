@@ -14,11 +14,12 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 
 from ..data import register_datasets
+from ..data.class_names import class_names
 from ..errors import GDetKDError, some
 from ..losses.classes import positions_of_others
 from ..random_state import random_state
 from ..teacher import FrozenTeacher
-from .class_checks import check_classes
+from .class_checks import as_student_names, check_classes
 from .evaluators import build_evaluator
 from .preflight import check_test_sets, load_dataset
 from .preprocessing import FlippedChannels
@@ -97,6 +98,7 @@ def teachers_classes_in(cfg: CfgNode, teacher: FrozenTeacher, dataset: str) -> O
     if names is None or teacher_names is None:
         check_classes([dataset], teacher.spec.num_classes, "teacher")
         return None
+    names = as_student_names(names, class_names(cfg))
     if list(names) == list(teacher_names):
         return None
     classes = positions_of_others(cfg, tuple(names), teacher_names)

@@ -90,17 +90,25 @@ class DetectorComparison:
 
 
 def compare_detectors(
-    objects: int, student: MatchedDetections, teacher: MatchedDetections, baseline: Optional[MatchedDetections]
+    objects: int,
+    student: MatchedDetections,
+    teacher: Optional[MatchedDetections],
+    baseline: Optional[MatchedDetections],
 ) -> DetectorComparison:
     """Compare the student with the reference: the baseline, or the teacher if there is no baseline.
 
+    Without both, nothing is gained, lost or copied.
+
     Args:
         objects: number of objects on the image.
-        student, teacher, baseline: the detections of each detector on the image.
+        student, teacher, baseline: the detections of each detector on the image. None: there is no such detector, or it
+            has no class of the objects.
     """
-    reference = teacher if baseline is None else baseline
+    reference = baseline or teacher or student
     student_finds, reference_finds = student.finds(objects), reference.finds(objects)
-    copied = _shared_mistakes(student, teacher)
+    copied = torch.zeros(len(student.boxes), dtype=torch.bool)
+    if teacher is not None:
+        copied = _shared_mistakes(student, teacher)
     if baseline is not None:
         copied &= ~_shared_mistakes(student, baseline)
     return DetectorComparison(student_finds & ~reference_finds, reference_finds & ~student_finds, copied)

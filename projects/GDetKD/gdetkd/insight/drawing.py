@@ -1,6 +1,6 @@
 """Draw images with the detections of several detectors side by side."""
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ def draw_detections(
                 _draw_matched(axis, matched, objects, comparison if name == "student" else None, class_names)
     for axis, name in zip(axes[0], columns):
         axis.set_title(name, color=TITLES.get(name, "#222222"), fontsize=12, loc="left")
-    _legend(figure, has_baseline="baseline" in detectors)
+    _legend(figure, detectors)
     return figure
 
 
@@ -85,17 +85,19 @@ def _draw_matched(
         draw_box(axis, box, color, class_names[label], strong)
 
 
-def _legend(figure: Figure, has_baseline: bool) -> None:
-    reference = "the baseline" if has_baseline else "the teacher"
-    copied = "a mistake that the teacher makes too" + (", but not the baseline" if has_baseline else "")
+def _legend(figure: Figure, detectors: Collection[str]) -> None:
+    reference = next((name for name in ("baseline", "teacher") if name in detectors), None)
     entries: List[Tuple[str, str, str]] = [
         (RIGHT, "-", "found"),
         (WRONG, "-", "a mistake"),
         (MISSED, "--", "missed"),
-        (GAINED, "-", f"found by the student, not by {reference}"),
-        (LOST, "--", f"found by {reference}, not by the student"),
-        (COPIED, "-", copied),
     ]
+    if reference is not None:
+        entries.append((GAINED, "-", f"found by the student, not by the {reference}"))
+        entries.append((LOST, "--", f"found by the {reference}, not by the student"))
+    if "teacher" in detectors:
+        but = ", but not the baseline" if reference == "baseline" else ""
+        entries.append((COPIED, "-", f"a mistake that the teacher makes too{but}"))
     handles = [
         Line2D([], [], color=color, linestyle=style, linewidth=2.4, label=text) for color, style, text in entries
     ]

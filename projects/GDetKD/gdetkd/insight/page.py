@@ -154,14 +154,16 @@ def _term_sections(cfg: CfgNode, records: Sequence[Dict[str, Any]]) -> List[Sect
 def _detection_section(cfg: CfgNode, student: nn.Module, probe: Probe, references: References) -> Tuple[Section, str]:
     """Return the figure of the detections and the headline of the page."""
     baseline = references.baseline
-    detections: Dict[str, List[MatchedDetections]] = {"teacher": references.teacher}
+    detections: Dict[str, List[MatchedDetections]] = {}
+    if references.teacher is not None:
+        detections["teacher"] = references.teacher
     if baseline is not None:
         detections["baseline"] = baseline.detections
     detections["student"] = match_student(student, probe)
     counts = [len(inputs["instances"]) for inputs in probe.inputs]
-    baseline_or_none = detections.get("baseline", [None] * len(counts))
-    rows = zip(counts, detections["student"], detections["teacher"], baseline_or_none)
-    compared: List[DetectorComparison] = [compare_detectors(*row) for row in rows]
+    absent = [None] * len(counts)
+    columns = (detections["student"], detections.get("teacher", absent), detections.get("baseline", absent))
+    compared: List[DetectorComparison] = [compare_detectors(*row) for row in zip(counts, *columns)]
     shown = pick(compared, SHOWN)
     figure = draw_detections(
         [probe.inputs[index] for index in shown],
@@ -170,8 +172,9 @@ def _detection_section(cfg: CfgNode, student: nn.Module, probe: Probe, reference
         probe.class_names,
         cfg.INPUT.FORMAT,
     )
+    most_changed = ", those on which distillation changed most" if len(detections) > 1 else ""
     caption = (
-        f"The {len(shown)} of {len(counts)} images on which distillation changed most. All detectors see the images at "
+        f"{len(shown)} of {len(counts)} images{most_changed}. All detectors see the images at "
         "the student's test size. Each detector is shown from the score that gives its best F1 on these images."
     )
     section = Section("detections", "Who finds what", as_png(figure), caption, "png")
@@ -190,10 +193,12 @@ def _headline(
     gained = sum(int(comparison.gained.sum()) for comparison in compared)
     lost = sum(int(comparison.lost.sum()) for comparison in compared)
     copied = sum(int(comparison.copied.sum()) for comparison in compared)
-    reference, which = "the teacher", ""
-    if "baseline" in detections:
-        reference, which = "the baseline", " that the baseline does not make"
-    return (
-        f"Of {sum(counts)} objects on {len(counts)} images {some(totals)}. The student finds {gained} that {reference} "
-        f"does not find, misses {lost} that {reference} finds, and makes {copied} of the teacher's mistakes{which}."
-    )
+    found = f"Of {sum(counts)} objects on {len(counts)} images {some(totals)}."
+    reference = next((f"the {name}" for name in ("baseline", "teacher") if name in detections), None)
+    if reference is None:
+        return f"{found} The teacher has none of their classes."
+    changes = f"The student finds {gained} that {reference} does not find, misses {lost} that {reference} finds"
+    if "teacher" not in detections:
+        return f"{found} {changes}. The teacher has none of their classes."
+    which = " that the baseline does not make" if "baseline" in detections else ""
+    return f"{found} {changes}, and makes {copied} of the teacher's mistakes{which}."

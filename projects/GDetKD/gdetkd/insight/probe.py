@@ -53,6 +53,11 @@ class Probe:
     teachers_classes: Optional[List[Optional[int]]] = None
 
     @property
+    def has_teachers_classes(self) -> bool:
+        """Return whether the dataset has at least one class of the teacher."""
+        return self.teachers_classes is None or any(index is not None for index in self.teachers_classes)
+
+    @property
     def classes(self) -> torch.Tensor:
         """Return (N,): the class of each object."""
         return torch.cat([inputs["instances"].gt_classes for inputs in self.inputs])

@@ -35,17 +35,20 @@ class References:
     """Hold what the probe shows of the teacher and the baseline.
 
     Attributes:
-        teacher: the teacher's detections, by image of the probe.
+        teacher: the teacher's detections, by image of the probe. None if it has no class of the dataset.
         baseline: None if there is no baseline.
     """
 
-    teacher: List[MatchedDetections]
+    teacher: Optional[List[MatchedDetections]]
     baseline: Optional[Baseline]
 
 
 def look_at_references(teacher: FrozenTeacher, probe: Probe, baseline: Optional[FinishedRun]) -> References:
     """Show the probe to the teacher, and to the baseline if there is one."""
-    return References(match_teacher(teacher, probe), None if baseline is None else _look_at_baseline(baseline, probe))
+    return References(
+        match_teacher(teacher, probe) if probe.has_teachers_classes else None,
+        None if baseline is None else _look_at_baseline(baseline, probe),
+    )
 
 
 def _look_at_baseline(run: FinishedRun, probe: Probe) -> Baseline:

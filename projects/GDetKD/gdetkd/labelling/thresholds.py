@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
+from ..engine.class_checks import as_student_names
 from ..engine.preflight import load_dataset
 from ..errors import GDetKDError, some
 from ..matching import best_f1, in_crowds, match_in_order
@@ -75,8 +76,11 @@ def load_validation(dataset: str, student: Sequence[str]) -> Validation:
     dicts = [{**sample, "file_name": os.path.abspath(sample["file_name"])} for sample in load_dataset(dataset)]
     names = MetadataCatalog.get(dataset).get("thing_classes") or student
     position = {name: index for index, name in enumerate(student)}
-    classes = [position.get(name) for name in names]
-    objects = {sample["file_name"]: _objects(sample, classes) for sample in dicts}
+    classes = [position.get(name) for name in as_student_names(names, student)]
+    objects: Dict[str, Objects] = {}
+    for sample in dicts:  # a file can have several entries
+        parts = zip(objects.get(sample["file_name"], _objects({}, classes)), _objects(sample, classes))
+        objects[sample["file_name"]] = Objects(*map(torch.cat, parts))
     if not any(len(item.classes) for item in objects.values()):
         raise GDetKDError(
             f"The thresholds cannot be chosen on {dataset!r}: it has no object of the student's classes "
@@ -95,8 +99,12 @@ def load_validation(dataset: str, student: Sequence[str]) -> Validation:
 def _objects(sample: Dict, classes: Sequence[Optional[int]]) -> Objects:
     known = [item for item in sample.get("annotations", ()) if classes[item["category_id"]] is not None]
     boxes = [BoxMode.convert(list(item["bbox"]), item["bbox_mode"], BoxMode.XYXY_ABS) for item in known]
+    corners = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
+    if "width" in sample:
+        limit = torch.tensor([sample["width"], sample["height"]] * 2, dtype=torch.float64)
+        corners = torch.minimum(corners.clamp(min=0), limit)  # as the detections
     return Objects(
-        torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4),
+        corners,
         torch.tensor([classes[item["category_id"]] for item in known], dtype=torch.long),
         torch.tensor([bool(item.get("iscrowd", 0)) for item in known], dtype=torch.bool),
     )

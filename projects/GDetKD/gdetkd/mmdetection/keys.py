@@ -32,10 +32,22 @@ def detectron2_keys(config: Mapping[str, Any], classes: Optional[Sequence[str]])
     keys = {**_images(config), **_resnet(model["backbone"])}
     keys["MODEL.FPN.OUT_CHANNELS"] = model["neck"]["out_channels"]
     keys.update(_two_stage(model) if "roi_head" in model else _dense(model))
+    detections = _most_detections(config)
+    if detections is not None:
+        keys["TEST.DETECTIONS_PER_IMAGE"] = detections
     dataset = next((name for name in DATASETS if classes and tuple(classes) == names_of_dataset(name)), None)
     if dataset:
         keys["DATASETS.TRAIN"] = [dataset]
     return keys
+
+
+def _most_detections(config: Mapping[str, Any]) -> Optional[int]:
+    """Return how many detections of an image are kept, or None if the config does not say it. -1 means all."""
+    # mmdetection 2.0 to 2.2 has test_cfg outside of the model.
+    settings = config["model"].get("test_cfg") or config.get("test_cfg")
+    settings = settings.get("rcnn", settings) if isinstance(settings, dict) else {}
+    number = settings.get("max_per_img") if isinstance(settings, dict) else None
+    return number if isinstance(number, int) and not isinstance(number, bool) else None
 
 
 def anchor_shapes(generator: Mapping[str, Any]) -> Tuple[List[float], List[float]]:

@@ -92,7 +92,7 @@ class ProgramOnCluster:
     def _submit_again(self) -> None:
         self._job.cancel(check=False)  # if SLURM also repeats it, two trainings would want the same folder
         saved = self._progress()
-        self._tries = 1 if saved != self._saved else self._tries + 1
+        self._tries = 0 if saved != self._saved else self._tries + 1
         self._saved = saved
         if self._tries >= MAX_TRIES:
             raise GDetKDError(

@@ -4,7 +4,7 @@ from typing import List, Optional, Sequence, Tuple
 
 from .comparison import Comparison
 from .methods import BASELINE
-from .summary import ERRORS, Row, is_told_apart, paired_gain, with_error
+from .summary import ERRORS, Row, at_equal_iterations, is_told_apart, paired_gain, with_error
 
 
 def _rank(comparison: Comparison, rows: Sequence[Row]) -> Tuple[Row, List[Row]]:
@@ -56,9 +56,7 @@ def headline(comparison: Comparison, rows: Sequence[Row]) -> str:
 def _gains(row: Row) -> str:
     if row.method == BASELINE:
         return ", the student alone"
-    text = f", {with_error(row.gain, '+')} over the student alone"
-    if not row.ended_early:
-        text += " at equal iterations"
+    text = f", {with_error(row.gain, '+')} over the student alone{at_equal_iterations([row])}"
     if row.equal_time_gain is not None:
         text += f" and {with_error(row.equal_time_gain, '+')} at equal time"
         if row.seeds > 1 and not is_told_apart(row.equal_time_gain):

@@ -11,7 +11,7 @@ from . import charts
 from .comparison import Comparison
 from .headline import find_leader, headline
 from .methods import BASELINE, CONFIGURED
-from .summary import Row, as_csv, as_json, as_markdown, cells, headers, notes, summarize
+from .summary import Row, as_csv, as_json, as_markdown, at_equal_iterations, cells, headers, notes, summarize
 
 
 def write_report(
@@ -117,7 +117,8 @@ def _figures(comparison: Comparison, rows: Sequence[Row], teacher_ap: Optional[f
         _section("curves", "AP over training time", charts.draw_curves(comparison, main, teacher_ap), caption)
     )
     if len(main) > 1:
-        caption = f"Gain over the student alone at equal iterations, with its standard error.{hollow}{where}"
+        equal = at_equal_iterations(main)
+        caption = f"Gain over the student alone{equal}, with its standard error.{hollow}{where}"
         figures.append(_section("costs", "What a gain costs", charts.draw_costs(main), caption))
     return figures
 

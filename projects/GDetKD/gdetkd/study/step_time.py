@@ -256,6 +256,8 @@ def kept_step_time(
     key = [fingerprint(run) for run in (baseline, method)]
     if executor is not None and executor.machine is not None:
         key.append(executor.machine)
+    if executor is None and torch.cuda.is_available():
+        key.append(torch.cuda.get_device_name())
     return StepTime(**kept_value(path, key, measure))
 
 

@@ -30,6 +30,7 @@ class Row:
         schedule: multiple of the config's iterations.
         iterations: iterations of a run, as a mean over the seeds. Runs differ if they ended early (TEST.PATIENCE).
         ended_early: number of runs that ended early.
+        at_equal_iterations: whether each run was as long as the baseline's run with the same seed.
         seeds: number of seeds.
         metrics: AP, AP50, AP75, APs, APm, APl in percent.
         gain: AP over the baseline with the same schedule and seed; None for the baseline.
@@ -46,6 +47,7 @@ class Row:
     schedule: float
     iterations: float
     ended_early: int
+    at_equal_iterations: bool
     seeds: int
     metrics: Dict[str, Estimate]
     gain: Estimate
@@ -82,6 +84,7 @@ def _row(comparison: Comparison, key: Key, runs: List[Run], teacher_ap: Optional
         schedule,
         iterations,
         sum(run.iterations < run.max_iter for run in runs),
+        all(run.iterations == baseline.iterations for run, baseline in zip(runs, baselines)),
         len(runs),
         {name: _estimate(runs, name) for name in METRICS},
         gain,
@@ -184,10 +187,10 @@ def cells(rows: Sequence[Row]) -> List[List[str]]:
 
 def notes(rows: Sequence[Row], teacher_ap: Optional[float]) -> List[str]:
     """Return the notes that explain the table."""
-    seeds = rows[0].seeds
+    seeds, equal = rows[0].seeds, at_equal_iterations(rows)
     spread = f"mean ± standard error over {seeds} seeds" if seeds > 1 else "from one seed, so the spread is not known"
     texts = [
-        f"AP in percent, {spread}. Gains are over the student alone (none) with the same seeds, at equal iterations. "
+        f"AP in percent, {spread}. Gains are over the student alone (none) with the same seeds{equal}. "
         "Time and memory of a training step are relative to a step of none. A step includes the loading of its batch. "
         "Both were timed in turn in one process.",
     ]
@@ -200,12 +203,17 @@ def notes(rows: Sequence[Row], teacher_ap: Optional[float]) -> List[str]:
             f"The teacher has AP {teacher_ap:.1f}. Lead closed is the gain as a share of the teacher's lead over none."
         )
     if any(row.step_memory is None for row in rows):
-        texts.append("Memory was not measured, because Detectron2 records the peak only on GPUs.")
+        texts.append("Memory was not measured, because its peak is only known on GPUs.")
     if any(row.ended_early for row in rows):
-        texts.append(f"{_early_ends(rows)} Their gains are not at equal iterations.")
+        texts.append(f"{_early_ends(rows)} So some gains are not at equal iterations.")
     if all(row.equal_time_gain is None for row in rows):
         texts.append("A distilled step costs more than a plain step. Use --equal-time to train none for the same time.")
     return texts
+
+
+def at_equal_iterations(rows: Sequence[Row]) -> str:
+    """Return the end of a sentence on gains: " at equal iterations", or nothing if runs of a pair differ in length."""
+    return " at equal iterations" if all(row.at_equal_iterations for row in rows) else ""
 
 
 def _early_ends(rows: Sequence[Row]) -> str:
