@@ -35,7 +35,7 @@ def parser() -> ArgumentParser:
 
 
 def main(args: Namespace) -> Any:
-    cfg = read_config(args)
+    cfg = read_config(args, trains=not (args.eval_only or args.eval_teacher))
     if args.check:
         return commands.check(cfg, args)
     if args.eval_teacher:

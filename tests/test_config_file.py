@@ -71,7 +71,12 @@ def test_other_mistakes_in_a_file_are_named(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(
-    "path, message", [("", "Name one with --config-file"), ("no.yaml", "'no.yaml'.*current folder")]
+    "path, message",
+    [
+        ("", "Name one with --config-file"),
+        ("no.yaml", "'no.yaml'.*current folder"),
+        ("lazy.py", "'lazy.py' is a LazyConfig, which only a teacher may have.*yaml"),
+    ],
 )
 def test_a_missing_file_is_named(path, message):
     with pytest.raises(GDetKDError, match=message):

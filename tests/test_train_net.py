@@ -37,7 +37,12 @@ def test_trains_and_evaluates_without_cuda_and_without_teacher(config_file, tmp_
     assert "Evaluating the teacher." not in result.stderr
     weights = str(tmp_path / "run" / "model_final.pth")
     (tmp_path / "teacher.pth").unlink()
-    keys = ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(tmp_path / "eval")]
+    # An evaluation needs neither the training images nor mixed precision.
+    entries = [dict(MetadataCatalog.get("tiny").gdetkd_entry), {"name": "away", "kind": "images", "images": "away"}]
+    keys = ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(tmp_path / "eval"), "SOLVER.AMP.ENABLED", "True"]
+    keys += ["DATASETS.REGISTER", str(entries), "DATASETS.TRAIN", "('away',)"]
+    result = run_program("train_net.py", "--config-file", config_file, *keys)
+    assert result.returncode == 1 and "SOLVER.AMP.ENABLED needs a CUDA device" in result.stderr
     result = run_program("train_net.py", "--config-file", config_file, "--eval-only", *keys)
     assert result.returncode == 0 and "Evaluation results for bbox" in result.stdout, result.stderr[-2000:]
     result = run_program("train_net.py", "--config-file", config_file, "--overwrite")
@@ -92,11 +97,16 @@ def test_a_finished_training_is_not_overwritten(config_file, tmp_path):
     assert "holds checkpoints of another training (model_best.pth, model_final.pth)" in message
     assert "--resume" in message and "--overwrite" in message
     assert all(path.read_bytes() == content for path, content in files.items())
+    for weights in (str(tmp_path / "nowhere.pth"), str(tmp_path / "run" / "model_final.pth")):
+        key = "MODEL.WEIGHTS" if "nowhere" in weights else "DISTILL.TEACHER.WEIGHTS"
+        result = run_program(*command, "--overwrite", key, weights)
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert all(path.read_bytes() == files[path] for path in files if path.name != "log.txt")
     (tmp_path / "run" / "model_0000001.pth").touch()
     (tmp_path / "run" / "metrics.json").write_text('{"iteration": 99, "total_loss": 1.0}\n')
     (tmp_path / "run" / "insight").mkdir()
     (tmp_path / "run" / "insight" / "records.jsonl").touch()
-    result = run_program(*command, "--overwrite")
+    result = run_program(*command, "--overwrite", "MODEL.WEIGHTS", tmp_path / "run" / "model_final.pth")
     # Otherwise --resume could continue from the checkpoint of the old training.
     assert not (tmp_path / "run" / "model_0000001.pth").exists()
     assert '"iteration": 99' not in (tmp_path / "run" / "metrics.json").read_text()
@@ -118,7 +128,8 @@ def test_the_device_must_fit_the_backend_of_the_processes(monkeypatch):
     assert chosen == ["cuda:1"]
 
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
-    for backend, device in (("gloo", "cpu"), ("nccl", "cuda:1")):
+    monkeypatch.setattr(comm, "get_local_size", lambda: 1)
+    for backend, device in (("gloo", "cpu"), ("nccl", "cuda"), ("nccl", "cuda:0")):
         monkeypatch.setattr(torch.distributed, "get_backend", lambda backend=backend: backend)
         check_device(device)
     assert chosen == ["cuda:1"]  # with several processes, each has chosen a device already
@@ -126,6 +137,11 @@ def test_the_device_must_fit_the_backend_of_the_processes(monkeypatch):
         check_device("mps")
     with pytest.raises(GDetKDError, match="MODEL.DEVICE is cpu.*NCCL.*CUDA_VISIBLE_DEVICES="):
         check_device("cpu")
+    with pytest.raises(GDetKDError, match="'cuda:1', but each process needs a GPU of its own, and there are 2 proc"):
+        check_device("cuda:1")
+    monkeypatch.setattr(comm, "get_local_size", lambda: 2)
+    with pytest.raises(GDetKDError, match="'cuda:0', but each process needs a GPU.*Set it to cuda"):
+        check_device("cuda:0")
 
 
 def test_evaluates_the_teacher_alone(config_file):

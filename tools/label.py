@@ -95,7 +95,7 @@ def main(args: Namespace) -> None:
     setup_logger(distributed_rank=comm.get_rank(), name="gdetkd")
     if not comm.is_main_process():
         logging.getLogger("gdetkd").addHandler(logging.NullHandler())  # warnings are shown once
-    cfg = read_config(args)
+    cfg = read_config(args, trains=False)
     if comm.is_main_process():
         make_shapes_for(cfg)
     comm.synchronize()

@@ -18,6 +18,7 @@ from gdetkd.data.shapes import CLASSES, draw_image
 from gdetkd.engine.check import Check
 from gdetkd.engine.preprocessing import USUAL, preprocessing_of, with_channels_swapped
 from gdetkd.engine.sample_score import score_on_sample
+from gdetkd.engine.step_costs import measure_steps
 from gdetkd.errors import GDetKDError
 from gdetkd.teacher import FrozenTeacher
 from programs import run_program
@@ -268,6 +269,19 @@ def test_the_check_of_a_run_without_a_teacher(distill_cfg, tmp_path):
         if "DISTILL" in cfg:
             check = Check(cfg)
             assert "teacher" not in check.run().lower() and check.problems == []
+
+
+def test_the_step_is_measured_with_a_full_queue(distill_cfg, monkeypatch):
+    cfg = distill_cfg({"DISTILL.LOSSES": ("CKD",), "DISTILL.CKD.QUEUE_SIZE": 50})
+    check, lengths = Check(cfg), []
+
+    def measure(models, *args):
+        lengths.append(len(check._distiller.losses["CKD"].queue.contents()))
+        return measure_steps(models, *args)
+
+    monkeypatch.setattr("gdetkd.engine.check.measure_steps", measure)
+    check.run()
+    assert lengths == [50]
 
 
 def test_the_check_on_the_command_line(distill_cfg, tmp_path):

@@ -168,6 +168,17 @@ def test_more_patience_lets_a_run_go_on(patient_cfg, tmp_path, patience, end):
     assert list(steps) == list(range(8, end)) and not (tmp_path / "whole" / "ended_early.json").exists()
 
 
+def test_patience_counts_from_0_on_another_test_set(patient_cfg, tmp_path, tiny_dataset, caplog):
+    train(scripted(APS), patient_cfg())
+    entry = {"name": "other", "kind": "coco", "json": str(tiny_dataset / "tiny.json"), "images": str(tiny_dataset)}
+    changes = {"DATASETS.TEST": ("other",), "DATASETS.REGISTER": [entry]}
+    _, steps = train(scripted({10: 5.0, 12: 6.0}), patient_cfg(**changes), resume=True)
+    assert list(steps) == list(range(8, 12)) and "TEST.PATIENCE counts from 0" in caplog.text
+    best = read_weights(str(tmp_path / "whole" / "model_best.pth"))
+    assert best["record"] == {"metric": 6.0, "dataset": "other"}
+    assert "was measured on 'tiny', and DATASETS.TEST names 'other' now. So the next evaluation" in caplog.text
+
+
 def test_a_new_training_in_the_folder_forgets_the_early_end(patient_cfg, tmp_path):
     train(scripted(APS), patient_cfg())
     train(scripted(APS), patient_cfg(**{"TEST.PATIENCE": 0}))

@@ -1,10 +1,13 @@
 """Training follows its config: losses, optimizers, weights and evaluations. A config without effect is refused."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.utils.events import EventStorage
 from test_trainer import train
 
 from conftest import ALL_LOSSES, WIDER, make_cfg
@@ -12,8 +15,11 @@ from gdetkd import DistillTrainer
 from gdetkd.data.headers import read_headers
 from gdetkd.data.train_loader import images_per_process
 from gdetkd.engine import build_plain_student, evaluate_teacher, optimizer_step
+from gdetkd.engine.hooks import Stopwatch
+from gdetkd.engine.teacher_evaluation import TeacherScore
 from gdetkd.errors import GDetKDError
 from gdetkd.insight.run import read_curve, read_teacher_ap
+from gdetkd.safe_load import UnreadableFileError
 
 
 def test_a_students_own_loss_may_have_the_shape_1(distill_cfg, monkeypatch):
@@ -148,6 +154,41 @@ def test_of_several_test_sets_the_first_counts(distill_cfg, tmp_path):
     assert best["record"]["metric"] == scores["tiny/bbox/AP"]
     assert read_curve(cfg) == ([2], [scores["tiny/bbox/AP"]])
     assert read_teacher_ap(cfg) is not None
+
+
+def test_a_teachers_score_in_numpys_numbers_is_kept_as_plain_numbers():
+    score = TeacherScore()
+    score.set({"bbox": {"AP": np.float64(12.5)}})
+    assert type(score.state_dict()["metrics"]["teacher/bbox/AP"]) is float
+
+
+def test_a_period_without_evaluations_stays_valid_for_another_number_of_processes(distill_cfg):
+    cfg = distill_cfg({"TEST.EVAL_PERIOD": -1, "SOLVER.REFERENCE_WORLD_SIZE": 2, "SOLVER.IMS_PER_BATCH": 4})
+    assert DistillTrainer.auto_scale_workers(cfg, 1).TEST.EVAL_PERIOD == -1
+
+
+def test_an_error_of_a_hook_on_resume_keeps_its_message(distill_cfg, monkeypatch):
+    cfg = distill_cfg({"DATASETS.TEST": ("tiny",), "SOLVER.MAX_ITER": 1, "DISTILL.LOSSES": ()})
+    trainer = DistillTrainer(cfg)
+    trainer.train()
+
+    def fail(path):
+        raise UnreadableFileError("model_best.pth cannot be read.")
+
+    monkeypatch.setattr("gdetkd.engine.hooks.read_weights", fail)
+    with pytest.raises(UnreadableFileError, match="^model_best.pth cannot be read"):
+        DistillTrainer(cfg).resume_or_load(resume=True)
+
+
+def test_the_memory_of_a_gpu_is_logged(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 3 * 2**20)
+    stopwatch = Stopwatch()
+    with EventStorage() as storage:
+        stopwatch.trainer = SimpleNamespace(storage=storage)
+        stopwatch.before_step()
+        stopwatch.after_step()
+    assert storage.latest()["max_mem"] == (3.0, 0)
 
 
 def test_a_teacher_with_masks_is_evaluated_on_a_set_of_boxes(distill_cfg, tmp_path):

@@ -45,6 +45,11 @@ def merge_config_file(cfg: CfgNode, path: str) -> None:
     """
     if not path:
         raise GDetKDError("No config is given. Name one with --config-file FILE; configs/ has examples.")
+    if path.endswith(".py"):
+        raise GDetKDError(
+            f"The config {path!r} is a LazyConfig, which only a teacher may have (DISTILL.TEACHER.CONFIG_FILE). "
+            "Describe the student in a yaml file; configs/ has examples."
+        )
     try:
         loaded = cfg.load_yaml_with_base(path, allow_unsafe=False)
         places = places_of_keys(path)

@@ -1,5 +1,5 @@
 from .kinds import DATASET_KIND_REGISTRY, DatasetKind, Keys
-from .register import register_datasets
+from .register import register_datasets, register_test_sets
 from .train_loader import ResumableLoader, build_train_loader
 
 __all__ = [
@@ -9,4 +9,5 @@ __all__ = [
     "ResumableLoader",
     "build_train_loader",
     "register_datasets",
+    "register_test_sets",
 ]

@@ -1,7 +1,7 @@
 """Register the datasets that DATASETS.REGISTER lists with Detectron2's catalog."""
 
 import logging
-from typing import Any, Callable, Dict, List, Mapping
+from typing import Any, Callable, Dict, List, Mapping, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -32,7 +32,26 @@ def register_datasets(cfg: CfgNode) -> None:
     Raises:
         GDetKDError: an entry is invalid, a file does not exist, or another dataset has the same name.
     """
+    _register(cfg, cfg.DATASETS.REGISTER)
+
+
+def register_test_sets(cfg: CfgNode) -> None:
+    """Register the entries of DATASETS.REGISTER for an evaluation: those of DATASETS.TEST, and others with their files.
+
+    Raises:
+        GDetKDError: as `register_datasets`, for a dataset in DATASETS.TEST.
+    """
     for entry in cfg.DATASETS.REGISTER:
+        try:
+            _register(cfg, [entry])
+        except GDetKDError as e:
+            if not isinstance(entry, Mapping) or entry.get("name") in cfg.DATASETS.TEST:
+                raise
+            logger.info("%r is not registered, because the evaluation does not need it. %s", entry.get("name"), e)
+
+
+def _register(cfg: CfgNode, entries: Sequence[Any]) -> None:
+    for entry in entries:
         kind = _build_kind(entry, cfg)
         if kind.name in DatasetCatalog.list():
             if MetadataCatalog.get(kind.name).get("gdetkd_entry") != dict(entry):

@@ -32,16 +32,21 @@ def check_classes(names: Sequence[str], num_classes: int, role: str = "student")
             raise GDetKDError(f"The dataset {name!r} has {len(classes)} classes and the {role} {num_classes}. {remedy}")
 
 
-def check_class_order(names: Sequence[str]) -> None:
+def check_class_order(names: Sequence[str], student: Optional[Sequence[str]] = None) -> None:
     """Check that all datasets have the same classes in the same order. Upper and lower case do not matter.
 
     Other names are only warned of, because they may mean the same classes.
+
+    Args:
+        student: the class names of DATASETS.TRAIN, if it is not among `names`.
 
     Raises:
         GDetKDError: two datasets have the same classes in different orders. An evaluation would mix them up.
     """
     known = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
     sets = [(name, list(classes)) for name, classes in known.items() if classes is not None]
+    if student is not None:
+        sets.insert(0, ("DATASETS.TRAIN", list(student)))
     for name, classes in sets[1:]:
         first, expected = sets[0]
         if classes == expected or len(classes) != len(expected):  # `check_classes` looks at numbers

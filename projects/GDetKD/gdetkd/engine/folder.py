@@ -56,12 +56,24 @@ def check_earlier_run(folder: str, resume: bool, overwrite: bool) -> None:
         )
 
 
-def remove_earlier_run(folder: str) -> None:
+def remove_earlier_run(folder: str, used: str = "") -> None:
     """Remove the checkpoints and records of an earlier training. All processes must call this together.
 
     If the new training ended before its first checkpoint, --resume would continue the earlier training. And Detectron2
     appends to metrics.json, so charts would show both trainings.
+
+    Args:
+        used: a file that the new training needs again when it resumes, such as the teacher's weights.
+
+    Raises:
+        GDetKDError: on every process, `used` is among the files to remove. Then no file is removed.
     """
+    if any(_is_same(used, os.path.join(folder, name)) for name in _checkpoints(folder)):
+        raise GDetKDError(
+            f"--overwrite would remove {used!r}, which holds the weights of the teacher. Move this file out of "
+            f"OUTPUT_DIR {folder!r}, or choose another OUTPUT_DIR."
+        )
+    comm.synchronize()  # other processes may still read weights from the folder
     if comm.is_main_process():
         with suppress(FileNotFoundError):
             os.truncate(os.path.join(folder, "metrics.json"), 0)  # the new training has opened it already
@@ -75,6 +87,10 @@ def warn_of_a_fresh_start(folder: str, has_checkpoint: bool) -> None:
     """Warn that --resume finds no checkpoint in the folder."""
     if not has_checkpoint:
         logger.warning("--resume: %r holds no checkpoint. THE TRAINING STARTS FROM THE BEGINNING.", folder)
+
+
+def _is_same(path: str, other: str) -> bool:
+    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
 def _checkpoints(folder: str) -> List[str]:

@@ -45,7 +45,8 @@ def order_hooks(
     before = [hook for hook in before if not isinstance(hook, (PeriodicCheckpointer, PreciseBN))]
     evaluation, best = EvalHook(period, evaluate), None
     if cfg.TEST.KEEP_BEST and cfg.DATASETS.TEST and comm.is_main_process():
-        best = KeepBest(period, trainer.student, cfg.OUTPUT_DIR, f"{score_prefix(cfg)}bbox/AP")
+        metric = f"{score_prefix(cfg)}bbox/AP"
+        best = KeepBest(period, trainer.student, cfg.OUTPUT_DIR, cfg.DATASETS.TEST[0], metric)
     estimate = precise[0] if precise else None
     catch_up = CatchUp(period, cfg.OUTPUT_DIR, evaluation, best, estimate, request, random_state, patience)
     return [

@@ -131,12 +131,17 @@ class KeepBest(BestCheckpointer):
 
     model_best.pth holds the score, because the checkpoint to resume from is written before the evaluation of the same
     iteration.
+
+    Args:
+        dataset: the dataset that gives the metric. A score on another dataset does not count.
     """
 
-    def __init__(self, period: int, student: torch.nn.Module, output_dir: str, metric: str = "bbox/AP") -> None:
+    def __init__(
+        self, period: int, student: torch.nn.Module, output_dir: str, dataset: str, metric: str = "bbox/AP"
+    ) -> None:
         self._metric = metric
         self._path = os.path.join(output_dir, "model_best.pth")
-        self._record = _Record()
+        self._record = _Record(dataset)
         self._weights = _WeightsOnly(student, output_dir, record=self._record)
         super().__init__(period, self._weights, metric)
 
@@ -166,16 +171,29 @@ class KeepBest(BestCheckpointer):
         except DamagedFileError as e:
             logger.warning("%s The best score so far is lost, so the next evaluation writes a new model_best.pth.", e)
             return
+        # Files of earlier versions do not name the dataset.
+        dataset = best["record"].get("dataset", self._record.dataset)
+        if dataset != self._record.dataset:
+            logger.warning(
+                "The best score so far, %.2f, was measured on %r, and DATASETS.TEST names %r now. So the next "
+                "evaluation writes a new model_best.pth.",
+                best["record"]["metric"],
+                dataset,
+                self._record.dataset,
+            )
+            return
         self.best_metric, self.best_iter = best["record"]["metric"], best["iteration"]
 
 
 class _Record:
-    """Hold the score of the weights in the same file."""
+    """Hold the score of the weights in the same file, and the dataset on which it was measured."""
 
-    metric: Optional[float] = None
+    def __init__(self, dataset: str) -> None:
+        self.metric: Optional[float] = None
+        self.dataset = dataset
 
     def state_dict(self) -> Dict[str, Any]:
-        return {"metric": self.metric}
+        return {"metric": self.metric, "dataset": self.dataset}
 
 
 class TolerantWriter(EventWriter):

@@ -40,6 +40,7 @@ class Patience(HookBase):
         self._patience: int = cfg.TEST.PATIENCE
         self._period: int = cfg.TEST.EVAL_PERIOD
         self._metric = f"{score_prefix(cfg)}bbox/AP"
+        self._dataset = next(iter(cfg.DATASETS.TEST), "")  # it gives the AP
         self._note = os.path.join(cfg.OUTPUT_DIR, EARLY_END)
         self._random_state = random_state
         self._best: Optional[float] = None
@@ -136,6 +137,7 @@ class Patience(HookBase):
         if not self._patience:
             return {}
         return {
+            "dataset": self._dataset,
             "best": self._best,
             "best_iterations": self._best_iterations,
             "without_rise": self._without_rise,
@@ -144,6 +146,13 @@ class Patience(HookBase):
         }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
+        if state.get("dataset", self._dataset) != self._dataset:  # earlier versions did not write it
+            logger.warning(
+                "The AP so far was measured on %r, and DATASETS.TEST names %r now. TEST.PATIENCE counts from 0.",
+                state["dataset"],
+                self._dataset,
+            )
+            return
         self._best, self._best_iterations = state["best"], state["best_iterations"]
         self._without_rise, self._counted = state["without_rise"], state["counted"]
         # A larger TEST.PATIENCE, or none, lets the training go on.

@@ -4,7 +4,7 @@ import logging
 from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -14,13 +14,16 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..config_file import load_config
-from ..data import register_datasets
+from ..data import register_datasets, register_test_sets
 from ..errors import GDetKDError
 from ..files import written_whole
 
 
-def read_config(args: Namespace) -> CfgNode:
+def read_config(args: Namespace, trains: bool = True) -> CfgNode:
     """Return the config of --config-file and KEY VALUE, on the CPU if there is no GPU.
+
+    Args:
+        trains: whether the student is trained. SOLVER.AMP does not matter otherwise.
 
     Raises:
         GDetKDError: the config or the device is wrong.
@@ -29,7 +32,7 @@ def read_config(args: Namespace) -> CfgNode:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
         logging.warning("There is no CUDA device. The run uses the CPU, which is much slower.")
-    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
+    if trains and cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         raise GDetKDError("SOLVER.AMP.ENABLED needs a CUDA device. Set it to False, or train on a GPU.")
     check_device(cfg.MODEL.DEVICE)
     cfg.freeze()
@@ -49,7 +52,13 @@ def check_device(device: str) -> None:
             "MODEL.DEVICE is cpu, but the processes exchange by NCCL, which needs GPUs. Hide the GPUs by setting "
             "CUDA_VISIBLE_DEVICES=, or train on them."
         )
-    if device.startswith("cuda:") and comm.get_world_size() == 1:
+    if device.startswith("cuda:") and comm.get_world_size() > 1:
+        if comm.get_local_size() > 1 or device != "cuda:0":
+            raise GDetKDError(
+                f"MODEL.DEVICE is {device!r}, but each process needs a GPU of its own, and there are "
+                f"{comm.get_world_size()} processes. Set it to cuda."
+            )
+    elif device.startswith("cuda:"):
         torch.cuda.set_device(device)  # a checkpoint holds the random state of the current GPU
 
 
@@ -73,14 +82,20 @@ def kept_config(output_dir: str, in_any_case: bool) -> Iterator[None]:
                 file.write(before)
 
 
-def start(cfg: CfgNode, args: Namespace) -> None:
+def start(cfg: CfgNode, args: Namespace, register: Callable[[CfgNode], None] = register_datasets) -> None:
     """Make the folder, set up loggers and seeds, and register the datasets."""
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gdetkd")
-    register_datasets(cfg)
+    register(cfg)
 
 
 def start_without_training(cfg: CfgNode, args: Namespace) -> None:
     """Start as `start` does, but keep the config.yaml of a training in the folder."""
     with kept_config(cfg.OUTPUT_DIR, True):
         start(cfg, args)
+
+
+def start_evaluation(cfg: CfgNode, args: Namespace) -> None:
+    """Start as `start_without_training` does. The files of datasets outside DATASETS.TEST may be missing."""
+    with kept_config(cfg.OUTPUT_DIR, True):
+        start(cfg, args, register_test_sets)

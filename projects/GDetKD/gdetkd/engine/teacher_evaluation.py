@@ -13,7 +13,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.structures import Instances
 from detectron2.utils import comm
 
-from ..data import register_datasets
+from ..data import register_test_sets
 from ..data.class_names import class_names
 from ..errors import GDetKDError, some
 from ..losses.classes import positions_of_others
@@ -37,7 +37,7 @@ def evaluate_teacher(cfg: CfgNode, teacher: Optional[FrozenTeacher] = None) -> D
     Raises:
         GDetKDError: a dataset is wrong, or has none of the teacher's classes.
     """
-    register_datasets(cfg)
+    register_test_sets(cfg)
     check_test_sets(cfg, needed=True)
     return evaluate_on_test_sets(cfg, teacher or FrozenTeacher(cfg))
 
@@ -149,7 +149,8 @@ class TeacherScore(HookBase):
 
     def set(self, metrics: Dict[str, Any]) -> None:
         """Set what `evaluate_on_test_sets` returned. A resumed run has the metrics from its checkpoint."""
-        self._metrics = {f"teacher/{name}": value for name, value in flatten_results_dict(metrics).items()}
+        # An evaluator may return NumPy's numbers, which an old torch refuses to load.
+        self._metrics = {f"teacher/{name}": float(value) for name, value in flatten_results_dict(metrics).items()}
 
     def before_train(self) -> None:
         self.trainer.storage.put_scalars(smoothing_hint=False, **self._metrics)

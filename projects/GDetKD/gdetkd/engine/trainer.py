@@ -131,6 +131,8 @@ class DistillTrainer(BareTrainer):
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if scaled is not cfg:
             scaled.defrost()
+            if cfg.TEST.EVAL_PERIOD <= 0:  # there is no evaluation before the end
+                scaled.TEST.EVAL_PERIOD = cfg.TEST.EVAL_PERIOD
             nodes = [node for node in scaled.DISTILL.values() if isinstance(node, CfgNode) and "WARMUP_ITERS" in node]
             for node in [scaled.DISTILL, *nodes]:
                 node.WARMUP_ITERS = round(node.WARMUP_ITERS * cfg.SOLVER.REFERENCE_WORLD_SIZE / num_workers)
@@ -250,6 +252,8 @@ class DistillTrainer(BareTrainer):
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         try:
             super().load_state_dict(state_dict)
+        except GDetKDError:
+            raise
         except ValueError as e:  # the optimizer raises it
             raise GDetKDError(
                 f"This run was started with other groups of parameters ({e}). They depend on SOLVER.WEIGHT_DECAY, "
