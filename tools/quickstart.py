@@ -27,7 +27,8 @@ from gdetkd.program import explained_errors
 from gdetkd.teacher import FrozenTeacher
 from gdetkd.study.picture import LABELS, draw_comparison
 from gdetkd.study.report import describe
-from gdetkd.study.summary import as_json, as_markdown, summarize
+from gdetkd.study.summary import summarize
+from gdetkd.study.table import as_json, as_markdown
 
 import torch  # isort: skip
 from detectron2.config import CfgNode

@@ -21,7 +21,8 @@ from gdetkd.study.methods import ablation, method_opts
 from gdetkd.study.picture import curves_of
 from gdetkd.study.run import stretched
 from gdetkd.study.step_time import StepTime
-from gdetkd.study.summary import as_markdown, summarize
+from gdetkd.study.summary import summarize
+from gdetkd.study.table import as_markdown
 from programs import run_program
 
 

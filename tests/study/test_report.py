@@ -11,7 +11,8 @@ from made_up_runs import CONFIG, SETTING, STEP, finish, finished, row_of, step_t
 from gdetkd.study.comparison import Comparison
 from gdetkd.study.headline import find_leader, headline
 from gdetkd.study.report import write_report
-from gdetkd.study.summary import as_markdown, is_told_apart, mean_and_error, summarize
+from gdetkd.study.summary import is_told_apart, mean_and_error, summarize
+from gdetkd.study.table import as_markdown
 
 
 def test_rows(tmp_path):

@@ -4,7 +4,8 @@ from typing import List, Optional, Sequence, Tuple
 
 from .comparison import Comparison
 from .methods import BASELINE
-from .summary import ERRORS, Row, at_equal_iterations, is_told_apart, paired_gain, with_error
+from .summary import ERRORS, Row, is_told_apart, paired_gain
+from .table import at_equal_iterations, with_error
 
 
 def _rank(comparison: Comparison, rows: Sequence[Row]) -> Tuple[Row, List[Row]]:

@@ -11,7 +11,8 @@ from . import charts
 from .comparison import Comparison
 from .headline import find_leader, headline
 from .methods import BASELINE, CONFIGURED
-from .summary import Row, as_csv, as_json, as_markdown, at_equal_iterations, cells, headers, notes, summarize
+from .summary import Row, summarize
+from .table import as_csv, as_json, as_markdown, at_equal_iterations, cells, headers, notes
 
 
 def write_report(
