@@ -92,8 +92,7 @@ def build_models(cfg: CfgNode, batch: Batch) -> Dict[str, GDetKD]:
     models[ALL] = full
     for model in models.values():
         model.student.load_state_dict(full.student.state_dict())
-        for loss in model.losses.values():
-            loss.fill()
+        model.fill_buffers()
     return models
 
 

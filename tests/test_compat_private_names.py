@@ -6,7 +6,7 @@ import inspect
 import pkgutil
 import re
 import textwrap
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -72,7 +72,7 @@ def private_names_of_others(tree):
         yield from (f"line {node.lineno}: {name}" for name in found)
 
 
-@lru_cache(maxsize=None)
+@cache
 def names_of_self(kind, only_set=False):
     """Return the private methods that a class defines, and the private names that it reads or sets on `self`."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body

@@ -3,15 +3,17 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 
-from conftest import make_cfg
+from conftest import NUM_CLASSES, make_cfg
 from gdetkd.engine.folder import LOCK
 from gdetkd.engine.setup import check_device
 from gdetkd.errors import GDetKDError
@@ -36,6 +38,7 @@ def test_trains_and_evaluates_without_cuda_and_without_teacher(config_file, tmp_
         assert text.count("Evaluating the teacher.") == 1 and "gdetkd.engine.teacher_evaluation" in text
     assert "Evaluating the teacher." not in result.stderr
     weights = str(tmp_path / "run" / "model_final.pth")
+    _refuses_classes_in_another_order(config_file, tmp_path)
     (tmp_path / "teacher.pth").unlink()
     # An evaluation needs neither the training images nor mixed precision.
     entries = [dict(MetadataCatalog.get("tiny").gdetkd_entry), {"name": "away", "kind": "images", "images": "away"}]
@@ -48,6 +51,23 @@ def test_trains_and_evaluates_without_cuda_and_without_teacher(config_file, tmp_
     result = run_program("train_net.py", "--config-file", config_file, "--overwrite")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "are not there" in result.stderr.splitlines()[-1]
+
+
+def _refuses_classes_in_another_order(config_file, folder):
+    entry = dict(MetadataCatalog.get("tiny").gdetkd_entry)
+    content = json.loads(Path(entry["json"]).read_text())
+    for category in content["categories"]:
+        category["id"] = NUM_CLASSES + 1 - category["id"]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = NUM_CLASSES + 1 - annotation["category_id"]
+    (folder / "backwards.json").write_text(json.dumps(content))
+    entry.update(name="backwards", json=str(folder / "backwards.json"))
+    keys = ["DATASETS.REGISTER", str([entry]), "DATASETS.TRAIN", "()", "DATASETS.TEST", "('backwards',)"]
+    for name in ("model_final.pth", "model_best.pth"):
+        words = ["--eval-only", "MODEL.WEIGHTS", str(folder / "run" / name), *keys]
+        result = run_program("train_net.py", "--config-file", config_file, *words)
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert "trained on the classes class0, class1, class2, but the dataset 'backwards' has" in result.stderr
 
 
 def test_incomplete_weights_are_not_evaluated(config_file, tmp_path):
@@ -97,16 +117,22 @@ def test_a_finished_training_is_not_overwritten(config_file, tmp_path):
     assert "holds checkpoints of another training (model_best.pth, model_final.pth)" in message
     assert "--resume" in message and "--overwrite" in message
     assert all(path.read_bytes() == content for path, content in files.items())
-    for weights in (str(tmp_path / "nowhere.pth"), str(tmp_path / "run" / "model_final.pth")):
-        key = "MODEL.WEIGHTS" if "nowhere" in weights else "DISTILL.TEACHER.WEIGHTS"
+    teacher, final = tmp_path / "run" / "model_teacher.pth", tmp_path / "run" / "model_final.pth"
+    shutil.copy(tmp_path / "teacher.pth", teacher)
+    for key, weights, message in (
+        ("MODEL.WEIGHTS", tmp_path / "nowhere.pth", "are not there"),
+        ("MODEL.WEIGHTS", final, "--overwrite would remove"),
+        ("DISTILL.TEACHER.WEIGHTS", teacher, "--overwrite would remove"),
+    ):
         result = run_program(*command, "--overwrite", key, weights)
         assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert all(path.read_bytes() == files[path] for path in files if path.name != "log.txt")
+        assert message in result.stderr.splitlines()[-1]
+    assert all(path.read_bytes() == files[path] for path in files if path.name != "log.txt") and teacher.exists()
     (tmp_path / "run" / "model_0000001.pth").touch()
     (tmp_path / "run" / "metrics.json").write_text('{"iteration": 99, "total_loss": 1.0}\n')
     (tmp_path / "run" / "insight").mkdir()
     (tmp_path / "run" / "insight" / "records.jsonl").touch()
-    result = run_program(*command, "--overwrite", "MODEL.WEIGHTS", tmp_path / "run" / "model_final.pth")
+    result = run_program(*command, "--overwrite")
     # Otherwise --resume could continue from the checkpoint of the old training.
     assert not (tmp_path / "run" / "model_0000001.pth").exists()
     assert '"iteration": 99' not in (tmp_path / "run" / "metrics.json").read_text()
@@ -137,10 +163,10 @@ def test_the_device_must_fit_the_backend_of_the_processes(monkeypatch):
         check_device("mps")
     with pytest.raises(GDetKDError, match="MODEL.DEVICE is cpu.*NCCL.*CUDA_VISIBLE_DEVICES="):
         check_device("cpu")
-    with pytest.raises(GDetKDError, match="'cuda:1', but each process needs a GPU of its own, and there are 2 proc"):
+    with pytest.raises(GDetKDError, match="'cuda:1', but with 2 processes each of them chooses the GPU of its own"):
         check_device("cuda:1")
     monkeypatch.setattr(comm, "get_local_size", lambda: 2)
-    with pytest.raises(GDetKDError, match="'cuda:0', but each process needs a GPU.*Set it to cuda"):
+    with pytest.raises(GDetKDError, match="'cuda:0', but with 2 processes.*Set it to cuda"):
         check_device("cuda:0")
 
 

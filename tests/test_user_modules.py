@@ -48,7 +48,9 @@ def test_nothing_is_imported_without_the_variable(monkeypatch):
         ("absent.user_module", None, "names the module 'absent.user_module', which Python does not find"),
         ("needy_user_module.py", "import absent_package", "needs 'absent_package'. Install it"),
         ("broken_user_module.py", "\n1 / 0", r"fails: ZeroDivisionError: .*broken_user_module.py, line 2\)"),
-        ("spelt_user_module.py", "def f(:", "import fails: SyntaxError"),
+        ("spelt_user_module.py", "def f(:", r"SyntaxError: .*\(spelt_user_module.py, line 1\). Correct it"),
+        ("twice_user_module.py", "import re\n\nre.compile('(')", r"twice_user_module.py, line 3\). Correct it"),
+        ("a.user_module.py", "", "'a.user_module.py'. Python cannot import a file with a dot in its name. Rename it"),
         ("json.py", "", r"finds another module 'json' \(.*Rename the file"),
     ],
 )

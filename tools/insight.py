@@ -13,7 +13,10 @@ import warnings
 
 warnings.filterwarnings("ignore")
 
-from gdetkd.data import register_datasets  # noqa: E402, I001
+from detectron2.config import CfgNode
+from tqdm import tqdm
+
+from gdetkd.data import register_test_sets
 from gdetkd.data.shapes import make_shapes_for
 from gdetkd.distiller import GDetKD
 from gdetkd.errors import GDetKDError
@@ -23,9 +26,6 @@ from gdetkd.insight.records import RecordFile, make_record
 from gdetkd.insight.references import look_at_references
 from gdetkd.insight.run import FinishedRun, load_checkpoint
 from gdetkd.program import explained_errors
-
-from detectron2.config import CfgNode
-from tqdm import tqdm
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,7 +49,7 @@ def configure(run: FinishedRun, args: argparse.Namespace) -> CfgNode:
     cfg.DISTILL.INSIGHT.BASELINE = args.baseline or cfg.DISTILL.INSIGHT.BASELINE
     cfg.DISTILL.INSIGHT.IMAGES = args.images or cfg.DISTILL.INSIGHT.IMAGES
     make_shapes_for(cfg)
-    register_datasets(cfg)
+    register_test_sets(cfg)
     return cfg
 
 

@@ -46,7 +46,7 @@ def test_images_are_turned_as_exif_says(tmp_path, turn):
     assert mean_error(read_image(str(path), "RGB"), upright) < 6
 
 
-@pytest.mark.parametrize("orientation, is_bad", [(1, False), (3, True), (6, True)])
+@pytest.mark.parametrize("orientation, is_bad", [(0, False), (1, False), (3, True), (6, True), (9, False)])
 def test_a_turned_tiff_is_bad_because_it_would_be_turned_twice(tmp_path, orientation, is_bad):
     exif = Image.Exif()
     exif[274] = orientation

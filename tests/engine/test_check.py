@@ -272,7 +272,7 @@ def test_the_check_of_a_run_without_a_teacher(distill_cfg, tmp_path):
 
 
 def test_the_step_is_measured_with_a_full_queue(distill_cfg, monkeypatch):
-    cfg = distill_cfg({"DISTILL.LOSSES": ("CKD",), "DISTILL.CKD.QUEUE_SIZE": 50})
+    cfg = distill_cfg({"DISTILL.LOSSES": ("CKD",), "DISTILL.CKD.QUEUE_SIZE": 5000})
     check, lengths = Check(cfg), []
 
     def measure(models, *args):
@@ -281,7 +281,7 @@ def test_the_step_is_measured_with_a_full_queue(distill_cfg, monkeypatch):
 
     monkeypatch.setattr("gdetkd.engine.check.measure_steps", measure)
     check.run()
-    assert lengths == [50]
+    assert lengths == [5000]
 
 
 def test_the_check_on_the_command_line(distill_cfg, tmp_path):

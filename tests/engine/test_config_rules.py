@@ -79,6 +79,10 @@ def test_every_rule_has_an_invalid_value_above():
             "MODEL.FCOS.IN_FEATURES names p8.*or start from configs/COCO-Detection/Base-FCOS.yaml",
         ),
         (
+            {**DENSE, "DISTILL.STUDENT_META_ARCHITECTURE": "FCOS", "TEST.DETECTIONS_PER_IMAGE": -1},
+            "DETECTIONS_PER_IMAGE is -1, which makes a FCOS leave out a detection",
+        ),
+        (
             {"DISTILL.HEAD_TRANSFER": True, "DISTILL.TEACHER.CONFIG_FILE": "torchvision:fasterrcnn_resnet50_fpn"},
             "HEAD_TRANSFER is True, but the classes of a torchvision teacher",
         ),

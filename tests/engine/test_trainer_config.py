@@ -162,9 +162,11 @@ def test_a_teachers_score_in_numpys_numbers_is_kept_as_plain_numbers():
     assert type(score.state_dict()["metrics"]["teacher/bbox/AP"]) is float
 
 
-def test_a_period_without_evaluations_stays_valid_for_another_number_of_processes(distill_cfg):
+def test_the_period_of_evaluations_stays_valid_for_another_number_of_processes(distill_cfg):
     cfg = distill_cfg({"TEST.EVAL_PERIOD": -1, "SOLVER.REFERENCE_WORLD_SIZE": 2, "SOLVER.IMS_PER_BATCH": 4})
     assert DistillTrainer.auto_scale_workers(cfg, 1).TEST.EVAL_PERIOD == -1
+    cfg.TEST.EVAL_PERIOD = 1
+    assert DistillTrainer.auto_scale_workers(cfg, 8).TEST.EVAL_PERIOD == 1
 
 
 def test_an_error_of_a_hook_on_resume_keeps_its_message(distill_cfg, monkeypatch):
@@ -180,15 +182,17 @@ def test_an_error_of_a_hook_on_resume_keeps_its_message(distill_cfg, monkeypatch
         DistillTrainer(cfg).resume_or_load(resume=True)
 
 
-def test_the_memory_of_a_gpu_is_logged(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+@pytest.mark.parametrize("device, logged", [("cuda", 3.0), ("cpu", None)])
+def test_the_memory_of_a_gpu_is_logged(monkeypatch, device, logged):
+    for name, value in (("is_available", True), ("is_initialized", True), ("memory_allocated", device == "cuda")):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 3 * 2**20)
     stopwatch = Stopwatch()
     with EventStorage() as storage:
         stopwatch.trainer = SimpleNamespace(storage=storage)
         stopwatch.before_step()
         stopwatch.after_step()
-    assert storage.latest()["max_mem"] == (3.0, 0)
+    assert storage.latest().get("max_mem", (None, 0)) == (logged, 0)
 
 
 def test_a_teacher_with_masks_is_evaluated_on_a_set_of_boxes(distill_cfg, tmp_path):

@@ -105,7 +105,7 @@ def test_the_order_of_classes_decides_whether_a_dataset_is_named(name, count):
     [
         ("dict(max_per_img=300)", 300),
         ("dict(rpn=dict(max_per_img=1000), rcnn=dict(max_per_img=500))", 500),
-        ("dict(max_per_img=-1)", -1),
+        ("dict(max_per_img=-1)", 10000),
         ("dict(rcnn=None)", None),
         ("None", None),
     ],

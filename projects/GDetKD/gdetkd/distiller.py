@@ -152,6 +152,11 @@ class GDetKD(nn.Module):
         zero = sum_of_zeros(self.losses.parameters())
         return {name: loss + zero if place == 0 else loss for place, (name, loss) in enumerate(losses.items())}
 
+    def fill_buffers(self) -> None:
+        """Fill the losses' buffers that grow at the start of a training, to measure the cost of later steps."""
+        for loss in self.losses.values():
+            loss.fill()
+
     def join_exchanges(self) -> None:
         """Take part in the collectives of the losses that a failed forward pass did not reach."""
         for name in self._to_compute:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import site
 import sys
 import traceback
 from pathlib import Path
@@ -34,6 +35,10 @@ def _import(entry: str) -> None:
             f"{VARIABLE} names the file {entry!r}, which is not there. The current folder is {os.getcwd()}. Correct "
             "the path."
         )
+    if path is not None and "." in path.stem:
+        raise GDetKDError(
+            f"{VARIABLE} names the file {entry!r}. Python cannot import a file with a dot in its name. Rename it."
+        )
     folder, name = (str(path.parent), path.stem) if path is not None else (os.getcwd(), entry)
     if folder not in sys.path:
         sys.path.append(folder)
@@ -58,8 +63,15 @@ def _module(entry: str, name: str) -> ModuleType:
             "the folder of the module to PYTHONPATH."
         ) from e
     except Exception as e:
-        last = traceback.extract_tb(e.__traceback__)[-1]
         raise GDetKDError(
-            f"{VARIABLE} names {entry!r}, whose import fails: {type(e).__name__}: {e} ({last.filename}, line "
-            f"{last.lineno}). Correct it."
+            f"{VARIABLE} names {entry!r}, whose import fails: {type(e).__name__}: {e}{_place(e)}. Correct it."
         ) from e
+
+
+def _place(error: Exception) -> str:
+    """Return the last line of the user's that ran, in parentheses, or nothing if it is not known."""
+    installed = (os.path.dirname(os.__file__), os.path.dirname(__file__), *site.getsitepackages(), "<frozen")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(installed)]
+    if isinstance(error, SyntaxError) or not frames:  # the text of a SyntaxError names the place itself
+        return ""
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})"

@@ -25,7 +25,7 @@ def same_files(
             by_size[os.path.getsize(other)].append(other)
     digest = functools.lru_cache(maxsize=None)(sha256_of_file)  # a file may be in `paths` and in `others`
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def by_digest(size: int) -> Dict[str, str]:
         """Return a file of `others` for each SHA-256 among those of a size."""
         return {digest(other): other for other in reversed(by_size[size])}

@@ -71,7 +71,7 @@ def _is_new(folder: str, root: str, seen: Set[str]) -> bool:
     real = os.path.realpath(folder)
     if real in seen or not _is_data(os.path.basename(folder)):
         return False
-    if os.path.islink(folder) and os.path.commonpath([real, root]) == root:
+    if os.path.islink(folder) and is_inside(real, root):
         if all(map(_is_data, os.path.relpath(real, root).split(os.sep))):
             return False  # the walk comes to the folder itself
     seen.add(real)

@@ -16,7 +16,8 @@ from PIL import Image, UnidentifiedImageError
 Image.preinit()
 
 Sample = Dict[str, Any]
-EXIF_ORIENTATION, TURNED = 274, (5, 6, 7, 8)
+# The EXIF tag, its values for images that are turned or mirrored, and those that exchange width and height.
+EXIF_ORIENTATION, NOT_UPRIGHT, TURNED = 274, range(2, 9), (5, 6, 7, 8)
 HEADERS_AT_ONCE = 16
 # Images that are handed to the threads together. A task takes 1.5 kB, so do not make the tasks of all images at once.
 CHUNK = 4096
@@ -112,7 +113,7 @@ def _read_header(sample: Sample, whole: bool = False) -> Header:
                 return Header(f"is {image.format}, not one of {', '.join(FORMATS)}: convert it")
             size, mode = image.size, image.mode
             orientation = _orientation(image)
-            if image.format == "TIFF" and orientation != 1:
+            if image.format == "TIFF" and orientation in NOT_UPRIGHT:
                 return Header("is a TIFF with an EXIF orientation, which is read the wrong way up: save it upright")
             if whole:
                 image.draft(None, (1, 1))  # decodes a JPEG coarsely and fast, but to its end

@@ -1,7 +1,7 @@
 """Register the datasets that DATASETS.REGISTER lists with Detectron2's catalog."""
 
 import logging
-from typing import Any, Callable, Dict, List, Mapping, Sequence
+from typing import Any, Callable, Dict, List, Mapping
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -32,39 +32,40 @@ def register_datasets(cfg: CfgNode) -> None:
     Raises:
         GDetKDError: an entry is invalid, a file does not exist, or another dataset has the same name.
     """
-    _register(cfg, cfg.DATASETS.REGISTER)
+    for entry in cfg.DATASETS.REGISTER:
+        _register(_build_kind(entry, cfg))
 
 
 def register_test_sets(cfg: CfgNode) -> None:
-    """Register the entries of DATASETS.REGISTER for an evaluation: those of DATASETS.TEST, and others with their files.
+    """Register the entries of DATASETS.REGISTER. Leave out entries outside of DATASETS.TEST whose files are missing.
 
     Raises:
-        GDetKDError: as `register_datasets`, for a dataset in DATASETS.TEST.
+        GDetKDError: an entry is invalid, a file of DATASETS.TEST does not exist, or another dataset has the same name.
     """
     for entry in cfg.DATASETS.REGISTER:
-        try:
-            _register(cfg, [entry])
-        except GDetKDError as e:
-            if not isinstance(entry, Mapping) or entry.get("name") in cfg.DATASETS.TEST:
-                raise
-            logger.info("%r is not registered, because the evaluation does not need it. %s", entry.get("name"), e)
-
-
-def _register(cfg: CfgNode, entries: Sequence[Any]) -> None:
-    for entry in entries:
         kind = _build_kind(entry, cfg)
-        if kind.name in DatasetCatalog.list():
-            if MetadataCatalog.get(kind.name).get("gdetkd_entry") != dict(entry):
-                raise GDetKDError(
-                    f"DATASETS.REGISTER: another dataset has the name {kind.name!r} already. Give this entry another "
-                    "name."
-                )
+        try:
+            kind.check_files()
+        except GDetKDError as e:
+            if kind.name in cfg.DATASETS.TEST:
+                raise
+            logger.info("%r is not registered, because an evaluation does not need it. %s", kind.name, e)
             continue
-        kind.check_paths()
-        kind.check_files()
-        metadata = kind.metadata()
-        DatasetCatalog.register(kind.name, _make_loader(kind))
-        MetadataCatalog.get(kind.name).set(gdetkd_entry=dict(entry), **metadata)
+        _register(kind)
+
+
+def _register(kind: DatasetKind) -> None:
+    if kind.name in DatasetCatalog.list():
+        if MetadataCatalog.get(kind.name).get("gdetkd_entry") != dict(kind.entry):
+            raise GDetKDError(
+                f"DATASETS.REGISTER: another dataset has the name {kind.name!r} already. Give this entry another name."
+            )
+        return
+    kind.check_paths()
+    kind.check_files()
+    metadata = kind.metadata()
+    DatasetCatalog.register(kind.name, _make_loader(kind))
+    MetadataCatalog.get(kind.name).set(gdetkd_entry=dict(kind.entry), **metadata)
 
 
 def _build_kind(entry: Any, cfg: CfgNode) -> DatasetKind:

@@ -240,8 +240,8 @@ class Check:
 
     def _costs(self) -> str:
         cfg, batches = self._cfg, self._batches()
-        for loss in self._distiller.losses.values() if self._distiller is not None else ():
-            loss.fill()  # as in later steps
+        if self._distiller is not None:
+            self._distiller.fill_buffers()
         models = {"plain": self._student, "step": self._trainer.model.train()}
         with _without_cache(self._teacher):  # it holds the views of these batches, unlike in a training
             plain, step = measure_steps(models, batches, cfg.SOLVER.AMP.ENABLED).values()

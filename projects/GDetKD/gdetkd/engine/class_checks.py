@@ -32,33 +32,26 @@ def check_classes(names: Sequence[str], num_classes: int, role: str = "student")
             raise GDetKDError(f"The dataset {name!r} has {len(classes)} classes and the {role} {num_classes}. {remedy}")
 
 
-def check_class_order(names: Sequence[str], student: Optional[Sequence[str]] = None) -> None:
+def check_class_order(names: Sequence[str]) -> None:
     """Check that all datasets have the same classes in the same order. Upper and lower case do not matter.
 
     Other names are only warned of, because they may mean the same classes.
-
-    Args:
-        student: the class names of DATASETS.TRAIN, if it is not among `names`.
 
     Raises:
         GDetKDError: two datasets have the same classes in different orders. An evaluation would mix them up.
     """
     known = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
     sets = [(name, list(classes)) for name, classes in known.items() if classes is not None]
-    if student is not None:
-        sets.insert(0, ("DATASETS.TRAIN", list(student)))
     for name, classes in sets[1:]:
         first, expected = sets[0]
         if classes == expected or len(classes) != len(expected):  # `check_classes` looks at numbers
             continue
-        expected_lower, lower = _lower(expected), _lower(classes)
-        is_reordered = expected_lower != lower and sorted(expected_lower) == sorted(lower)
-        if is_reordered or sorted(map(str, expected)) == sorted(map(str, classes)):
+        if _is_reordered(expected, classes):
             raise GDetKDError(
                 f"The datasets {first!r} and {name!r} have the same classes in different orders: {some(expected)}; and "
                 f"{some(classes)}. Give them the same order (in COCO JSON, by category id)."
             )
-        if expected_lower == lower:
+        if _lower(expected) == _lower(classes):
             continue
         pairs = [f"{before!r} is {after!r}" for before, after in zip(expected, classes) if before != after]
         logger.warning(
@@ -68,6 +61,32 @@ def check_class_order(names: Sequence[str], student: Optional[Sequence[str]] = N
             name,
             some(pairs, 5),
         )
+
+
+def check_trained_order(names: Sequence[str], trained: Optional[Sequence[str]]) -> None:
+    """Check that datasets have the classes in the order in which a detector was trained.
+
+    Args:
+        trained: names of the detector's classes, in order. None if they are not known.
+
+    Raises:
+        GDetKDError: a dataset has the same classes in another order. An evaluation would mix them up.
+    """
+    for name in names:
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if trained is not None and classes is not None and _is_reordered(trained, classes):
+            raise GDetKDError(
+                f"The weights were trained on the classes {some(trained)}, but the dataset {name!r} has them in "
+                f"another order: {some(classes)}. Give it the order of the training (in COCO JSON, by category id)."
+            )
+
+
+def _is_reordered(first: Sequence[str], second: Sequence[str]) -> bool:
+    """Return whether two lists hold the same class names in different orders. Upper and lower case do not matter."""
+    lower, other = _lower(first), _lower(second)
+    if lower == other:  # then only names that differ in case alone can have changed places
+        return list(first) != list(second) and sorted(map(str, first)) == sorted(map(str, second))
+    return sorted(lower) == sorted(other)
 
 
 def as_student_names(names: Sequence[str], student: Optional[Sequence[str]]) -> Sequence[str]:

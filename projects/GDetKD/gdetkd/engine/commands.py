@@ -8,15 +8,15 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from ..data.class_names import class_names
+from ..data import register_test_sets
 from ..files import mend_last_line
 from .check import Check
-from .class_checks import check_class_order
+from .class_checks import check_class_order, check_trained_order
 from .config_rules import check_parts
 from .folder import check_earlier_run, only_training_in, remove_earlier_run, warn_of_a_fresh_start
 from .preflight import check_student_classes, check_test_sets
 from .quiet import quiet
-from .setup import kept_config, start, start_evaluation, start_without_training
+from .setup import kept_config, start, start_without_training
 from .student_weights import StudentCheckpointer
 from .teacher_evaluation import evaluate_teacher
 from .trainer import DistillTrainer, build_plain_student
@@ -34,8 +34,8 @@ def train(cfg: CfgNode, args: Namespace) -> Any:
                 if comm.is_main_process():
                     mend_last_line(Path(cfg.OUTPUT_DIR, "metrics.json"))  # Detectron2 appends to it
             trainer.resume_or_load(resume=args.resume)
-            if args.overwrite and not args.resume:  # MODEL.WEIGHTS, which may lie in the same folder, is loaded
-                remove_earlier_run(cfg.OUTPUT_DIR, _teacher_weights(trainer))
+            if args.overwrite and not args.resume:
+                remove_earlier_run(cfg.OUTPUT_DIR, [cfg.MODEL.WEIGHTS, _teacher_weights(trainer)])
         return trainer.train()
 
 
@@ -46,21 +46,22 @@ def _teacher_weights(trainer: DistillTrainer) -> str:
 
 def evaluate(cfg: CfgNode, args: Namespace) -> Any:
     """Evaluate the student on DATASETS.TEST. The weights must set all of its tensors."""
-    start_evaluation(cfg, args)
+    start_without_training(cfg, args, register_test_sets)
     check_parts(cfg)
     check_test_sets(cfg, needed=True)
     check_student_classes(cfg, cfg.DATASETS.TEST)
-    check_class_order(cfg.DATASETS.TEST, class_names(cfg))
+    check_class_order(cfg.DATASETS.TEST)
     student = build_plain_student(cfg)
     checkpointer = StudentCheckpointer(student, cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     checkpointer.check_whole()
+    check_trained_order(cfg.DATASETS.TEST, checkpointer.classes)
     return DistillTrainer.test(cfg, student)
 
 
 def evaluate_the_teacher(cfg: CfgNode, args: Namespace) -> Any:
     """Evaluate the teacher alone on DATASETS.TEST."""
-    start_evaluation(cfg, args)
+    start_without_training(cfg, args, register_test_sets)
     return evaluate_teacher(cfg)
 
 

@@ -191,6 +191,11 @@ def _unsupported(cfg: CfgNode) -> List[str]:
     wrong = []
     if cfg.TEST.AUG.ENABLED:
         wrong.append("TEST.AUG.ENABLED is True, but GDetKD does not support test-time augmentation: set it to False")
+    if cfg.TEST.DETECTIONS_PER_IMAGE == -1 and student_architecture(cfg) in ("RetinaNet", "FCOS"):
+        wrong.append(
+            f"TEST.DETECTIONS_PER_IMAGE is -1, which makes a {student_architecture(cfg)} leave out a detection: set it "
+            "to a number"
+        )
     if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) and not has_compiled_ops():
         wrong.append(
             "MODEL.RESNETS.DEFORM_ON_PER_STAGE asks for deformable convolutions, which need Detectron2's compiled "

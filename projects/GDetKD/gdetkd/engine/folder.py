@@ -4,7 +4,7 @@ import fcntl
 import logging
 import os
 from contextlib import contextmanager, suppress
-from typing import IO, Iterator, List, Tuple
+from typing import IO, Iterator, List, Sequence, Tuple
 
 from detectron2.utils import comm
 
@@ -56,24 +56,25 @@ def check_earlier_run(folder: str, resume: bool, overwrite: bool) -> None:
         )
 
 
-def remove_earlier_run(folder: str, used: str = "") -> None:
+def remove_earlier_run(folder: str, needed: Sequence[str]) -> None:
     """Remove the checkpoints and records of an earlier training. All processes must call this together.
 
     If the new training ended before its first checkpoint, --resume would continue the earlier training. And Detectron2
     appends to metrics.json, so charts would show both trainings.
 
     Args:
-        used: a file that the new training needs again when it resumes, such as the teacher's weights.
+        needed: files that the new training needs, also if it has to start again: starting weights, and the teacher's.
 
     Raises:
-        GDetKDError: on every process, `used` is among the files to remove. Then no file is removed.
+        GDetKDError: on every process, a needed file is among the files to remove. Then no file is removed.
     """
-    if any(_is_same(used, os.path.join(folder, name)) for name in _checkpoints(folder)):
+    found = _checkpoints(folder) if comm.is_main_process() else []
+    lost = [path for path in needed if any(_is_same(path, os.path.join(folder, name)) for name in found)]
+    if lost := comm.all_gather(lost)[0]:
         raise GDetKDError(
-            f"--overwrite would remove {used!r}, which holds the weights of the teacher. Move this file out of "
+            f"--overwrite would remove {lost[0]!r}, whose weights the new training needs. Move this file out of "
             f"OUTPUT_DIR {folder!r}, or choose another OUTPUT_DIR."
         )
-    comm.synchronize()  # other processes may still read weights from the folder
     if comm.is_main_process():
         with suppress(FileNotFoundError):
             os.truncate(os.path.join(folder, "metrics.json"), 0)  # the new training has opened it already

@@ -6,6 +6,7 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PreciseBN
 from detectron2.utils import comm
 
+from ..data.class_names import class_names
 from ..metrics_file import score_prefix
 from .catch_up import CatchUp
 from .hooks import KeepBest, RandomState, Stopwatch
@@ -46,7 +47,7 @@ def order_hooks(
     evaluation, best = EvalHook(period, evaluate), None
     if cfg.TEST.KEEP_BEST and cfg.DATASETS.TEST and comm.is_main_process():
         metric = f"{score_prefix(cfg)}bbox/AP"
-        best = KeepBest(period, trainer.student, cfg.OUTPUT_DIR, cfg.DATASETS.TEST[0], metric)
+        best = KeepBest(period, trainer.student, cfg.OUTPUT_DIR, cfg.DATASETS.TEST[0], class_names(cfg), metric)
     estimate = precise[0] if precise else None
     catch_up = CatchUp(period, cfg.OUTPUT_DIR, evaluation, best, estimate, request, random_state, patience)
     return [

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 from detectron2.engine import HookBase
@@ -17,6 +17,7 @@ from ..random_state import get_random_state, set_random_state
 from ..safe_load import DamagedFileError, read_weights
 from .checkpoint import DurableCheckpointer
 from .forward_state import normalizers, set_normalizers
+from .step_costs import is_on_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class Stopwatch(HookBase):
     def after_step(self) -> None:
         self._seconds += time.perf_counter() - self._start
         self.trainer.storage.put_scalar("train_seconds", self._seconds, smoothing_hint=False)
-        if torch.cuda.is_available():
+        if is_on_gpu():
             memory = torch.cuda.max_memory_allocated() / 2**20
             self.trainer.storage.put_scalar("max_mem", memory, smoothing_hint=False)
 
@@ -134,14 +135,21 @@ class KeepBest(BestCheckpointer):
 
     Args:
         dataset: the dataset that gives the metric. A score on another dataset does not count.
+        classes: names of the student's classes, in order. None if they are not known.
     """
 
     def __init__(
-        self, period: int, student: torch.nn.Module, output_dir: str, dataset: str, metric: str = "bbox/AP"
+        self,
+        period: int,
+        student: torch.nn.Module,
+        output_dir: str,
+        dataset: str,
+        classes: Optional[Sequence[str]],
+        metric: str = "bbox/AP",
     ) -> None:
         self._metric = metric
         self._path = os.path.join(output_dir, "model_best.pth")
-        self._record = _Record(dataset)
+        self._record = _Record(dataset, classes)
         self._weights = _WeightsOnly(student, output_dir, record=self._record)
         super().__init__(period, self._weights, metric)
 
@@ -186,14 +194,15 @@ class KeepBest(BestCheckpointer):
 
 
 class _Record:
-    """Hold the score of the weights in the same file, and the dataset on which it was measured."""
+    """Hold the score of the weights in the same file, the dataset on which it was measured, and the classes."""
 
-    def __init__(self, dataset: str) -> None:
+    def __init__(self, dataset: str, classes: Optional[Sequence[str]]) -> None:
         self.metric: Optional[float] = None
         self.dataset = dataset
+        self._classes = None if classes is None else list(classes)
 
     def state_dict(self) -> Dict[str, Any]:
-        return {"metric": self.metric, "dataset": self.dataset}
+        return {"metric": self.metric, "dataset": self.dataset, "classes": self._classes}
 
 
 class TolerantWriter(EventWriter):

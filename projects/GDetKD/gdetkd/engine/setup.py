@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..config_file import load_config
-from ..data import register_datasets, register_test_sets
+from ..data import register_datasets
 from ..errors import GDetKDError
 from ..files import written_whole
 
@@ -55,8 +55,8 @@ def check_device(device: str) -> None:
     if device.startswith("cuda:") and comm.get_world_size() > 1:
         if comm.get_local_size() > 1 or device != "cuda:0":
             raise GDetKDError(
-                f"MODEL.DEVICE is {device!r}, but each process needs a GPU of its own, and there are "
-                f"{comm.get_world_size()} processes. Set it to cuda."
+                f"MODEL.DEVICE is {device!r}, but with {comm.get_world_size()} processes each of them chooses the GPU "
+                "of its own number. Set it to cuda, and choose GPUs with CUDA_VISIBLE_DEVICES."
             )
     elif device.startswith("cuda:"):
         torch.cuda.set_device(device)  # a checkpoint holds the random state of the current GPU
@@ -89,13 +89,9 @@ def start(cfg: CfgNode, args: Namespace, register: Callable[[CfgNode], None] = r
     register(cfg)
 
 
-def start_without_training(cfg: CfgNode, args: Namespace) -> None:
+def start_without_training(
+    cfg: CfgNode, args: Namespace, register: Callable[[CfgNode], None] = register_datasets
+) -> None:
     """Start as `start` does, but keep the config.yaml of a training in the folder."""
     with kept_config(cfg.OUTPUT_DIR, True):
-        start(cfg, args)
-
-
-def start_evaluation(cfg: CfgNode, args: Namespace) -> None:
-    """Start as `start_without_training` does. The files of datasets outside DATASETS.TEST may be missing."""
-    with kept_config(cfg.OUTPUT_DIR, True):
-        start(cfg, args, register_test_sets)
+        start(cfg, args, register)

@@ -50,7 +50,7 @@ class StepCost:
 
 def now() -> float:
     """Return the time in seconds, after the GPU has done its work."""
-    if _is_on_gpu():
+    if is_on_gpu():
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -92,7 +92,7 @@ def measure_steps(models: Mapping[str, nn.Module], batches: List[Any], autocast:
 
     works = {name: work(name, model) for name, model in models.items()}
     seconds = time_in_rounds(works, rounds=len(batches) - 1, warm_up=1)
-    kind = "at the peak" if _is_on_gpu() else "kept for the backward pass"
+    kind = "at the peak" if is_on_gpu() else "kept for the backward pass"
     return {name: StepCost(statistics.median(seconds[name]), megabytes[name], kind) for name in models}
 
 
@@ -102,14 +102,14 @@ def _step(model: nn.Module, batch: Any, autocast: bool) -> None:
     total.backward()
 
 
-def _is_on_gpu() -> bool:
+def is_on_gpu() -> bool:
     """Return whether any tensor is on a GPU. A machine with a GPU may train on the CPU (MODEL.DEVICE)."""
     return torch.cuda.is_initialized() and torch.cuda.memory_allocated() > 0
 
 
 def peak_memory(step: Callable[[], None]) -> float:
     """Return the MB that a step allocates at once on a GPU, or keeps for its backward pass on a CPU."""
-    if _is_on_gpu():
+    if is_on_gpu():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()

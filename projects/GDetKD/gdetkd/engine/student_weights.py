@@ -1,6 +1,6 @@
 """Load the student's weights, and find the tensors that a file leaves out."""
 
-from typing import Any, Dict, List, Set
+from typing import Any, Dict, List, Optional, Set
 
 from torch import nn
 
@@ -20,12 +20,14 @@ class StudentCheckpointer(DurableCheckpointer):
         unloaded: names of the student's tensors that no file has set yet.
         pretrained: names of the student's tensors that the backbone's file of ImageNet weights has set, and no file
             since.
+        classes: class names that the file loaded last was trained on, in order. None if it does not tell them.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", **checkpointables: Any) -> None:
         super().__init__(model, save_dir, **checkpointables)
         self.unloaded: List[str] = list(model.state_dict())
         self.pretrained: List[str] = []
+        self.classes: Optional[List[str]] = None
         self._resuming = False
         self._path = ""  # the file that was loaded last
 
@@ -44,6 +46,8 @@ class StudentCheckpointer(DurableCheckpointer):
             self.unloaded = [name for name in self.unloaded if name not in loaded]
 
     def load_weights(self, checkpoint: Any) -> Any:
+        # model_best.pth has a record in place of the run.
+        self.classes = (checkpoint.get("run") or checkpoint.get("record") or {}).get("classes")
         if self._resuming and "run" in checkpoint and "run" in self.checkpointables:
             self.checkpointables["run"].load_state_dict(checkpoint.pop("run"))
         incompatible = super().load_weights(checkpoint)

@@ -98,16 +98,24 @@ def teachers_classes_in(cfg: CfgNode, teacher: FrozenTeacher, dataset: str) -> O
     if names is None or teacher_names is None:
         check_classes([dataset], teacher.spec.num_classes, "teacher")
         return None
-    names = as_student_names(names, class_names(cfg))
     if list(names) == list(teacher_names):
         return None
-    classes = positions_of_others(cfg, tuple(names), teacher_names)
+    classes = positions_of_others(cfg, tuple(_in_common_spelling(cfg, names, teacher_names)), teacher_names)
     if all(index is None for index in classes):
         raise GDetKDError(
             f"The teacher cannot be evaluated on {dataset!r}: its classes ({some(teacher_names)}) and those of the "
             f"dataset ({some(names)}) have no name in common. Map names of the same meaning in DISTILL.CLASS_MAP."
         )
     return classes
+
+
+def _in_common_spelling(cfg: CfgNode, names: Sequence[str], teacher_names: Sequence[str]) -> Sequence[str]:
+    """Return a dataset's class names as the student spells them, if more of the teacher's names are among those."""
+    if not cfg.DISTILL.CLASS_MAP and set(teacher_names) <= set(names):
+        return names
+    students = as_student_names(names, class_names(cfg))
+    is_closer = len(set(students) & set(teacher_names)) > len(set(names) & set(teacher_names))
+    return students if cfg.DISTILL.CLASS_MAP or is_closer else names
 
 
 def renumbered(instances: Instances, classes: Sequence[Optional[int]]) -> Instances:
@@ -149,7 +157,7 @@ class TeacherScore(HookBase):
 
     def set(self, metrics: Dict[str, Any]) -> None:
         """Set what `evaluate_on_test_sets` returned. A resumed run has the metrics from its checkpoint."""
-        # An evaluator may return NumPy's numbers, which an old torch refuses to load.
+        # An evaluator may return NumPy's numbers, which torch's safe loader refuses.
         self._metrics = {f"teacher/{name}": float(value) for name, value in flatten_results_dict(metrics).items()}
 
     def before_train(self) -> None:

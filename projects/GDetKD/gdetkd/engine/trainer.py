@@ -131,8 +131,9 @@ class DistillTrainer(BareTrainer):
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if scaled is not cfg:
             scaled.defrost()
-            if cfg.TEST.EVAL_PERIOD <= 0:  # there is no evaluation before the end
-                scaled.TEST.EVAL_PERIOD = cfg.TEST.EVAL_PERIOD
+            # Scaled, a period of -1 would be invalid, and 0 would turn the evaluations off.
+            period = cfg.TEST.EVAL_PERIOD
+            scaled.TEST.EVAL_PERIOD = max(1, scaled.TEST.EVAL_PERIOD) if period > 0 else period
             nodes = [node for node in scaled.DISTILL.values() if isinstance(node, CfgNode) and "WARMUP_ITERS" in node]
             for node in [scaled.DISTILL, *nodes]:
                 node.WARMUP_ITERS = round(node.WARMUP_ITERS * cfg.SOLVER.REFERENCE_WORLD_SIZE / num_workers)

@@ -196,9 +196,9 @@ def _headline(
     found = f"Of {sum(counts)} objects on {len(counts)} images {some(totals)}."
     reference = next((f"the {name}" for name in ("baseline", "teacher") if name in detections), None)
     if reference is None:
-        return f"{found} The teacher has none of their classes."
+        return f"{found} The teacher's detections are not shown; the log says why."
     changes = f"The student finds {gained} that {reference} does not find, misses {lost} that {reference} finds"
     if "teacher" not in detections:
-        return f"{found} {changes}. The teacher has none of their classes."
+        return f"{found} {changes}. The teacher's detections are not shown; the log says why."
     which = " that the baseline does not make" if "baseline" in detections else ""
     return f"{found} {changes}, and makes {copied} of the teacher's mistakes{which}."

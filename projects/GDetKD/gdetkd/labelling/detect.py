@@ -47,9 +47,10 @@ def detect_all(source: Source, images: Sequence[ImageFile], part: Part, kind: st
     left = [image for image in images if image.name not in names_done]
     comm.synchronize()  # every process has read what an earlier run left
     own = len(range(comm.get_rank(), len(left), comm.get_world_size()))
-    with part.appending(kind) as add, tqdm(
-        total=own, desc=kind.partition("-")[0], disable=not comm.is_main_process()
-    ) as progress:
+    with (
+        part.appending(kind) as add,
+        tqdm(total=own, desc=kind.partition("-")[0], disable=not comm.is_main_process()) as progress,
+    ):
         for image, detections in source.detect(left):
             add(as_found(image, detections, kept))
             progress.update()

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
+from ..data.headers import has_size
 from ..engine.class_checks import as_student_names
 from ..engine.preflight import load_dataset
 from ..errors import GDetKDError, some
@@ -100,7 +101,7 @@ def _objects(sample: Dict, classes: Sequence[Optional[int]]) -> Objects:
     known = [item for item in sample.get("annotations", ()) if classes[item["category_id"]] is not None]
     boxes = [BoxMode.convert(list(item["bbox"]), item["bbox_mode"], BoxMode.XYXY_ABS) for item in known]
     corners = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
-    if "width" in sample:
+    if has_size(sample):
         limit = torch.tensor([sample["width"], sample["height"]] * 2, dtype=torch.float64)
         corners = torch.minimum(corners.clamp(min=0), limit)  # as the detections
     return Objects(

@@ -18,6 +18,8 @@ DENSE_BACKBONES = {
 BASIC_BLOCKS = (18, 34)
 # mmdetection's defaults, where Detectron2 has no default or another one.
 WIDTH = 64
+# Detections of an image if there is no limit. Detectron2's dense detectors do not know -1.
+ALL_DETECTIONS = 10000
 FC_WIDTH, MASK_WIDTH, NUM_CONVS = 1024, 256, 4
 
 
@@ -42,12 +44,14 @@ def detectron2_keys(config: Mapping[str, Any], classes: Optional[Sequence[str]])
 
 
 def _most_detections(config: Mapping[str, Any]) -> Optional[int]:
-    """Return how many detections of an image are kept, or None if the config does not say it. -1 means all."""
+    """Return how many detections of an image are kept, or None if the config does not say it."""
     # mmdetection 2.0 to 2.2 has test_cfg outside of the model.
     settings = config["model"].get("test_cfg") or config.get("test_cfg")
     settings = settings.get("rcnn", settings) if isinstance(settings, dict) else {}
     number = settings.get("max_per_img") if isinstance(settings, dict) else None
-    return number if isinstance(number, int) and not isinstance(number, bool) else None
+    if not isinstance(number, int) or isinstance(number, bool):
+        return None
+    return number if number > 0 else ALL_DETECTIONS
 
 
 def anchor_shapes(generator: Mapping[str, Any]) -> Tuple[List[float], List[float]]:

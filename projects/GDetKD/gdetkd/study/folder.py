@@ -66,7 +66,7 @@ def _unread_weights(flat: Dict[str, Any], losses: Sequence[str]) -> List[str]:
     return ["WEIGHTS", "AUTO.", *(f"{name}.SHARE" for name in losses)]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _digest(path: str, modified: int) -> str:
     """Return the SHA-256 of a file. It is cached, because all runs of a comparison have the same teacher.
 

@@ -49,13 +49,16 @@ def run_all(runs: Iterable[Run], train_net: Path, jobs: int = 2, executor: Optio
     for run in runs:
         claim_folder(run)
     waiting = [run for run in runs if not run.is_complete()]
-    with exit_on_signals(), tqdm(
-        total=sum(run.max_iter for run in waiting),
-        unit="it",
-        mininterval=5,
-        desc=_names(waiting),
-        disable=not waiting,
-    ) as bar:
+    with (
+        exit_on_signals(),
+        tqdm(
+            total=sum(run.max_iter for run in waiting),
+            unit="it",
+            mininterval=5,
+            desc=_names(waiting),
+            disable=not waiting,
+        ) as bar,
+    ):
         _train(waiting, train_net, executor or LocalExecutor(jobs), bar)
 
 

@@ -84,8 +84,8 @@ class _Stepper(DistillTrainer):
         super().__init__(cfg)
         self.resume_or_load(resume=False)
         self.iter, self.storage = LATE, EventStorage(LATE)
-        for loss in self.distiller.losses.values() if self.distiller else ():
-            loss.fill()
+        if self.distiller is not None:
+            self.distiller.fill_buffers()
 
     def fill_cache(self) -> Tuple[float, int]:
         """Run the teacher on the batches of a run until an epoch brings no new view, or the cache is full.
@@ -256,7 +256,7 @@ def kept_step_time(
     key = [fingerprint(run) for run in (baseline, method)]
     if executor is not None and executor.machine is not None:
         key.append(executor.machine)
-    if executor is None and torch.cuda.is_available():
+    if executor is None and torch.cuda.is_available() and baseline.config().MODEL.DEVICE != "cpu":
         key.append(torch.cuda.get_device_name())
     return StepTime(**kept_value(path, key, measure))
 

@@ -60,8 +60,8 @@ def notes(rows: Sequence[Row], teacher_ap: Optional[float]) -> List[str]:
     spread = f"mean ± standard error over {seeds} seeds" if seeds > 1 else "from one seed, so the spread is not known"
     texts = [
         f"AP in percent, {spread}. Gains are over the student alone (none) with the same seeds{equal}. "
-        "Time and memory of a training step are relative to a step of none. A step includes the loading of its batch. "
-        "Both were timed in turn in one process.",
+        "The time of a training step is relative to a step of none. A step includes the loading of its batch. Both "
+        "were timed in turn in one process.",
     ]
     if teacher_ap is None:
         texts.append(
@@ -73,8 +73,10 @@ def notes(rows: Sequence[Row], teacher_ap: Optional[float]) -> List[str]:
         )
     if any(row.step_memory is None for row in rows):
         texts.append("Memory was not measured, because its peak is only known on GPUs.")
+    else:
+        texts.append("Memory is the peak of a training on the GPU, relative to a training of none.")
     if any(row.ended_early for row in rows):
-        texts.append(f"{_early_ends(rows)} So some gains are not at equal iterations.")
+        texts.append(_early_ends(rows) + ("" if equal else " So some gains are not at equal iterations."))
     if all(row.equal_time_gain is None for row in rows):
         texts.append("A distilled step costs more than a plain step. Use --equal-time to train none for the same time.")
     return texts

@@ -16,7 +16,7 @@ CLASS_FREQUENCIES = "fed_loss_cls_weights"
 
 
 def transferable(teacher: nn.Module, student: nn.Module) -> List[str]:
-    """Return the names of the tensors that `transfer_heads` copies."""
+    """Return the names of the tensors outside the backbone that agree in name, shape and place in their sequence."""
     source = teacher.state_dict()
     other_sequences = tuple(f"{name}." for name in _other_sequences(teacher, student))
     return [
@@ -48,7 +48,7 @@ def _is_in_head(name: str) -> bool:
 
 
 def transfer_heads(teacher: nn.Module, student: nn.Module) -> List[str]:
-    """Copy the teacher's heads to the student, in place. Tensors are copied if name and shape agree.
+    """Copy the teacher's heads to the student, in place: the tensors that `transferable` names.
 
     Returns:
         names of the copied tensors.
@@ -63,9 +63,9 @@ def transfer_heads(teacher: nn.Module, student: nn.Module) -> List[str]:
     skipped = [name for name in own if _is_in_head(name) and name not in copied]
     if not copied:
         raise GDetKDError(
-            "DISTILL.HEAD_TRANSFER would transfer nothing: no tensor outside the backbones agrees in name and shape "
-            f"(the student has {some(skipped)}). Give the student the teacher's head widths and FPN channels, or set "
-            "DISTILL.HEAD_TRANSFER to False."
+            "DISTILL.HEAD_TRANSFER would transfer nothing: no tensor outside the backbones agrees in name, shape and "
+            f"layer (the student has {some(skipped)}). Give the student the teacher's head widths and FPN channels, or "
+            "set DISTILL.HEAD_TRANSFER to False."
         )
     logger.info("Head transfer: %d tensors copied from the teacher.", len(copied))
     if skipped:
