@@ -97,7 +97,7 @@ def test_a_mistake_on_the_command_line_is_named(words, message):
         merge_words(make_cfg({}), words)
 
 
-@pytest.mark.parametrize("key", ["DISTILL.LOSSES", "DATASETS.TRAIN", "DATASETS.TEST"])
+@pytest.mark.parametrize("key", ["DISTILL.LOSSES", "DATASETS.TRAIN", "DATASETS.TEST", "LOG.WRITERS"])
 def test_a_single_name_becomes_a_list_of_one(tmp_path, key):
     section, name = key.split(".")
     from_words, from_file = make_cfg({}), make_cfg({})

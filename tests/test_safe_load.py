@@ -15,7 +15,7 @@ from detectron2.modeling import build_model
 from conftest import make_batch, make_cfg, plain_keys_of
 from gdetkd import DistillTrainer
 from gdetkd.config import plain_config
-from gdetkd.config_file import merge_config_file
+from gdetkd.config_file import merge_config_file, merge_words
 from gdetkd.engine import build_plain_student
 from gdetkd.errors import GDetKDError
 from gdetkd.safe_load import (
@@ -234,8 +234,8 @@ def test_configs_that_cannot_be_read(tmp_path, text, match):
 def test_values_on_the_command_line_are_no_expressions(tmp_path):
     cfg = make_cfg({})
     text = f"__import__('os').system('touch {tmp_path}/pwned')"
-    cfg.merge_from_list(["OUTPUT_DIR", text])
-    assert cfg.OUTPUT_DIR == text and not (tmp_path / "pwned").exists()
+    merge_words(cfg, ["OUTPUT_DIR", text, "DATASETS.TRAIN", text])
+    assert cfg.OUTPUT_DIR == text and cfg.DATASETS.TRAIN == (text,) and not (tmp_path / "pwned").exists()
 
 
 def calls(path):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 
 from conftest import NUM_CLASSES, make_cfg
+from gdetkd.engine import commands
 from gdetkd.engine.folder import LOCK
 from gdetkd.engine.setup import check_device
 from gdetkd.errors import GDetKDError
@@ -100,6 +102,30 @@ def test_only_one_training_at_a_time_uses_a_folder(config_file, tmp_path):
     result = run_program(*command)
     assert config.read_text().startswith("CUDNN_BENCHMARK")
     assert result.returncode == 0 and (tmp_path / "run" / "model_final.pth").exists(), result.stderr[-2000:]
+
+
+TRY_TO_LOCK = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+
+
+def test_the_folder_is_reserved_while_a_run_trains(distill_cfg, tmp_path, monkeypatch):
+    lock = str(tmp_path / "run" / LOCK)
+
+    def is_reserved():
+        return subprocess.run([sys.executable, "-c", TRY_TO_LOCK, lock], stderr=subprocess.DEVNULL).returncode != 0
+
+    class Trainer:
+        def __init__(self, cfg):
+            pass
+
+        def resume_or_load(self, resume):
+            pass
+
+        def train(self):
+            return is_reserved()
+
+    monkeypatch.setattr(commands, "DistillTrainer", Trainer)
+    monkeypatch.setattr(commands, "start", lambda cfg, args: None)
+    assert commands.train(distill_cfg({}), Namespace(resume=False, overwrite=False)) and not is_reserved()
 
 
 def test_a_finished_training_is_not_overwritten(config_file, tmp_path):

@@ -129,6 +129,21 @@ def test_levels_that_one_pyramid_lacks_are_named(pair_cfg, caplog):
     assert "ROIFI uses the nearest stride in their place: 1/32 to 1/16." in caplog.text
 
 
+def test_crosskd_has_the_factors_and_the_exponent_of_its_node(pair_cfg):
+    def term(**values):
+        torch.manual_seed(0)
+        keys = {f"DISTILL.CROSSKD.{key.replace('__', '.')}": value for key, value in values.items()}
+        _, losses = step(rival_cfg(pair_cfg, "retinanet-retinanet", ("CROSSKD",), keys))
+        return losses["loss_distill_crosskd"].item()
+
+    classes = term(ANCHOR_BASED__CLS_WEIGHT=1.0, ANCHOR_BASED__REG_WEIGHT=0.0)
+    boxes = term(ANCHOR_BASED__CLS_WEIGHT=0.0, ANCHOR_BASED__REG_WEIGHT=1.0)
+    both = term(ANCHOR_BASED__CLS_WEIGHT=2.0, ANCHOR_BASED__REG_WEIGHT=3.0)
+    assert both == pytest.approx(2 * classes + 3 * boxes, rel=1e-4) and min(classes, boxes) > 0
+    # |difference of scores| is below 1, so a larger exponent gives a smaller loss.
+    assert 0 < term(ANCHOR_BASED__CLS_WEIGHT=1.0, ANCHOR_BASED__REG_WEIGHT=0.0, BETA=2.0) < 0.9 * classes
+
+
 def test_crosskd_compares_where_both_are(pair_cfg):
     model = build(rival_cfg(pair_cfg, "retinanet-retinanet", ("CROSSKD",)))
     model.student.backbone._size_divisibility = 128  # the student pads more than its teacher

@@ -276,6 +276,7 @@ def test_two_processes_stay_together_when_steps_fail(shared_cfg, tmp_path):
     keys = {**AUTO, "DISTILL.SKIP_NONFINITE": 2, "SOLVER.MAX_ITER": 6}
     results = run_in_processes(_train_with_failures, tmp_path, 2, shared_cfg(2, keys))
     assert have_equal_parameters(results) and all(result["changed"] for result in results)
+    assert [result["skipped"] for result in results] == [2, 2]
 
 
 def test_with_unlabeled_images_the_gradients_are_those_of_the_whole_batch(unlabeled_cfg):  # noqa: F811

@@ -93,7 +93,7 @@ def _run(cfg, stop_at=None, spoil_at=None, resume=False):
             trainer.train()
         except SystemExit as stop:
             code = stop.code
-    return {"record": recorder.record, "code": code}
+    return {"record": recorder.record, "code": code, "skipped": trainer._guard.state_dict().get("skipped", 0)}
 
 
 def _run_all(rank, cfg, runs):
@@ -161,4 +161,5 @@ def test_the_exchanges_are_the_same_on_every_rank(run_all):
         assert len({result["code"] for result in by_rank}) == 1
     count = len(whole) + len(skipping)
     assert all(by_rank[0]["code"] == 0 and "step 3" in by_rank[0]["record"] for by_rank in results[:count])
+    assert [by_rank[0]["skipped"] for by_rank in results[:count]] == [0] * len(whole) + [1] * len(skipping)
     assert [by_rank[0]["code"] for by_rank in results[count:]] == [EXIT_STOPPED, 0] * len(stopped)

@@ -10,6 +10,7 @@ from test_trainer import train
 
 from gdetkd import DistillTrainer
 from gdetkd import files as file_writing
+from gdetkd.engine import build_plain_student
 from gdetkd.errors import GDetKDError
 from gdetkd.safe_load import read_weights
 
@@ -117,6 +118,14 @@ def test_detections_that_the_disk_does_not_take_end_no_training(distill_cfg, tmp
     assert caplog.text.count("Could not write the detections on tiny (No space left on device)") == 2
     assert read_weights(str(tmp_path / "run" / "model_best.pth"))["record"]["metric"] == 5.0
     assert not list((tmp_path / "run" / "inference").iterdir())
+
+
+def test_an_evaluation_alone_ends_with_an_error(distill_cfg, disk):
+    cfg = distill_cfg({"DATASETS.TEST": ("tiny",)})
+    student = build_plain_student(cfg)
+    disk["bytes"] = 0
+    with pytest.raises(OSError, match="No space left on device"):
+        DistillTrainer.test(cfg, student)
 
 
 def test_a_score_of_an_earlier_evaluation_is_not_given_to_later_weights(distill_cfg, tmp_path, disk):

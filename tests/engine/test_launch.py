@@ -26,7 +26,7 @@ from gdetkd.engine.launch import TORCHRUN, run_everywhere, which_ended
 from gdetkd.engine.stopping import EXIT_STOPPED
 from gdetkd.errors import GDetKDError
 from gdetkd.safe_load import read_weights
-from programs import ROOT, TIMEOUT_SECONDS
+from programs import PROCESSES, ROOT, TIMEOUT_SECONDS
 from test_processes import run_in_processes, spawn
 
 
@@ -89,6 +89,99 @@ def test_a_rank_that_dies_is_named_and_the_other_ranks_are_ended(shared_cfg, tmp
     assert "The process of rank 1 was killed by SIGKILL, and the other processes were ended." in which_ended(error)
     assert "rank 9" in which_ended(error, first_rank=8)
     assert not any(process.is_alive() for process in context.processes)
+
+
+def launched(monkeypatch, outcome):
+    """Launch two processes whose launcher does `outcome`. Return the arguments of the launcher but for the function."""
+    calls = []
+
+    def launcher(main, *args):
+        calls.append(args)
+        outcome()
+
+    monkeypatch.setattr(launch, "launch", launcher)
+    monkeypatch.setattr(launch, "_check_gpus", lambda args: None)
+    args = Namespace(timeout=7, num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto", check=False)
+    run_everywhere(pytest.fail, args)
+    return calls, args
+
+
+def test_the_launcher_gets_the_processes_and_the_timeout(monkeypatch):
+    calls, args = launched(monkeypatch, lambda: None)
+    assert calls == [(2, 1, 0, "auto", (args,), timedelta(minutes=7))]
+
+
+def _ends_with(error):
+    def outcome():
+        raise error
+
+    return outcome
+
+
+def test_processes_that_stopped_because_of_sigterm_give_their_exit_code(monkeypatch):
+    stopped = mp.ProcessExitedException("", error_index=1, error_pid=0, exit_code=EXIT_STOPPED)
+    with pytest.raises(SystemExit) as stop:
+        launched(monkeypatch, _ends_with(stopped))
+    assert stop.value.code == EXIT_STOPPED
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (mp.ProcessExitedException("", 1, 0, -9), "^The process of rank 1 was killed by SIGKILL, and the other"),
+        (
+            mp.ProcessRaisedException("...\ngdetkd.errors.GDetKDError: Name a teacher.\n", 1, 0),
+            r"^Name a teacher. \(The process of rank 1 reports this. The other processes were ended.\)$",
+        ),
+    ],
+)
+def test_a_process_that_fails_is_named_by_the_program_that_launched_it(monkeypatch, error, message):
+    with pytest.raises(GDetKDError, match=message):
+        launched(monkeypatch, _ends_with(error))
+
+
+def test_sigterm_to_the_program_that_launched_the_processes_is_passed_on(monkeypatch):
+    children = []
+
+    def outcome():
+        children.append(PROCESSES.Process(target=time.sleep, args=(TIMEOUT_SECONDS,)))
+        children[0].start()
+        os.kill(os.getpid(), signal.SIGTERM)
+        children[0].join(TIMEOUT_SECONDS / 2)
+
+    before = signal.getsignal(signal.SIGTERM)
+    launched(monkeypatch, outcome)
+    assert children[0].exitcode == -signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_processes_of_torchrun_have_the_timeout(monkeypatch):
+    made = []
+    for name, value in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **keys: made.append((backend, keys)))
+    monkeypatch.setattr(launch, "make_local_group", lambda size: None)
+    launch._join_torchrun(Namespace(check=False, num_gpus=1, num_machines=1), timedelta(minutes=7))
+    assert made == [("gloo", {"timeout": timedelta(minutes=7)})]
+
+
+def _train_or_resume(rank, cfg, seed, resume):
+    torch.manual_seed(seed + rank)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return [parameter.detach().clone() for parameter in trainer.distiller.parameters()]
+
+
+def test_processes_resume_bit_by_bit(shared_cfg, tmp_path):
+    """Each process has a random state of its own, which chooses its proposals."""
+    keys = {"SOLVER.MAX_ITER": 4, "SOLVER.CHECKPOINT_PERIOD": 2, "INPUT.MIN_SIZE_TRAIN": (48, 64)}
+    cfg = shared_cfg(2, {**keys, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 4})
+    whole = run_in_processes(_train_or_resume, tmp_path, 2, cfg, 0, False)
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
+    (tmp_path / "meeting").unlink(missing_ok=True)
+    resumed = run_in_processes(_train_or_resume, tmp_path, 2, cfg, 7, True)
+    for before, after in zip(whole, resumed):
+        assert all(torch.equal(a, b) for a, b in zip(before, after))
 
 
 def torchrun(config_file):

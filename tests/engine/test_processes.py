@@ -54,7 +54,9 @@ def train_rank(rank, cfg, trainer_class=DistillTrainer):
     start = [p.clone() for p in trainer.distiller.parameters()]
     trainer.train()
     changed = any(not torch.equal(a, b) for a, b in zip(start, trainer.distiller.parameters()))
-    return {"parameters": [p.detach().clone() for p in trainer.distiller.parameters()], "changed": changed}
+    parameters = [p.detach().clone() for p in trainer.distiller.parameters()]
+    skipped = trainer._guard.state_dict().get("skipped", 0)
+    return {"parameters": parameters, "changed": changed, "skipped": skipped}
 
 
 def have_equal_parameters(results):

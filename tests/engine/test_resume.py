@@ -152,6 +152,7 @@ def test_a_moved_teacher_is_recognised_by_its_hash(distill_cfg, tmp_path, caplog
     cfg.DISTILL.TEACHER.WEIGHTS = str(tmp_path / "moved.pth")
     _, steps = train(DistillTrainer, cfg, resume=True)
     assert steps == {2: uninterrupted[2], 3: uninterrupted[3]} and "gives other targets" not in caplog.text
+    assert "DISTILL.TEACHER.WEIGHTS" in caplog.text
     (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
     cfg.DISTILL.TEACHER.OPTS = ["MODEL.PIXEL_STD", [2.0, 2.0, 2.0]]
     train(DistillTrainer, cfg, resume=True)

@@ -74,6 +74,7 @@ def test_a_forward_pass_that_breaks_off_on_one_rank_is_left_out_on_all(unlabeled
     keys = {"SOLVER.MAX_ITER": 4, "DISTILL.SKIP_NONFINITE": 1, "DISTILL.LOSSES": ALL_LOSSES}
     results = run_in_processes(_train_with_a_failure, tmp_path, 2, unlabeled_cfg(keys))
     assert have_equal_parameters(results) and all(result["changed"] for result in results)
+    assert [result["skipped"] for result in results] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,7 @@ def test_two_processes_stay_together_although_one_fails(shared_cfg, tmp_path, ke
     changes = {**UNTIL, **keys, "SOLVER.MAX_ITER": 10, "DISTILL.SKIP_NONFINITE": 2, "DISTILL.LOSSES": ALL_LOSSES}
     results = run_in_processes(_train_with_failures, tmp_path, 2, shared_cfg(2, changes))
     assert have_equal_parameters(results) and all(result["changed"] for result in results)
+    assert [result["skipped"] for result in results] == [2, 2]
 
 
 def test_the_time_of_a_step_is_the_mean_over_the_iterations(distill_cfg, monkeypatch):

@@ -14,7 +14,7 @@ from gdetkd.losses import (
     probability_weighted_localization,
     soft_classification,
 )
-from gdetkd.structures import DetectorSpec
+from gdetkd.structures import DetectorOutputs, DetectorSpec
 
 
 def softmax(row):
@@ -32,6 +32,13 @@ def test_classification_matches_plain_loops():
     for s, t in zip(student.tolist(), teacher.tolist()):
         expected -= sum(p * math.log(q) for p, q in zip(softmax(t), softmax(s))) / 5
     assert soft_classification(student, teacher).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_module_takes_the_teachers_certainty_as_the_target():
+    student, teacher = (DetectorOutputs({}, {}, logits=torch.randn(5, 4)) for _ in range(2))
+    loss = CLS(make_cfg({}), spec(), spec())(student, teacher)
+    torch.testing.assert_close(loss, soft_classification(student.logits, teacher.logits))
+    assert (loss - soft_classification(teacher.logits, student.logits)).abs() > 0.01
 
 
 def test_classification_closed_form():

@@ -125,8 +125,8 @@ def test_it_leaves_no_files_in_the_folders_of_runs(pair, tmp_path, monkeypatch):
 
 
 def test_a_process_of_its_own_measures_with_the_threads_of_the_runs(pair, tmp_path):
-    found = measure_in_process(*pair, environment(), tmp_path / "log.txt")
-    assert found.threads == 1 and found.ratio > 0 and found.low <= found.ratio <= found.high
+    found = measure_in_process(*pair, {**environment(), "OMP_NUM_THREADS": "2"}, tmp_path / "log.txt")
+    assert found.threads == 2 and found.ratio > 0 and found.low <= found.ratio <= found.high
     assert not (tmp_path / "runs").exists()
 
 
