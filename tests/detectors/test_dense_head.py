@@ -1,5 +1,7 @@
 """A dense head in two parts gives the predictions of the whole head."""
 
+import math
+
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -51,10 +53,27 @@ def test_recorded_towers_are_what_the_first_part_gives(model):
             assert all(torch.equal(a, b) for a, b in zip(tower[k], expected))
 
 
+def fcos_label(x, y, stride, sizes, radius):
+    """Label a location as FCOS does: in an object, near its centre, and far from its edges by `sizes`."""
+    for x1, y1, x2, y2 in GT_BOXES[0].tensor.tolist():
+        sides = (x - x1, y - y1, x2 - x, y2 - y)
+        distance = max(abs(x - (x1 + x2) / 2), abs(y - (y1 + y2) / 2))
+        if min(sides) > 0 and sizes[0] < max(sides) < sizes[1] and distance < radius * stride:
+            return 1.0
+    return 0.0
+
+
 def test_labels_are_the_detectors_own(model):
-    if hasattr(model.head, "ctrness"):
-        pytest.skip("FCOS ignores no anchors in training")
     labels = DenseHead(model).label(GT_BOXES, maps())
+    if hasattr(model.head, "ctrness"):
+        expected = []
+        for level, anchors in enumerate(model.anchor_generator(maps())):
+            stride = 8 * 2**level
+            sizes = (4 * stride if level else 0, math.inf if level == len(SIZES) - 1 else 8 * stride)
+            centers = anchors.get_centers().tolist()
+            expected += [fcos_label(x, y, stride, sizes, model.center_sampling_radius) for x, y in centers]
+        assert labels[0].tolist() == expected and 0 < sum(expected) < len(expected) and not labels[1].any()
+        return
     anchors = Boxes.cat(list(model.anchor_generator(maps())))
     _, matched = model.anchor_matcher(box_iou(GT_BOXES[0].tensor, anchors.tensor))
     assert torch.equal(labels[0], matched.float()) and not labels[1].any()
