@@ -148,6 +148,8 @@ def test_a_kept_time_belongs_to_its_configs(pair, tmp_path, monkeypatch):
     assert kept_step_time(path, baseline, method, {}).ratio == 2.5
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "another device")
+    assert kept_step_time(path, baseline, method, {}).ratio == 2.5  # these runs use the CPU
+    baseline.opts += ["MODEL.DEVICE", "cuda"]
     with pytest.raises(IndexError, match="pop from empty list"):  # it would be measured again
         kept_step_time(path, baseline, method, {})
     assert json.loads(path.read_text())["value"]["ratio"] == 2.5
