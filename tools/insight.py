@@ -13,10 +13,7 @@ import warnings
 
 warnings.filterwarnings("ignore")
 
-from detectron2.config import CfgNode
-from tqdm import tqdm
-
-from gdetkd.data import register_test_sets
+from gdetkd.data import register_test_sets  # noqa: E402, I001
 from gdetkd.data.shapes import make_shapes_for
 from gdetkd.distiller import GDetKD
 from gdetkd.errors import GDetKDError
@@ -26,6 +23,9 @@ from gdetkd.insight.records import RecordFile, make_record
 from gdetkd.insight.references import look_at_references
 from gdetkd.insight.run import FinishedRun, load_checkpoint
 from gdetkd.program import explained_errors
+
+from detectron2.config import CfgNode
+from tqdm import tqdm
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -23,7 +23,7 @@ def same_files(
     for other in others:
         if os.path.exists(other):
             by_size[os.path.getsize(other)].append(other)
-    digest = functools.lru_cache(maxsize=None)(sha256_of_file)  # a file may be in `paths` and in `others`
+    digest = functools.cache(sha256_of_file)  # a file may be in `paths` and in `others`
 
     @functools.cache
     def by_digest(size: int) -> Dict[str, str]:

@@ -44,17 +44,10 @@ def register_test_sets(cfg: CfgNode) -> None:
     """
     for entry in cfg.DATASETS.REGISTER:
         kind = _build_kind(entry, cfg)
-        try:
-            kind.check_files()
-        except GDetKDError as e:
-            if kind.name in cfg.DATASETS.TEST:
-                raise
-            logger.info("%r is not registered, because an evaluation does not need it. %s", kind.name, e)
-            continue
-        _register(kind)
+        _register(kind, is_needed=kind.name in cfg.DATASETS.TEST)
 
 
-def _register(kind: DatasetKind) -> None:
+def _register(kind: DatasetKind, is_needed: bool = True) -> None:
     if kind.name in DatasetCatalog.list():
         if MetadataCatalog.get(kind.name).get("gdetkd_entry") != dict(kind.entry):
             raise GDetKDError(
@@ -62,7 +55,13 @@ def _register(kind: DatasetKind) -> None:
             )
         return
     kind.check_paths()
-    kind.check_files()
+    try:
+        kind.check_files()
+    except GDetKDError as e:
+        if is_needed:
+            raise
+        logger.info("%r is not registered, because an evaluation does not need it. %s", kind.name, e)
+        return
     metadata = kind.metadata()
     DatasetCatalog.register(kind.name, _make_loader(kind))
     MetadataCatalog.get(kind.name).set(gdetkd_entry=dict(kind.entry), **metadata)

@@ -24,6 +24,8 @@ TOP_LEVELS = {
     "build_fcos_resnet_fpn_backbone": ("p6", "p7"),
     "build_mmdet_retinanet_resnet_fpn_backbone": ("p6", "p7"),
 }
+# Meta-architectures of dense detectors.
+DENSE = ("RetinaNet", "FCOS")
 # Detectron2 builds this proposal generator without a registry.
 PRECOMPUTED = "PrecomputedProposals"
 # Proposal generators, anchor generators and box heads that read the keys below.
@@ -191,7 +193,7 @@ def _unsupported(cfg: CfgNode) -> List[str]:
     wrong = []
     if cfg.TEST.AUG.ENABLED:
         wrong.append("TEST.AUG.ENABLED is True, but GDetKD does not support test-time augmentation: set it to False")
-    if cfg.TEST.DETECTIONS_PER_IMAGE == -1 and student_architecture(cfg) in ("RetinaNet", "FCOS"):
+    if cfg.TEST.DETECTIONS_PER_IMAGE == -1 and student_architecture(cfg) in DENSE:
         wrong.append(
             f"TEST.DETECTIONS_PER_IMAGE is -1, which makes a {student_architecture(cfg)} leave out a detection: set it "
             "to a number"
@@ -231,7 +233,7 @@ def _wrong_levels(cfg: CfgNode) -> List[str]:
 def _or_another_family(cfg: CfgNode) -> str:
     """Return a further remedy: the config may name another family than the one that it was written for."""
     architecture = student_architecture(cfg)
-    if architecture in ("RetinaNet", "FCOS"):
+    if architecture in DENSE:
         return f", or start from configs/COCO-Detection/Base-{architecture}.yaml"
     if cfg.MODEL.META_ARCHITECTURE != "GDetKD" or architecture != "GeneralizedRCNN":
         return ""

@@ -1,7 +1,7 @@
 """Match detections with objects, choose a score threshold, and compare what several detectors find."""
 
 from dataclasses import dataclass
-from typing import Optional, Sequence
+from typing import Collection, Optional, Sequence
 
 import torch
 from torchvision.ops import box_iou
@@ -87,6 +87,11 @@ class DetectorComparison:
     def __len__(self) -> int:
         """Return the number of changes."""
         return int(self.gained.sum() + self.lost.sum() + self.copied.sum())
+
+
+def reference_among(detectors: Collection[str]) -> Optional[str]:
+    """Return the detector that the student is compared with: the baseline, or the teacher if there is no baseline."""
+    return next((name for name in ("baseline", "teacher") if name in detectors), None)
 
 
 def compare_detectors(

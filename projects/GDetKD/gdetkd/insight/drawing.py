@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from ..figures.boxes import draw_box
 from ..figures.style import METHOD, PLAIN, TEACHER
-from .detections import DetectorComparison, MatchedDetections
+from .detections import DetectorComparison, MatchedDetections, reference_among
 
 RIGHT, WRONG, MISSED = "#5aa469", "#e9a23b", "#9aa0a6"
 GAINED, LOST, COPIED = "#1d6fd1", "#d1495b", "#b5179e"
@@ -86,7 +86,7 @@ def _draw_matched(
 
 
 def _legend(figure: Figure, detectors: Collection[str]) -> None:
-    reference = next((name for name in ("baseline", "teacher") if name in detectors), None)
+    reference = reference_among(detectors)
     entries: List[Tuple[str, str, str]] = [
         (RIGHT, "-", "found"),
         (WRONG, "-", "a mistake"),

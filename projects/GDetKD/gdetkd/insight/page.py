@@ -15,7 +15,7 @@ from ..figures.page import Section, render_page
 from ..figures.style import STYLE, as_png, as_svg
 from ..files import written_whole
 from . import charts
-from .detections import DetectorComparison, MatchedDetections, compare_detectors
+from .detections import DetectorComparison, MatchedDetections, compare_detectors, reference_among
 from .drawing import draw_detections, pick
 from .measures import correlation_gap
 from .probe import Probe, match_student
@@ -194,10 +194,10 @@ def _headline(
     lost = sum(int(comparison.lost.sum()) for comparison in compared)
     copied = sum(int(comparison.copied.sum()) for comparison in compared)
     found = f"Of {sum(counts)} objects on {len(counts)} images {some(totals)}."
-    reference = next((f"the {name}" for name in ("baseline", "teacher") if name in detections), None)
+    reference = reference_among(detections)
     if reference is None:
         return f"{found} The teacher's detections are not shown; the log says why."
-    changes = f"The student finds {gained} that {reference} does not find, misses {lost} that {reference} finds"
+    changes = f"The student finds {gained} that the {reference} does not find, misses {lost} that the {reference} finds"
     if "teacher" not in detections:
         return f"{found} {changes}. The teacher's detections are not shown; the log says why."
     which = " that the baseline does not make" if "baseline" in detections else ""

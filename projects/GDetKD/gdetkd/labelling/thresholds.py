@@ -10,6 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
+from torchvision.ops import clip_boxes_to_image
 
 from ..data.headers import has_size
 from ..engine.class_checks import as_student_names
@@ -102,8 +103,7 @@ def _objects(sample: Dict, classes: Sequence[Optional[int]]) -> Objects:
     boxes = [BoxMode.convert(list(item["bbox"]), item["bbox_mode"], BoxMode.XYXY_ABS) for item in known]
     corners = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
     if has_size(sample):
-        limit = torch.tensor([sample["width"], sample["height"]] * 2, dtype=torch.float64)
-        corners = torch.minimum(corners.clamp(min=0), limit)  # as the detections
+        corners = clip_boxes_to_image(corners, (sample["height"], sample["width"]))  # as the detections
     return Objects(
         corners,
         torch.tensor([classes[item["category_id"]] for item in known], dtype=torch.long),
