@@ -275,6 +275,30 @@ def test_a_teachers_level_of_a_region_is_that_of_its_own_label_assignment(family
     assert levels.tolist() == [0, 0, 1, 2, 3, 4, 0]
 
 
+def test_anchors_need_not_double_from_level_to_level():
+    """The levels are those on which the detector's own label assignment has its positives."""
+    model, adapter, _ = build("retinanet", {"MODEL.ANCHOR_GENERATOR.SIZES": [[16], [24], [36], [54], [81]]})
+    sides = [20.0, 24.0, 40.0, 54.0, 80.0, 100.0, 9.0]
+    regions = Regions([Boxes(torch.tensor([[10.0, 10, 10 + side, 10 + side] for side in sides]))])
+    maps = [torch.full((1, 3, 200, 200), float(level)) for level in range(5)]
+    assert adapter._levels(regions).tolist() == [0, 1, 2, 3, 3, 4, 0]
+    assert adapter._pool(maps, regions)[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 3, 4, 0]
+
+
+def test_anchors_that_do_not_grow_are_reported(caplog):
+    _, adapter, _ = build("retinanet", {"MODEL.ANCHOR_GENERATOR.SIZES": [[16]]})
+    assert "do not grow from level to level: 16, 16, 16, 16, 16 pixels" in caplog.text
+    boxes = torch.tensor([[0.0, 0, side, side] for side in (20.0, 40.0, 70.0)])
+    assert adapter._levels(Regions([Boxes(boxes)])).tolist() == [0, 1, 2]
+
+
+def test_a_dense_detector_can_leave_out_levels():
+    keys = {"MODEL.RETINANET.IN_FEATURES": ["p3", "p5", "p7"], "MODEL.ANCHOR_GENERATOR.SIZES": [[32], [128], [512]]}
+    _, adapter, _ = build("retinanet", keys)
+    boxes = torch.tensor([[0.0, 0, side, side] for side in (100.0, 130.0, 600.0)])
+    assert adapter._levels(Regions([Boxes(boxes)])).tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("offset", [0.0, 0.5])
 def test_a_teachers_embedding_is_the_towers_feature_at_the_centre(offset):
     """The maps hold coordinates, different for each image. Anchors lie at (i + offset) strides."""

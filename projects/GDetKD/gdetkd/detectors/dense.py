@@ -3,6 +3,7 @@
 Shapes: B images, L levels, A anchors of a location, n classes, K candidates of an image, N regions.
 """
 
+import logging
 import math
 from abc import abstractmethod
 from functools import cached_property, partial
@@ -12,7 +13,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, Instances
 from torch import nn
 from torchvision.ops import roi_align
@@ -20,12 +20,14 @@ from torchvision.ops import roi_align
 from ..device import on_device
 from ..errors import GDetKDError
 from ..recorder import Call, Recorder, replaced
-from ..regions import levels_by_box_size, match_and_sample, pool_in_full_precision, suppress
+from ..regions import match_and_sample, suppress
 from ..structures import DenseSpec, DetectorOutputs, DetectorSpec, Regions, full_precision
 from .base import DETECTOR_ADAPTER_REGISTRY, REGION_FIELDS, DetectorAdapter
 from .dense_head import DenseHead
 from .doubt import mark_ignored
 from .sources import by_anchor, gather, places, without_anchor
+
+logger = logging.getLogger(__name__)
 
 # Pooled size of a dense teacher's regions. It has no box head that sets one. Two-stage detectors use 7 x 7.
 POOLED_SIZE = (7, 7)
@@ -54,10 +56,7 @@ class DenseAdapter(DetectorAdapter):
                 f"The {role} has no FPN: its head reads {self._features[0]} alone, and GDetKD imitates pyramids. "
                 "Choose a config whose MODEL.BACKBONE.NAME builds an FPN."
             )
-        strides = list(self.spec.strides.values())
-        size, level = self.level_rule()
-        scales = [1.0 / stride for stride in strides]
-        self._pooler = ROIPooler(POOLED_SIZE, scales, SAMPLING_RATIO, "ROIAlignV2", size, level)
+        self._smallest = self._rising(self.smallest_sides())
 
     @property
     def feature_names(self) -> List[str]:
@@ -70,11 +69,20 @@ class DenseAdapter(DetectorAdapter):
         return self.model.num_classes
 
     @abstractmethod
-    def level_rule(self) -> Tuple[float, int]:
-        """Return a box side in pixels, and the level (log2 of the stride) of boxes of that side.
+    def smallest_sides(self) -> List[float]:
+        """Return, for each level, the side in pixels of the smallest boxes that it is trained to find."""
 
-        The next level has boxes of twice that side.
-        """
+    def _rising(self, sides: List[float]) -> List[float]:
+        """Return the sides, or doubling sides if they do not grow from level to level."""
+        if all(side < following for side, following in zip(sides, sides[1:])):
+            return sides
+        logger.warning(
+            "The smallest anchors of the %s do not grow from level to level: %s pixels. So the level of a region is a "
+            "guess: GDetKD takes them to double. Check MODEL.ANCHOR_GENERATOR.SIZES.",
+            self.role,
+            ", ".join(f"{side:g}" for side in sides),
+        )
+        return [sides[0] * 2**level for level in range(len(sides))]
 
     @abstractmethod
     def scores(self, predictions: Sequence[List[torch.Tensor]]) -> List[torch.Tensor]:
@@ -157,9 +165,9 @@ class DenseAdapter(DetectorAdapter):
         if "head" in needs:
             outputs.head = DenseHead(model)
         if "levels" in needs:
-            outputs.levels = levels_by_box_size(self._pooler, regions)
+            outputs.levels = self._levels(regions)
         if "pooled" in needs:
-            outputs.pooled = pool_in_full_precision(self._pooler, maps, regions)
+            outputs.pooled = self._pool(maps, regions)
         # The tower runs on all levels in order, because a head with BatchNorm steps from level to level by itself.
         if {"logits", "deltas"} & set(needs):
             with Recorder({"tower": self.classification_tower} if "embeddings" in needs else {}) as calls:
@@ -248,6 +256,21 @@ class DenseAdapter(DetectorAdapter):
         is_candidate = is_candidate & is_large
         return clipped * is_candidate[..., None], is_candidate
 
+    def _levels(self, regions: Regions) -> torch.Tensor:
+        """Return the index (N,) of the level that is trained to find boxes of a region's size."""
+        sides = Boxes(regions.tensor()).area().sqrt()
+        return sum(((sides >= smallest).long() for smallest in self._smallest[1:]), torch.zeros_like(sides).long())
+
+    def _pool(self, maps: Sequence[torch.Tensor], regions: Regions) -> torch.Tensor:
+        """Pool each region on its level in float32: (N, C, h, w)."""
+
+        def pool(feature_map: torch.Tensor, stride: int, part: Regions) -> torch.Tensor:
+            rois = part.rois().to(feature_map.dtype)
+            return roi_align(feature_map, rois, POOLED_SIZE, 1.0 / stride, SAMPLING_RATIO, aligned=True)
+
+        pairs = zip(map(full_precision, maps), self.spec.strides.values())
+        return regions.on_levels(self._levels(regions), [partial(pool, *pair) for pair in pairs])
+
     def _embed_at_centres(self, towers: List[torch.Tensor], regions: Regions) -> torch.Tensor:
         """Interpolate the tower's map of a region's level at the region's centre (bilinear).
 
@@ -268,8 +291,7 @@ class DenseAdapter(DetectorAdapter):
             return roi_align(tower, cell.to(tower.dtype), 1, 1.0 / stride, sampling_ratio=1, aligned=True).flatten(1)
 
         pairs = zip(map(full_precision, towers), self.spec.strides.values())
-        levels = levels_by_box_size(self._pooler, regions)
-        return regions.on_levels(levels, [partial(interpolate, *pair) for pair in pairs])
+        return regions.on_levels(self._levels(regions), [partial(interpolate, *pair) for pair in pairs])
 
 
 @DETECTOR_ADAPTER_REGISTRY.register()
@@ -280,9 +302,8 @@ class RetinaNetAdapter(DenseAdapter):
     def matches(cls, model: nn.Module) -> bool:
         return isinstance(model, RetinaNet)
 
-    def level_rule(self) -> Tuple[float, int]:
-        smallest = Boxes(list(self.model.anchor_generator.cell_anchors)[0]).area().min().sqrt()
-        return float(smallest), int(math.log2(next(iter(self.spec.strides.values()))))
+    def smallest_sides(self) -> List[float]:
+        return [Boxes(anchors).area().min().sqrt().item() for anchors in self.model.anchor_generator.cell_anchors]
 
     def scores(self, predictions: Sequence[List[torch.Tensor]]) -> List[torch.Tensor]:
         return [by_anchor(logits, self.model.num_classes).amax(dim=2).sigmoid() for logits in predictions[0]]
@@ -301,9 +322,8 @@ class FCOSAdapter(DenseAdapter):
     def matches(cls, model: nn.Module) -> bool:
         return isinstance(model, FCOS)
 
-    def level_rule(self) -> Tuple[float, int]:
-        stride = next(iter(self.spec.strides.values()))
-        return 8.0 * stride, int(math.log2(stride))
+    def smallest_sides(self) -> List[float]:
+        return [8.0 * stride for stride in self.spec.strides.values()]
 
     def scores(self, predictions: Sequence[List[torch.Tensor]]) -> List[torch.Tensor]:
         logits, _, centerness = predictions
