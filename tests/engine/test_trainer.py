@@ -58,6 +58,23 @@ def test_without_losses_a_run_is_bit_identical_to_detectron2s(distill_cfg):
     assert list(distill_losses) == [0, 1, 2, 3, 4] and distill_losses == plain_losses
 
 
+def test_a_student_without_an_fpn_trains_alone(distill_cfg):
+    keys = {
+        "MODEL.BACKBONE.NAME": "build_resnet_backbone",
+        "MODEL.RESNETS.OUT_FEATURES": ["res4"],
+        "MODEL.RPN.IN_FEATURES": ["res4"],
+        "MODEL.ROI_HEADS.IN_FEATURES": ["res4"],
+        "MODEL.ROI_HEADS.NAME": "Res5ROIHeads",
+        "MODEL.ANCHOR_GENERATOR.SIZES": [[32]],
+        "DISTILL.HEAD_TRANSFER": False,
+    }
+    trainer, losses = train(DistillTrainer, distill_cfg({**keys, "DISTILL.LOSSES": (), "SOLVER.MAX_ITER": 1}))
+    assert trainer.student_spec is None and losses[0]["total_loss"] > 0
+    for method in ({"DISTILL.LOSSES": ("CKD",)}, {"DISTILL.LOSSES": (), "DISTILL.HEAD_TRANSFER": True}):
+        with pytest.raises(GDetKDError, match="student has no FPN"):
+            DistillTrainer(distill_cfg({**keys, **method}))
+
+
 def test_with_losses_the_students_own_first_losses_are_still_those(distill_cfg):
     cfg = distill_cfg({"SOLVER.MAX_ITER": 1})
     _, plain_losses = train(on_fixed_batches(DefaultTrainer), plain_keys_of(plain_config(cfg)))

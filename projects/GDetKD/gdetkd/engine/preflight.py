@@ -214,14 +214,20 @@ def check_student(cfg: CfgNode, student: nn.Module, teacher: Optional[FrozenTeac
     """Check that the student fits the data and, for head transfer, the teacher.
 
     Returns:
-        the student's description, or None for a family that can only be trained without distillation.
+        the student's description, or None for a detector that can only be trained without distillation.
 
     Raises:
-        GDetKDError: a dataset has another number of classes, or the teacher has the classes in another order.
+        GDetKDError: a dataset has another number of classes, the teacher has the classes in another order, or the
+            student cannot be distilled although the config asks for it.
     """
     if find_adapter(student) is None:
         return None
-    spec = build_adapter(student, "student", cfg).spec
+    try:
+        spec = build_adapter(student, "student", cfg).spec
+    except GDetKDError:
+        if cfg.DISTILL.LOSSES or cfg.DISTILL.HEAD_TRANSFER:
+            raise
+        return None  # for example, a plain student without an FPN
     check_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], spec.num_classes)
     spec = with_class_names(spec, class_names(cfg))
     if cfg.DISTILL.HEAD_TRANSFER and teacher is not None:
