@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed import distributed_c10d
 
 from gdetkd._compat import evaluation, imports, processes, training
+from gdetkd._compat.retinanet import retinanet_takes_group_norm
 
 ROOT = Path(__file__).parents[1]
 IS_MAIN = hasattr(HookBase, "after_backward")
@@ -52,6 +53,10 @@ def public(module):
 def test_v06_is_still_supported():
     pins = (ROOT / "requirements.in").read_text()
     assert "pb1-detectron2==0.6" in pins, "What v0.6 alone needs in gdetkd._compat can go: it is no longer pinned."
+
+
+def test_retinanets_group_norm():
+    check_v06_needs("retinanet_takes_group_norm", not retinanet_takes_group_norm())
 
 
 def test_pillows_alias():

@@ -26,7 +26,7 @@ FLOORS = (
     ),
     ("figures", "inference", "mixture", "regions", "safe_load", "weights_layout"),
     ("backbones", "detectors", "losses"),
-    ("config", "config_file", "config_places", "dotted_keys", "old_names"),
+    ("config", "config_file", "config_places", "detector_config", "dotted_keys", "old_names"),
     ("data",),
     ("mmdetection", "teacher"),
     ("distiller",),

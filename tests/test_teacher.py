@@ -108,6 +108,28 @@ def test_teacher_or_student_without_pyramid(distill_cfg):
     refused(distill_cfg({**RESNET_C4}), "The student has no FPN")
 
 
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        (
+            {"MODEL.ROI_HEADS.NAME": "PointRendROIHeads"},
+            ".* MODEL.ROI_HEADS.NAME is 'PointRendROIHeads'",
+        ),
+        (
+            {"MODEL.RPN.IN_FEATURES": ["p2", "p8"]},
+            "has invalid values: .* names p8, .* needs 1 list or 2 lists",
+        ),
+        ({"MODEL.PROPOSAL_GENERATOR.NAME": "PrecomputedProposals"}, "asks for precomputed proposals"),
+        ({"MODEL.LOAD_PROPOSALS": True}, "asks for precomputed proposals"),
+    ],
+)
+def test_a_teachers_config_is_checked_as_the_students(distill_cfg, changes, match):
+    cfg = distill_cfg()
+    words = [word for key, value in changes.items() for word in (key, str(value))]
+    cfg.DISTILL.TEACHER.OPTS = [*cfg.DISTILL.TEACHER.OPTS, *words]
+    refused(cfg, f"The teacher's config '.*yaml' {match}")
+
+
 def test_rotated_boxes_are_refused(distill_cfg):
     rotated = {
         "MODEL.PROPOSAL_GENERATOR.NAME": "RRPN",

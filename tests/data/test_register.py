@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,36 @@ def test_a_test_set_without_an_object_is_refused_or_causes_a_warning(tmp_path, c
     else:
         check_test_sets(cfg)
         assert "mine has no annotation, so there is no AP" in caplog.text
+
+
+def test_a_test_set_needs_cocos_metrics(tmp_path, caplog):
+    write_coco(tmp_path, 2, name="mine")
+    register(coco(tmp_path))
+    images = DatasetCatalog.get("mine")
+    for kind in ("lvis", "coco_panoptic_seg"):
+        DatasetCatalog.register(f"mine_{kind}", lambda: images)
+        MetadataCatalog.get(f"mine_{kind}").set(evaluator_type=kind, thing_classes=["class0", "class1", "class2"])
+    with pytest.raises(GDetKDError, match="'mine_lvis' in DATASETS.TEST is one of LVIS"):
+        check_test_sets(make_cfg({"DATASETS.TEST": ("mine_lvis",)}))
+    check_test_sets(make_cfg({"DATASETS.TEST": ("mine_coco_panoptic_seg",)}))
+    assert "mine_coco_panoptic_seg is evaluated by its boxes and masks alone" in caplog.text
+
+
+def test_precomputed_proposals_need_a_file_for_each_dataset(tmp_path):
+    write_coco(tmp_path, 2, name="mine")
+    register(coco(tmp_path))
+    (tmp_path / "proposals.pkl").write_bytes(pickle.dumps({"ids": [], "boxes": [], "objectness_logits": []}))
+    files = (str(tmp_path / "proposals.pkl"),)
+    keys = {"MODEL.PROPOSAL_GENERATOR.NAME": "PrecomputedProposals", "DATASETS.TRAIN": ("mine",)}
+    with pytest.raises(GDetKDError, match="NAME is 'PrecomputedProposals', but MODEL.LOAD_PROPOSALS is False"):
+        check_datasets(make_cfg(keys))
+    keys.update({"MODEL.LOAD_PROPOSALS": True, "DATASETS.TEST": ("mine",), "DATASETS.PROPOSAL_FILES_TEST": files})
+    with pytest.raises(GDetKDError, match="TRAIN names 1 datasets, but DATASETS.PROPOSAL_FILES_TRAIN names 0 files"):
+        check_datasets(make_cfg(keys))
+    check_test_sets(make_cfg(keys))  # an evaluation needs no proposals of the training set
+    check_datasets(make_cfg({**keys, "DATASETS.PROPOSAL_FILES_TRAIN": files}))
+    with pytest.raises(GDetKDError, match="TEST names 1 datasets, but DATASETS.PROPOSAL_FILES_TEST names 0 files"):
+        check_test_sets(make_cfg({**keys, "DATASETS.PROPOSAL_FILES_TEST": ()}))
 
 
 @pytest.mark.skipif(not (SHARED / "BCCD").exists(), reason="the BCCD photographs are not beside this checkout")

@@ -123,6 +123,14 @@ def test_a_wrong_channel_order_is_found_although_the_teacher_is_not_weak(shapes_
     assert "with images in BGR" in problem and "MIN_AP" not in problem
 
 
+def test_a_weak_teacher_of_grey_images_is_found(shapes_cfg, tmp_path):
+    opts = ["INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", [110.0], "MODEL.PIXEL_STD", [1.0]]
+    grey = {"INPUT__FORMAT": "L", "MODEL__PIXEL_MEAN": [110.0], "MODEL__PIXEL_STD": [1.0]}
+    weights = save_untrained_teacher(tmp_path, opts)
+    [problem] = problems_of(shapes_cfg(**grey, DISTILL__TEACHER__OPTS=opts, DISTILL__TEACHER__WEIGHTS=weights))
+    assert "less than DISTILL.TEACHER.MIN_AP 20" in problem and "preprocessing" not in problem
+
+
 def test_an_untrained_teacher_is_found(shapes_cfg, tmp_path):
     [problem] = problems_of(shapes_cfg(DISTILL__TEACHER__WEIGHTS=save_untrained_teacher(tmp_path)))
     assert "no usual preprocessing makes it better" in problem and "MIN_AP 20" in problem

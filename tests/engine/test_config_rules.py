@@ -1,6 +1,7 @@
 """An error names invalid values before anything is built."""
 
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -8,6 +9,8 @@ from conftest import DENSE
 from gdetkd import DistillTrainer
 from gdetkd.engine.config_rules import RULES, check_parts, check_values
 from gdetkd.errors import GDetKDError
+
+RETINANET = {**DENSE, "DISTILL.STUDENT_META_ARCHITECTURE": "RetinaNet"}
 
 
 @pytest.mark.parametrize(
@@ -25,6 +28,8 @@ from gdetkd.errors import GDetKDError
         ("SOLVER.STEPS", (3, 2)),
         ("SOLVER.WARMUP_ITERS", -1),
         ("SOLVER.WEIGHT_DECAY", -0.1),
+        ("SOLVER.WARMUP_METHOD", "cosine"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"),
         ("TEST.EVAL_PERIOD", -2),
         ("TEST.PATIENCE", -1),
         ("TEST.DETECTIONS_PER_IMAGE", 0),
@@ -33,6 +38,9 @@ from gdetkd.errors import GDetKDError
         ("LOG.PROJECT", ""),
         ("DATALOADER.NUM_WORKERS", -1),
         ("INPUT.MIN_SIZE_TRAIN", (64, -1)),
+        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "random"),
+        ("INPUT.RANDOM_FLIP", "both"),
+        ("INPUT.CROP.TYPE", "random"),
         ("INPUT.MAX_SIZE_TRAIN", 0),
         ("INPUT.MIN_SIZE_TEST", -1),
         ("INPUT.MAX_SIZE_TEST", 0),
@@ -71,7 +79,7 @@ def test_every_rule_has_an_invalid_value_above():
         ),
         ({"MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[1.0]] * 3}, "ASPECT_RATIOS has 3 lists"),
         (
-            {**DENSE, "DISTILL.STUDENT_META_ARCHITECTURE": "RetinaNet", "MODEL.RETINANET.IN_FEATURES": ["p2", "p3"]},
+            {**RETINANET, "MODEL.RETINANET.IN_FEATURES": ["p2", "p3"]},
             "MODEL.RETINANET.IN_FEATURES names p2",
         ),
         (
@@ -115,10 +123,28 @@ def test_levels_and_anchors_that_do_not_fit_are_refused(distill_cfg, changes, me
         ({"TEST.COCO_EVAL": "faster-coco-eval"}, "TEST.COCO_EVAL .* cannot be imported .* pip install"),
         ({"TEST.AUG.ENABLED": True}, "TEST.AUG.ENABLED is True.*set it to False"),
         ({"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, True, True, True]}, "DEFORM_ON_PER_STAGE .*compiled"),
+        ({"MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIalign"}, "POOLER_TYPE is 'ROIalign' and must be one of ROIAlign, "),
+        (
+            {"MODEL.ROI_HEADS.NAME": "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": False},
+            "CLS_AGNOSTIC_BBOX_REG is False, but a Cascade R-CNN .* set it to True",
+        ),
+        ({**RETINANET, "MODEL.RETINANET.NUM_CONVS": 0}, "RETINANET.NUM_CONVS is 0 and must be 1 or more"),
+        ({**RETINANET, "MODEL.RETINANET.NORM": "GN"}, "RETINANET.NORM is 'GN', .* cannot build"),
+        ({"MODEL.MASK_ON": True, "INPUT.CROP.ENABLED": True}, "INPUT.CROP.ENABLED .* pip install shapely"),
+        (
+            {"INPUT.MIN_SIZE_TRAIN": (32, 48, 64), "INPUT.MIN_SIZE_TRAIN_SAMPLING": "range"},
+            'SAMPLING is "range", but INPUT.MIN_SIZE_TRAIN has 3 sizes',
+        ),
+        (
+            {"MODEL.PROPOSAL_GENERATOR.NAME": "PrecomputedProposals", "DISTILL.INSIGHT.PERIOD": 5},
+            "INSIGHT.PERIOD needs a student that finds its own proposals",
+        ),
     ],
 )
 def test_unknown_or_missing_parts_are_refused(distill_cfg, monkeypatch, changes, message):
-    monkeypatch.setattr("gdetkd.engine.config_rules.has_compiled_ops", lambda: False)
+    monkeypatch.setattr("gdetkd.detector_config.has_compiled_ops", lambda: False)
+    monkeypatch.setattr("gdetkd.detector_config.retinanet_takes_group_norm", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "shapely" else find_spec(name))
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(GDetKDError, match=message):
         DistillTrainer(distill_cfg(changes))

@@ -12,7 +12,7 @@ from gdetkd import DistillTrainer
 from gdetkd.data import register_datasets, train_loader
 from gdetkd.data.unlabeled import is_unlabeled, load_unlabeled
 from gdetkd.engine.check import Check
-from gdetkd.engine.unlabeled_checks import UnlabeledReport
+from gdetkd.engine.unlabeled_checks import UnlabeledReport, check_unlabeled
 from gdetkd.errors import GDetKDError
 from gdetkd.study.methods import method_opts
 from test_processes import fail_on_rank_1, have_equal_parameters, run_in_processes, train_rank
@@ -88,7 +88,6 @@ def test_a_forward_pass_that_breaks_off_on_one_rank_is_left_out_on_all(unlabeled
         ({"DATASETS.TRAIN": ("pseudo",)}, "DATASETS.TRAIN names 'pseudo', whose boxes a teacher found"),
         ({"DATASETS.TEST": ("pseudo",)}, "DATASETS.TEST names 'pseudo', whose boxes a teacher found"),
         ({"SOLVER.IMS_PER_BATCH": 1}, "needs an image with labels and one without"),
-        ({"MODEL.LOAD_PROPOSALS": True}, "MODEL.LOAD_PROPOSALS is True, but images of DATASETS.UNLABELED have no"),
         ({"DISTILL.UNLABELED.FRACTION": 1.0}, "DISTILL.UNLABELED.FRACTION is 1.0 and must be between 0 and 1"),
         ({"DISTILL.UNLABELED.WEIGHT": -1.0}, "DISTILL.UNLABELED.WEIGHT is -1.0 and must be 0 or more"),
     ],
@@ -96,6 +95,18 @@ def test_a_forward_pass_that_breaks_off_on_one_rank_is_left_out_on_all(unlabeled
 def test_configs_that_cannot_use_unlabeled_images_are_refused(unlabeled_cfg, changes, match):
     with pytest.raises(GDetKDError, match=match):
         DistillTrainer(unlabeled_cfg(changes))
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"MODEL.LOAD_PROPOSALS": True}, "MODEL.LOAD_PROPOSALS is True, but images of DATASETS.UNLABELED have no"),
+        ({"DISTILL.STUDENT_META_ARCHITECTURE": "PanopticFPN"}, "A PanopticFPN learns from maps of stuff classes"),
+    ],
+)
+def test_detectors_that_cannot_use_unlabeled_images_are_refused(unlabeled_cfg, changes, match):
+    with pytest.raises(GDetKDError, match=match):
+        check_unlabeled(unlabeled_cfg(changes))
 
 
 def test_masks_do_not_matter_for_a_dense_student(unlabeled_cfg):

@@ -5,6 +5,7 @@ Each workaround names the versions that need it. A test in `tests/test_compat*.p
 - `imports`: import Detectron2 v0.6 on current packages. It must run before any import of Detectron2.
 - `processes`: Detectron2's process groups and torch's store.
 - `cascade`: the labels of a cascade's later stages.
+- `retinanet`: the norms of RetinaNet's head.
 - `training`: the trainer's steps, and BatchNorm.
 - `evaluation`: COCO's metrics.
 - `checkpoint`: the steps of loading a checkpoint.

@@ -157,7 +157,7 @@ class Check:
         # Each preprocessing takes as long as the first evaluation, so all are tried only for a weak teacher.
         weak = score.ap < cfg.DISTILL.TEACHER.MIN_AP
         text = f"Teacher on {score.images} images of {dataset}, {score.classes} classes: AP {score.ap:.1f}"
-        if own is None:
+        if own is None or len(own.mean) != 3:  # the usual preprocessings have three channels
             self._judge(score, None, score)
             return f"{text}."
         candidates = [usual for usual in USUAL if usual != own] if weak else [with_channels_swapped(own)]

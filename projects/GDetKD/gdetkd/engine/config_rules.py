@@ -1,43 +1,18 @@
 """Check the numbers and names of a config before anything is built."""
 
+import importlib.util
 import math
 from typing import Any, Callable, List, NamedTuple, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
-from detectron2.modeling.proposal_generator.build import PROPOSAL_GENERATOR_REGISTRY
-from detectron2.utils.registry import Registry
 
-from .._compat import has_compiled_ops
-from ..backbones.config import added_levels, node_of, wrong_values
 from ..config import student_architecture
+from ..detector_config import DENSE, PRECOMPUTED, wrong_parts
 from ..dotted_keys import get_key
-from ..errors import GDetKDError, similar
+from ..errors import GDetKDError
 from ..teacher.torchvision_file import PREFIX as TORCHVISION
 from .evaluators import wrong_implementation
 from .trackers import TRACKERS, missing_packages
-
-# Levels that Detectron2's and GDetKD's pyramids add to those of res2 to res5, by MODEL.BACKBONE.NAME.
-TOP_LEVELS = {
-    "build_resnet_fpn_backbone": ("p6",),
-    "build_retinanet_resnet_fpn_backbone": ("p6", "p7"),
-    "build_fcos_resnet_fpn_backbone": ("p6", "p7"),
-    "build_mmdet_retinanet_resnet_fpn_backbone": ("p6", "p7"),
-}
-# Meta-architectures of dense detectors.
-DENSE = ("RetinaNet", "FCOS")
-# Detectron2 builds this proposal generator without a registry.
-PRECOMPUTED = "PrecomputedProposals"
-# Proposal generators, anchor generators and box heads that read the keys below.
-READERS_OF_ANCHORS = ("RPN", "RRPN")
-ANCHOR_GENERATORS = ("DefaultAnchorGenerator", "RotatedAnchorGenerator")
-READERS_OF_LEVELS = ("StandardROIHeads", "CascadeROIHeads", "Res5ROIHeads", "RROIHeads")
-# The keys in which a meta-architecture names the levels that it reads. Anchors lie on the levels of the first key.
-LEVEL_KEYS = {
-    "GeneralizedRCNN": ("MODEL.RPN.IN_FEATURES", "MODEL.ROI_HEADS.IN_FEATURES"),
-    "RetinaNet": ("MODEL.RETINANET.IN_FEATURES",),
-    "FCOS": ("MODEL.FCOS.IN_FEATURES",),
-}
 
 
 class Rule(NamedTuple):
@@ -68,6 +43,9 @@ def _is_rising(values: Sequence[Any]) -> bool:
     return all(map(_is_finite, values)) and list(values) == sorted(set(values)) and all(value > 0 for value in values)
 
 
+# Values that Detectron2's augmentations know.
+FLIPS = ("horizontal", "vertical", "none")
+CROPS = ("relative", "relative_range", "absolute", "absolute_range")
 RULES = (
     Rule("SOLVER.IMS_PER_BATCH", _at_least(1), "1 or more images a step"),
     Rule("SOLVER.MAX_ITER", _at_least(1), "1 or more iterations"),
@@ -76,6 +54,8 @@ RULES = (
     Rule("SOLVER.GAMMA", lambda value: _is_finite(value) and value > 0, "a positive factor"),
     Rule("SOLVER.STEPS", _is_rising, "positive iteration numbers in increasing order"),
     Rule("SOLVER.WARMUP_ITERS", _at_least(0), "0 or more iterations"),
+    Rule("SOLVER.WARMUP_METHOD", lambda value: value in ("constant", "linear"), '"constant" or "linear"'),
+    Rule("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", lambda value: value in ("value", "norm"), '"value" or "norm"'),
     Rule("SOLVER.WEIGHT_DECAY", _at_least(0), "0 or more"),
     Rule("TEST.EVAL_PERIOD", _at_least(-1), "the iterations between two evaluations, or 0 to evaluate only at the end"),
     Rule("TEST.PATIENCE", _at_least(0), "the number of evaluations without a rise of the AP, or 0 for no limit"),
@@ -86,6 +66,9 @@ RULES = (
     Rule("DISTILL.TEACHER.CACHE_MB", _at_least(0), "0 or more megabytes"),
     Rule("DISTILL.TEACHER.SCALE", lambda value: _is_finite(value) and value > 0, "a positive factor"),
     Rule("INPUT.MIN_SIZE_TRAIN", _each_at_least(0), "a size in pixels, or 0 for no resizing"),
+    Rule("INPUT.MIN_SIZE_TRAIN_SAMPLING", lambda value: value in ("choice", "range"), '"choice" or "range"'),
+    Rule("INPUT.RANDOM_FLIP", lambda value: value in FLIPS, f"one of {', '.join(FLIPS)}"),
+    Rule("INPUT.CROP.TYPE", lambda value: value in CROPS, f"one of {', '.join(CROPS)}"),
     Rule("INPUT.MAX_SIZE_TRAIN", _at_least(1), "1 or more pixels"),
     Rule("INPUT.MIN_SIZE_TEST", _at_least(0), "a size in pixels, or 0 for no resizing"),
     Rule("INPUT.MAX_SIZE_TEST", _at_least(1), "1 or more pixels"),
@@ -112,7 +95,7 @@ def check_values(cfg: CfgNode) -> None:
         for rule in RULES
         if not rule.holds(get_key(cfg, rule.key))
     ]
-    wrong += _wrong_weights(cfg) + _wrong_patience(cfg) + _wrong_transfer(cfg)
+    wrong += _wrong_weights(cfg) + _wrong_patience(cfg) + _wrong_transfer(cfg) + _wrong_training(cfg)
     _refuse(wrong + missing_packages(cfg) + _wrong_parts(cfg))
 
 
@@ -126,7 +109,7 @@ def check_parts(cfg: CfgNode) -> None:
 
 
 def _wrong_parts(cfg: CfgNode) -> List[str]:
-    return _unknown_names(cfg) + _unsupported(cfg) + wrong_values(cfg) + _wrong_levels(cfg) + wrong_implementation(cfg)
+    return wrong_parts(cfg) + _unsupported(cfg) + wrong_implementation(cfg)
 
 
 def _refuse(wrong: List[str]) -> None:
@@ -169,24 +152,26 @@ def _wrong_transfer(cfg: CfgNode) -> List[str]:
     ]
 
 
-def _unknown_names(cfg: CfgNode) -> List[str]:
-    """Compare the names of parts with Detectron2's registries, whose errors do not name the config's key."""
-    is_distilled = cfg.MODEL.META_ARCHITECTURE == "GDetKD"
-    architecture = "DISTILL.STUDENT_META_ARCHITECTURE" if is_distilled else "MODEL.META_ARCHITECTURE"
-    known = {architecture: _names(META_ARCH_REGISTRY), "MODEL.BACKBONE.NAME": _names(BACKBONE_REGISTRY)}
-    if get_key(cfg, architecture) == "GeneralizedRCNN":
-        known["MODEL.ROI_HEADS.NAME"] = _names(ROI_HEADS_REGISTRY)
-        known["MODEL.PROPOSAL_GENERATOR.NAME"] = [*_names(PROPOSAL_GENERATOR_REGISTRY), PRECOMPUTED]
+def _wrong_training(cfg: CfgNode) -> List[str]:
+    """Find what fails in training alone."""
     wrong = []
-    for key, names in known.items():
-        name = get_key(cfg, key)
-        if name not in names:
-            wrong.append(f"{key} is {name!r}, which is not registered (did you mean {similar(str(name), names)}?)")
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2:
+        wrong.append(
+            f'INPUT.MIN_SIZE_TRAIN_SAMPLING is "range", but INPUT.MIN_SIZE_TRAIN has {len(sizes)} sizes: give the '
+            'smallest and the largest, or set the sampling to "choice"'
+        )
+    if cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON and importlib.util.find_spec("shapely") is None:
+        wrong.append(
+            "INPUT.CROP.ENABLED with MODEL.MASK_ON cuts masks by the package shapely, which is not installed: install "
+            "it with pip install shapely, or set INPUT.CROP.ENABLED to False"
+        )
+    if cfg.MODEL.PROPOSAL_GENERATOR.NAME == PRECOMPUTED and cfg.DISTILL.INSIGHT.PERIOD:
+        wrong.append(
+            "DISTILL.INSIGHT.PERIOD needs a student that finds its own proposals, but MODEL.PROPOSAL_GENERATOR.NAME is "
+            f"'{PRECOMPUTED}': set the period to 0"
+        )
     return wrong
-
-
-def _names(registry: Registry) -> List[str]:
-    return [name for name, _ in registry]
 
 
 def _unsupported(cfg: CfgNode) -> List[str]:
@@ -198,68 +183,4 @@ def _unsupported(cfg: CfgNode) -> List[str]:
             f"TEST.DETECTIONS_PER_IMAGE is -1, which makes a {student_architecture(cfg)} leave out a detection: set it "
             "to a number"
         )
-    if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) and not has_compiled_ops():
-        wrong.append(
-            "MODEL.RESNETS.DEFORM_ON_PER_STAGE asks for deformable convolutions, which need Detectron2's compiled "
-            "extension: build Detectron2 from source, or set it to [False, False, False, False]"
-        )
-    return wrong
-
-
-def _wrong_levels(cfg: CfgNode) -> List[str]:
-    """Compare the levels that the heads read with those of the pyramid, and the anchors with the levels.
-
-    Only Detectron2's and GDetKD's parts are checked, because other parts may read other keys.
-    """
-    keys = _level_keys(cfg)
-    wrong = []
-    top = added_levels(cfg) if node_of(cfg) else TOP_LEVELS.get(cfg.MODEL.BACKBONE.NAME)
-    if top is not None:
-        made = [name.replace("res", "p") for name in cfg.MODEL.FPN.IN_FEATURES]
-        made += top
-        for key in keys:
-            lacking = [name for name in get_key(cfg, key) if name not in made]
-            if lacking:
-                wrong.append(
-                    f"{key} names {', '.join(lacking)}, but the pyramid has only {', '.join(made)}: remove the missing "
-                    f"levels{_or_another_family(cfg)}"
-                )
-    has_anchors = keys and keys[0] in ("MODEL.RPN.IN_FEATURES", "MODEL.RETINANET.IN_FEATURES")
-    if has_anchors and cfg.MODEL.ANCHOR_GENERATOR.NAME in ANCHOR_GENERATORS:
-        wrong += _wrong_anchors(cfg, keys[0], len(get_key(cfg, keys[0])))
-    return wrong
-
-
-def _or_another_family(cfg: CfgNode) -> str:
-    """Return a further remedy: the config may name another family than the one that it was written for."""
-    architecture = student_architecture(cfg)
-    if architecture in DENSE:
-        return f", or start from configs/COCO-Detection/Base-{architecture}.yaml"
-    if cfg.MODEL.META_ARCHITECTURE != "GDetKD" or architecture != "GeneralizedRCNN":
-        return ""
-    return ", or set DISTILL.STUDENT_META_ARCHITECTURE if the student is a RetinaNet or FCOS"
-
-
-def _level_keys(cfg: CfgNode) -> List[str]:
-    architecture = student_architecture(cfg)
-    keys = list(LEVEL_KEYS.get(architecture, ()))
-    if architecture == "GeneralizedRCNN":
-        if cfg.MODEL.PROPOSAL_GENERATOR.NAME not in READERS_OF_ANCHORS:
-            keys.remove("MODEL.RPN.IN_FEATURES")
-        if cfg.MODEL.ROI_HEADS.NAME not in READERS_OF_LEVELS:
-            keys.remove("MODEL.ROI_HEADS.IN_FEATURES")
-    return keys
-
-
-def _wrong_anchors(cfg: CfgNode, key: str, levels: int) -> List[str]:
-    wrong = []
-    for name in ("SIZES", "ASPECT_RATIOS"):
-        value = cfg.MODEL.ANCHOR_GENERATOR[name]
-        # Detectron2 takes a plain list of numbers for all levels.
-        given = len(value) if value and isinstance(value[0], (list, tuple)) else 1
-        if not value or given not in (1, levels):
-            wrong.append(
-                f"MODEL.ANCHOR_GENERATOR.{name} has {given if value else 0} lists, but needs 1 list or {levels} lists, "
-                f"one for each level in {key}"
-            )
     return wrong

@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from ..config import student_architecture
 from ..data.class_names import class_names
 from ..data.kinds.pseudo import Pseudo
-from ..data.task_labels import BOXES_ALONE
+from ..data.task_labels import BOXES_ALONE, PANOPTIC
 from ..data.train_loader import images_per_process
 from ..data.unlabeled import is_pseudo, load_unlabeled, pseudo_sets, unlabeled_per_batch
 from ..errors import GDetKDError
@@ -54,6 +54,11 @@ def _check_model(cfg: CfgNode) -> None:
         raise GDetKDError(
             "MODEL.LOAD_PROPOSALS is True, but images of DATASETS.UNLABELED have no precomputed proposals. Set it to "
             "False, or empty DATASETS.UNLABELED."
+        )
+    if student_architecture(cfg) in PANOPTIC:
+        raise GDetKDError(
+            f"A {student_architecture(cfg)} learns from maps of stuff classes, but the labels of DATASETS.UNLABELED "
+            "are boxes. Empty DATASETS.UNLABELED, or train a detector of things alone (GeneralizedRCNN)."
         )
     heads = [key for key in ("MASK_ON", "KEYPOINT_ON") if cfg.MODEL[key]]
     if heads and student_architecture(cfg) not in BOXES_ALONE:

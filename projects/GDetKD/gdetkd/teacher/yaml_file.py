@@ -10,6 +10,7 @@ from torch import nn
 from ..config import add_gdetkd_config, plain_config
 from ..config_file import merge_config_file, merge_words
 from ..data.class_names import class_names
+from ..detector_config import PRECOMPUTED, wrong_parts
 from ..dotted_keys import flat_config
 from ..errors import GDetKDError
 from .base import TeacherFile
@@ -32,7 +33,8 @@ class YamlTeacher(TeacherFile):
         cfg: the teacher's config, with DISTILL.TEACHER.OPTS applied.
 
     Raises:
-        GDetKDError: the file is no valid config, or the teacher needs precomputed proposals.
+        GDetKDError: the file is no valid config, names parts that do not exist or do not fit, or asks for precomputed
+            proposals.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -44,13 +46,19 @@ class YamlTeacher(TeacherFile):
         teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
         if cfg.DISTILL.TEACHER.WEIGHTS:
             teacher_cfg.MODEL.WEIGHTS = cfg.DISTILL.TEACHER.WEIGHTS
-        if teacher_cfg.MODEL.LOAD_PROPOSALS:
+        if teacher_cfg.MODEL.LOAD_PROPOSALS or teacher_cfg.MODEL.PROPOSAL_GENERATOR.NAME == PRECOMPUTED:
             raise GDetKDError(
-                f"The teacher's config {self.path!r} sets MODEL.LOAD_PROPOSALS. A teacher with precomputed proposals "
-                "cannot look at the student's regions. Choose a teacher that makes its own proposals."
+                f"The teacher's config {self.path!r} asks for precomputed proposals (MODEL.LOAD_PROPOSALS, "
+                "MODEL.PROPOSAL_GENERATOR.NAME). Such a teacher cannot look at the student's regions. Choose a teacher "
+                "that makes its own proposals."
             )
         teacher_cfg.freeze()
         self.cfg = plain_config(teacher_cfg)
+        if wrong := wrong_parts(self.cfg):
+            raise GDetKDError(
+                f"The teacher's config {self.path!r} has invalid values: {'; '.join(wrong)}. Correct them in that file "
+                "or in DISTILL.TEACHER.OPTS."
+            )
         self.weights = self.cfg.MODEL.WEIGHTS
         self.input_format = self.cfg.INPUT.FORMAT
 

@@ -1,0 +1,18 @@
+"""RetinaNet's head."""
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+
+GROUPS = 32  # of Detectron2's GroupNorm
+
+
+def retinanet_takes_group_norm() -> bool:
+    """Return whether Detectron2 can build the head with MODEL.RETINANET.NORM "GN". Detectron2 v0.6 cannot."""
+    shape = ShapeSpec(channels=GROUPS)
+    try:
+        with torch.random.fork_rng(devices=[]):  # the student's initial weights do not depend on this
+            RetinaNetHead(input_shape=[shape], num_classes=1, num_anchors=1, conv_dims=[GROUPS], norm="GN")
+    except ValueError:
+        return False
+    return True
