@@ -1,5 +1,7 @@
 """Batches of images with and without labels: their order, their augmentations, and sets that are refused."""
 
+import json
+import os
 import shutil
 from itertools import islice
 
@@ -14,6 +16,7 @@ from gdetkd.data import build_train_loader, headers, register_datasets, train_lo
 from gdetkd.data.batches import MixedStream
 from gdetkd.data.unlabeled import UnlabeledMapper, doubtful_boxes, is_unlabeled, split_batch
 from gdetkd.errors import GDetKDError
+from gdetkd.safe_load import sha256_of_file
 
 BAD, GOOD = headers.Header("broken"), headers.Header(None)
 
@@ -166,6 +169,42 @@ def test_images_that_are_also_labeled_are_left_out(unlabeled_cfg, tiny_dataset, 
 def test_images_of_the_test_set_are_refused(unlabeled_cfg, tiny_dataset, tmp_path):
     cfg = unlabeled_cfg({"DATASETS.TEST": ("tiny",)})
     shutil.copy(tiny_dataset / "tiny4.png", tmp_path / "pseudo" / "pseudo4.png")
+    with pytest.raises(GDetKDError, match="1 images of pseudo are also in DATASETS.TEST, such as .*pseudo4.png"):
+        build_train_loader(cfg)
+
+
+def labelled_here(folder):
+    """Return a change of the JSON: it notes size and SHA-256 of each image, as tools/label.py does."""
+
+    def change(content):
+        for image in content["images"]:
+            path = folder / image["file_name"]
+            image.update(bytes=path.stat().st_size, sha256=sha256_of_file(str(path)))
+
+    return change
+
+
+def test_images_that_have_changed_since_they_were_labelled_are_refused(unlabeled_cfg, tmp_path):
+    cfg = unlabeled_cfg(change=labelled_here(tmp_path / "pseudo"))
+    build_train_loader(cfg)
+    with open(tmp_path / "pseudo" / "pseudo4.png", "ab") as file:
+        file.write(b"0")
+    with pytest.raises(
+        GDetKDError, match="1 images of 'pseudo' have changed .* such as .*pseudo4.png.*label.py again"
+    ):
+        build_train_loader(cfg)
+
+
+def test_a_newer_image_of_the_same_size_may_be_one_of_the_test_set(unlabeled_cfg, tiny_dataset, tmp_path):
+    """Two images have the same number of bytes, and one takes the place of the other."""
+    cfg = unlabeled_cfg({"DATASETS.TEST": ("tiny",)}, change=labelled_here(tmp_path / "pseudo"))
+    copy, json_file = tmp_path / "pseudo" / "pseudo4.png", tmp_path / "pseudo" / "pseudo.json"
+    shutil.copy(tiny_dataset / "tiny4.png", copy)
+    content = json.loads(json_file.read_text())
+    [image] = [image for image in content["images"] if image["file_name"] == copy.name]
+    image["bytes"] = copy.stat().st_size
+    json_file.write_text(json.dumps(content))
+    os.utime(json_file, (0, 0))
     with pytest.raises(GDetKDError, match="1 images of pseudo are also in DATASETS.TEST, such as .*pseudo4.png"):
         build_train_loader(cfg)
 

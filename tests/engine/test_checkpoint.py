@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.engine import DefaultTrainer
 from test_trainer import train
 
 from conftest import ALL_LOSSES
@@ -14,6 +15,7 @@ from gdetkd.engine.catch_up import CatchUp
 from gdetkd.engine.checkpoint import DurableCheckpointer
 from gdetkd.errors import GDetKDError
 from gdetkd.files import written_whole
+from gdetkd.metrics_file import MetricsFile
 from gdetkd.safe_load import read_weights
 
 
@@ -158,6 +160,55 @@ def test_an_evaluation_that_was_made_is_not_made_again(distill_cfg, monkeypatch)
     (Path(cfg.OUTPUT_DIR) / "last_checkpoint").write_text("model_0000001.pth")
     trainer, _ = train(DistillTrainer, cfg, resume=True)
     assert len(made) == count + 2 and any(isinstance(hook, CatchUp) for hook in trainer._hooks)
+
+
+def test_an_evaluation_whose_metrics_were_not_written_is_made_again(distill_cfg, monkeypatch):
+    """A kill comes after an evaluation, and before Detectron2 writes metrics at the end of 20 iterations."""
+    keys = {"DATASETS.TEST": ("tiny",), "TEST.EVAL_PERIOD": 2, "SOLVER.CHECKPOINT_PERIOD": 2, "SOLVER.MAX_ITER": 4}
+    cfg = distill_cfg({"DISTILL.LOSSES": (), **keys})
+    monkeypatch.setattr(DistillTrainer, "test", classmethod(lambda *args: {"bbox": {"AP": 1.0}}))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("detectron2.engine.hooks.PeriodicWriter.after_train", lambda hook: None)
+        patch.setattr(DistillTrainer, "before_step", interrupted_at(2))
+        train(DistillTrainer, cfg)
+    assert (Path(cfg.OUTPUT_DIR) / "last_checkpoint").read_text() == "model_0000001.pth"
+    train(DistillTrainer, cfg, resume=True)
+    evaluated = [line["iteration"] for line in MetricsFile(Path(cfg.OUTPUT_DIR)).evaluations()]
+    assert evaluated == [1, 4]  # the last is written one iteration after the end
+
+
+def interrupted_at(iteration):
+    def before_step(trainer):
+        if trainer.iter == iteration:
+            raise KeyboardInterrupt
+        DefaultTrainer.before_step(trainer)
+
+    return before_step
+
+
+def test_the_final_file_that_a_kill_kept_from_being_written_is_written_on_resume(distill_cfg):
+    cfg = distill_cfg({"DISTILL.LOSSES": (), "SOLVER.CHECKPOINT_PERIOD": 2, "SOLVER.MAX_ITER": 2})
+    train(DistillTrainer, cfg)
+    folder = Path(cfg.OUTPUT_DIR)
+    final = read_weights(str(folder / "model_final.pth"))
+    (folder / "model_final.pth").unlink()
+    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    train(DistillTrainer, cfg, resume=True)
+    written = read_weights(str(folder / "model_final.pth"))
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth" and written["iteration"] == final["iteration"]
+    assert all(torch.equal(tensor, final["model"][name]) for name, tensor in written["model"].items())
+
+
+def test_an_error_in_the_last_iteration_is_not_followed_by_an_evaluation(distill_cfg, monkeypatch):
+    """Other processes would still be in that iteration, and this one would wait for them."""
+    cfg, made = distill_cfg({"DISTILL.LOSSES": (), "DATASETS.TEST": ("tiny",), "SOLVER.MAX_ITER": 2}), []
+    monkeypatch.setattr(DistillTrainer, "test", classmethod(lambda *args: made.append(1) or {}))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DistillTrainer, "before_step", interrupted_at(1))
+        train(DistillTrainer, cfg)
+    assert not made
+    train(DistillTrainer, cfg)
+    assert made
 
 
 def test_a_run_that_starts_anew_does_not_believe_an_earlier_runs_note(distill_cfg, tmp_path, monkeypatch):

@@ -5,15 +5,19 @@ import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils import comm
 
 from conftest import ALL_LOSSES, make_batch, make_cfg
 from gdetkd import DistillTrainer
 from gdetkd._compat.training import batch_norms
+from gdetkd.config import plain_config
+from gdetkd.errors import GDetKDError
 from gdetkd.losses import CKD
 from gdetkd.losses.embedding_queue import gather_embeddings
 from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
+from gdetkd.teacher import FrozenTeacher
 from test_processes import run_in_processes
 
 COUNTS = [(2, 5), (0, 3), (4, 0), (0, 0)]
@@ -101,6 +105,28 @@ def test_one_rank_without_regions_does_not_hang_and_all_ranks_stay_equal(distill
         assert first_filled == second_filled > 0 and torch.equal(first_queue, second_queue)
     for name, value in first["parameters"].items():
         assert torch.equal(value, second["parameters"][name]), name
+
+
+def _start_with_other_files(rank, cfg, files):
+    for key, path in files[rank].items():
+        cfg.merge_from_list([key, path])
+    try:
+        DistillTrainer(cfg).resume_or_load(resume=False)
+    except GDetKDError as e:
+        return str(e)
+
+
+@pytest.mark.parametrize("key, name", [("DISTILL.TEACHER.WEIGHTS", "teacher"), ("MODEL.WEIGHTS", "student")])
+def test_processes_with_other_files_do_not_start(distill_cfg, tmp_path, key, name):
+    cfg = distill_cfg({"DATASETS.REGISTER": [MetadataCatalog.get("tiny").gdetkd_entry], "SOLVER.IMS_PER_BATCH": 4})
+    model = build_model(plain_config(cfg)) if name == "student" else FrozenTeacher(cfg).model
+    torch.save({"model": model.state_dict()}, tmp_path / "first.pth")
+    next(model.parameters()).data += 1
+    torch.save({"model": model.state_dict()}, tmp_path / "second.pth")
+    files = [{key: str(tmp_path / "first.pth")}, {key: str(tmp_path / "second.pth")}]
+    for message in run_in_processes(_start_with_other_files, tmp_path, 2, cfg, files):
+        assert message.startswith(f"Process 1 has loaded another file as the {name}'s weights")
+    assert run_in_processes(_start_with_other_files, tmp_path, 2, cfg, files[:1] * 2) == [None, None]
 
 
 class _Evaluated(_Trainer):

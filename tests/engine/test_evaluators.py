@@ -75,6 +75,8 @@ def test_a_converted_file_of_an_earlier_run_is_not_used(voc, tmp_path):
     assert evaluate(voc, {"000001", "000002"}, tmp_path / "run")["bbox"]["AP"] == pytest.approx(100)
     # Within a run the file is used again, because the metadata name it.
     assert evaluate(voc, {"000001", "000002"}, tmp_path / "run")["bbox"]["AP"] == pytest.approx(100)
+    stale.unlink()  # somebody makes room during the run
+    assert evaluate(voc, {"000001", "000002"}, tmp_path / "run")["bbox"]["AP"] == pytest.approx(100)
 
 
 def score_disturbed_truth(implementation, tmp_path):

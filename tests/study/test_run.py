@@ -12,6 +12,8 @@ import torch
 from conftest import as_an_earlier_version_wrote_it
 from gdetkd.config_file import load_config
 from gdetkd.errors import GDetKDError
+from gdetkd.insight.run import read_terms
+from gdetkd.metrics_file import MetricsFile
 from gdetkd.old_names import RENAMED_KEYS
 from gdetkd.study import folder
 from gdetkd.study.folder import claim_folder, deciding_keys, fingerprint
@@ -318,3 +320,20 @@ def test_jobs_share_the_cores_that_this_process_may_use(tmp_path, monkeypatch, g
         monkeypatch.setenv("OMP_NUM_THREADS", given)
     run_all([Run(tmp_path / "one", CONFIG, [], 5)], program, jobs=2)
     assert (tmp_path / "one" / "threads.txt").read_text() == expected
+
+
+def test_iterations_that_were_repeated_after_a_resume_count_once(tmp_path):
+    lines = [
+        {"iteration": iteration, "loss_cls": loss, "bbox/AP": ap, "bbox/AP50": ap, "bbox/AP75": ap}
+        for iteration, loss, ap in [
+            (499, 5.0, 1.0),
+            (999, 4.0, 2.0),
+            (1499, 3.0, 3.0),
+            (999, 4.5, 2.5),
+            (1499, 3.5, 3.5),
+        ]
+    ]
+    (tmp_path / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curve = MetricsFile(tmp_path, 2000).curve()
+    assert [(point.iteration, point.metrics["AP"]) for point in curve] == [(500, 1.0), (1000, 2.5), (1500, 3.5)]
+    assert read_terms(str(tmp_path)) == {"loss_cls": ([499, 999, 1499], [5.0, 4.5, 3.5])}

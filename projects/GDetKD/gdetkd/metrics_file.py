@@ -67,16 +67,17 @@ class MetricsFile:
         return [line for line in self.lines() if f"{self._prefix}bbox/AP" in line]
 
     def curve(self) -> List[Point]:
-        """Return the evaluations in order."""
-        points, end = [], iterations_run(self._folder, self._max_iter)
+        """Return the evaluations in order. Of two after the same iteration, before and after a resume, the later."""
+        points: Dict[int, Point] = {}
+        end = iterations_run(self._folder, self._max_iter)
         for line in self.evaluations():
             # Detectron2 writes the last evaluation on a separate line, one iteration after the last.
             iteration = min(line["iteration"] + 1, end)
             # Detectron2 gives NaN to a detector that finds nothing. There are objects, so the AP is 0.
             values = {name: line[f"{self._prefix}bbox/{name}"] for name in METRICS[:3]}
             metrics = {name: 0.0 if math.isnan(value) else value for name, value in values.items()}
-            points.append(Point(iteration, metrics))
-        return points
+            points[iteration] = Point(iteration, metrics)
+        return [points[iteration] for iteration in sorted(points)]
 
     def last(self) -> Dict[str, Optional[float]]:
         """Return AP, AP50, AP75, APs, APm and APl of the last evaluation, in percent.

@@ -4,6 +4,7 @@ A sample of DATASETS.UNLABELED has two more keys: "unlabeled", which is True, an
 """
 
 import logging
+import os
 from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
 import torch
@@ -63,6 +64,7 @@ def load_unlabeled(cfg: CfgNode) -> List[Sample]:
         GDetKDError: one of these holds.
             - A set is not of kind `pseudo`, or its classes are not the student's.
             - No image has an object.
+            - An image has changed since the teacher labelled it.
             - An image is also in DATASETS.TEST.
     """
     sets = pseudo_sets(cfg)
@@ -83,8 +85,28 @@ def load_unlabeled(cfg: CfgNode) -> List[Sample]:
         )
     except AssertionError as e:  # raised by Detectron2
         raise GDetKDError(f"{some([pseudo.name for pseudo in sets])}: no image has an object ({e}).") from e
-    known = {path: digest for pseudo in sets for path, digest in pseudo.digests().items()}
+    known = {path: digest for pseudo in sets for path, digest in _known_digests(pseudo).items()}
     return [{**sample, UNLABELED: True} for sample in _without_known(cfg, dicts, known)]
+
+
+def _known_digests(pseudo: Pseudo) -> Dict[str, Tuple[int, str]]:
+    """Return the size in bytes and the SHA-256 of each image that has not changed since the teacher labelled it.
+
+    An image that is newer than the boxes is left out. If its size did not change, it may be a copy of the same image.
+
+    Raises:
+        GDetKDError: the size of an image has changed.
+    """
+    known, labelled = pseudo.digests(), os.path.getmtime(pseudo.path("json"))
+    here = {path: os.stat(path) for path in known if os.path.exists(path)}
+    changed = [path for path, stat in here.items() if stat.st_size != known[path][0]]
+    if changed:
+        raise GDetKDError(
+            f"{len(changed)} images of {pseudo.name!r} have changed since the teacher labelled them, such as "
+            f"{changed[0]!r}. Their boxes may be wrong. Run tools/label.py again."
+        )
+    newer = {path for path, stat in here.items() if stat.st_mtime > labelled}
+    return {path: digest for path, digest in known.items() if path not in newer}
 
 
 def describe_labels(cfg: CfgNode) -> Dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Iterator, Optional
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 
 from ..files import written_whole
 from .hooks import KeepBest, RandomState
@@ -18,15 +19,61 @@ from .stopping import EXIT_STOPPED, StopRequest
 logger = logging.getLogger(__name__)
 
 
-class CatchUp(HookBase):
-    """Run a missed evaluation on resume, and a missed estimate of BatchNorm's statistics before it.
+class EvaluationNote(EventWriter):
+    """Note in a file how many iterations were done at the last evaluation.
 
-    A checkpoint is written before the evaluation of the same iteration, so a kill can come between the two. The hook
-    must stand after the hooks that evaluate and that keep the best.
+    Detectron2 writes metrics every 20 iterations, so a kill can come between an evaluation and the writing of its
+    metrics. This must stand after the writer of metrics.json. Then an evaluation without metrics is not noted, and is
+    made again on resume.
+
+    Args:
+        output_dir: the folder of the file.
+    """
+
+    def __init__(self, output_dir: str) -> None:
+        self._path = os.path.join(output_dir, "last_evaluation")
+        self._made = 0  # iterations at an evaluation that is not noted yet
+
+    def take(self, iterations: int) -> None:
+        """Take in that an evaluation was made after so many iterations."""
+        self._made = iterations
+
+    def write(self) -> None:
+        if self._made == 0:
+            return
+        try:
+            with written_whole(self._path) as file:
+                file.write(str(self._made))
+        except OSError as e:
+            logger.error(
+                "Could not write %s (%s). The next --resume may repeat one evaluation, which does no harm.",
+                self._path,
+                e.strerror,
+            )
+        self._made = 0
+
+    def read(self) -> int:
+        """Return the noted number of iterations, or 0."""
+        if not os.path.exists(self._path):
+            return 0
+        with open(self._path) as file:
+            return int(file.read())
+
+    def remove(self) -> None:
+        """Remove the note of another run."""
+        if os.path.exists(self._path):
+            os.remove(self._path)
+
+
+class CatchUp(HookBase):
+    """Do on resume what an earlier run missed: an evaluation, an estimate of BatchNorm's statistics, model_final.pth.
+
+    A checkpoint is written before the evaluation of the same iteration, and model_final.pth after the last checkpoint,
+    so a kill can come between. The hook must stand after the hooks that evaluate and that keep the best.
 
     Args:
         period: iterations between two evaluations.
-        output_dir: the folder in which the hook notes the last evaluation that was made.
+        note: notes the last evaluation.
         evaluation: Detectron2's hook.
         best: keeps the best checkpoint. None if this process keeps none.
         precise: estimates BatchNorm's statistics. None if that is off.
@@ -38,7 +85,7 @@ class CatchUp(HookBase):
     def __init__(
         self,
         period: int,
-        output_dir: str,
+        note: EvaluationNote,
         evaluation: EvalHook,
         best: Optional[KeepBest],
         precise: Optional[PreciseStatistics],
@@ -47,7 +94,7 @@ class CatchUp(HookBase):
         patience: Patience,
     ) -> None:
         self._period = period
-        self._note = os.path.join(output_dir, "last_evaluation")
+        self._note = note
         self._evaluation = evaluation
         self._best = best
         self._precise = precise
@@ -61,12 +108,14 @@ class CatchUp(HookBase):
     def before_train(self) -> None:
         done = self.trainer.start_iter
         if done == 0:
-            if comm.is_main_process() and os.path.exists(self._note):
-                os.remove(self._note)  # another run in this folder left it
+            if comm.is_main_process():
+                self._note.remove()
             return
         self._estimate(done)
+        if done >= self.trainer.max_iter and comm.all_gather(self._lacks_final())[0]:
+            self._save_final(done)
         # The main process's note counts, because all have to evaluate together.
-        if self._is_due(done) and (self._is_uncounted(done) or comm.all_gather(self._noted())[0] < done):
+        if self._is_due(done) and (self._is_uncounted(done) or comm.all_gather(self._note.read())[0] < done):
             self._evaluate(done)
 
     def _is_uncounted(self, done: int) -> bool:
@@ -108,7 +157,7 @@ class CatchUp(HookBase):
         if self._best is not None:
             with self._in_last_iteration(done):
                 self._best.after_step()
-        self._write(done)
+        self._note.take(done)
         with self._in_last_iteration(done):
             self._patience.after_step()
         storage.iter = done
@@ -119,26 +168,10 @@ class CatchUp(HookBase):
             logger.warning("SIGTERM: the run stops before iteration %d. Continue it with --resume.", self.trainer.iter)
             raise SystemExit(EXIT_STOPPED)
 
-    def _noted(self) -> int:
-        """Return how many iterations were done at the last evaluation."""
-        if not os.path.exists(self._note):
-            return 0
-        with open(self._note) as file:
-            return int(file.read())
+    def _lacks_final(self) -> bool:
+        """Return whether the checkpoint of the last iteration is there, but not model_final.pth."""
+        return os.path.basename(self.trainer.checkpointer.get_checkpoint_file()) != "model_final.pth"
 
     def after_step(self) -> None:
         if self._is_due(self.trainer.iter + 1):
-            self._write(self.trainer.iter + 1)
-
-    def _write(self, iterations: int) -> None:
-        if not comm.is_main_process():
-            return
-        try:
-            with written_whole(self._note) as file:
-                file.write(str(iterations))
-        except OSError as e:
-            logger.error(
-                "Could not write %s (%s). The next --resume may repeat one evaluation, which does no harm.",
-                self._note,
-                e.strerror,
-            )
+            self._note.take(self.trainer.iter + 1)

@@ -199,10 +199,15 @@ def _coco_evaluator(cfg: CfgNode, dataset_name: str, tasks: Optional[Tuple[str, 
 
 
 def _forget_converted(folder: str, dataset_name: str) -> None:
-    """Remove the JSON file that Detectron2 made of a dataset in an earlier run: the dataset may have changed."""
+    """Let Detectron2 convert a dataset without a JSON file anew in each run, because the dataset may have changed.
+
+    It converts a dataset once in a run. Then the metadata name the file, also if somebody has removed it since.
+    """
     converted = os.path.join(folder, f"{dataset_name}_coco_format.json")
-    # Detectron2 converts a dataset once in a run. Then the metadata name the file.
-    is_new = MetadataCatalog.get(dataset_name).get("json_file") is None
+    metadata = MetadataCatalog.get(dataset_name)
+    if metadata.get("json_file") == converted and not os.path.exists(converted):
+        del metadata.json_file
+    is_new = metadata.get("json_file") is None
     try:
         if is_new and comm.is_main_process() and os.path.exists(converted):
             os.remove(converted)

@@ -8,8 +8,8 @@ from detectron2.utils import comm
 
 from ..data.class_names import class_names
 from ..metrics_file import score_prefix
-from .catch_up import CatchUp
-from .hooks import KeepBest, RandomState, Stopwatch
+from .catch_up import CatchUp, EvaluationNote
+from .hooks import EvaluationHook, KeepBest, RandomState, Stopwatch
 from .patience import Patience
 from .precise_bn import PreciseStatistics
 from .stopping import AgreedStop, StopRequest
@@ -22,6 +22,7 @@ def order_hooks(
     random_state: RandomState,
     evaluate: Callable[[], Dict[str, Any]],
     patience: Patience,
+    note: EvaluationNote,
 ) -> List[HookBase]:
     """Return Detectron2's hooks with the hooks of GDetKD at their places.
 
@@ -35,6 +36,7 @@ def order_hooks(
         random_state: collects the state of each process for a checkpoint.
         evaluate: returns the metrics of DATASETS.TEST.
         patience: ends a training whose AP no longer rises.
+        note: notes the last evaluation.
     """
     cfg = trainer.cfg
     period = cfg.TEST.EVAL_PERIOD
@@ -44,12 +46,12 @@ def order_hooks(
     writes = [hook for hook in before if isinstance(hook, PeriodicCheckpointer)]
     precise = [PreciseStatistics(hook, period, request) for hook in before if isinstance(hook, PreciseBN)]
     before = [hook for hook in before if not isinstance(hook, (PeriodicCheckpointer, PreciseBN))]
-    evaluation, best = EvalHook(period, evaluate), None
+    evaluation, best = EvaluationHook(period, evaluate), None
     if cfg.TEST.KEEP_BEST and cfg.DATASETS.TEST and comm.is_main_process():
         metric = f"{score_prefix(cfg)}bbox/AP"
         best = KeepBest(period, trainer.student, cfg.OUTPUT_DIR, cfg.DATASETS.TEST[0], class_names(cfg), metric)
     estimate = precise[0] if precise else None
-    catch_up = CatchUp(period, cfg.OUTPUT_DIR, evaluation, best, estimate, request, random_state, patience)
+    catch_up = CatchUp(period, note, evaluation, best, estimate, request, random_state, patience)
     return [
         Stopwatch(),
         *before,

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import BestCheckpointer
+from detectron2.engine.hooks import BestCheckpointer, EvalHook
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
@@ -118,6 +118,17 @@ class Stopwatch(HookBase):
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         self._seconds = state["seconds"]
+
+
+class EvaluationHook(EvalHook):
+    """Evaluate as Detectron2's hook, but not after an error in the last iteration.
+
+    Detectron2's hook would, and would wait for the other processes, which are still in that iteration.
+    """
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
 
 
 class _WeightsOnly(DurableCheckpointer):

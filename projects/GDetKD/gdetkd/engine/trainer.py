@@ -28,6 +28,7 @@ from ..random_state import random_state
 from ..structures import DetectorSpec
 from ..teacher import transfer_heads
 from .auto_weights import AutoWeights
+from .catch_up import EvaluationNote
 from .config_rules import check_values
 from .disk_tolerant import DiskTolerant
 from .evaluators import build_evaluator
@@ -43,6 +44,7 @@ from .optimizer_step import GuardedAMPTrainer, GuardedTrainer, StepAgreement
 from .patience import Patience
 from .preflight import check_architecture, check_datasets, check_student, check_student_classes
 from .resume import DistillState, RunRecord, warn_of_other_data
+from .same_everywhere import check_same_student, check_same_teacher
 from .schedule import LossSchedule
 from .stopping import Interruptible, LeaveAtTheEnd, LeftEarly, StopRequest
 from .student_weights import StudentCheckpointer
@@ -78,6 +80,8 @@ class DistillTrainer(BareTrainer):
         self.student: nn.Module = model.student if isinstance(model, GDetKD) else model
         self.distiller: Optional[GDetKD] = model if isinstance(model, GDetKD) else None
         teacher = None if self.distiller is None else self.distiller.teacher
+        if teacher is not None:
+            check_same_teacher(teacher)
         self.student_spec: Optional[DetectorSpec] = check_student(cfg, self.student, teacher)
         if cfg.DISTILL.EVAL_TEACHER and teacher is not None:
             for name in cfg.DATASETS.TEST:
@@ -189,14 +193,16 @@ class DistillTrainer(BareTrainer):
     def build_writers(self) -> List[EventWriter]:
         """Build Detectron2's writers and those of LOG.WRITERS. No error of the disk or network ends the training."""
         trackers = build_trackers(self.cfg, weakref.proxy(self))
-        return [*(TolerantWriter(writer) for writer in super().build_writers()), *trackers]
+        return [*(TolerantWriter(writer) for writer in super().build_writers()), *trackers, self._note]
 
     def build_hooks(self) -> List[HookBase]:
         """Build Detectron2's hooks and the hooks of GDetKD, in order."""
         random_state = RandomState(self.cfg.SOLVER.CHECKPOINT_PERIOD)
         self._guard = StepGuard(self.cfg.DISTILL.SKIP_NONFINITE, random_state)
         self._patience = Patience(self.cfg, random_state)
-        hooks = order_hooks(super().build_hooks(), self, self._request, random_state, self._evaluate, self._patience)
+        self._note = EvaluationNote(self.cfg.OUTPUT_DIR)
+        hooks = super().build_hooks()
+        hooks = order_hooks(hooks, self, self._request, random_state, self._evaluate, self._patience, self._note)
         if self.distiller is not None and self.distiller.losses:
             hooks.append(DistilUntil(self.distiller, self.cfg.DISTILL.UNTIL))
         extra = [hooks_of(self) for hooks_of in EXTENSIONS]
@@ -226,6 +232,7 @@ class DistillTrainer(BareTrainer):
                 self._patience.say_that_it_is_over()
                 self.max_iter = self.start_iter
             return
+        check_same_student(self.student, self.cfg.MODEL.WEIGHTS)
         for problem in self.checkpointer.backbone_problems(self.cfg.MODEL.WEIGHTS, self.cfg.INPUT.FORMAT):
             logger.warning(problem)
         if self.cfg.DISTILL.HEAD_TRANSFER and self.distiller is not None:

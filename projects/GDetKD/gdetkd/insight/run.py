@@ -99,15 +99,16 @@ def read_curve(cfg: CfgNode) -> Tuple[List[int], List[float]]:
 
 
 def read_terms(output_dir: str) -> Dict[str, Tuple[List[int], List[float]]]:
-    """Return the iterations and weighted values of each loss in a run's metrics.json."""
-    curves: Dict[str, Tuple[List[int], List[float]]] = {}
+    """Return the iterations and weighted values of each loss in a run's metrics.json, in order.
+
+    Iterations that were repeated after a resume count once.
+    """
+    curves: Dict[str, Dict[int, float]] = {}
     for line in MetricsFile(Path(output_dir)).lines():
         for name, value in line.items():
             if _is_loss(name):
-                iterations, values = curves.setdefault(name, ([], []))
-                iterations.append(line["iteration"])
-                values.append(value)
-    return curves
+                curves.setdefault(name, {})[line["iteration"]] = value
+    return {name: (sorted(curve), [curve[iteration] for iteration in sorted(curve)]) for name, curve in curves.items()}
 
 
 def _is_loss(name: str) -> bool:

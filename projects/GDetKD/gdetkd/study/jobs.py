@@ -42,8 +42,8 @@ def run_all(runs: Iterable[Run], train_net: Path, jobs: int = 2, executor: Optio
         executor: starts the trainings and replaces `jobs`. None: they run on this machine.
 
     Raises:
-        GDetKDError: a folder holds a run of another config, or a run failed. Then the message names the log of the run
-            and gives its last line.
+        GDetKDError: a folder holds a run of another config, labels or the teacher have changed in the meantime, or a
+            run failed. Then the message names the log of the run and gives its last line.
     """
     runs = list({run.folder: run for run in runs}.values())
     for run in runs:
@@ -60,6 +60,8 @@ def run_all(runs: Iterable[Run], train_net: Path, jobs: int = 2, executor: Optio
         ) as bar,
     ):
         _train(waiting, train_net, executor or LocalExecutor(jobs), bar)
+    for run in runs:
+        claim_folder(run)  # labels or the teacher may have changed since
 
 
 def _train(waiting: List[Run], train_net: Path, executor: Executor, bar: tqdm) -> None:
@@ -91,6 +93,7 @@ def _names(runs: Sequence[Run]) -> str:
 
 
 def _start(run: Run, train_net: Path, executor: Executor, place: int) -> Training:
+    claim_folder(run)  # labels or the teacher may have changed since the first run was started
     command, log = run.command(train_net), run.folder / LOG
     return Training(run, executor.start(command, log, place, run.last_checkpoint))
 

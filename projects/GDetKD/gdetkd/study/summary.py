@@ -117,7 +117,6 @@ def mean_curve(runs: Sequence[Run], step_seconds: float) -> Tuple[List[float], L
     Args:
         step_seconds: the measured seconds of a step. The wall time of a run would depend on the load of the machine.
     """
-    # A run that was interrupted may have been evaluated twice after the same iteration.
     curves = [{point.iteration: point.metrics["AP"] for point in run.metrics_file.curve()} for run in runs]
     first = max(map(min, curves))
     iterations = sorted(iteration for iteration in set().union(*curves) if iteration >= first)

@@ -1,0 +1,47 @@
+"""Check that all processes have the same detectors. Machines may hold different files under the same name."""
+
+import hashlib
+
+import torch
+from detectron2.utils import comm
+from torch import nn
+
+from ..errors import GDetKDError
+from ..teacher import FrozenTeacher
+
+
+def check_same_teacher(teacher: FrozenTeacher) -> None:
+    """
+    Raises:
+        GDetKDError: the processes have loaded different weights of the teacher.
+    """
+    _check(teacher.sha256, f"the teacher's weights {teacher.file.weights!r}")
+
+
+def check_same_student(student: nn.Module, weights: str) -> None:
+    """
+    Args:
+        weights: the file that the student has loaded, for the message.
+
+    Raises:
+        GDetKDError: the processes start from different students.
+    """
+    if comm.get_world_size() > 1:
+        _check(_digest(student), f"the student's weights {weights!r}")
+
+
+def _check(digest: str, name: str) -> None:
+    found = comm.all_gather(digest)
+    others = [rank for rank, other in enumerate(found) if other != found[0]]
+    if others:
+        raise GDetKDError(
+            f"Process {others[0]} has loaded another file as {name} than process 0. Copy the same file to all machines."
+        )
+
+
+def _digest(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
