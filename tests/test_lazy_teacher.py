@@ -10,7 +10,7 @@ from conftest import NUM_CLASSES, make_batch, settle_batch_norm
 from gdetkd import DistillTrainer
 from gdetkd.engine import evaluate_teacher
 from gdetkd.errors import GDetKDError
-from gdetkd.teacher import FrozenTeacher
+from gdetkd.teacher import FrozenTeacher, read_teacher_file
 
 FILE = """
 import detectron2.data.transforms as T
@@ -188,6 +188,39 @@ def test_a_missing_part_of_the_file_is_named(distill_cfg, lazy_teacher, tmp_path
         return
     with pytest.raises(GDetKDError, match=match):
         FrozenTeacher(distill_cfg(keys)).file.test_loader("tiny")
+
+
+IMPORTING = """
+from detectron2.config import LazyCall as L
+
+from .others import model, short_edge
+
+
+def build_mapper(**kwargs):
+    from detectron2.data import DatasetMapper
+
+    return DatasetMapper(**kwargs)
+
+
+dataloader = dict(test=dict(mapper=L(build_mapper)(is_train=False, augmentations=[short_edge], image_format="RGB")))
+"""
+
+
+def test_a_change_in_a_file_that_the_teachers_file_imports_is_a_change_of_its_content(distill_cfg, tmp_path):
+    (tmp_path / "teacher.py").write_text(IMPORTING)
+    others = FILE.replace(
+        "dataloader = dict(", "short_edge = L(T.ResizeShortestEdge)(short_edge_length=80)\nunused = dict("
+    )
+    cfg = distill_cfg({"DISTILL.TEACHER.CONFIG_FILE": str(tmp_path / "teacher.py")})
+
+    def content(text):
+        (tmp_path / "others.py").write_text(text)
+        return read_teacher_file(cfg).content()
+
+    first = content(others)
+    assert content(others) == first and " at 0x" not in first
+    assert content(others.replace("short_edge_length=80)", "short_edge_length=40)")) != first
+    assert content(others.replace("out_channels=12", "out_channels=16")) != first
 
 
 def test_an_unknown_channel_order_is_refused(distill_cfg, lazy_teacher, tmp_path):

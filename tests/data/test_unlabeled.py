@@ -189,9 +189,7 @@ def test_images_that_have_changed_since_they_were_labelled_are_refused(unlabeled
     build_train_loader(cfg)
     with open(tmp_path / "pseudo" / "pseudo4.png", "ab") as file:
         file.write(b"0")
-    with pytest.raises(
-        GDetKDError, match="1 images of 'pseudo' have changed .* such as .*pseudo4.png.*label.py again"
-    ):
+    with pytest.raises(GDetKDError, match="1 images of 'pseudo' have changed .* such as .*pseudo4.png.*label.py again"):
         build_train_loader(cfg)
 
 

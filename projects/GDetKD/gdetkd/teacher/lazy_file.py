@@ -1,5 +1,6 @@
 """Teachers from Python files of Detectron2's LazyConfig, which are run as programs."""
 
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -16,6 +17,11 @@ from ..errors import GDetKDError
 from .base import TeacherFile
 
 logger = logging.getLogger(__name__)
+
+# Parts of a file that describe the detector, its images and its classes.
+CONTENT = ("model", "dataloader")
+# Detectron2 imports the files under a name that differs from time to time.
+PACKAGE = re.compile(r"detectron2\._cfg_loader[0-9a-f]*\.")
 
 
 class LazyTeacher(TeacherFile):
@@ -74,7 +80,10 @@ class LazyTeacher(TeacherFile):
         return instantiate(self._file.model).to(self._device)
 
     def content(self) -> str:
-        return Path(self.path).read_text()
+        # The text alone would not show what the file imports from others, and the values alone not its functions.
+        parts = [OmegaConf.to_container(part) for part in map(self._get, CONTENT) if OmegaConf.is_config(part)]
+        values = json.dumps(parts, default=_describe)
+        return Path(self.path).read_text() + PACKAGE.sub("", values)
 
     def class_names(self) -> Optional[Tuple[str, ...]]:
         names = self._get("dataloader.train.dataset.names")
@@ -94,6 +103,14 @@ class LazyTeacher(TeacherFile):
         mapper = self._get("dataloader.test.mapper")
         dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False)
         return build_detection_test_loader(dicts, mapper=instantiate(mapper))
+
+
+def _describe(value: Any) -> str:
+    """Describe an object in a config by text that is the same in each process, so without its address in memory."""
+    if callable(value):
+        return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    text = repr(value)
+    return type(value).__qualname__ if " at 0x" in text else text
 
 
 def _check_plain(key: Any, value: Any) -> None:
