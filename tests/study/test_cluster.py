@@ -214,6 +214,59 @@ def test_a_job_that_stays_preempted_is_submitted_again(tmp_path, monkeypatch):
     assert process.poll() is None and len(jobs) == 2
 
 
+class Unknown(Preempted):
+    """Stand for a job that SLURM's accounting does not know. It has no result."""
+
+    state = "UNKNOWN"
+
+    def __init__(self, folder=None, job_id="7"):
+        super().__init__()
+
+    def done(self, force_check=False):
+        return False
+
+
+@pytest.fixture
+def squeue(tmp_path, monkeypatch):
+    """Return a function that sets what the program squeue does."""
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    def answer(body):
+        (tmp_path / "squeue").write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "squeue").chmod(0o755)
+
+    return answer
+
+
+def test_a_job_that_slurm_no_longer_knows_is_submitted_again(tmp_path, monkeypatch, squeue):
+    clock, jobs = [1000.0], []
+
+    class Executor:
+        folder, job_class = tmp_path, Unknown
+
+        def submit(self, program):
+            jobs.append(Unknown())
+            return jobs[-1]
+
+    def polls():
+        clock[0] += cluster.SECONDS_BETWEEN_QUESTIONS
+        assert process.poll() is None
+        return len(jobs)
+
+    monkeypatch.setattr(cluster.time, "monotonic", lambda: clock[0])
+    squeue("echo 7 gpu RUNNING")
+    process = cluster.ProgramOnCluster(Executor(), ["program"], tmp_path / "log.txt", lambda: "")
+    assert polls() == polls() == polls() == 1
+    squeue("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    assert polls() == polls() == polls() == 1
+    squeue("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert polls() == 1 and polls() == 2 and jobs[0].is_cancelled
+    # Another comparison finds the note of the second job, which SLURM has forgotten, too.
+    squeue("")
+    cluster.ProgramOnCluster(Executor(), ["program"], tmp_path / "log.txt", lambda: "")
+    assert len(jobs) == 3
+
+
 def test_the_time_of_a_step_is_measured_in_a_job(start, tmp_path, monkeypatch):
     program = tmp_path / "measure.py"
     numbers = {"ratio": 1.5, "low": 1.4, "high": 1.6, "baseline_seconds": 0.1, "threads": 1, "device": "cuda"}

@@ -107,6 +107,26 @@ def test_complete_runs_are_not_repeated_and_failed_runs_are_named(tmp_path):
         run_all([Run(tmp_path / "new", CONFIG, [], 5)], program)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_teacher_that_changes_while_runs_train_is_noticed(tmp_path, count):
+    """The change comes in the first training. So the next training does not start, and no report is written."""
+    weights, program = tmp_path / "teacher.pth", tmp_path / "train_net.py"
+    weights.write_bytes(b"first")
+    program.write_text(
+        "import json, pathlib, sys\n"
+        "folder = pathlib.Path(sys.argv[-1])\n"
+        "line = {'iteration': 5, 'bbox/AP': 1, 'bbox/AP50': 1, 'bbox/AP75': 1}\n"
+        "(folder / 'metrics.json').write_text(json.dumps(line))\n"
+        "(folder / 'model_final.pth').touch()\n"
+        f"pathlib.Path({str(weights)!r}).write_bytes(b'second')\n"
+    )
+    opts = ["DISTILL.TEACHER.WEIGHTS", str(weights)]
+    runs = [Run(tmp_path / str(index), CONFIG, opts, 5) for index in range(count)]
+    with pytest.raises(GDetKDError, match="holds a run of another config"):
+        run_all(runs, program, jobs=1)
+    assert runs[0].is_complete() and not any(run.is_complete() for run in runs[1:])
+
+
 def test_a_folder_of_another_config_is_refused(tmp_path):
     finished(tmp_path / "done", 10.0, 100, 20.0)
     changed = Run(tmp_path / "done", CONFIG, ["DISTILL.SGFI.WEIGHT", "9.0"], 100)

@@ -1,6 +1,8 @@
 """Train the runs of a comparison as jobs of a SLURM cluster, with the package submitit."""
 
 import ast
+import math
+import subprocess
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
@@ -14,6 +16,8 @@ from . import in_job
 MAX_TRIES = 3
 # Seconds after which a job that stays preempted is taken as ended. SLURM repeats a job sooner, if it repeats it.
 SECONDS_PREEMPTED = 600.0
+# Seconds between two questions whether SLURM's queue has a job.
+SECONDS_BETWEEN_QUESTIONS = 60.0
 # Parameters of submitit that would give a job several processes. A training of a comparison is one process.
 ONE = ("nodes", "ntasks_per_node", "tasks_per_node")
 # Parameters that do not change the kind of machine.
@@ -42,6 +46,7 @@ class ProgramOnCluster:
         self._tries = 0
         self._code: Optional[int] = None
         self._preempted_since: Optional[float] = None
+        self._asked, self._times_unknown = -math.inf, 0  # when SLURM's queue was asked, and how often it knew nothing
         self._job = self._find_job() or self._submit()
 
     def poll(self) -> Optional[int]:
@@ -52,7 +57,7 @@ class ProgramOnCluster:
         """
         if self._code is not None:
             return self._code
-        is_lost = self._stays_preempted()
+        is_lost = self._stays_preempted() or self._is_forgotten()
         if not is_lost and not self._job.done():
             return None
         code = None if is_lost else self._exit_code()
@@ -75,14 +80,14 @@ class ProgramOnCluster:
         if not self._note.exists():
             return None
         job = self._executor.job_class(folder=self._executor.folder, job_id=self._note.read_text())
-        return None if job.done(force_check=True) else job
+        return None if job.done(force_check=True) or _is_forgotten(job) else job
 
     def _submit(self) -> Any:
         import cloudpickle
 
         # The job gets the code itself. Otherwise it would import GDetKD and torch a second time, which takes seconds.
         cloudpickle.register_pickle_by_value(in_job)
-        self._preempted_since = None
+        self._preempted_since, self._times_unknown = None, 0
         self._log.touch()
         job = self._executor.submit(self._program)
         with written_whole(str(self._note)) as file:
@@ -109,6 +114,13 @@ class ProgramOnCluster:
         self._preempted_since = self._preempted_since or time.monotonic()
         return time.monotonic() - self._preempted_since >= SECONDS_PREEMPTED
 
+    def _is_forgotten(self) -> bool:
+        """Return whether SLURM does not know the job, twice in a row: its result may appear a little after its end."""
+        if time.monotonic() - self._asked >= SECONDS_BETWEEN_QUESTIONS:
+            self._asked = time.monotonic()
+            self._times_unknown = self._times_unknown + 1 if _is_forgotten(self._job) else 0
+        return self._times_unknown >= 2
+
     def _exit_code(self) -> Optional[int]:
         """Return the program's exit code, or None if the job was killed before it could tell."""
         from submitit.core.utils import FailedJobError, UncompletedJobError
@@ -122,6 +134,23 @@ class ProgramOnCluster:
             ) from e
         except UncompletedJobError:
             return None
+
+
+def _is_forgotten(job: Any) -> bool:
+    """Return whether a job has ended without a result, and SLURM no longer knows it.
+
+    submitit waits for such a job for ever. It asks SLURM's accounting alone, which may be off, or not know a job yet.
+    """
+    if job.state.upper() != "UNKNOWN" or job.done():
+        return False
+    try:
+        found = subprocess.run(["squeue", "--noheader", "--jobs", job.job_id], capture_output=True, text=True)
+    except FileNotFoundError:  # the jobs of submitit's local executor
+        return False
+    is_invalid = "Invalid job id" in found.stderr
+    is_forgotten = is_invalid or (found.returncode == 0 and not found.stdout.strip())
+    # The job may have ended, and written its result, since it was asked for above.
+    return is_forgotten and not job.done()
 
 
 class ClusterExecutor:
