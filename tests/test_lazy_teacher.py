@@ -203,6 +203,7 @@ def build_mapper(**kwargs):
 
 
 dataloader = dict(test=dict(mapper=L(build_mapper)(is_train=False, augmentations=[short_edge], image_format="RGB")))
+names = {"a", "b", "c", "d"}
 """
 
 

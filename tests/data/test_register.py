@@ -178,7 +178,7 @@ def test_a_test_set_needs_cocos_metrics(tmp_path, caplog):
     for kind in ("lvis", "coco_panoptic_seg"):
         DatasetCatalog.register(f"mine_{kind}", lambda: images)
         MetadataCatalog.get(f"mine_{kind}").set(evaluator_type=kind, thing_classes=["class0", "class1", "class2"])
-    with pytest.raises(GDetKDError, match="'mine_lvis' in DATASETS.TEST is one of LVIS"):
+    with pytest.raises(GDetKDError, match="'mine_lvis' in DATASETS.TEST is an LVIS dataset"):
         check_test_sets(make_cfg({"DATASETS.TEST": ("mine_lvis",)}))
     check_test_sets(make_cfg({"DATASETS.TEST": ("mine_coco_panoptic_seg",)}))
     assert "mine_coco_panoptic_seg is evaluated by its boxes and masks alone" in caplog.text
@@ -195,10 +195,11 @@ def test_precomputed_proposals_need_a_file_for_each_dataset(tmp_path):
     keys.update({"MODEL.LOAD_PROPOSALS": True, "DATASETS.TEST": ("mine",), "DATASETS.PROPOSAL_FILES_TEST": files})
     with pytest.raises(GDetKDError, match="TRAIN names 1 datasets, but DATASETS.PROPOSAL_FILES_TRAIN names 0 files"):
         check_datasets(make_cfg(keys))
-    check_test_sets(make_cfg(keys))  # an evaluation needs no proposals of the training set
-    check_datasets(make_cfg({**keys, "DATASETS.PROPOSAL_FILES_TRAIN": files}))
+    keys["DATASETS.PROPOSAL_FILES_TRAIN"] = files
+    check_datasets(make_cfg(keys))
+    check_datasets(make_cfg({**keys, "DATASETS.TEST": ()}))  # the file of the base config stays
     with pytest.raises(GDetKDError, match="TEST names 1 datasets, but DATASETS.PROPOSAL_FILES_TEST names 0 files"):
-        check_test_sets(make_cfg({**keys, "DATASETS.PROPOSAL_FILES_TEST": ()}))
+        check_datasets(make_cfg({**keys, "DATASETS.PROPOSAL_FILES_TEST": ()}))
 
 
 @pytest.mark.skipif(not (SHARED / "BCCD").exists(), reason="the BCCD photographs are not beside this checkout")

@@ -134,6 +134,17 @@ def test_run_lengths_need_bitmasks(labelled_cfg):
     check_datasets(labelled_cfg({**MASKS, "INPUT.MASK_FORMAT": "bitmask"}, change))
 
 
+def test_masks_in_crops_need_a_package_if_they_are_polygons(labelled_cfg, monkeypatch):
+    found = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found or None)
+    keys = {"MODEL.MASK_ON": True, "INPUT.CROP.ENABLED": True}
+    with pytest.raises(GDetKDError, match="cuts the masks of 'labelled' .* pip install shapely"):
+        check_datasets(labelled_cfg(keys))
+    check_datasets(labelled_cfg({**keys, "INPUT.MASK_FORMAT": "bitmask"}, as_run_lengths))
+    found.append("shapely")
+    check_datasets(labelled_cfg(keys))
+
+
 def test_a_test_set_in_which_one_object_lacks_its_mask_is_refused(labelled_cfg):
     cfg = labelled_cfg(
         {**MASKS, "DATASETS.TEST": ("labelled",), "INPUT.MAX_BAD_FRACTION": 0.2}, without("segmentation", 1)

@@ -265,38 +265,49 @@ SIZES = [[x, x * 2 ** (1 / 3), x * 2 ** (2 / 3)] for x in (32, 64, 128, 256, 512
 
 
 @pytest.mark.parametrize(
-    "family, sides", [("retinanet", [33, 63, 65, 130, 300, 600, 9]), ("fcos", [70, 120, 130, 260, 600, 1100, 9])]
+    "sizes",
+    [SIZES, [[16], [24], [36], [54], [81]], [[20], [40], [45], [200], [900]]],
+    ids=["default", "uneven", "wide"],
 )
-def test_a_teachers_level_of_a_region_is_that_of_its_own_label_assignment(family, sides):
-    _, adapter, _ = build(family, {"MODEL.ANCHOR_GENERATOR.SIZES": SIZES})
-    towers = [torch.full((1, 1, 200, 200), float(level)) for level in range(5)]
-    boxes = torch.tensor([[10.0, 10, 10 + side, 10 + side] for side in sides])
-    levels = adapter._embed_at_centres(towers, Regions([Boxes(boxes)]))[:, 0]
-    assert levels.tolist() == [0, 0, 1, 2, 3, 4, 0]
+def test_the_level_of_a_region_is_that_of_the_anchors_that_it_overlaps_most(sizes):
+    """Detectron2 gives a RetinaNet's box to the anchor that it overlaps most."""
+    _, adapter, _ = build("retinanet", {"MODEL.ANCHOR_GENERATOR.SIZES": sizes})
+    sides = [9.0, 20.5, 31.0, 33.0, 55.0, 60.0, 65.0, 80.0, 130.0, 300.0, 390.0, 600.0, 1000.0]
+
+    def overlap(side, anchor):
+        return min(side, anchor) ** 2 / max(side, anchor) ** 2
+
+    best = [max(range(5), key=lambda level: max(overlap(side, anchor) for anchor in sizes[level])) for side in sides]
+    assert levels_of(adapter, sides) == best
 
 
-def test_anchors_need_not_double_from_level_to_level():
-    """The levels are those on which the detector's own label assignment has its positives."""
-    model, adapter, _ = build("retinanet", {"MODEL.ANCHOR_GENERATOR.SIZES": [[16], [24], [36], [54], [81]]})
-    sides = [20.0, 24.0, 40.0, 54.0, 80.0, 100.0, 9.0]
+def test_the_level_of_a_region_is_that_of_an_fcos_own_label_assignment():
+    _, adapter, _ = build("fcos")
+    assert levels_of(adapter, [70.0, 120.0, 130.0, 260.0, 600.0, 1100.0, 9.0]) == [0, 0, 1, 2, 3, 4, 0]
+
+
+def levels_of(adapter, sides):
+    """Return the level of a square of each side, after checking that pooling and embedding use it, too."""
     regions = Regions([Boxes(torch.tensor([[10.0, 10, 10 + side, 10 + side] for side in sides]))])
-    maps = [torch.full((1, 3, 200, 200), float(level)) for level in range(5)]
-    assert adapter._levels(regions).tolist() == [0, 1, 2, 3, 3, 4, 0]
-    assert adapter._pool(maps, regions)[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 3, 4, 0]
+    maps = [torch.full((1, 1, 200, 200), float(level)) for level in range(len(adapter.feature_names))]
+    levels = adapter._levels(regions)
+    assert torch.equal(adapter._embed_at_centres(maps, regions)[:, 0], levels.float())
+    torch.testing.assert_close(adapter._pool(maps, regions)[:, 0, 0, 0], levels.float())
+    return levels.tolist()
 
 
 def test_anchors_that_do_not_grow_are_reported(caplog):
-    _, adapter, _ = build("retinanet", {"MODEL.ANCHOR_GENERATOR.SIZES": [[16]]})
+    model, student, cfg = build("retinanet", {"MODEL.ANCHOR_GENERATOR.SIZES": [[16]]})
+    assert not caplog.text
+    teacher = build_adapter(model, "teacher", cfg)
     assert "do not grow from level to level: 16, 16, 16, 16, 16 pixels" in caplog.text
-    boxes = torch.tensor([[0.0, 0, side, side] for side in (20.0, 40.0, 70.0)])
-    assert adapter._levels(Regions([Boxes(boxes)])).tolist() == [0, 1, 2]
+    assert levels_of(teacher, [20.0, 40.0, 70.0]) == levels_of(student, [20.0, 40.0, 70.0]) == [0, 1, 2]
 
 
 def test_a_dense_detector_can_leave_out_levels():
     keys = {"MODEL.RETINANET.IN_FEATURES": ["p3", "p5", "p7"], "MODEL.ANCHOR_GENERATOR.SIZES": [[32], [128], [512]]}
     _, adapter, _ = build("retinanet", keys)
-    boxes = torch.tensor([[0.0, 0, side, side] for side in (100.0, 130.0, 600.0)])
-    assert adapter._levels(Regions([Boxes(boxes)])).tolist() == [0, 1, 2]
+    assert levels_of(adapter, [60.0, 130.0, 600.0]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5])

@@ -186,13 +186,19 @@ def interrupted_at(iteration):
     return before_step
 
 
-def test_the_final_file_that_a_kill_kept_from_being_written_is_written_on_resume(distill_cfg):
+@pytest.mark.parametrize("lost", ["before it was written", "removed", "cut"])
+def test_a_final_file_that_is_lost_is_written_on_resume(distill_cfg, lost):
     cfg = distill_cfg({"DISTILL.LOSSES": (), "SOLVER.CHECKPOINT_PERIOD": 2, "SOLVER.MAX_ITER": 2})
     train(DistillTrainer, cfg)
     folder = Path(cfg.OUTPUT_DIR)
     final = read_weights(str(folder / "model_final.pth"))
-    (folder / "model_final.pth").unlink()
-    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    if lost == "before it was written":
+        (folder / "model_final.pth").unlink()
+        (folder / "last_checkpoint").write_text("model_0000001.pth")
+    elif lost == "removed":
+        (folder / "model_final.pth").unlink()
+    else:
+        (folder / "model_final.pth").write_bytes((folder / "model_final.pth").read_bytes()[:1000])
     train(DistillTrainer, cfg, resume=True)
     written = read_weights(str(folder / "model_final.pth"))
     assert (folder / "last_checkpoint").read_text() == "model_final.pth" and written["iteration"] == final["iteration"]

@@ -125,7 +125,7 @@ def test_processes_with_other_files_do_not_start(distill_cfg, tmp_path, key, nam
     torch.save({"model": model.state_dict()}, tmp_path / "second.pth")
     files = [{key: str(tmp_path / "first.pth")}, {key: str(tmp_path / "second.pth")}]
     for message in run_in_processes(_start_with_other_files, tmp_path, 2, cfg, files):
-        assert message.startswith(f"Process 1 has loaded another file as the {name}'s weights")
+        assert message.startswith(f"Ranks 0 and 1 have different weights of the {name}")
     assert run_in_processes(_start_with_other_files, tmp_path, 2, cfg, files[:1] * 2) == [None, None]
 
 

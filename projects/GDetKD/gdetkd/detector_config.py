@@ -39,6 +39,11 @@ LEVEL_KEYS = {
 POOLERS = ("ROIAlign", "ROIAlignV2", "ROIAlignRotated", "ROIPool")
 
 
+def needs_proposals(cfg: CfgNode) -> bool:
+    """Return whether a detector finds no proposals itself, but reads precomputed ones."""
+    return student_architecture(cfg) == "GeneralizedRCNN" and cfg.MODEL.PROPOSAL_GENERATOR.NAME == PRECOMPUTED
+
+
 def wrong_parts(cfg: CfgNode) -> List[str]:
     """Return what is wrong with the parts and levels of the detector. The list is empty if nothing is wrong."""
     return _unknown_names(cfg) + _unbuildable(cfg) + wrong_values(cfg) + _wrong_levels(cfg)

@@ -67,7 +67,7 @@ class MetricsFile:
         return [line for line in self.lines() if f"{self._prefix}bbox/AP" in line]
 
     def curve(self) -> List[Point]:
-        """Return the evaluations in order. Of two after the same iteration, before and after a resume, the later."""
+        """Return one point for each evaluated iteration, in order. A repeated evaluation replaces the earlier one."""
         points: Dict[int, Point] = {}
         end = iterations_run(self._folder, self._max_iter)
         for line in self.evaluations():

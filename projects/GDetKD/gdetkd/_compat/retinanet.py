@@ -4,7 +4,8 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 
-GROUPS = 32  # of Detectron2's GroupNorm
+# Number of groups of Detectron2's GroupNorm.
+GROUPS = 32
 
 
 def retinanet_takes_group_norm() -> bool:

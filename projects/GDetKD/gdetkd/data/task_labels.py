@@ -3,6 +3,7 @@
 Without this check Detectron2 fails in training or, hours later, in the first evaluation.
 """
 
+import importlib.util
 import logging
 from typing import Any, Dict, Iterable, List, Sequence
 
@@ -32,12 +33,15 @@ def check_train_labels(cfg: CfgNode, dicts: List[Item], name: str) -> None:
         name: the dataset's name, for messages.
 
     Raises:
-        GDetKDError: masks, keypoints or panoptic labels are missing, in the wrong form or of the wrong size.
+        GDetKDError: masks, keypoints or panoptic labels are missing, in the wrong form or of the wrong size, or the
+            package that cuts masks is not installed.
     """
     if student_architecture(cfg) in PANOPTIC:
         _check_panoptic(student_architecture(cfg), dicts, name)
     if key := _key_that_needs_masks(cfg):
         _check_share_with_masks(cfg, key, dicts, name)
+    if cfg.MODEL.MASK_ON and cfg.INPUT.CROP.ENABLED:
+        _check_polygons_can_be_cut(dicts, name)
     if _has(cfg, "MASK_ON"):
         _check_mask_format(cfg, dicts, name)
         _check_mask_sizes([_with_annotations(image, _objects([image])) for image in dicts], name)
@@ -107,6 +111,15 @@ def _with_keypoints(annotation: Item, unlabelled: List[float]) -> Item:
 
 def _is_crowd_or_has_mask(annotation: Item) -> bool:
     return bool(annotation.get("iscrowd", 0)) or has_mask(annotation)
+
+
+def _check_polygons_can_be_cut(dicts: List[Item], name: str) -> None:
+    polygons = any(isinstance(item.get("segmentation"), list) for item in _objects(dicts))
+    if polygons and importlib.util.find_spec("shapely") is None:
+        raise GDetKDError(
+            f"INPUT.CROP cuts the masks of {name!r} with the package shapely, which is not installed. Install it with "
+            "pip install shapely, set INPUT.CROP.ENABLED to False, or set MODEL.MASK_ON to False."
+        )
 
 
 def has_mask(annotation: Item) -> bool:

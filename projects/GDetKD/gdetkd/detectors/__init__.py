@@ -1,6 +1,7 @@
 from . import backbones  # noqa: F401  registers them with Detectron2
 from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, build_adapter, find_adapter
-from .dense import DenseAdapter, FCOSAdapter, RetinaNetAdapter
+from .dense import DenseAdapter
+from .dense_families import FCOSAdapter, RetinaNetAdapter
 from .fcos import FCOS
 from .rcnn import CascadeAdapter, RCNNAdapter
 from .torchvision_detector import TorchvisionDetector

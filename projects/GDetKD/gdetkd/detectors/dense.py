@@ -1,4 +1,4 @@
-"""Dense detectors: RetinaNet and FCOS.
+"""What the dense detectors, RetinaNet and FCOS, have in common.
 
 Shapes: B images, L levels, A anchors of a location, n classes, K candidates of an image, N regions.
 """
@@ -11,8 +11,6 @@ from typing import Any, Callable, ClassVar, Collection, ContextManager, Dict, Li
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling.meta_arch.fcos import FCOS
-from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, Instances
 from torch import nn
 from torchvision.ops import roi_align
@@ -22,7 +20,7 @@ from ..errors import GDetKDError
 from ..recorder import Call, Recorder, replaced
 from ..regions import match_and_sample, suppress
 from ..structures import DenseSpec, DetectorOutputs, DetectorSpec, Regions, full_precision
-from .base import DETECTOR_ADAPTER_REGISTRY, REGION_FIELDS, DetectorAdapter
+from .base import REGION_FIELDS, DetectorAdapter
 from .dense_head import DenseHead
 from .doubt import mark_ignored
 from .sources import by_anchor, gather, places, without_anchor
@@ -56,7 +54,7 @@ class DenseAdapter(DetectorAdapter):
                 f"The {role} has no FPN: its head reads {self._features[0]} alone, and GDetKD imitates pyramids. "
                 "Choose a config whose MODEL.BACKBONE.NAME builds an FPN."
             )
-        self._smallest = self._rising(self.smallest_sides())
+        self._level_starts = self.level_starts()
 
     @property
     def feature_names(self) -> List[str]:
@@ -69,20 +67,8 @@ class DenseAdapter(DetectorAdapter):
         return self.model.num_classes
 
     @abstractmethod
-    def smallest_sides(self) -> List[float]:
-        """Return, for each level, the side in pixels of the smallest boxes that it is trained to find."""
-
-    def _rising(self, sides: List[float]) -> List[float]:
-        """Return the sides, or doubling sides if they do not grow from level to level."""
-        if all(side < following for side, following in zip(sides, sides[1:])):
-            return sides
-        logger.warning(
-            "The smallest anchors of the %s do not grow from level to level: %s pixels. So the level of a region is a "
-            "guess: GDetKD takes them to double. Check MODEL.ANCHOR_GENERATOR.SIZES.",
-            self.role,
-            ", ".join(f"{side:g}" for side in sides),
-        )
-        return [sides[0] * 2**level for level in range(len(sides))]
+    def level_starts(self) -> List[float]:
+        """Return, for each level but the first, the side in pixels from which on boxes belong to it."""
 
     @abstractmethod
     def scores(self, predictions: Sequence[List[torch.Tensor]]) -> List[torch.Tensor]:
@@ -259,7 +245,7 @@ class DenseAdapter(DetectorAdapter):
     def _levels(self, regions: Regions) -> torch.Tensor:
         """Return the index (N,) of the level that is trained to find boxes of a region's size."""
         sides = Boxes(regions.tensor()).area().sqrt()
-        return sum(((sides >= smallest).long() for smallest in self._smallest[1:]), torch.zeros_like(sides).long())
+        return sum(((sides >= start).long() for start in self._level_starts), torch.zeros_like(sides).long())
 
     def _pool(self, maps: Sequence[torch.Tensor], regions: Regions) -> torch.Tensor:
         """Pool each region on its level in float32: (N, C, h, w)."""
@@ -292,42 +278,3 @@ class DenseAdapter(DetectorAdapter):
 
         pairs = zip(map(full_precision, towers), self.spec.strides.values())
         return regions.on_levels(self._levels(regions), [partial(interpolate, *pair) for pair in pairs])
-
-
-@DETECTOR_ADAPTER_REGISTRY.register()
-class RetinaNetAdapter(DenseAdapter):
-    """Read a RetinaNet. A region belongs to the level whose anchors have its size."""
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        return isinstance(model, RetinaNet)
-
-    def smallest_sides(self) -> List[float]:
-        return [Boxes(anchors).area().min().sqrt().item() for anchors in self.model.anchor_generator.cell_anchors]
-
-    def scores(self, predictions: Sequence[List[torch.Tensor]]) -> List[torch.Tensor]:
-        return [by_anchor(logits, self.model.num_classes).amax(dim=2).sigmoid() for logits in predictions[0]]
-
-
-@DETECTOR_ADAPTER_REGISTRY.register()
-class FCOSAdapter(DenseAdapter):
-    """Read an FCOS.
-
-    A level has the objects whose farthest side is 4 to 8 strides from a location, that is 8 to 16 strides long.
-    """
-
-    anchor_based = False  # Detectron2's FCOS has anchors, but they only mark the locations
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        return isinstance(model, FCOS)
-
-    def smallest_sides(self) -> List[float]:
-        return [8.0 * stride for stride in self.spec.strides.values()]
-
-    def scores(self, predictions: Sequence[List[torch.Tensor]]) -> List[torch.Tensor]:
-        logits, _, centerness = predictions
-        return [
-            (by_anchor(cls, self.model.num_classes).amax(dim=2).sigmoid() * ctr.sigmoid()).sqrt()
-            for cls, ctr in zip(logits, centerness)
-        ]

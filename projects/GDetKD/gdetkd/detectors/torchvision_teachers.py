@@ -18,7 +18,8 @@ from ..errors import GDetKDError
 from ..recorder import Call
 from ..structures import DenseSpec, DetectorOutputs, DetectorSpec, Regions, full_precision
 from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter
-from .dense import POOLED_SIZE, DenseAdapter, FCOSAdapter, RetinaNetAdapter
+from .dense import POOLED_SIZE, DenseAdapter
+from .dense_families import FCOSAdapter, RetinaNetAdapter
 from .torchvision_detector import TorchvisionDetector
 
 # Side in pixels of the image that shows the strides of a pyramid. Every stride up to 128 divides it.

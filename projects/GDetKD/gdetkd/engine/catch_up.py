@@ -18,13 +18,15 @@ from .stopping import EXIT_STOPPED, StopRequest
 
 logger = logging.getLogger(__name__)
 
+FINAL = "model_final.pth"
+
 
 class EvaluationNote(EventWriter):
     """Note in a file how many iterations were done at the last evaluation.
 
     Detectron2 writes metrics every 20 iterations, so a kill can come between an evaluation and the writing of its
-    metrics. This must stand after the writer of metrics.json. Then an evaluation without metrics is not noted, and is
-    made again on resume.
+    metrics. This must stand after the writer of metrics.json. So an evaluation whose metrics a kill kept from the file
+    is not noted, and is made again on resume.
 
     Args:
         output_dir: the folder of the file.
@@ -112,8 +114,8 @@ class CatchUp(HookBase):
                 self._note.remove()
             return
         self._estimate(done)
-        if done >= self.trainer.max_iter and comm.all_gather(self._lacks_final())[0]:
-            self._save_final(done)
+        if done >= self.trainer.max_iter and os.path.basename(self.trainer.checkpointer.resumed_from) != FINAL:
+            self._save_final(done)  # it was never written, or has been lost since
         # The main process's note counts, because all have to evaluate together.
         if self._is_due(done) and (self._is_uncounted(done) or comm.all_gather(self._note.read())[0] < done):
             self._evaluate(done)
@@ -167,10 +169,6 @@ class CatchUp(HookBase):
         if self._request.has_left:
             logger.warning("SIGTERM: the run stops before iteration %d. Continue it with --resume.", self.trainer.iter)
             raise SystemExit(EXIT_STOPPED)
-
-    def _lacks_final(self) -> bool:
-        """Return whether the checkpoint of the last iteration is there, but not model_final.pth."""
-        return os.path.basename(self.trainer.checkpointer.get_checkpoint_file()) != "model_final.pth"
 
     def after_step(self) -> None:
         if self._is_due(self.trainer.iter + 1):

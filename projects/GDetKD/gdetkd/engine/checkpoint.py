@@ -46,6 +46,7 @@ class DurableCheckpointer(SafeCheckpointer):
         self.path_manager = _WholeFiles(self.path_manager)
         self.failed: List[str] = []
         self._tagging = True
+        self.resumed_from = ""  # path of the checkpoint
         self._already_read: Optional[Tuple[str, Dict[str, Any]]] = None
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -112,7 +113,8 @@ class DurableCheckpointer(SafeCheckpointer):
             for name in os.listdir(self.save_dir):
                 if name.endswith(PARTIAL):
                     os.remove(os.path.join(self.save_dir, name))
-        return self.load(self._read_newest())
+        self.resumed_from = self._read_newest()
+        return self.load(self.resumed_from)
 
     def _read_newest(self) -> str:
         """Read the first candidate that every process can read. Return its path."""

@@ -14,7 +14,7 @@ from .check import Check
 from .class_checks import check_class_order, check_trained_order
 from .config_rules import check_parts
 from .folder import check_earlier_run, only_training_in, remove_earlier_run, warn_of_a_fresh_start
-from .preflight import check_student_classes, check_test_sets
+from .preflight import check_proposals, check_student_classes, check_test_sets
 from .quiet import quiet
 from .setup import kept_config, start, start_without_training
 from .student_weights import StudentCheckpointer
@@ -49,6 +49,7 @@ def evaluate(cfg: CfgNode, args: Namespace) -> Any:
     start_without_training(cfg, args, register_test_sets)
     check_parts(cfg)
     check_test_sets(cfg, needed=True)
+    check_proposals(cfg, "TEST")
     check_student_classes(cfg, cfg.DATASETS.TEST)
     check_class_order(cfg.DATASETS.TEST)
     student = build_plain_student(cfg)

@@ -1,13 +1,12 @@
 """Check the numbers and names of a config before anything is built."""
 
-import importlib.util
 import math
 from typing import Any, Callable, List, NamedTuple, Sequence
 
 from detectron2.config import CfgNode
 
 from ..config import student_architecture
-from ..detector_config import DENSE, PRECOMPUTED, wrong_parts
+from ..detector_config import DENSE, PRECOMPUTED, needs_proposals, wrong_parts
 from ..dotted_keys import get_key
 from ..errors import GDetKDError
 from ..teacher.torchvision_file import PREFIX as TORCHVISION
@@ -55,7 +54,6 @@ RULES = (
     Rule("SOLVER.STEPS", _is_rising, "positive iteration numbers in increasing order"),
     Rule("SOLVER.WARMUP_ITERS", _at_least(0), "0 or more iterations"),
     Rule("SOLVER.WARMUP_METHOD", lambda value: value in ("constant", "linear"), '"constant" or "linear"'),
-    Rule("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", lambda value: value in ("value", "norm"), '"value" or "norm"'),
     Rule("SOLVER.WEIGHT_DECAY", _at_least(0), "0 or more"),
     Rule("TEST.EVAL_PERIOD", _at_least(-1), "the iterations between two evaluations, or 0 to evaluate only at the end"),
     Rule("TEST.PATIENCE", _at_least(0), "the number of evaluations without a rise of the AP, or 0 for no limit"),
@@ -68,7 +66,6 @@ RULES = (
     Rule("INPUT.MIN_SIZE_TRAIN", _each_at_least(0), "a size in pixels, or 0 for no resizing"),
     Rule("INPUT.MIN_SIZE_TRAIN_SAMPLING", lambda value: value in ("choice", "range"), '"choice" or "range"'),
     Rule("INPUT.RANDOM_FLIP", lambda value: value in FLIPS, f"one of {', '.join(FLIPS)}"),
-    Rule("INPUT.CROP.TYPE", lambda value: value in CROPS, f"one of {', '.join(CROPS)}"),
     Rule("INPUT.MAX_SIZE_TRAIN", _at_least(1), "1 or more pixels"),
     Rule("INPUT.MIN_SIZE_TEST", _at_least(0), "a size in pixels, or 0 for no resizing"),
     Rule("INPUT.MAX_SIZE_TEST", _at_least(1), "1 or more pixels"),
@@ -155,18 +152,15 @@ def _wrong_transfer(cfg: CfgNode) -> List[str]:
 def _wrong_training(cfg: CfgNode) -> List[str]:
     """Find what fails in training alone."""
     wrong = []
-    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    sizes = _as_tuple(cfg.INPUT.MIN_SIZE_TRAIN)
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2:
         wrong.append(
             f'INPUT.MIN_SIZE_TRAIN_SAMPLING is "range", but INPUT.MIN_SIZE_TRAIN has {len(sizes)} sizes: give the '
             'smallest and the largest, or set the sampling to "choice"'
         )
-    if cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON and importlib.util.find_spec("shapely") is None:
-        wrong.append(
-            "INPUT.CROP.ENABLED with MODEL.MASK_ON cuts masks by the package shapely, which is not installed: install "
-            "it with pip install shapely, or set INPUT.CROP.ENABLED to False"
-        )
-    if cfg.MODEL.PROPOSAL_GENERATOR.NAME == PRECOMPUTED and cfg.DISTILL.INSIGHT.PERIOD:
+    if cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.TYPE not in CROPS:
+        wrong.append(f"INPUT.CROP.TYPE is {cfg.INPUT.CROP.TYPE!r} and must be one of {', '.join(CROPS)}")
+    if needs_proposals(cfg) and cfg.DISTILL.INSIGHT.PERIOD:
         wrong.append(
             "DISTILL.INSIGHT.PERIOD needs a student that finds its own proposals, but MODEL.PROPOSAL_GENERATOR.NAME is "
             f"'{PRECOMPUTED}': set the period to 0"

@@ -199,9 +199,10 @@ def _coco_evaluator(cfg: CfgNode, dataset_name: str, tasks: Optional[Tuple[str, 
 
 
 def _forget_converted(folder: str, dataset_name: str) -> None:
-    """Let Detectron2 convert a dataset without a JSON file anew in each run, because the dataset may have changed.
+    """Remove the JSON file that Detectron2 made of a dataset in an earlier run: the dataset may have changed.
 
-    It converts a dataset once in a run. Then the metadata name the file, also if somebody has removed it since.
+    Detectron2 converts a dataset once in a run. Then the metadata name the file. If somebody has removed it since, its
+    name is forgotten, so that Detectron2 writes it again.
     """
     converted = os.path.join(folder, f"{dataset_name}_coco_format.json")
     metadata = MetadataCatalog.get(dataset_name)

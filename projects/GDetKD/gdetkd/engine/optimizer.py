@@ -15,8 +15,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer that SOLVER.OPTIMIZER names.
 
     Raises:
-        GDetKDError: SOLVER.OPTIMIZER is neither "SGD" nor "AdamW".
+        GDetKDError: SOLVER.OPTIMIZER is neither "SGD" nor "AdamW", or Detectron2 does not know the way of clipping.
     """
+    clipping = cfg.SOLVER.CLIP_GRADIENTS
+    if clipping.ENABLED and clipping.CLIP_TYPE not in ("value", "norm"):
+        raise GDetKDError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clipping.CLIP_TYPE!r}. Set it to 'value' or 'norm'.")
     if cfg.SOLVER.OPTIMIZER == "SGD":
         return build_sgd(cfg, model)
     if cfg.SOLVER.OPTIMIZER != "AdamW":

@@ -12,7 +12,7 @@ from ..config import student_architecture
 from ..data.class_names import class_names
 from ..data.clean import check_images, find_bad_images
 from ..data.task_labels import check_test_labels, check_train_labels
-from ..detector_config import PRECOMPUTED
+from ..detector_config import PRECOMPUTED, needs_proposals
 from ..detectors import build_adapter, find_adapter
 from ..errors import GDetKDError
 from ..safe_load import read_weights
@@ -60,7 +60,8 @@ def check_datasets(cfg: CfgNode) -> None:
             "DISTILL.EVAL_TEACHER is True, but DATASETS.TEST is empty. Name a dataset to evaluate the teacher on, or "
             "set DISTILL.EVAL_TEACHER to False."
         )
-    _check_proposals(cfg, "TRAIN")
+    check_proposals(cfg, "TRAIN")
+    check_proposals(cfg, "TEST")
     for name in cfg.DATASETS.TRAIN:
         check_train_labels(cfg, load_dataset(name), name)
     _check_first_test_set(cfg, check_test_sets(cfg))
@@ -83,16 +84,15 @@ def check_test_sets(cfg: CfgNode, needed: bool = False) -> List[str]:
         the names of the datasets without annotations, which give no AP.
 
     Raises:
-        GDetKDError: DATASETS.TEST is empty although it is needed, a file of proposals cannot be trusted, or a dataset
+        GDetKDError: DATASETS.TEST is empty although it is needed, or a dataset
             - is not registered or has no image,
             - has annotations, but no object to find,
             - lacks a key that Detectron2's evaluation reads,
-            - is one of LVIS, whose metrics GDetKD does not compute, or
+            - is an LVIS dataset, whose metrics GDetKD does not compute, or
             - has an image that cannot be read completely.
     """
     if needed and not cfg.DATASETS.TEST:
         raise GDetKDError("DATASETS.TEST is empty, so there is nothing to evaluate on. Name a registered dataset.")
-    _check_proposals(cfg, "TEST")
     without_ap = []
     for name in cfg.DATASETS.TEST:
         dicts = load_dataset(name)
@@ -109,14 +109,14 @@ def _check_kind(name: str) -> None:
     """Check that COCO's metrics are those of the dataset.
 
     Raises:
-        GDetKDError: it is a dataset of LVIS. Each of its images has labels of some classes alone, and COCO's metrics
-            would count right detections of the others as wrong.
+        GDetKDError: it is an LVIS dataset. Each of its images has labels of some classes only, and COCO's metrics would
+            count right detections of the other classes as wrong.
     """
     kind = MetadataCatalog.get(name).get("evaluator_type")
     if kind == "lvis":
         raise GDetKDError(
-            f"The dataset {name!r} in DATASETS.TEST is one of LVIS, and GDetKD has no metrics of LVIS. Remove it from "
-            "DATASETS.TEST, and evaluate the checkpoint with plain Detectron2, which loads it as it is."
+            f"The dataset {name!r} in DATASETS.TEST is an LVIS dataset, and GDetKD does not compute LVIS's metrics. "
+            "Remove it from DATASETS.TEST, and evaluate the checkpoint with plain Detectron2, which loads it as it is."
         )
     if kind == "coco_panoptic_seg":
         logger.warning("%s is evaluated by its boxes and masks alone. GDetKD does not compute PQ.", name)
@@ -186,7 +186,7 @@ def _check_first_test_set(cfg: CfgNode, without_ap: Sequence[str]) -> None:
         logger.warning("%s, so no model_best.pth will be written. Name a dataset with labels first.", reason)
 
 
-def _check_proposals(cfg: CfgNode, key: str) -> None:
+def check_proposals(cfg: CfgNode, key: str) -> None:
     """Check the files of precomputed proposals. Detectron2 unpickles them, which would run code in them.
 
     Args:
@@ -197,19 +197,20 @@ def _check_proposals(cfg: CfgNode, key: str) -> None:
             anything but arrays and plain containers, or cannot be read.
     """
     if not cfg.MODEL.LOAD_PROPOSALS:
-        if student_architecture(cfg) == "GeneralizedRCNN" and cfg.MODEL.PROPOSAL_GENERATOR.NAME == PRECOMPUTED:
+        if needs_proposals(cfg):
             raise GDetKDError(
                 f"MODEL.PROPOSAL_GENERATOR.NAME is {PRECOMPUTED!r}, but MODEL.LOAD_PROPOSALS is False. Set it to True, "
                 "and name a file of proposals for each dataset, or choose another generator, such as RPN."
             )
         return
     names, paths = cfg.DATASETS[key], cfg.DATASETS[f"PROPOSAL_FILES_{key}"]
-    if len(names) != len(paths):
+    # Detectron2 takes the file of a test set by its place, and joins those of all training sets.
+    if len(paths) < len(names) or (key == "TRAIN" and len(paths) > len(names)):
         raise GDetKDError(
             f"DATASETS.{key} names {len(names)} datasets, but DATASETS.PROPOSAL_FILES_{key} names {len(paths)} files. "
             "MODEL.LOAD_PROPOSALS needs a file for each dataset, in the same order."
         )
-    for path in paths:
+    for path in paths[: len(names)]:
         read_weights(PathManager.get_local_path(path))
 
 

@@ -15,7 +15,7 @@ def check_same_teacher(teacher: FrozenTeacher) -> None:
     Raises:
         GDetKDError: the processes have loaded different weights of the teacher.
     """
-    _check(teacher.sha256, f"the teacher's weights {teacher.file.weights!r}")
+    _check(teacher.sha256, f"of the teacher ({teacher.file.weights!r})")
 
 
 def check_same_student(student: nn.Module, weights: str) -> None:
@@ -27,16 +27,14 @@ def check_same_student(student: nn.Module, weights: str) -> None:
         GDetKDError: the processes start from different students.
     """
     if comm.get_world_size() > 1:
-        _check(_digest(student), f"the student's weights {weights!r}")
+        _check(_digest(student), f"of the student (MODEL.WEIGHTS {weights!r}, or the file of its backbone)")
 
 
 def _check(digest: str, name: str) -> None:
     found = comm.all_gather(digest)
     others = [rank for rank, other in enumerate(found) if other != found[0]]
     if others:
-        raise GDetKDError(
-            f"Process {others[0]} has loaded another file as {name} than process 0. Copy the same file to all machines."
-        )
+        raise GDetKDError(f"Ranks 0 and {others[0]} have different weights {name}. Copy the same file to all machines.")
 
 
 def _digest(module: nn.Module) -> str:

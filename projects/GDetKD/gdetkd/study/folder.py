@@ -95,22 +95,30 @@ def fingerprint(run: Run) -> str:
         GDetKDError: the teacher's file does not exist.
     """
     cfg = run.config()
-    labels = digests_of_labels(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, *cfg.DATASETS.UNLABELED])
-    return _digest_of(cfg, {"labels": labels})
+    return _digest_of(cfg, _all_labels(cfg))
 
 
-def _earlier_fingerprint(run: Run) -> str:
-    """Return the fingerprint of an earlier version, which read the labels of DATASETS.UNLABELED alone."""
+def _all_labels(cfg: CfgNode) -> Dict[str, Any]:
+    return {"labels": digests_of_labels(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, *cfg.DATASETS.UNLABELED])}
+
+
+def _earlier_fingerprints(run: Run) -> List[str]:
+    """Return the fingerprints of earlier versions.
+
+    They read less of a LazyConfig teacher. The first of them read the labels of DATASETS.UNLABELED alone.
+    """
     cfg = run.config()
-    labels = digests_of_labels(cfg, cfg.DATASETS.UNLABELED)
-    return _digest_of(cfg, {f"labels of {name}": digests for name, digests in labels.items()})
+    first = digests_of_labels(cfg, cfg.DATASETS.UNLABELED)
+    labels = ({f"labels of {name}": digests for name, digests in first.items()}, _all_labels(cfg))
+    return [_digest_of(cfg, read, is_earlier=True) for read in labels]
 
 
-def _digest_of(cfg: CfgNode, labels: Mapping[str, Any]) -> str:
+def _digest_of(cfg: CfgNode, labels: Mapping[str, Any], is_earlier: bool = False) -> str:
     keys = {**deciding_keys(cfg.dump()), **labels}
     if "DISTILL.TEACHER.CONFIG_FILE" in keys:
         file = read_teacher_file(cfg)
-        keys["teacher"], keys["weights"] = file.content(), file.weights
+        keys["teacher"] = file.earlier_content() if is_earlier else file.content()
+        keys["weights"] = file.weights
         if os.path.isfile(file.weights):
             keys["weights"] = _digest(file.weights, os.stat(file.weights).st_mtime_ns)
     return hashlib.sha256(yaml.safe_dump(keys).encode()).hexdigest()
@@ -125,7 +133,7 @@ def claim_folder(run: Run) -> None:
     mark, digest = run.folder / MARK, fingerprint(run)
     run.folder.mkdir(parents=True, exist_ok=True)
     found = mark.read_text() if mark.exists() else ""
-    if found != digest and (found or run.metrics_file.lines()) and found != _earlier_fingerprint(run):
+    if found != digest and (found or run.metrics_file.lines()) and found not in _earlier_fingerprints(run):
         raise GDetKDError(
             f"{run.folder} holds a run of another config{_differences(run)}. Use that config again, remove the folder, "
             "or choose another --output."

@@ -1,5 +1,6 @@
 """Teachers from Python files of Detectron2's LazyConfig, which are run as programs."""
 
+import functools
 import json
 import logging
 import re
@@ -18,8 +19,6 @@ from .base import TeacherFile
 
 logger = logging.getLogger(__name__)
 
-# Parts of a file that describe the detector, its images and its classes.
-CONTENT = ("model", "dataloader")
 # Detectron2 imports the files under a name that differs from time to time.
 PACKAGE = re.compile(r"detectron2\._cfg_loader[0-9a-f]*\.")
 
@@ -80,10 +79,12 @@ class LazyTeacher(TeacherFile):
         return instantiate(self._file.model).to(self._device)
 
     def content(self) -> str:
-        # The text alone would not show what the file imports from others, and the values alone not its functions.
-        parts = [OmegaConf.to_container(part) for part in map(self._get, CONTENT) if OmegaConf.is_config(part)]
-        values = json.dumps(parts, default=_describe)
-        return Path(self.path).read_text() + PACKAGE.sub("", values)
+        # The text alone would not show the values that the file imports from others.
+        values = json.dumps(OmegaConf.to_container(self._file), default=_describe)
+        return self.earlier_content() + PACKAGE.sub("", values)
+
+    def earlier_content(self) -> str:
+        return Path(self.path).read_text()
 
     def class_names(self) -> Optional[Tuple[str, ...]]:
         names = self._get("dataloader.train.dataset.names")
@@ -107,6 +108,10 @@ class LazyTeacher(TeacherFile):
 
 def _describe(value: Any) -> str:
     """Describe an object in a config by text that is the same in each process, so without its address in memory."""
+    if isinstance(value, (set, frozenset)):
+        return str(sorted(map(repr, value)))
+    if isinstance(value, functools.partial):
+        return f"{_describe(value.func)} {value.args} {value.keywords}"
     if callable(value):
         return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     text = repr(value)

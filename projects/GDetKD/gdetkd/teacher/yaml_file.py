@@ -10,7 +10,7 @@ from torch import nn
 from ..config import add_gdetkd_config, plain_config
 from ..config_file import merge_config_file, merge_words
 from ..data.class_names import class_names
-from ..detector_config import PRECOMPUTED, wrong_parts
+from ..detector_config import needs_proposals, wrong_parts
 from ..dotted_keys import flat_config
 from ..errors import GDetKDError
 from .base import TeacherFile
@@ -46,7 +46,7 @@ class YamlTeacher(TeacherFile):
         teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
         if cfg.DISTILL.TEACHER.WEIGHTS:
             teacher_cfg.MODEL.WEIGHTS = cfg.DISTILL.TEACHER.WEIGHTS
-        if teacher_cfg.MODEL.LOAD_PROPOSALS or teacher_cfg.MODEL.PROPOSAL_GENERATOR.NAME == PRECOMPUTED:
+        if teacher_cfg.MODEL.LOAD_PROPOSALS or needs_proposals(teacher_cfg):
             raise GDetKDError(
                 f"The teacher's config {self.path!r} asks for precomputed proposals (MODEL.LOAD_PROPOSALS, "
                 "MODEL.PROPOSAL_GENERATOR.NAME). Such a teacher cannot look at the student's regions. Choose a teacher "
