@@ -12,18 +12,22 @@ of INPUT.FORMAT. They return boxes (N, 4) xyxy in pixels of that image, scores (
 """
 
 import argparse
+import io
 import os
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, List, Tuple
+from typing import Any, Iterable, Iterator, List, Sequence, Tuple
 
 import gdetkd  # noqa: F401  imported first, because it prepares the import of Detectron2
 from gdetkd.backbones.config import node_of
 from gdetkd.config import without_gdetkd_keys
 from gdetkd.config_file import load_config
+from gdetkd.config_places import places_of_keys
 from gdetkd.engine import build_plain_student
 from gdetkd.engine.student_weights import StudentCheckpointer
 from gdetkd.errors import GDetKDError, first_line
+from gdetkd.files import written_whole
 from gdetkd.program import explained_errors
 
 import torch  # isort: skip
@@ -53,39 +57,57 @@ def export(detector: nn.Module, output: Path, height: int, width: int) -> None:
     """Trace a detector on a random image, and write the file.
 
     Raises:
-        GDetKDError: the ending is unknown, a package is missing, or TorchScript cannot save the model.
+        GDetKDError: a package is missing, or the format cannot save an operation of the model.
+        OSError: the file cannot be written. An old file stays.
     """
-    model = TensorsOnly(detector)
+    model, content = TensorsOnly(detector), io.BytesIO()
     example = torch.randint(0, 256, (3, height, width)).float()
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), _whole_splits():
         warnings.simplefilter("ignore")  # tracing warns about every size that becomes a constant
-        if output.suffix in (".ts", ".pt"):
-            _to_torchscript(model, example, output)
-        elif output.suffix == ".onnx":
-            _to_onnx(model, example, output)
-        else:
-            raise GDetKDError(f"{output} has an unknown ending. Use .ts or .pt (TorchScript), .onnx or .yaml.")
+        write = _to_onnx if output.suffix == ".onnx" else _to_torchscript
+        write(model, example, content)
+    with written_whole(str(output), "wb") as file:
+        file.write(content.getbuffer())
 
 
-def _to_torchscript(model: nn.Module, example: torch.Tensor, output: Path) -> None:
+@contextmanager
+def _whole_splits() -> Iterator[None]:
+    """Let a split into one part return the tensor itself. Otherwise tracing fixes its size.
+
+    Detectron2 splits the boxes of a batch by image, and here the batch is one image. The number of its proposals
+    depends on the image.
+    """
+    original = torch.Tensor.split
+
+    def split(tensor: torch.Tensor, sizes: Any, dim: int = 0) -> Sequence[torch.Tensor]:
+        is_whole = isinstance(sizes, (list, tuple)) and len(sizes) == 1
+        return (tensor,) if is_whole else original(tensor, sizes, dim)
+
+    torch.Tensor.split = split
+    try:
+        yield
+    finally:
+        torch.Tensor.split = original
+
+
+def _to_torchscript(model: nn.Module, example: torch.Tensor, content: io.BytesIO) -> None:
     traced = torch.jit.trace(model, (example,), check_trace=False)
     try:
-        traced.save(str(output))
+        torch.jit.save(traced, content)
     except RuntimeError as e:
-        output.unlink(missing_ok=True)  # torch has written a part of the file
         raise GDetKDError(
             "The student has an operation that TorchScript cannot save, as cascades of Detectron2 v0.6 have. "
             "Export it to ONNX."
         ) from e
 
 
-def _to_onnx(model: nn.Module, example: torch.Tensor, output: Path) -> None:
+def _to_onnx(model: nn.Module, example: torch.Tensor, content: io.BytesIO) -> None:
     torch.onnx.register_custom_op_symbolic("aten::_upsample_bicubic2d_aa", _resize_smoothly, OPSET)
     try:
         torch.onnx.export(
             model,
             (example,),
-            str(output),
+            content,
             opset_version=OPSET,
             input_names=["image"],
             output_names=OUTPUTS,
@@ -159,13 +181,36 @@ def write_plain_config(cfg: CfgNode, weights: str, output: Path) -> None:
         raise GDetKDError(
             "Plain Detectron2 cannot build FCOS from a yaml file. See docs/deploy.md, or export to .ts or .onnx."
         )
-    plain.MODEL.WEIGHTS = os.path.abspath(weights)
+    is_url = "://" in weights
+    plain.MODEL.WEIGHTS = weights if is_url else os.path.abspath(os.path.expanduser(weights))
     if node := node_of(cfg):
         plain.MODEL[node].WEIGHTS = ""  # the student's weights replace the ImageNet weights
         print("The config needs gdetkd.backbones.add_backbone_config(cfg) before it is merged: see docs/deploy.md.")
     _drop_defaults(plain, get_cfg())
-    output.write_text(plain.dump())
+    with written_whole(str(output)) as file:
+        file.write(plain.dump())
     print(output)
+
+
+def check_output(output: Path, inputs: Iterable[str]) -> None:
+    """Check the output before the student is built.
+
+    Args:
+        inputs: files that the export reads.
+
+    Raises:
+        GDetKDError: the ending is unknown, the output is a folder or one of the inputs, or its folder cannot be made.
+    """
+    if output.suffix not in (".ts", ".pt", ".onnx", ".yaml"):
+        raise GDetKDError(f"{output} has an unknown ending. Use .ts or .pt (TorchScript), .onnx or .yaml.")
+    if output.is_dir():
+        raise GDetKDError(f"--output {str(output)!r} is a folder. Name a file.")
+    if output.resolve() in [Path(path).expanduser().resolve() for path in inputs]:
+        raise GDetKDError(f"--output {str(output)!r} is a file that the export reads. Choose another name.")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise GDetKDError(f"The folder of --output {str(output)!r} cannot be made ({e.strerror}).") from e
 
 
 def main() -> None:
@@ -177,15 +222,17 @@ def main() -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE changes to the config")
     args = parser.parse_args()
     cfg = load_config(args.config_file, args.opts)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    if args.output.suffix == ".yaml":
-        write_plain_config(cfg, args.weights, args.output)
-        return
-    cfg.MODEL.DEVICE = "cpu"
-    student = build_plain_student(cfg)
+    configs = {args.config_file, *(place.file for place in places_of_keys(args.config_file).values())}
+    check_output(args.output, [args.weights, *configs])
+    on_cpu = cfg.clone()
+    on_cpu.MODEL.DEVICE = "cpu"
+    student = build_plain_student(on_cpu)
     checkpointer = StudentCheckpointer(student)
     checkpointer.load(args.weights)
     checkpointer.check_whole()
+    if args.output.suffix == ".yaml":
+        write_plain_config(cfg, args.weights, args.output)
+        return
     export(student, args.output, *args.image_size)
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
 

@@ -167,6 +167,15 @@ def _has_objects(dicts: List[dict], name: str) -> bool:
     return bool(annotations)
 
 
+def check_has_ap(name: str) -> None:
+    """
+    Raises:
+        GDetKDError: a dataset has no annotation, so there is no AP on it.
+    """
+    if not _has_objects(load_dataset(name), name):
+        raise GDetKDError(f"The dataset {name!r} in DATASETS.TEST has no annotation, so no AP. Name one with labels.")
+
+
 def _check_first_test_set(cfg: CfgNode, without_ap: Sequence[str]) -> None:
     """Check that the first dataset of DATASETS.TEST gives an AP, by which TEST.PATIENCE and TEST.KEEP_BEST decide.
 

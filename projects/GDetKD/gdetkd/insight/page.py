@@ -114,8 +114,10 @@ def _class_sections(records: Sequence[Dict[str, Any]], baseline: Optional[Baseli
     matrices = {name: record["correlation"][name] for name in ("teacher", "student")}
     gap = None
     if baseline is not None:
-        matrices["baseline"] = as_lists(baseline.correlation)
-        gap = correlation_gap(torch.tensor(np.array(matrices["teacher"], dtype=float)), baseline.correlation)
+        shown = [list(baseline.class_names).index(name) for name in record["classes"]]
+        correlation = baseline.correlation[shown][:, shown]
+        matrices["baseline"] = as_lists(correlation)
+        gap = correlation_gap(torch.tensor(np.array(matrices["teacher"], dtype=float)), correlation)
     differences = f"The student differs from the teacher by {record['correlation_gap']:.3f} on average"
     differences += "." if gap is None else f", the baseline by {gap:.3f}."
     matrix_section = Section(

@@ -28,7 +28,7 @@ def make_record(distiller: GDetKD, probe: Probe, iterations: int) -> Dict[str, A
         a dictionary with these keys:
 
         - "iterations", and "objects", the number of objects.
-        - "classes": the names of the C classes.
+        - "classes": the names of the C classes that have objects.
         - "correlation": by "teacher" and "student", C lists of C numbers; None if a correlation is not known.
         - "correlation_gap": the distance between the two matrices.
         - "tau", "student_levels" and "teacher_levels" (names) and "levels" (see `level_matching`), if a loss chooses
@@ -39,11 +39,12 @@ def make_record(distiller: GDetKD, probe: Probe, iterations: int) -> Dict[str, A
         name: class_correlation(embeddings, probe.classes, len(probe.class_names))
         for name, embeddings in (("teacher", look.teacher), ("student", look.student))
     }
+    shown = probe.classes.unique().tolist()
     record: Dict[str, Any] = {
         "iterations": iterations,
         "objects": len(probe.classes),
-        "classes": list(probe.class_names),
-        "correlation": {name: as_lists(matrix) for name, matrix in correlation.items()},
+        "classes": [probe.class_names[index] for index in shown],
+        "correlation": {name: as_lists(matrix[shown][:, shown]) for name, matrix in correlation.items()},
         "correlation_gap": correlation_gap(correlation["teacher"], correlation["student"]),
     }
     if look.alpha is not None:

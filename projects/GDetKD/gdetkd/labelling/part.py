@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from detectron2.utils import comm
 
+from ..data.kinds.pseudo import label_info
 from ..errors import GDetKDError
 from ..files import PARTIAL, mend_last_line, written_whole
 
@@ -44,9 +45,18 @@ class Found:
 
 
 def check_output(output: Path) -> None:
-    """Raise an error if the output cannot be written, or does not end in .json. A long run would fail at its end."""
+    """Check the output before a long run.
+
+    Raises:
+        GDetKDError: the output cannot be written, does not end in .json, or exists and holds anything but boxes that
+            an earlier run found, such as labels of people.
+    """
     if output.suffix != ".json":  # the page has the same name and the ending .html
         raise GDetKDError(f"--output is {str(output)!r}. Name a file that ends in .json.")
+    if output.is_file() and not _holds_found_boxes(output):
+        raise GDetKDError(
+            f"--output {str(output)!r} exists, and tools/label.py did not write it. Choose another file, or remove it."
+        )
     trial = Path(f"{output}{PARTIAL}")
     try:
         if output.is_dir():
@@ -59,6 +69,14 @@ def check_output(output: Path) -> None:
         raise GDetKDError(
             f"--output {str(output)!r} cannot be written ({e.strerror}). Choose a file in a folder with write access."
         ) from e
+
+
+def _holds_found_boxes(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(content, dict) and bool(label_info(content))
 
 
 class Part:

@@ -7,6 +7,7 @@ import torch
 
 from ..data.clean import FARTHEST
 from ..data.folders import leaves
+from ..data.kinds.coco_ids import match_ids
 from ..errors import GDetKDError
 from ..safe_load import sha256_of_file
 from .images import ImageFile
@@ -80,6 +81,8 @@ class ResultsSource(Source):
         if not _are_dicts(entries):
             raise GDetKDError(f"{flag} {path!r} is not a list of results. {REMEDY}")
         position = {identity: index for index, identity in enumerate(categories)}
+        # A registered dataset may have 7 where its file has "7" or "0007".
+        match_ids(entries, "image_id", [{"id": image} for image in image_ids])
         known = set(image_ids)
         self._rows: Dict[Any, List[Tuple[List[float], float, int]]] = {}
         for index, entry in enumerate(entries):
@@ -112,9 +115,9 @@ def _fault(entry: Dict[str, Any], image_ids: Collection[Any], categories: Mappin
     image, category = entry.get("image_id"), entry.get("category_id")
     score, box = entry.get("score"), entry.get("bbox")
     if not isinstance(image, (int, str)) or image not in image_ids:
-        return f"has image_id {image!r}, which is no image of the annotations"
+        return f"has image_id {image!r}, which is no image of the dataset"
     if not isinstance(category, int) or category not in categories:
-        return f"has category_id {category!r}, which is no category of the annotations"
+        return f"has category_id {category!r}, which is no category of the dataset"
     if not _is_number(score) or not 0 <= score <= 1:
         return f"has the score {score!r}, which is not a number from 0 to 1"
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)) or min(box[2:]) < 0:

@@ -19,7 +19,7 @@ from ..data.shapes import make_shapes_for
 from ..distiller import GDetKD
 from ..dotted_keys import flat_config
 from ..engine import DistillTrainer, evaluate_teacher
-from ..engine.preflight import check_student
+from ..engine.preflight import check_has_ap, check_student
 from ..errors import GDetKDError
 from ..files import kept_value
 from ..teacher import FrozenTeacher, transfer_heads
@@ -129,12 +129,13 @@ class Comparison:
         """Draw or register the datasets, check that every method can be trained, and make the output folder.
 
         Raises:
-            GDetKDError: a dataset cannot be read, or a method cannot be trained.
+            GDetKDError: a dataset cannot be read, the test set has no objects, or a method cannot be trained.
         """
         if not torch.cuda.is_available():
             self.cfg.MODEL.DEVICE = "cpu"
         make_shapes_for(self.cfg)
         register_datasets(self.cfg)
+        check_has_ap(self.cfg.DATASETS.TEST[0])
         self.check_methods()
         self.output.mkdir(parents=True, exist_ok=True)
         self.cfg.OUTPUT_DIR = str(self.output)
@@ -169,7 +170,8 @@ class Comparison:
 
         def evaluate() -> float:
             with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
-                return evaluate_teacher(cfg, teacher)["bbox"]["AP"]
+                ap = evaluate_teacher(cfg, teacher)["bbox"]["AP"]
+            return 0.0 if math.isnan(ap) else ap  # Detectron2 gives NaN to a detector that finds nothing
 
         try:
             return kept_value(self.output / "teacher.json", _score_key(cfg, teacher), evaluate)
