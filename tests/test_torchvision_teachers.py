@@ -14,6 +14,7 @@ from torchvision.models._api import Weights, WeightsEnum, register_model
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -282,6 +283,28 @@ def test_norms_have_the_epsilon_that_torchvision_sets_for_the_weights(name, monk
     norms = (nn.BatchNorm2d, FrozenBatchNorm2d)
     eps_of = lambda model: [m.eps for m in model.backbone.modules() if isinstance(m, norms)]  # noqa: E731
     assert eps_of(found) == eps_of(expected) and len(eps_of(found)) > 50
+
+
+@pytest.mark.parametrize("name", ["tiny_fcos", "tiny_retinanet"])
+@pytest.mark.parametrize("size", [(800, 1344), (160, 224)])
+def test_an_embedding_is_that_of_torchvisions_own_location(teacher_keys, name, size):
+    """On coarse levels, torchvision's locations are not a stride apart if the padded image is no multiple of it."""
+    adapter = frozen(teacher_keys(name)[1]).adapter
+    grids = [[-(-side // stride) for side in size] for stride in adapter.spec.strides.values()]
+    towers = []
+    for height, width in grids:
+        y, x = torch.meshgrid(torch.arange(height) * (size[0] // height), torch.arange(width) * (size[1] // width))
+        towers.append(torch.stack([x, y]).float()[None])
+    images = ImageList(torch.zeros(1, 3, *size), [size])
+    [anchors] = adapter.model.torchvision_model.anchor_generator(images, [torch.zeros(1, 1, *grid) for grid in grids])
+    per_cell = len(anchors) // sum(height * width for height, width in grids)
+    centres = ((anchors[::per_cell, :2] + anchors[::per_cell, 2:]) / 2).round()
+    assert torch.equal(torch.cat([tower[0].flatten(1).t() for tower in towers]), centres)
+    for level, tower in enumerate(towers):
+        adapter._levels = lambda regions, level=level: torch.full((len(regions),), level)
+        inner = tower[0, :, 1:-1, 1:-1].flatten(1).t() if min(tower.shape[-2:]) > 2 else tower[0].flatten(1).t()
+        boxes = torch.cat([inner - 3, inner + 3], dim=1)
+        torch.testing.assert_close(adapter._embed_at_centres(towers, Regions([Boxes(boxes)])), inner)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from test_trainer import train
 
@@ -14,6 +15,7 @@ from gdetkd import DistillTrainer
 from gdetkd.engine.cache_advice import cache_advice, views_of_an_image
 from gdetkd.engine.check import Check
 from gdetkd.engine.step_costs import measure_steps
+from gdetkd.structures import Regions
 from gdetkd.teacher import FrozenTeacher
 from gdetkd.teacher.feature_cache import FeatureCache, key_of
 
@@ -89,8 +91,20 @@ def test_an_image_has_one_view_however_large_its_batch_is(distill_cfg, keys):
                 [expected] = alone[place][name]
                 height, width = expected.shape[1:]
                 assert torch.equal(features_of_one[:, :height, :width], expected)
-                assert not features_of_one[:, height:].any() and not features_of_one[:, :, width:].any()
+                right, below = features_of_one[:, :height, width - 1 :], features_of_one[:, height - 1 :]
+                assert torch.equal(right, right[:, :, :1].expand_as(right))  # the border is repeated
+                assert torch.equal(below, below[:, :1].expand_as(below))
     assert len(seen) == 3 + 3
+
+
+def test_a_region_at_the_border_has_the_same_features_in_every_batch(distill_cfg):
+    teacher, batch = FrozenTeacher(distill_cfg(CACHE)), make_batch(sizes=((64, 48), (96, 128)))
+    regions = [Boxes(torch.tensor([[20.0, 30.0, 48.0, 64.0]])), Boxes(torch.zeros(0, 4))]
+    pooled = []
+    for count in (1, 2):
+        features = look(teacher, batch[:count], for_regions_alone=True)
+        pooled.append(teacher.look_at(features, Regions(regions[:count]), {"pooled"}).pooled)
+    torch.testing.assert_close(*pooled)
 
 
 def test_a_change_of_what_was_returned_does_not_reach_the_cache(distill_cfg):

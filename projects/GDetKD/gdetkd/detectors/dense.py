@@ -267,14 +267,18 @@ class DenseAdapter(DetectorAdapter):
             (N, D)
         """
 
-        def interpolate(tower: torch.Tensor, stride: int, part: Regions) -> torch.Tensor:
-            # RoIAlign of one cell is interpolation at its centre. RoIAlign puts the centre of cell i at (i + 0.5)
-            # strides, the detector puts its anchors at (i + offset) strides.
-            shift = (0.5 - self.spec.anchor_offset) * stride
-            boxes = part.tensor()
-            centre = (boxes[:, :2] + boxes[:, 2:]) / 2 + shift
-            cell = torch.cat([part.image_ids()[:, None], centre - stride / 2, centre + stride / 2], dim=1)
-            return roi_align(tower, cell.to(tower.dtype), 1, 1.0 / stride, sampling_ratio=1, aligned=True).flatten(1)
+        def interpolate(tower: torch.Tensor, steps: Tuple[int, int], part: Regions) -> torch.Tensor:
+            # RoIAlign of one cell is interpolation at its centre. RoIAlign puts the centre of cell i at i + 0.5, the
+            # detector puts its anchors at i + offset.
+            x1, y1, x2, y2 = part.tensor().unbind(dim=1)
+            centre = torch.stack([(x1 + x2) / 2 / steps[0], (y1 + y2) / 2 / steps[1]], dim=1)
+            centre = centre + 0.5 - self.spec.anchor_offset
+            cell = torch.cat([part.image_ids()[:, None], centre - 0.5, centre + 0.5], dim=1)
+            return roi_align(tower, cell.to(tower.dtype), 1, 1.0, sampling_ratio=1, aligned=True).flatten(1)
 
-        pairs = zip(map(full_precision, towers), self.spec.strides.values())
+        pairs = zip(map(full_precision, towers), self.location_steps(towers))
         return regions.on_levels(self._levels(regions), [partial(interpolate, *pair) for pair in pairs])
+
+    def location_steps(self, towers: Sequence[torch.Tensor]) -> List[Tuple[int, int]]:
+        """Return, for each level, the pixels between neighbouring locations in x and in y."""
+        return [(stride, stride) for stride in self.spec.strides.values()]

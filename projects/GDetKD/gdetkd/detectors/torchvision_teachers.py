@@ -5,7 +5,7 @@ Shapes: B images, N regions, K labels of the torchvision model, n classes.
 
 import math
 from functools import cached_property, partial
-from typing import Any, ClassVar, Collection, Dict, List, Optional, Sequence, Type
+from typing import Any, ClassVar, Collection, Dict, List, Optional, Sequence, Tuple, Type
 
 import torch
 from detectron2.config import CfgNode
@@ -154,6 +154,12 @@ class _TorchvisionDenseAdapter(_OnlyTeaches, DenseAdapter):
         logits = [classes.cls_logits(classes.conv(level)) for level in maps]
         return logits, [self.final_deltas(boxes.bbox_reg(boxes.conv(level))) for level in maps]
 
+    def location_steps(self, towers: Sequence[torch.Tensor]) -> List[Tuple[int, int]]:
+        # torchvision divides the padded image by the size of each map. On coarse levels that is not the stride.
+        stride = next(iter(self._strides.values()))
+        height, width = (stride * cells for cells in towers[0].shape[-2:])
+        return [(width // tower.shape[-1], height // tower.shape[-2]) for tower in towers]
+
     def final_deltas(self, deltas: torch.Tensor) -> torch.Tensor:
         """Return the deltas of the head from the output of its last convolution."""
         return deltas
@@ -175,6 +181,12 @@ class TorchvisionFCOSAdapter(_TorchvisionDenseAdapter, FCOSAdapter):
     """Read torchvision's FCOS. Its locations lie at the corners of the cells, as with ANCHOR_GENERATOR.OFFSET 0."""
 
     family = FCOS
+
+    def location_steps(self, towers: Sequence[torch.Tensor]) -> List[Tuple[int, int]]:
+        # torchvision divides the padded image by the size of each map. On coarse levels that is not the stride.
+        stride = next(iter(self._strides.values()))
+        height, width = (stride * cells for cells in towers[0].shape[-2:])
+        return [(width // tower.shape[-1], height // tower.shape[-2]) for tower in towers]
 
     def final_deltas(self, deltas: torch.Tensor) -> torch.Tensor:
         return deltas.relu()

@@ -5,7 +5,6 @@ import logging
 from typing import Callable, Dict, Sequence, Tuple
 
 import torch
-import torch.nn.functional as F
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +95,14 @@ class FeatureCache:
 
 
 def _joined(maps: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Join maps (1, C, h, w) of an image each. Smaller maps get zeros at the right and at the bottom."""
+    """Join maps (1, C, h, w) of an image each. The last row and the last column of smaller maps are repeated.
+
+    RoIAlign reads the border of an image's own map in the same way. So what it reads does not depend on the batch.
+    """
     if len({level.shape for level in maps}) == 1:
         return torch.cat(list(maps))
     height, width = (max(level.shape[side] for level in maps) for side in (2, 3))
-    return torch.cat([F.pad(level, (0, width - level.shape[3], 0, height - level.shape[2])) for level in maps])
+    rows, columns = (torch.arange(size, device=maps[0].device) for size in (height, width))
+    return torch.cat(
+        [level[:, :, rows.clamp(max=level.shape[2] - 1)][..., columns.clamp(max=level.shape[3] - 1)] for level in maps]
+    )
