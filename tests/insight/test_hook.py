@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.utils.env import seed_all_rng
@@ -62,6 +63,20 @@ def test_the_training_is_bit_identical_and_all_files_are_written(distill_cfg, tm
     events = b"".join(path.read_bytes() for path in (tmp_path / "seen").glob("events.out.tfevents*"))
     for name in (b"insight/tau", b"insight/detections", b"gradient/loss_distill_sgfi"):
         assert name in events
+
+
+def test_a_record_holds_the_classes_that_have_objects(distill_cfg, tiny_dataset, tmp_path):
+    """A set such as LVIS has 1,203 classes, and a matrix of all of them at every look would fill the memory."""
+    content = json.loads((tiny_dataset / "tiny.json").read_text())
+    content["annotations"] = [item for item in content["annotations"] if item["category_id"] != 2]
+    (tmp_path / "fewer.json").write_text(json.dumps(content))
+    entry = {"name": "fewer", "kind": "coco", "json": str(tmp_path / "fewer.json"), "images": str(tiny_dataset)}
+    cfg = distill_cfg({**SEEN, "DATASETS.TEST": ("fewer",), "DATASETS.REGISTER": [entry]})
+    train(cfg)
+    record = RecordFile(cfg.OUTPUT_DIR).read()[-1]
+    assert record["classes"] == ["class0", "class2"]
+    assert all(np.shape(matrix) == (2, 2) for matrix in record["correlation"].values())
+    assert (Path(cfg.OUTPUT_DIR) / "insight" / "index.html").exists()
 
 
 def test_a_resumed_run_records_each_iteration_once(distill_cfg):

@@ -108,6 +108,16 @@ def test_corrected_results_of_the_validation_set_are_read_again(tmp_path):
     assert scene.read()["info"]["gdetkd_labels"]["thresholds"]["class0"]["precision"] == 1
 
 
+@pytest.mark.parametrize("content", ['{"images": [], "annotations": [], "categories": []}', "no JSON", "[]"])
+def test_labels_of_people_are_not_overwritten(tmp_path, content):
+    scene = Scene(tmp_path)
+    labels = tmp_path / "labels.json"
+    labels.write_text(content)
+    with pytest.raises(GDetKDError, match="--output .*labels.json' exists, and tools/label.py did not write it"):
+        label_images(make_cfg(scene.keys), scene.perfect(output=labels))
+    assert labels.read_text() == content
+
+
 def test_an_output_that_cannot_be_written(tmp_path):
     scene = Scene(tmp_path)
     (tmp_path / "file").touch()

@@ -218,6 +218,14 @@ def test_a_file_that_is_no_list_of_results_is_refused(tmp_path, cfg_of, content)
         label_images(cfg_of(scene), scene.perfect(results=scene.write("bad.json", content), min_score=0.5))
 
 
+def test_results_may_spell_the_image_ids_as_the_datasets_file_does(tmp_path, cfg_of):
+    """GDetKD reads "0007" as the number 7."""
+    scene = Scene(tmp_path)
+    spelled = [{**result, "image_id": f"{result['image_id']:04d}"} for result in results_of(scene.validation)]
+    label_images(cfg_of(scene), scene.perfect(validation_results=scene.write("spelled.json", spelled)))
+    assert scene.read()["info"]["gdetkd_labels"]["thresholds"]["class0"]["recall"] == 1.0
+
+
 def test_bad_files_are_refused(tmp_path, cfg_of):
     scene = Scene(tmp_path)
     cfg = cfg_of(scene)

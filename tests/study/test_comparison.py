@@ -9,7 +9,7 @@ import sys
 import pytest
 from made_up_runs import CONFIG, RATIOS, ROOT, STEP, finish, finished
 
-from conftest import WIDER, example_in
+from conftest import WIDER, example_in, write_coco
 from gdetkd.config_file import load_config
 from gdetkd.data.shapes import CLASSES
 from gdetkd.engine import DistillTrainer
@@ -220,6 +220,20 @@ def test_the_teachers_score_belongs_to_the_labels_and_the_settings(tmp_path, tin
 def test_what_cannot_be_compared_is_refused(tmp_path, keys, opts, message):
     with pytest.raises(GDetKDError, match=message):
         Comparison(CONFIG, opts, tmp_path, **{"methods": ["SGFI"], **keys})
+
+
+@pytest.mark.parametrize("kind", ["coco", "images"])
+def test_a_test_set_without_labels_cannot_be_compared_on(tmp_path, kind):
+    (tmp_path / "images").mkdir()
+    write_coco(tmp_path / "images", 2, name="empty")
+    labels = tmp_path / "images" / "empty.json"
+    labels.write_text(json.dumps({**json.loads(labels.read_text()), "annotations": []}))
+    entry = {"name": f"empty_{kind}", "kind": kind, "images": str(tmp_path / "images")}
+    if kind == "coco":
+        entry["json"] = str(labels)
+    opts = ["DATASETS.REGISTER", str([entry]), "DATASETS.TEST", str((entry["name"],))]
+    with pytest.raises(GDetKDError, match=f"'empty_{kind}' in DATASETS.TEST has no annotation, so no AP"):
+        Comparison(CONFIG, opts, tmp_path / "out", ["SGFI"]).prepare()
 
 
 def test_a_missing_config_is_named(tmp_path):
