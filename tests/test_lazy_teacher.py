@@ -1,5 +1,7 @@
 """Teachers from LazyConfig files."""
 
+import functools
+
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
@@ -11,6 +13,7 @@ from gdetkd import DistillTrainer
 from gdetkd.engine import evaluate_teacher
 from gdetkd.errors import GDetKDError
 from gdetkd.teacher import FrozenTeacher, read_teacher_file
+from gdetkd.teacher.lazy_file import describe
 
 FILE = """
 import detectron2.data.transforms as T
@@ -203,7 +206,6 @@ def build_mapper(**kwargs):
 
 
 dataloader = dict(test=dict(mapper=L(build_mapper)(is_train=False, augmentations=[short_edge], image_format="RGB")))
-names = {"a", "b", "c", "d"}
 """
 
 
@@ -222,6 +224,18 @@ def test_a_change_in_a_file_that_the_teachers_file_imports_is_a_change_of_its_co
     assert content(others) == first and " at 0x" not in first
     assert content(others.replace("short_edge_length=80)", "short_edge_length=40)")) != first
     assert content(others.replace("out_channels=12", "out_channels=16")) != first
+
+
+def test_values_are_described_alike_in_each_process():
+    """An address in memory, or the order of a set, differs between processes."""
+    items = [f"name{index}" for index in range(50)]
+    value = {b"key": set(items), "call": functools.partial(len, object(), {object}), "object": object()}
+    text = describe(value)
+    assert text == describe({**value, b"key": set(reversed(items))}) and " at 0x" not in text
+    names = ", ".join(sorted(map(repr, items)))
+    expected = "[builtins.len, [object, {builtins.object}], {}]"
+    assert text == f"{{b'key': {{{names}}}, 'call': {expected}, 'object': object}}"
+    assert describe(functools.partial(len, "a")) != describe(functools.partial(len, "b"))
 
 
 def test_an_unknown_channel_order_is_refused(distill_cfg, lazy_teacher, tmp_path):

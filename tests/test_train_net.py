@@ -84,6 +84,8 @@ def test_incomplete_weights_are_not_evaluated(config_file, tmp_path):
     keys = ["MODEL.ROI_HEADS.NUM_CLASSES", "4", "MODEL.WEIGHTS", str(tmp_path / "few.pth")]
     result = run_program("train_net.py", "--config-file", config_file, "--eval-only", *keys)
     assert result.returncode == 1 and "has 3 classes and the student 4" in result.stderr.splitlines()[-1]
+    result = run_program("train_net.py", "--config-file", config_file, "--eval-only", "MODEL.LOAD_PROPOSALS", "True")
+    assert result.returncode == 1 and "PROPOSAL_FILES_TEST names 0 files" in result.stderr.splitlines()[-1]
     assert config.read_text() == "of the training"  # an evaluation does not overwrite it
 
 

@@ -153,6 +153,11 @@ def test_unknown_or_missing_parts_are_refused(distill_cfg, monkeypatch, changes,
         DistillTrainer(distill_cfg(changes))
 
 
+@pytest.mark.parametrize("changes", [{"SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "full_model"}, {"INPUT.CROP.TYPE": "random"}])
+def test_values_of_what_is_off_do_not_matter(distill_cfg, changes):
+    DistillTrainer(distill_cfg(changes))
+
+
 def test_one_error_names_all_invalid_values(distill_cfg):
     with pytest.raises(GDetKDError, match="IMS_PER_BATCH is 0.*MAX_ITER is 0"):
         check_values(distill_cfg({"SOLVER.IMS_PER_BATCH": 0, "SOLVER.MAX_ITER": 0}))

@@ -232,7 +232,7 @@ def test_a_test_set_without_labels_cannot_be_compared_on(tmp_path, kind):
     if kind == "coco":
         entry["json"] = str(labels)
     opts = ["DATASETS.REGISTER", str([entry]), "DATASETS.TEST", str((entry["name"],))]
-    with pytest.raises(GDetKDError, match=f"'empty_{kind}' in DATASETS.TEST has no annotation, so no AP"):
+    with pytest.raises(GDetKDError, match=f"'empty_{kind}' in DATASETS.TEST has no annotation, so there is no AP"):
         Comparison(CONFIG, opts, tmp_path / "out", ["SGFI"]).prepare()
 
 

@@ -40,7 +40,8 @@ class GDetKD(nn.Module):
         adapter: reads the student. None if there are no losses and no unlabelled images: then this trains the plain
             student.
         mixture: joins the student's losses on images with and without labels.
-        reads_regions_alone: whether all losses read the teacher's features in regions, and none reads whole maps.
+        reads_regions_alone: whether the teacher's features are read in regions alone, by RoIAlign. The losses on whole
+            maps read more, and so does the head of a dense teacher.
         distils: whether the next training step has distillation terms. The trainer sets it by DISTILL.UNTIL.
 
     Raises:
@@ -71,6 +72,8 @@ class GDetKD(nn.Module):
                 self.losses = build_losses(cfg, spec, self.teacher.spec)
         self._needs = frozenset().union(*(loss.needs for loss in self.losses.values()))
         self.reads_regions_alone = all(loss.reads_regions_alone for loss in self.losses.values())
+        if self.losses and self.teacher.spec.dense is not None:
+            self.reads_regions_alone = False
         if self.losses:
             self.adapter.needs = self._needs
             self.adapter.stages_compared = min(spec.num_stages, self.teacher.spec.num_stages)

@@ -178,15 +178,9 @@ class TorchvisionRetinaNetAdapter(_TorchvisionDenseAdapter, RetinaNetAdapter):
 
 @DETECTOR_ADAPTER_REGISTRY.register()
 class TorchvisionFCOSAdapter(_TorchvisionDenseAdapter, FCOSAdapter):
-    """Read torchvision's FCOS. Its locations lie at the corners of the cells, as with ANCHOR_GENERATOR.OFFSET 0."""
+    """Read torchvision's FCOS. Its locations start at the corner of the image, as with ANCHOR_GENERATOR.OFFSET 0."""
 
     family = FCOS
-
-    def location_steps(self, towers: Sequence[torch.Tensor]) -> List[Tuple[int, int]]:
-        # torchvision divides the padded image by the size of each map. On coarse levels that is not the stride.
-        stride = next(iter(self._strides.values()))
-        height, width = (stride * cells for cells in towers[0].shape[-2:])
-        return [(width // tower.shape[-1], height // tower.shape[-2]) for tower in towers]
 
     def final_deltas(self, deltas: torch.Tensor) -> torch.Tensor:
         return deltas.relu()

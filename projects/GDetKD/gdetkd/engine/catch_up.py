@@ -113,9 +113,10 @@ class CatchUp(HookBase):
             if comm.is_main_process():
                 self._note.remove()
             return
-        self._estimate(done)
-        if done >= self.trainer.max_iter and os.path.basename(self.trainer.checkpointer.resumed_from) != FINAL:
-            self._save_final(done)  # it was never written, or has been lost since
+        has_estimated = self._estimate(done)
+        is_final = os.path.basename(self.trainer.checkpointer.resumed_from) == FINAL
+        if done >= self.trainer.max_iter and (has_estimated or not is_final):
+            self._save_final(done)
         # The main process's note counts, because all have to evaluate together.
         if self._is_due(done) and (self._is_uncounted(done) or comm.all_gather(self._note.read())[0] < done):
             self._evaluate(done)
@@ -127,13 +128,13 @@ class CatchUp(HookBase):
         """
         return not self._patience.has_counted(done)
 
-    def _estimate(self, done: int) -> None:
+    def _estimate(self, done: int) -> bool:
+        """Make a missed estimate. Return whether it was missed."""
         if self._precise is None or not self._precise.is_missing(done):
-            return
+            return False
         self._precise.estimate(done)
         self._exit_if_left()
-        if done >= self.trainer.max_iter:
-            self._save_final(done)
+        return True
 
     @contextmanager
     def _in_last_iteration(self, done: int) -> Iterator[None]:

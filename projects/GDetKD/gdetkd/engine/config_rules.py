@@ -152,8 +152,9 @@ def _wrong_transfer(cfg: CfgNode) -> List[str]:
 def _wrong_training(cfg: CfgNode) -> List[str]:
     """Find what fails in training alone."""
     wrong = []
-    sizes = _as_tuple(cfg.INPUT.MIN_SIZE_TRAIN)
-    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2:
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    has_range = not isinstance(sizes, (tuple, list)) or len(sizes) == 2
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and not has_range:
         wrong.append(
             f'INPUT.MIN_SIZE_TRAIN_SAMPLING is "range", but INPUT.MIN_SIZE_TRAIN has {len(sizes)} sizes: give the '
             'smallest and the largest, or set the sampling to "choice"'

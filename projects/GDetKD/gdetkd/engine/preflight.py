@@ -168,12 +168,16 @@ def _has_objects(dicts: List[dict], name: str) -> bool:
 
 
 def check_has_ap(name: str) -> None:
-    """
+    """Check that a dataset gives an AP.
+
     Raises:
-        GDetKDError: a dataset has no annotation, so there is no AP on it.
+        GDetKDError: the dataset has no annotation.
     """
-    if not _has_objects(load_dataset(name), name):
-        raise GDetKDError(f"The dataset {name!r} in DATASETS.TEST has no annotation, so no AP. Name one with labels.")
+    if not any(image.get("annotations") for image in load_dataset(name)):
+        raise GDetKDError(
+            f"The dataset {name!r} in DATASETS.TEST has no annotation, so there is no AP to compare. Name a dataset "
+            "with labels."
+        )
 
 
 def _check_first_test_set(cfg: CfgNode, without_ap: Sequence[str]) -> None:

@@ -113,11 +113,10 @@ def _class_sections(records: Sequence[Dict[str, Any]], baseline: Optional[Baseli
         return []
     matrices = {name: record["correlation"][name] for name in ("teacher", "student")}
     gap = None
-    if baseline is not None:
-        shown = [list(baseline.class_names).index(name) for name in record["classes"]]
-        correlation = baseline.correlation[shown][:, shown]
-        matrices["baseline"] = as_lists(correlation)
-        gap = correlation_gap(torch.tensor(np.array(matrices["teacher"], dtype=float)), correlation)
+    # An earlier version recorded all classes, also those without objects.
+    if baseline is not None and len(baseline.correlation) == len(record["classes"]):
+        matrices["baseline"] = as_lists(baseline.correlation)
+        gap = correlation_gap(torch.tensor(np.array(matrices["teacher"], dtype=float)), baseline.correlation)
     differences = f"The student differs from the teacher by {record['correlation_gap']:.3f} on average"
     differences += "." if gap is None else f", the baseline by {gap:.3f}."
     matrix_section = Section(

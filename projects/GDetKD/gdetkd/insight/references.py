@@ -21,13 +21,11 @@ class Baseline:
 
     Attributes:
         detections: the baseline's detections, by image of the probe.
-        class_names: the names of the C classes of the dataset.
-        correlation: (C, C) `class_correlation` of the baseline's embeddings.
+        correlation: (C, C) `class_correlation` of the baseline's embeddings, for the C classes that have objects.
         curve: iterations and AP (percent) of the baseline's evaluations.
     """
 
     detections: List[MatchedDetections]
-    class_names: Sequence[str]
     correlation: torch.Tensor
     curve: Tuple[Sequence[int], Sequence[float]]
 
@@ -57,4 +55,5 @@ def _look_at_baseline(run: FinishedRun, probe: Probe) -> Baseline:
     student = run.student()
     embeddings = embed_objects(run.adapter(student), probe)
     correlation = class_correlation(embeddings, probe.classes, len(probe.class_names))
-    return Baseline(match_student(student, probe), probe.class_names, correlation, run.curve())
+    shown = probe.classes.unique()
+    return Baseline(match_student(student, probe), correlation[shown][:, shown], run.curve())

@@ -48,8 +48,8 @@ def check_output(output: Path) -> None:
     """Check the output before a long run.
 
     Raises:
-        GDetKDError: the output cannot be written, does not end in .json, or exists and holds anything but boxes that
-            an earlier run found, such as labels of people.
+        GDetKDError: the output cannot be written, does not end in .json, or exists and was not written by
+            tools/label.py.
     """
     if output.suffix != ".json":  # the page has the same name and the ending .html
         raise GDetKDError(f"--output is {str(output)!r}. Name a file that ends in .json.")
@@ -74,7 +74,7 @@ def check_output(output: Path) -> None:
 def _holds_found_boxes(path: Path) -> bool:
     try:
         content = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(content, dict) and bool(label_info(content))
 

@@ -115,9 +115,9 @@ def _fault(entry: Dict[str, Any], image_ids: Collection[Any], categories: Mappin
     image, category = entry.get("image_id"), entry.get("category_id")
     score, box = entry.get("score"), entry.get("bbox")
     if not isinstance(image, (int, str)) or image not in image_ids:
-        return f"has image_id {image!r}, which is no image of the dataset"
+        return f"has the unknown image_id {image!r}"
     if not isinstance(category, int) or category not in categories:
-        return f"has category_id {category!r}, which is no category of the dataset"
+        return f"has the unknown category_id {category!r}"
     if not _is_number(score) or not 0 <= score <= 1:
         return f"has the score {score!r}, which is not a number from 0 to 1"
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)) or min(box[2:]) < 0:

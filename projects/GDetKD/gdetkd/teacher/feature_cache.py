@@ -52,8 +52,8 @@ class FeatureCache:
         """Return the features of a batch by name, (images, C, H, W).
 
         Args:
-            images: (1, 3, height, width) each, preprocessed and padded, on the device. If they differ in size, the maps
-                of smaller images are 0 at the right and at the bottom.
+            images: (1, 3, height, width) each, preprocessed and padded, on the device. If they differ in size, the
+                last row and column of the maps of smaller images are repeated.
             keys: by image, what `key_of` returned for the image before that.
             compute: runs the backbone. It gets one image at a time, so that the features of an image do not depend on
                 the others in its batch, and a resumed run is exact.

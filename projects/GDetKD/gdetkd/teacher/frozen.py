@@ -84,7 +84,7 @@ class FrozenTeacher:
         Args:
             batched_inputs: the student's inputs, in the student's channel order, not normalised.
             for_regions_alone: whether only features in regions will be read. Then the cache has a view of an image for
-                all batches: the image is padded for itself, and the maps are 0 in the rest of the batch's padding.
+                all batches: the image is padded for itself, and the border of its maps fills the batch's padding.
 
         Returns:
             the backbone's features by name. On a stream of its own, they are ready only for `look_at`.

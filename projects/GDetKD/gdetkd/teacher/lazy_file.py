@@ -1,7 +1,6 @@
 """Teachers from Python files of Detectron2's LazyConfig, which are run as programs."""
 
 import functools
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -19,6 +18,8 @@ from .base import TeacherFile
 
 logger = logging.getLogger(__name__)
 
+# Parts of a file that describe the detector, its images and its classes.
+CONTENT = ("model", "dataloader")
 # Detectron2 imports the files under a name that differs from time to time.
 PACKAGE = re.compile(r"detectron2\._cfg_loader[0-9a-f]*\.")
 
@@ -80,8 +81,8 @@ class LazyTeacher(TeacherFile):
 
     def content(self) -> str:
         # The text alone would not show the values that the file imports from others.
-        values = json.dumps(OmegaConf.to_container(self._file), default=_describe)
-        return self.earlier_content() + PACKAGE.sub("", values)
+        parts = [OmegaConf.to_container(part) for part in map(self._get, CONTENT) if OmegaConf.is_config(part)]
+        return self.earlier_content() + PACKAGE.sub("", describe(parts))
 
     def earlier_content(self) -> str:
         return Path(self.path).read_text()
@@ -106,12 +107,19 @@ class LazyTeacher(TeacherFile):
         return build_detection_test_loader(dicts, mapper=instantiate(mapper))
 
 
-def _describe(value: Any) -> str:
-    """Describe an object in a config by text that is the same in each process, so without its address in memory."""
+def describe(value: Any) -> str:
+    """Describe a value in a config by text that is the same in each process.
+
+    Objects are described without their address in memory, and sets in a fixed order.
+    """
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{describe(key)}: {describe(item)}' for key, item in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(describe, value))}]"
     if isinstance(value, (set, frozenset)):
-        return str(sorted(map(repr, value)))
+        return f"{{{', '.join(sorted(map(describe, value)))}}}"
     if isinstance(value, functools.partial):
-        return f"{_describe(value.func)} {value.args} {value.keywords}"
+        return describe([value.func, value.args, value.keywords])
     if callable(value):
         return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     text = repr(value)
