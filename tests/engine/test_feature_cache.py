@@ -76,6 +76,13 @@ def test_images_are_padded_alone_if_no_loss_reads_whole_maps(distill_cfg, losses
     assert len(seen) == (3 if alone else 4)
 
 
+def test_a_dense_teachers_images_have_the_padding_of_the_batch(pair_cfg):
+    """Its head runs convolutions on whole maps, so a region's embedding depends on what is beyond the border."""
+    losses = {"DISTILL.LOSSES": ("SGFI", "CKD")}
+    assert not build_model(pair_cfg("retinanet-faster_rcnn", losses)).reads_regions_alone
+    assert build_model(pair_cfg("faster_rcnn-retinanet", losses)).reads_regions_alone
+
+
 @pytest.mark.parametrize("keys", [{}, {"DISTILL.TEACHER.DTYPE": "bfloat16"}])
 def test_an_image_has_one_view_however_large_its_batch_is(distill_cfg, keys):
     teacher = FrozenTeacher(distill_cfg({**CACHE, **keys}))
