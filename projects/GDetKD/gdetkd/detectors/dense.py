@@ -3,7 +3,6 @@
 Shapes: B images, L levels, A anchors of a location, n classes, K candidates of an image, N regions.
 """
 
-import logging
 import math
 from abc import abstractmethod
 from functools import cached_property, partial
@@ -24,8 +23,6 @@ from .base import REGION_FIELDS, DetectorAdapter
 from .dense_head import DenseHead
 from .doubt import mark_ignored
 from .sources import by_anchor, gather, places, without_anchor
-
-logger = logging.getLogger(__name__)
 
 # Pooled size of a dense teacher's regions. It has no box head that sets one. Two-stage detectors use 7 x 7.
 POOLED_SIZE = (7, 7)
