@@ -14,6 +14,7 @@ from test_clean import BOX, dataset, with_boxes
 from conftest import make_cfg, write_coco
 from gdetkd.data import register_datasets
 from gdetkd.data.folders import leaves
+from gdetkd.data.kinds.coco_ids import respell_file_names
 from gdetkd.data.kinds.coco_masks import _decoded_length, _is_near, _outline
 from gdetkd.data.kinds.voc import load_voc
 from gdetkd.engine.evaluators import build_evaluator
@@ -264,3 +265,11 @@ def test_invalid_voc_lists_are_refused(tmp_path, listed):
     entry = {"name": "mine", "kind": "voc", "root": str(tmp_path), "split": "../../x", "classes": ["cat"]}
     with pytest.raises(GDetKDError, match="split '../../x'"):
         register_datasets(make_cfg({"DATASETS.REGISTER": [entry]}))
+
+
+def test_a_file_of_another_image_is_not_taken_for_its_spelling(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).touch()
+    images = [{"file_name": name} for name in ("A.jpg", "a.jpg", "B.jpg", "B.JPG")]
+    assert respell_file_names(images, str(tmp_path)) == 1
+    assert [image["file_name"] for image in images] == ["A.jpg", "a.jpg", "b.jpg", "B.JPG"]

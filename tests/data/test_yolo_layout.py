@@ -21,6 +21,7 @@ from test_exact_detections_yolo import (
 from conftest import make_cfg
 from gdetkd.data.class_names import class_names
 from gdetkd.data.clean import without_bad_images
+from gdetkd.data.kinds.yolo_files import LabelFinder
 from gdetkd.errors import GDetKDError
 
 
@@ -191,3 +192,16 @@ def test_bad_images_within_a_limit_are_counted(tmp_path):
     assert is_kept.tolist() == [True, False, True, True] and len(kept) == 3
     with pytest.raises(GDetKDError, match="1 of 4 images cannot be used"):
         without_bad_images(dicts, 0.1, "exact")
+
+
+def test_a_label_file_of_another_image_is_not_taken_for_its_spelling(tmp_path):
+    """A.jpg shows no object, so it has no label file. B.jpg has one that is spelt in another way."""
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for name in ("A.jpg", "a.jpg", "B.jpg"):
+        (tmp_path / "images" / name).touch()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "labels" / name).touch()
+    finder = LabelFinder()
+    found = [finder.find(str(tmp_path / "images" / name)) for name in ("A.jpg", "a.jpg", "B.jpg")]
+    assert found == [None, str(tmp_path / "labels" / "a.txt"), str(tmp_path / "labels" / "b.txt")]

@@ -28,6 +28,26 @@ def test_plain_values(text):
     assert config["value"] == VALUES[text]
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "norm.update(mean=[3, 4])",
+        "norm['mean'] = [3, 4]",
+        "norm.mean = 3",
+        "norm += 1",
+        "del norm",
+        "if True:\n  norm = 3",
+    ],
+)
+def test_what_changes_a_value_makes_it_and_all_that_share_it_unreadable(statement):
+    """mmdetection runs such lines. A value from before them would be wrong."""
+    text = f"norm = dict(mean=[1, 2])\nmodel = dict(norm=norm)\nother = 5\n{statement}\nlater = dict(norm=norm)\n"
+    config = read_config_text(f'"""Text."""\nimport os\n{text}', "the text")
+    assert config["norm"] == Unreadable("the text, line 6 changes 'norm' by more than an assignment")
+    assert isinstance(config["model"], Unreadable) and isinstance(config["later"], Unreadable)
+    assert config["other"] == 5
+
+
 PROGRAMS = [
     "__import__('os').system('touch {target}')",
     "open('{target}', 'w')",

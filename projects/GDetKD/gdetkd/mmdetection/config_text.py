@@ -4,7 +4,7 @@ import ast
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Mapping, Sequence
+from typing import Any, Dict, Mapping, Sequence, Set
 
 from ..errors import GDetKDError
 
@@ -81,17 +81,46 @@ def read_config_file(path: Path, including: Sequence[Path] = ()) -> Dict[str, An
 
 def _values(text: str, source: str) -> Dict[str, Any]:
     values: Dict[str, Any] = {}
+    uses: Dict[str, Set[str]] = {}  # the names from which a name was made
     try:
         for statement in ast.parse(text).body:
             if isinstance(statement, ast.Assign) and all(isinstance(name, ast.Name) for name in statement.targets):
-                value = _value_or_place(statement.value, values, source)
+                value, used = _value_or_place(statement.value, values, source), _names_in(statement.value)
                 values.update({name.id: value for name in statement.targets})
+                uses.update({name.id: used for name in statement.targets})
+                continue
+            for name in _made_from(_names_changed_by(statement), uses):
+                place = f"{source}, line {statement.lineno} changes {name!r} by more than an assignment"
+                values[name] = Unreadable(place)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         raise GDetKDError(
             f"{source} is not valid Python ({type(e).__name__}: {e}), so it cannot be read as an mmdetection config. "
             "Name the detector's config file of mmdetection with --config."
         ) from e
     return values
+
+
+def _names_in(node: ast.AST) -> Set[str]:
+    return {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+
+
+def _names_changed_by(statement: ast.stmt) -> Set[str]:
+    """Return the names whose values a statement may change. It is no assignment of a value to names."""
+    if isinstance(statement, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
+        return set()
+    if isinstance(statement, ast.Assign):
+        return set().union(*(_names_in(target) for target in statement.targets))
+    if isinstance(statement, (ast.AugAssign, ast.AnnAssign)):
+        return _names_in(statement.target)
+    return _names_in(statement)
+
+
+def _made_from(names: Set[str], uses: Mapping[str, Set[str]]) -> Set[str]:
+    """Return the names, and all names that were made from them and may share their values."""
+    found = set(names)
+    while more := {name for name, used in uses.items() if used & found} - found:
+        found |= more
+    return found
 
 
 def _value_or_place(node: ast.expr, names: Mapping[str, Any], source: str) -> Any:

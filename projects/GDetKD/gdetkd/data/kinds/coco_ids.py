@@ -108,8 +108,12 @@ def _renumber(annotations: List[Item]) -> int:
 
 
 def respell_file_names(images: Sequence[Item], folder: str) -> int:
-    """Correct file names that differ from a file only by upper and lower case. Return how many were corrected."""
+    """Correct file names that differ from a file only by upper and lower case. Return how many were corrected.
+
+    A file that another image names, or has been given, is not taken.
+    """
     listings: Dict[str, Dict[str, List[str]]] = {}
+    taken = {image["file_name"] for image in images if isinstance(image.get("file_name"), str)}
     changed = 0
     for image in images:
         name = image.get("file_name")
@@ -119,9 +123,10 @@ def respell_file_names(images: Sequence[Item], folder: str) -> int:
         head, tail = os.path.split(name)
         if head not in listings:
             listings[head] = _by_lower_case(os.path.join(folder, head))
-        found = listings[head].get(tail.lower(), [])
-        if len(found) == 1:
-            image["file_name"] = os.path.join(head, found[0])
+        found = [os.path.join(head, other) for other in listings[head].get(tail.lower(), [])]
+        if len(found) == 1 and found[0] not in taken:
+            image["file_name"] = found[0]
+            taken.add(found[0])
             changed += 1
     return changed
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Set, Tuple
 
 from ...errors import GDetKDError
 from ..folders import Listing, list_images, read_text
@@ -64,6 +64,7 @@ class LabelFinder:
 
     def __init__(self) -> None:
         self._folders: Dict[str, Listing] = {}
+        self._stems: Dict[str, Set[str]] = {}
 
     def find(self, image: str) -> Optional[str]:
         """Return the label file of an image, or None if there is none."""
@@ -71,8 +72,18 @@ class LabelFinder:
         if folder not in self._folders:
             self._folders[folder] = Listing(find_label_folder(folder) if os.path.isdir(folder) else folder, False)
         listing = self._folders[folder]
-        found = listing.find(f"{os.path.splitext(name)[0]}.txt")
-        return None if found is None else os.path.join(listing.folder, found)
+        stem = os.path.splitext(name)[0]
+        found = listing.find(f"{stem}.txt")
+        if found is None or (found != f"{stem}.txt" and self._is_of_another(folder, os.path.splitext(found)[0])):
+            return None
+        return os.path.join(listing.folder, found)
+
+    def _is_of_another(self, folder: str, stem: str) -> bool:
+        """Return whether a folder has an image of exactly this stem."""
+        if folder not in self._stems:
+            names = os.listdir(folder) if os.path.isdir(folder) else []
+            self._stems[folder] = {os.path.splitext(name)[0] for name in names}
+        return stem in self._stems[folder]
 
 
 def _find_place(description: Description, item: str, allow_outside: bool) -> str:
