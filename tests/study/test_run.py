@@ -222,12 +222,17 @@ def test_other_labels_at_the_same_path_are_another_run(tmp_path):
         claim_folder(run)
 
 
-def test_a_folder_of_an_earlier_version_is_continued(tmp_path):
-    """Its fingerprint did not depend on labels."""
+def test_a_folder_of_an_earlier_version_is_continued(tmp_path, monkeypatch):
+    """Its fingerprint depended on the text of a LazyConfig teacher alone, and once on few of the labels."""
+    monkeypatch.setattr(folder, "digests_of_labels", lambda cfg, names: {name: ["digest"] for name in names})
+    monkeypatch.setattr("gdetkd.teacher.yaml_file.YamlTeacher.earlier_content", lambda file: "the text")
     run = Run(tmp_path, CONFIG, [], 100)
-    (tmp_path / "fingerprint.txt").write_text(folder._earlier_fingerprint(run))
-    claim_folder(run)
-    assert (tmp_path / "fingerprint.txt").read_text() == fingerprint(run)
+    fingerprints = {*folder._earlier_fingerprints(run), fingerprint(run)}
+    assert len(fingerprints) == 3
+    for earlier in fingerprints:
+        (tmp_path / "fingerprint.txt").write_text(earlier)
+        claim_folder(run)
+        assert (tmp_path / "fingerprint.txt").read_text() == fingerprint(run)
 
 
 def test_a_teacher_whose_file_has_changed_is_another_run(tmp_path):
