@@ -82,6 +82,15 @@ WIDER = {
     "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
     "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
 }
+# Keys of a two-stage detector without an FPN.
+RESNET_C4 = {
+    "MODEL.BACKBONE.NAME": "build_resnet_backbone",
+    "MODEL.RESNETS.OUT_FEATURES": ["res4"],
+    "MODEL.RPN.IN_FEATURES": ["res4"],
+    "MODEL.ROI_HEADS.IN_FEATURES": ["res4"],
+    "MODEL.ROI_HEADS.NAME": "Res5ROIHeads",
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[32]],
+}
 # Keys that make the tiny detector dense. A student's meta-architecture is under DISTILL.
 DENSE = {
     "MODEL.BACKBONE.NAME": "build_retinanet_resnet_fpn_backbone",

@@ -8,18 +8,9 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
-from conftest import WIDER, make_cfg
+from conftest import RESNET_C4, WIDER, make_cfg
 from gdetkd.errors import GDetKDError
 from gdetkd.teacher import CompleteCheckpointer, FrozenTeacher, transfer_heads
-
-RESNET_C4 = {
-    "MODEL.BACKBONE.NAME": "build_resnet_backbone",
-    "MODEL.RESNETS.OUT_FEATURES": ["res4"],
-    "MODEL.RPN.IN_FEATURES": ["res4"],
-    "MODEL.ROI_HEADS.IN_FEATURES": ["res4"],
-    "MODEL.ROI_HEADS.NAME": "Res5ROIHeads",
-    "MODEL.ANCHOR_GENERATOR.SIZES": [[32]],
-}
 
 
 def refused(cfg, match):

@@ -9,7 +9,7 @@ from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
-from conftest import make_batch, plain_keys_of
+from conftest import RESNET_C4, make_batch, plain_keys_of
 from gdetkd import DistillTrainer
 from gdetkd.config import plain_config
 from gdetkd.engine.hooks import RandomState
@@ -59,15 +59,7 @@ def test_without_losses_a_run_is_bit_identical_to_detectron2s(distill_cfg):
 
 
 def test_a_student_without_an_fpn_trains_alone(distill_cfg):
-    keys = {
-        "MODEL.BACKBONE.NAME": "build_resnet_backbone",
-        "MODEL.RESNETS.OUT_FEATURES": ["res4"],
-        "MODEL.RPN.IN_FEATURES": ["res4"],
-        "MODEL.ROI_HEADS.IN_FEATURES": ["res4"],
-        "MODEL.ROI_HEADS.NAME": "Res5ROIHeads",
-        "MODEL.ANCHOR_GENERATOR.SIZES": [[32]],
-        "DISTILL.HEAD_TRANSFER": False,
-    }
+    keys = {**RESNET_C4, "DISTILL.HEAD_TRANSFER": False}
     trainer, losses = train(DistillTrainer, distill_cfg({**keys, "DISTILL.LOSSES": (), "SOLVER.MAX_ITER": 1}))
     assert trainer.student_spec is None and losses[0]["total_loss"] > 0
     for method in ({"DISTILL.LOSSES": ("CKD",)}, {"DISTILL.LOSSES": (), "DISTILL.HEAD_TRANSFER": True}):

@@ -1,4 +1,4 @@
-"""What the dense detectors, RetinaNet and FCOS, have in common.
+"""Read dense detectors: the base class of the adapters of RetinaNet and FCOS.
 
 Shapes: B images, L levels, A anchors of a location, n classes, K candidates of an image, N regions.
 """

@@ -1,4 +1,4 @@
-"""RetinaNet and FCOS: what differs between the dense detectors.
+"""Read RetinaNet and FCOS: the adapters hold what differs between the two families.
 
 Shapes: B images, A anchors of a location.
 """

@@ -11,15 +11,17 @@ from ..teacher import FrozenTeacher
 
 
 def check_same_teacher(teacher: FrozenTeacher) -> None:
-    """
+    """Check that all processes have the same teacher.
+
     Raises:
         GDetKDError: the processes have loaded different weights of the teacher.
     """
-    _check(teacher.sha256, f"of the teacher ({teacher.file.weights!r})")
+    _require_equal(teacher.sha256, f"of the teacher ({teacher.file.weights!r})")
 
 
 def check_same_student(student: nn.Module, weights: str) -> None:
-    """
+    """Check that all processes start from the same student.
+
     Args:
         weights: the file that the student has loaded, for the message.
 
@@ -27,10 +29,10 @@ def check_same_student(student: nn.Module, weights: str) -> None:
         GDetKDError: the processes start from different students.
     """
     if comm.get_world_size() > 1:
-        _check(_digest(student), f"of the student (MODEL.WEIGHTS {weights!r}, or the file of its backbone)")
+        _require_equal(_digest(student), f"of the student (MODEL.WEIGHTS {weights!r}, or the file of its backbone)")
 
 
-def _check(digest: str, name: str) -> None:
+def _require_equal(digest: str, name: str) -> None:
     found = comm.all_gather(digest)
     others = [rank for rank, other in enumerate(found) if other != found[0]]
     if others:

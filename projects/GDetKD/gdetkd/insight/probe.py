@@ -26,6 +26,7 @@ from ..errors import GDetKDError
 from ..structures import DetectorOutputs, Regions
 from ..teacher import FrozenTeacher
 from .detections import MatchedDetections, best_threshold, match_objects
+from .measures import class_correlation
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,20 @@ class Probe:
     def areas(self) -> torch.Tensor:
         """Return (N,): the area of each box in pixels of its file."""
         return torch.cat([inputs["instances"].gt_boxes.area() for inputs in self.inputs]) / self.scales**2
+
+    @property
+    def shown_classes(self) -> torch.Tensor:
+        """Return (S,): the classes that have objects, in order."""
+        return self.classes.unique()
+
+    def correlate(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the `class_correlation` (S, S) of the shown classes.
+
+        Args:
+            embeddings: (N, D)
+        """
+        shown, places = self.classes.unique(return_inverse=True)
+        return class_correlation(embeddings, places, len(shown)) if len(shown) else embeddings.new_zeros(0, 0)
 
     def batches(self) -> Iterator[List[Dict[str, Any]]]:
         for start in range(0, len(self.inputs), BATCH):

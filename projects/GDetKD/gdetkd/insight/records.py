@@ -11,7 +11,7 @@ import torch
 from ..distiller import GDetKD
 from ..files import mend_last_line, read_json_lines, written_whole
 from ..old_names import OLD_INSIGHT_FOLDER
-from .measures import class_correlation, correlation_gap, level_matching
+from .measures import correlation_gap, level_matching
 from .probe import Look, Probe, look_at_objects
 
 FOLDER = "insight"  # in a run's OUTPUT_DIR
@@ -36,15 +36,13 @@ def make_record(distiller: GDetKD, probe: Probe, iterations: int) -> Dict[str, A
     """
     look = look_at_objects(distiller, probe)
     correlation = {
-        name: class_correlation(embeddings, probe.classes, len(probe.class_names))
-        for name, embeddings in (("teacher", look.teacher), ("student", look.student))
+        name: probe.correlate(embeddings) for name, embeddings in (("teacher", look.teacher), ("student", look.student))
     }
-    shown = probe.classes.unique().tolist()
     record: Dict[str, Any] = {
         "iterations": iterations,
         "objects": len(probe.classes),
-        "classes": [probe.class_names[index] for index in shown],
-        "correlation": {name: as_lists(matrix[shown][:, shown]) for name, matrix in correlation.items()},
+        "classes": [probe.class_names[index] for index in probe.shown_classes.tolist()],
+        "correlation": {name: as_lists(matrix) for name, matrix in correlation.items()},
         "correlation_gap": correlation_gap(correlation["teacher"], correlation["student"]),
     }
     if look.alpha is not None:

@@ -10,7 +10,6 @@ import torch
 
 from ..teacher import FrozenTeacher
 from .detections import MatchedDetections
-from .measures import class_correlation
 from .probe import Probe, embed_objects, match_student, match_teacher
 from .run import FinishedRun
 
@@ -54,6 +53,4 @@ def look_at_references(teacher: FrozenTeacher, probe: Probe, baseline: Optional[
 def _look_at_baseline(run: FinishedRun, probe: Probe) -> Baseline:
     student = run.student()
     embeddings = embed_objects(run.adapter(student), probe)
-    correlation = class_correlation(embeddings, probe.classes, len(probe.class_names))
-    shown = probe.classes.unique()
-    return Baseline(match_student(student, probe), correlation[shown][:, shown], run.curve())
+    return Baseline(match_student(student, probe), probe.correlate(embeddings), run.curve())
