@@ -69,5 +69,10 @@ def transfer_heads(teacher: nn.Module, student: nn.Module) -> List[str]:
         )
     logger.info("Head transfer: %d tensors copied from the teacher.", len(copied))
     if skipped:
-        logger.warning("Head transfer leaves %d tensors as they were: %s", len(skipped), some(skipped))
+        logger.warning(
+            "Head transfer leaves %d tensors of the student's heads as they were (%s), because the teacher has no such "
+            "tensor of the same shape. To copy them, too, give the student the teacher's head sizes and FPN channels.",
+            len(skipped),
+            some(skipped),
+        )
     return copied
