@@ -12,12 +12,12 @@ again, or add methods and seeds: complete runs are not repeated, and interrupted
 import argparse
 import warnings
 from pathlib import Path
-from typing import Optional
 
 warnings.filterwarnings("ignore")
 
 from gdetkd.study.comparison import Comparison  # noqa: E402, I001
-from gdetkd.study.cluster import ClusterExecutor, parse_parameters, slurm_executor
+from gdetkd.study.cluster import parse_parameters, slurm_executor
+from gdetkd.study.executors import Executor, LocalExecutor
 from gdetkd.errors import GDetKDError
 from gdetkd.config_file import load_config
 from gdetkd.study.methods import CONFIGURED, ablation
@@ -71,17 +71,14 @@ def make_comparison(args: argparse.Namespace) -> Comparison:
     return Comparison(args.config_file, args.opts, output, methods, seeds, schedules, args.equal_time)
 
 
-def make_executor(args: argparse.Namespace, comparison: Comparison) -> Optional[ClusterExecutor]:
-    """Return what starts the trainings on a cluster, or None if they run on this machine.
-
-    All trainings may be in SLURM's queue at once, unless --jobs says less.
-    """
+def make_executor(args: argparse.Namespace, comparison: Comparison) -> Executor:
+    """Return what starts the trainings. All of them may be in SLURM's queue at once, unless --jobs says less."""
     if args.executor == "slurm":
         jobs = args.jobs or 2 * sum(map(len, comparison.runs.values()))  # with those at equal time
         return slurm_executor((comparison.output / "slurm").resolve(), jobs, parse_parameters(args.slurm))
     if args.slurm:
         raise GDetKDError("--slurm has no effect with --executor local. Add --executor slurm, or leave it out.")
-    return None
+    return LocalExecutor(args.jobs or 1)
 
 
 def main() -> None:
@@ -92,9 +89,9 @@ def main() -> None:
     teacher_ap = comparison.score_teacher()
     runs = [run for seeds in comparison.runs.values() for run in seeds]
     print(f"{len(runs)} runs, {sum(run.is_complete() for run in runs)} of them complete, in {comparison.output}/runs")
-    comparison.train(TRAIN_NET, args.jobs or 1, executor)
+    comparison.train(TRAIN_NET, executor)
     report = comparison.output / "report"
-    write_report(report, comparison, teacher_ap, describe(comparison, executor and executor.machine))
+    write_report(report, comparison, teacher_ap, describe(comparison, executor.machine))
     print(f"\n{(report / 'report.md').read_text()}\nReport: {report / 'report.html'}")
 
 

@@ -22,6 +22,7 @@ from gdetkd.errors import GDetKDError
 from gdetkd.insight.run import FinishedRun
 from gdetkd.labelling.run import Options, label_images
 from gdetkd.study.comparison import Comparison
+from gdetkd.study.executors import LocalExecutor
 from gdetkd.study.methods import CONFIGURED, WITH_UNLABELED
 from gdetkd.program import explained_errors
 from gdetkd.teacher import FrozenTeacher
@@ -85,7 +86,7 @@ def main() -> None:
     comparison = Comparison(config, [], output, methods, [args.seed], equal_time=True, one_longer=True)
     comparison.prepare()
     teacher_ap = comparison.score_teacher()
-    comparison.train(ROOT / "train_net.py", jobs=2)
+    comparison.train(ROOT / "train_net.py", LocalExecutor(jobs=2))
     rows = summarize(comparison, teacher_ap)
     (output / "summary.json").write_text(as_json(rows, teacher_ap, describe(comparison)))
     draw(output / "comparison.png", comparison, teacher_ap)

@@ -15,9 +15,10 @@ from gdetkd.engine.stopping import EXIT_STOPPED
 from gdetkd.errors import GDetKDError
 from gdetkd.study import cluster, in_job
 from gdetkd.study.cluster import ClusterExecutor, parse_parameters, slurm_executor
+from gdetkd.study.executors import LocalExecutor
 from gdetkd.study.jobs import run_all
 from gdetkd.study.run import Run
-from gdetkd.study.step_time import StepTime, kept_step_time, measure_in_job
+from gdetkd.study.step_time import StepTime, kept_step_time, measure
 from programs import PROCESSES, run_program
 
 submitit = pytest.importorskip("submitit")
@@ -61,7 +62,7 @@ def start(tmp_path, monkeypatch):
         program = tmp_path / "train_net.py"
         program.write_text(START + body)
         run = Run(tmp_path / "one", CONFIG, [], 5)
-        run_all([run], program, executor=executor or make_executor(tmp_path, **parameters))
+        run_all([run], program, executor or make_executor(tmp_path, **parameters))
         return run
 
     return train
@@ -274,15 +275,14 @@ def test_the_time_of_a_step_is_measured_in_a_job(start, tmp_path, monkeypatch):
     monkeypatch.setattr("gdetkd.study.step_time._command", lambda *args: [sys.executable, str(program), str(args[-1])])
     runs, executor = [Run(tmp_path / name, CONFIG, [], 5) for name in ("none", "GDetKD")], make_executor(tmp_path)
     path = tmp_path / "GDetKD.json"
-    assert kept_step_time(path, *runs, {}, executor) == StepTime(**numbers)
+    assert kept_step_time(path, *runs, executor) == StepTime(**numbers)
     program.write_text("print('the reason'); raise SystemExit(3)")
-    assert kept_step_time(path, *runs, {}, executor) == StepTime(**numbers)
+    assert kept_step_time(path, *runs, executor) == StepTime(**numbers)
     with pytest.raises(GDetKDError, match="could not be measured for GDetKD: .* exit code 3.*the reason"):
-        measure_in_job(executor, *runs, tmp_path / "other.log")
+        measure(executor, *runs, tmp_path / "other.log")
     # A time that was measured on this machine says nothing about the cluster.
-    monkeypatch.setattr("gdetkd.study.step_time.measure_in_process", lambda *args: "measured here")
-    with pytest.raises(TypeError):
-        kept_step_time(path, *runs, {})
+    with pytest.raises(GDetKDError, match="could not be measured"):
+        kept_step_time(path, *runs, LocalExecutor(1))
 
 
 def test_parameters_are_read_as_python_literals():

@@ -16,6 +16,7 @@ from gdetkd.engine import DistillTrainer
 from gdetkd.errors import GDetKDError
 from gdetkd.study.charts import longer_baselines
 from gdetkd.study.comparison import Comparison
+from gdetkd.study.executors import LocalExecutor
 from gdetkd.study.folder import deciding_keys, fingerprint
 from gdetkd.study.methods import ablation, method_opts
 from gdetkd.study.picture import curves_of
@@ -87,21 +88,20 @@ def test_a_config_for_several_gpus_is_spelled_out_for_one_process(tmp_path):
 def test_the_time_of_a_step_is_measured_once_and_kept(tmp_path, monkeypatch):
     measured = []
 
-    def measure(baseline, method, environment, log):
-        measured.append((baseline.opts, method.opts, environment["OMP_NUM_THREADS"]))
+    def measure(executor, baseline, method, log):
+        measured.append((baseline.opts, method.opts, executor.jobs))
         return StepTime(2.0 + len(measured), 1.0, 4.0, STEP, 1, "cpu")
 
-    monkeypatch.setattr("gdetkd.study.step_time.measure_in_process", measure)
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr("gdetkd.study.step_time.measure", measure)
 
     def ratio(opts, seeds=(1,), schedules=(1.0,)):
         comparison = Comparison(CONFIG, opts, tmp_path, ["GDetKD"], seeds, schedules)
-        comparison.measure_steps(jobs=2)
+        comparison.measure_steps(LocalExecutor(3))
         return comparison.step_ratio("GDetKD")
 
     assert ratio([]) == ratio([], seeds=(4, 5), schedules=(2.0,)) == 3.0
     plain = ["DISTILL.LOSSES", "()", "DISTILL.HEAD_TRANSFER", "False", "SEED", "0"]
-    assert measured == [(plain, ["SEED", "0"], "3")]
+    assert measured == [(plain, ["SEED", "0"], 3)]
     assert ratio(["DISTILL.SGFI.WEIGHT", "9.0"]) == 4.0  # another config is measured again
     assert not (tmp_path / "runs").exists()
 
@@ -113,18 +113,16 @@ def test_a_measurement_ends_if_the_comparison_gets_a_signal(tmp_path, monkeypatc
     monkeypatch.setattr(sys, "executable", str(program))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit):
-        Comparison(CONFIG, [], tmp_path / "out", ["GDetKD"]).measure_steps(jobs=1)
+        Comparison(CONFIG, [], tmp_path / "out", ["GDetKD"]).measure_steps(LocalExecutor(1))
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
     assert signal.getsignal(signal.SIGTERM) == before and not list(tmp_path.rglob("*.json"))
 
 
 def test_the_baseline_alone_is_measured_against_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "gdetkd.study.step_time.measure_in_process", lambda *args: StepTime(1.04, 1.0, 1.1, STEP, 1, "cpu")
-    )
+    monkeypatch.setattr("gdetkd.study.step_time.measure", lambda *_: StepTime(1.04, 1.0, 1.1, STEP, 1, "cpu"))
     comparison = Comparison(CONFIG, [], tmp_path, [])
-    comparison.measure_steps(jobs=1)
+    comparison.measure_steps(LocalExecutor(1))
     assert comparison.step_ratio("none") == 1.0 and comparison.step_seconds("none") == STEP
 
 
@@ -358,7 +356,7 @@ def test_baselines_at_equal_time_wait_for_the_methods_if_runs_may_end_early(tmp_
     monkeypatch.setattr(Comparison, "measure_steps", lambda *_: None)
     monkeypatch.setattr("gdetkd.study.comparison.claim_folder", lambda run: None)
     monkeypatch.setattr("gdetkd.study.comparison.run_all", lambda runs, *_: trained.append([r.max_iter for r in runs]))
-    comparison.train(ROOT / "train_net.py")
+    comparison.train(ROOT / "train_net.py", LocalExecutor(2))
     assert trained == [[500] * 4, [500] * 4 + [1000] * 2]
 
 

@@ -16,6 +16,7 @@ from gdetkd.insight.run import read_terms
 from gdetkd.metrics_file import MetricsFile
 from gdetkd.old_names import RENAMED_KEYS
 from gdetkd.study import folder
+from gdetkd.study.executors import LocalExecutor
 from gdetkd.study.folder import claim_folder, deciding_keys, fingerprint
 from gdetkd.study.jobs import run_all
 from gdetkd.study.run import PLAIN, Run, stretched
@@ -59,8 +60,8 @@ def test_unknown_pair_names_the_known_ones(monkeypatch):
 def test_the_quickstart_is_a_comparison_with_one_seed_at_equal_time(tmp_path, monkeypatch, capsys):
     quickstart, drawn, labelled = load_quickstart(), [], []
 
-    def train(comparison, train_net, jobs):
-        assert train_net.is_file() and jobs == 2
+    def train(comparison, train_net, executor):
+        assert train_net.is_file() and executor.jobs == 2
         methods = ["GDetKD", "GDetKD+unlabeled"]
         ratios = zip(methods, (1.4, 1.58))
         comparison.step_times = {method: StepTime(ratio, 1.3, 1.6, 0.25, 1, "cpu") for method, ratio in ratios}
@@ -102,9 +103,9 @@ def test_the_quickstart_is_a_comparison_with_one_seed_at_equal_time(tmp_path, mo
 def test_complete_runs_are_not_repeated_and_failed_runs_are_named(tmp_path):
     program = tmp_path / "train_net.py"
     program.write_text("import sys; print('the reason'); sys.exit(1)")
-    run_all([finished(tmp_path / "done", 10.0, 100, 20.0)], program)
+    run_all([finished(tmp_path / "done", 10.0, 100, 20.0)], program, LocalExecutor(2))
     with pytest.raises(GDetKDError, match="the reason"):
-        run_all([Run(tmp_path / "new", CONFIG, [], 5)], program)
+        run_all([Run(tmp_path / "new", CONFIG, [], 5)], program, LocalExecutor(2))
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -123,7 +124,7 @@ def test_a_teacher_that_changes_while_runs_train_is_noticed(tmp_path, count):
     opts = ["DISTILL.TEACHER.WEIGHTS", str(weights)]
     runs = [Run(tmp_path / str(index), CONFIG, opts, 5) for index in range(count)]
     with pytest.raises(GDetKDError, match="holds a run of another config"):
-        run_all(runs, program, jobs=1)
+        run_all(runs, program, LocalExecutor(1))
     assert runs[0].is_complete() and not any(run.is_complete() for run in runs[1:])
 
 
@@ -131,14 +132,14 @@ def test_a_folder_of_another_config_is_refused(tmp_path):
     finished(tmp_path / "done", 10.0, 100, 20.0)
     changed = Run(tmp_path / "done", CONFIG, ["DISTILL.SGFI.WEIGHT", "9.0"], 100)
     with pytest.raises(GDetKDError, match="holds a run of another config. Use that"):
-        run_all([changed], tmp_path / "train_net.py")
+        run_all([changed], tmp_path / "train_net.py", LocalExecutor(2))
     # If Detectron2 has written the config, the message names only the keys that differ.
     as_run = load_config(CONFIG, ["SOLVER.MAX_ITER", 100, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "done")])
     (tmp_path / "done" / "config.yaml").write_text(as_run.dump())
     with pytest.raises(
         GDetKDError, match="another config: DISTILL.SGFI.WEIGHT 6.0 -> 9.0. Use that config again, remove"
     ):
-        run_all([changed], tmp_path / "train_net.py")
+        run_all([changed], tmp_path / "train_net.py", LocalExecutor(2))
 
 
 def test_keys_that_a_run_does_not_use_do_not_change_its_fingerprint():
@@ -264,7 +265,7 @@ def test_trainings_end_if_another_training_fails(tmp_path):
         "    time.sleep(0.05)\n"
     )
     with pytest.raises(GDetKDError, match="The run in .*one failed"):
-        run_all([Run(tmp_path / name, CONFIG, [], 5) for name in ("one", "two")], program)
+        run_all([Run(tmp_path / name, CONFIG, [], 5) for name in ("one", "two")], program, LocalExecutor(2))
     assert (tmp_path / "two" / "stopped").exists() and not (tmp_path / "one" / "stopped").exists()
 
 
@@ -281,7 +282,7 @@ def test_trainings_end_if_the_comparison_gets_a_signal(tmp_path):
     )
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit):
-        run_all([Run(tmp_path / "one", CONFIG, [], 5)], program)
+        run_all([Run(tmp_path / "one", CONFIG, [], 5)], program, LocalExecutor(2))
     assert (tmp_path / "one" / "stopped").exists() and signal.getsignal(signal.SIGTERM) == before
 
 
@@ -294,7 +295,7 @@ def test_a_run_that_is_named_twice_is_trained_once(tmp_path):
         "(folder / 'metrics.json').open('a').write(line + '\\n')\n"
         "(folder / 'model_final.pth').touch()\n"
     )
-    run_all([Run(tmp_path / "one", CONFIG, [], 5), Run(tmp_path / "one", CONFIG, [], 5)], program)
+    run_all([Run(tmp_path / "one", CONFIG, [], 5), Run(tmp_path / "one", CONFIG, [], 5)], program, LocalExecutor(2))
     assert len((tmp_path / "one" / "metrics.json").read_text().splitlines()) == 1
 
 
@@ -321,7 +322,7 @@ def test_each_job_has_its_own_gpu(tmp_path, monkeypatch, visible, expected):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    run_all([Run(tmp_path / name, CONFIG, [], 5) for name in ("one", "two", "third")], program, jobs=2)
+    run_all([Run(tmp_path / name, CONFIG, [], 5) for name in ("one", "two", "third")], program, LocalExecutor(2))
     gpus = {name: (tmp_path / name / "gpu.txt").read_text() for name in ("one", "two", "third")}
     assert {gpus["one"], gpus["two"]} == expected and gpus["third"] in expected
 
@@ -343,7 +344,7 @@ def test_jobs_share_the_cores_that_this_process_may_use(tmp_path, monkeypatch, g
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if given:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
-    run_all([Run(tmp_path / "one", CONFIG, [], 5)], program, jobs=2)
+    run_all([Run(tmp_path / "one", CONFIG, [], 5)], program, LocalExecutor(2))
     assert (tmp_path / "one" / "threads.txt").read_text() == expected
 
 

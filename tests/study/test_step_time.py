@@ -11,8 +11,9 @@ from conftest import WIDER
 from gdetkd.engine.step_costs import time_in_rounds
 from gdetkd.errors import GDetKDError
 from gdetkd.losses.embedding_queue import EmbeddingQueue
+from gdetkd.study.executors import LocalExecutor
 from gdetkd.study.run import PLAIN, Run
-from gdetkd.study.step_time import StepTime, _Stepper, kept_step_time, measure_in_process, measure_pair
+from gdetkd.study.step_time import StepTime, _Stepper, kept_step_time, measure, measure_pair
 from gdetkd.teacher.feature_cache import FeatureCache
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,9 +31,11 @@ def pair(distill_cfg, tiny_dataset, tmp_path):
     return Run(runs / "none", str(path), [*PLAIN, "SEED", "0"], 4), Run(runs / "GDetKD", str(path), ["SEED", "0"], 4)
 
 
-def environment():
-    path = os.pathsep.join([str(ROOT / "projects" / "GDetKD"), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+@pytest.fixture
+def executor(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "projects" / "GDetKD"), prepend=os.pathsep)
+    return LocalExecutor(jobs=1)
 
 
 def test_both_train_in_turn_on_the_same_batches(pair, monkeypatch):
@@ -124,32 +127,32 @@ def test_it_leaves_no_files_in_the_folders_of_runs(pair, tmp_path, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before and not folder.exists()
 
 
-def test_a_process_of_its_own_measures_with_the_threads_of_the_runs(pair, tmp_path):
-    found = measure_in_process(*pair, {**environment(), "OMP_NUM_THREADS": "2"}, tmp_path / "log.txt")
+def test_a_process_of_its_own_measures_with_the_threads_of_the_runs(pair, executor, tmp_path):
+    found = measure(executor, *pair, tmp_path / "log.txt")
     assert found.threads == 2 and found.ratio > 0 and found.low <= found.ratio <= found.high
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_failure_is_named_with_its_log(pair, tmp_path):
+def test_a_failure_is_named_with_its_log(pair, executor, tmp_path):
     baseline, method = pair
     method.opts += ["DATASETS.TRAIN", "('nowhere',)"]
     with pytest.raises(GDetKDError, match="could not be measured for GDetKD.*log.txt, which ends with: .*'nowhere'"):
-        measure_in_process(baseline, method, environment(), tmp_path / "log.txt")
+        measure(executor, baseline, method, tmp_path / "log.txt")
 
 
-def test_a_kept_time_belongs_to_its_configs(pair, tmp_path, monkeypatch):
+def test_a_kept_time_belongs_to_its_configs(pair, executor, tmp_path, monkeypatch):
     baseline, method = pair
     answers = [StepTime(ratio, 1.0, 3.0, 0.1, 1, "cpu") for ratio in (1.5, 2.5)]
-    monkeypatch.setattr("gdetkd.study.step_time.measure_in_process", lambda *args: answers.pop(0))
+    monkeypatch.setattr("gdetkd.study.step_time.measure", lambda *args: answers.pop(0))
     path = tmp_path / "step_times" / "GDetKD.json"
-    assert kept_step_time(path, baseline, method, {}).ratio == 1.5
-    assert kept_step_time(path, baseline, method, {}).ratio == 1.5
+    assert kept_step_time(path, baseline, method, executor).ratio == 1.5
+    assert kept_step_time(path, baseline, method, executor).ratio == 1.5
     method.opts += ["DISTILL.SGFI.WEIGHT", "9.0"]
-    assert kept_step_time(path, baseline, method, {}).ratio == 2.5
+    assert kept_step_time(path, baseline, method, executor).ratio == 2.5
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "another device")
-    assert kept_step_time(path, baseline, method, {}).ratio == 2.5  # these runs use the CPU
+    assert kept_step_time(path, baseline, method, executor).ratio == 2.5  # these runs use the CPU
     baseline.opts += ["MODEL.DEVICE", "cuda"]
     with pytest.raises(IndexError, match="pop from empty list"):  # it would be measured again
-        kept_step_time(path, baseline, method, {})
+        kept_step_time(path, baseline, method, executor)
     assert json.loads(path.read_text())["value"]["ratio"] == 2.5

@@ -23,7 +23,7 @@ from ..engine.preflight import check_has_ap, check_student
 from ..errors import GDetKDError
 from ..files import kept_value
 from ..teacher import FrozenTeacher, transfer_heads
-from .executors import Executor, run_environment
+from .executors import Executor
 from .folder import claim_folder, digests_of_labels
 from .jobs import run_all, seed_by_seed
 from .methods import BASELINE, CONFIGURED, configured_parts, method_opts
@@ -181,30 +181,29 @@ class Comparison:
             )
             return None
 
-    def train(self, train_net: Path, jobs: int = 2, executor: Optional[Executor] = None) -> None:
+    def train(self, train_net: Path, executor: Executor) -> None:
         """Measure the steps, then train the runs that are not complete.
 
         The runs are trained seed by seed, so that stopping early leaves complete seeds. The baselines at equal time
         come last. With TEST.PATIENCE their length depends on how long the other runs were trained.
 
         Args:
-            jobs: how many trainings run at once.
-            executor: starts the measurements and the trainings, and replaces `jobs`. None: they run on this machine.
+            executor: starts the measurements and the trainings.
 
         Raises:
             GDetKDError: a run failed, or a folder holds a run of another config.
         """
         for run in seed_by_seed(self.runs):
             claim_folder(run)  # a wrong folder is reported before the long measurement
-        self.measure_steps(jobs, executor)
+        self.measure_steps(executor)
         if self.equal_time and self.cfg.TEST.PATIENCE:
-            run_all(seed_by_seed(self.runs), train_net, jobs, executor)
+            run_all(seed_by_seed(self.runs), train_net, executor)
         if self.equal_time:
             self.add_equal_time()
-        run_all([*seed_by_seed(self.runs), *seed_by_seed(self.equal_time_runs)], train_net, jobs, executor)
+        run_all([*seed_by_seed(self.runs), *seed_by_seed(self.equal_time_runs)], train_net, executor)
 
-    def measure_steps(self, jobs: int, executor: Optional[Executor] = None) -> None:
-        """Measure `step_times`, with the number of threads that a training has if `jobs` run at once.
+    def measure_steps(self, executor: Executor) -> None:
+        """Measure `step_times`, with the number of threads that a training of the executor has.
 
         The time of a step does not depend on seed and schedule, so each method is measured once. Only the share of the
         passes that fill DISTILL.TEACHER.CACHE_MB does, and it is that of the config's own schedule. If there is only
@@ -216,8 +215,7 @@ class Comparison:
                 bar.set_postfix_str(method)
                 kept = self.output / "step_times" / f"{method}.json"
                 baseline_run, method_run = (self._run(name, 1, seed=0) for name in (BASELINE, method))
-                environment = run_environment(jobs)
-                self.step_times[method] = kept_step_time(kept, baseline_run, method_run, environment, executor)
+                self.step_times[method] = kept_step_time(kept, baseline_run, method_run, executor)
 
     def step_ratio(self, method: str) -> float:
         """Return the time of the method's step over the time of the baseline's step."""

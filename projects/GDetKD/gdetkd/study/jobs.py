@@ -3,13 +3,13 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
+from typing import Any, Dict, Iterable, List, Mapping, Sequence
 
 from tqdm import tqdm
 
 from ..errors import GDetKDError
 from ..files import last_line
-from .executors import Executor, LocalExecutor, Process
+from .executors import Executor, Process
 from .folder import claim_folder
 from .run import Run
 from .signals import exit_on_signals, starting
@@ -32,14 +32,13 @@ def seed_by_seed(runs: Mapping[Any, Sequence[Run]]) -> List[Run]:
     return [run for seed in zip(*runs.values()) for run in seed]
 
 
-def run_all(runs: Iterable[Run], train_net: Path, jobs: int = 2, executor: Optional[Executor] = None) -> None:
+def run_all(runs: Iterable[Run], train_net: Path, executor: Executor) -> None:
     """Train the runs that are not complete, with a progress bar.
 
-    `jobs` runs train at once, each on its own GPU if there are several. If this function ends early, it also ends the
-    trainings. They save their state and resume the next time.
+    If this function ends early, it also ends the trainings. They save their state and resume the next time.
 
     Args:
-        executor: starts the trainings and replaces `jobs`. None: they run on this machine.
+        executor: starts the trainings.
 
     Raises:
         GDetKDError: a folder holds a run of another config, labels or the teacher have changed in the meantime, or a
@@ -59,7 +58,7 @@ def run_all(runs: Iterable[Run], train_net: Path, jobs: int = 2, executor: Optio
             disable=not waiting,
         ) as bar,
     ):
-        _train(waiting, train_net, executor or LocalExecutor(jobs), bar)
+        _train(waiting, train_net, executor, bar)
     for run in runs:
         claim_folder(run)  # labels or the teacher may have changed since
 

@@ -17,14 +17,13 @@ config takes a step. If the loader is slower than the step, the waiting time of 
 import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, TextIO, Tuple
+from typing import Any, List, Mapping, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -48,7 +47,7 @@ from .signals import starting
 
 # A round has a step of each config. The warm-up rounds allocate memory, and on a GPU choose algorithms.
 WARM_UP, ROUNDS = 5, 30
-# Seconds between two looks at a measurement in a job.
+# Seconds between two looks at a measurement.
 POLL_SECONDS = 1.0
 
 
@@ -160,39 +159,8 @@ def measure_pair(baseline: CfgNode, method: CfgNode, rounds: int = ROUNDS, warm_
     )
 
 
-def measure_in_process(baseline: Run, method: Run, environment: Mapping[str, str], log: Path) -> StepTime:
-    """Measure the steps of two runs in a separate process, which frees all their memory when it ends.
-
-    Args:
-        environment: the environment of the runs, with their number of threads and their GPU.
-        log: file for the output of the process.
-
-    Raises:
-        GDetKDError: the process fails; the message gives the last line of its log.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "step_time.json"
-        with open(log, "w") as file:
-            code = _run_to_the_end(_command(baseline, method, result), file, environment)
-        _check(code, method, log)
-        return StepTime(**json.loads(result.read_text()))
-
-
-def _run_to_the_end(command: List[str], log: TextIO, environment: Mapping[str, str]) -> int:
-    """Return the exit code of a command. End its process if this function ends early."""
-    process: Optional[subprocess.Popen] = None
-    try:
-        with starting():
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        return process.wait()
-    finally:
-        if process is not None and process.poll() is None:
-            process.kill()
-            process.wait()
-
-
-def measure_in_job(executor: Executor, baseline: Run, method: Run, log: Path) -> StepTime:
-    """Measure the steps of two runs where the executor trains runs.
+def measure(executor: Executor, baseline: Run, method: Run, log: Path) -> StepTime:
+    """Measure the steps of two runs in a process of their own, where the executor trains runs.
 
     Args:
         executor: starts the measurement.
@@ -233,9 +201,7 @@ def _check(code: int, method: Run, log: Path) -> None:
         )
 
 
-def kept_step_time(
-    path: Path, baseline: Run, method: Run, environment: Mapping[str, str], executor: Optional[Executor] = None
-) -> StepTime:
+def kept_step_time(path: Path, baseline: Run, method: Run, executor: Executor) -> StepTime:
     """Return the step time that a file keeps, or measure it and write the file.
 
     A comparison that continues needs the same ratio, because the ratio sets the length of the runs at equal time. So
@@ -243,22 +209,15 @@ def kept_step_time(
     machine.
 
     Args:
-        environment: the environment of the runs, if they run on this machine.
-        executor: starts the measurement. None: it runs on this machine.
+        executor: starts the measurement.
     """
-    log = path.with_suffix(".log")
-
-    def measure() -> Dict[str, Any]:
-        if executor is None:
-            return asdict(measure_in_process(baseline, method, environment, log))
-        return asdict(measure_in_job(executor, baseline, method, log))
-
     key = [fingerprint(run) for run in (baseline, method)]
-    if executor is not None and executor.machine is not None:
+    if executor.machine is not None:
         key.append(executor.machine)
-    if executor is None and torch.cuda.is_available() and baseline.config().MODEL.DEVICE != "cpu":
+    elif torch.cuda.is_available() and baseline.config().MODEL.DEVICE != "cpu":
         key.append(torch.cuda.get_device_name())
-    return StepTime(**kept_value(path, key, measure))
+    measured = kept_value(path, key, lambda: asdict(measure(executor, baseline, method, path.with_suffix(".log"))))
+    return StepTime(**measured)
 
 
 def _main(request: Mapping[str, Any], result: Path) -> None:
