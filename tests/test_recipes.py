@@ -171,7 +171,7 @@ def name(path):
 def test_pair_builds(path, monkeypatch):
     """Teacher, student and losses fit. Weights are not loaded here."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("gdetkd.teacher.frozen.load_weights", lambda model, path: "0" * 64)
+    monkeypatch.setattr("gdetkd.teacher.frozen.load_weights", lambda model, path: ("0" * 64, None))
     for draw in ("normal_", "uniform_"):  # no value of a weight matters here, and drawing 100 M of them takes seconds
         monkeypatch.setattr(torch.Tensor, draw, lambda self, *_, **__: self)
     cfg = load(path)

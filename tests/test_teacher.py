@@ -180,3 +180,19 @@ def test_head_transfer_that_would_transfer_nothing():
     student = build_model(make_cfg({**keys, "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[1.0]]}))
     with pytest.raises(GDetKDError, match="transfer nothing"):
         transfer_heads(teacher, student)
+
+
+@pytest.mark.parametrize("key", ["run", "record"])
+def test_weights_that_were_trained_on_another_order_of_classes_are_refused(distill_cfg, key):
+    cfg = distill_cfg({"DISTILL.TEACHER.CLASSES": ["class0", "class1", "class2"]})
+    weights = torch.load(cfg.DISTILL.TEACHER.WEIGHTS)
+    torch.save({**weights, key: {"classes": ["class2", "class1", "class0"]}}, cfg.DISTILL.TEACHER.WEIGHTS)
+    refused(cfg, "weights were trained on the classes class2, class1, class0, but DISTILL.TEACHER.CLASSES.*class0")
+
+
+@pytest.mark.parametrize("trained, expected", [(["a", "b", "c"], ("a", "b", "c")), (["a", "b"], None), (None, None)])
+def test_weights_name_the_classes_if_nothing_else_does(distill_cfg, trained, expected):
+    cfg = distill_cfg(teacher={**WIDER, "DATASETS.TRAIN": ("elsewhere",)})
+    weights = torch.load(cfg.DISTILL.TEACHER.WEIGHTS)
+    torch.save({**weights, "record": {"classes": trained}}, cfg.DISTILL.TEACHER.WEIGHTS)
+    assert FrozenTeacher(cfg).spec.class_names == expected

@@ -35,7 +35,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--images",
         type=int,
-        help="number of labelled images of DATASETS.TEST; default: DISTILL.INSIGHT.IMAGES of the run",
+        help="number of labelled images of DATASETS.TEST; default: DISTILL.INSIGHT.IMAGES of the run, the only number "
+        "possible if the training made records",
     )
     return parser.parse_args()
 
@@ -56,7 +57,16 @@ def configure(run: FinishedRun, args: argparse.Namespace) -> CfgNode:
 def look_at_checkpoints(run: FinishedRun, distiller: GDetKD, probe: Probe, file: RecordFile) -> None:
     """Make the records that are missing if the training made none. Leave the distiller with the last weights."""
     checkpoints, records = run.checkpoints(), file.read()
-    if not any(record["gradients"] for record in records):
+    are_of_training = any(record["gradients"] for record in records)
+    if records and records[-1]["objects"] != len(probe.classes):
+        if are_of_training:
+            raise GDetKDError(
+                f"The records of the training show {records[-1]['objects']} objects, but the images now have "
+                f"{len(probe.classes)}. Leave out --images, and use the dataset of the training."
+            )
+        file.start_at(0)  # an earlier call of this tool showed other images
+        records = []
+    if not are_of_training:
         done = {record["iterations"] for record in records}
         missing = [(iterations, path) for iterations, path in checkpoints if iterations not in done]
         for iterations, path in tqdm(missing, desc="reading checkpoints", disable=not missing):

@@ -6,6 +6,7 @@ object that is found.
 
 import json
 import random
+import unicodedata
 
 import numpy as np
 import pytest
@@ -65,6 +66,9 @@ def swap(item):
 
 CHANGES = {
     "as it is": lambda content: None,
+    "image sizes with a decimal point": of_each(
+        "images", lambda item: item.update(width=float(item["width"]), height=float(item["height"]))
+    ),
     "annotation ids from 0": annotations(lambda item: item.update(id=item["id"] - 1)),
     "annotation ids as text": annotations(lambda item: item.update(id=f"a{item['id']}")),
     "annotation ids that occur twice": annotations(lambda item: item.update(id=7)),
@@ -186,6 +190,17 @@ def test_exact_detections_have_an_ap_of_100(tmp_path, change, implementation):
 def test_a_byte_order_mark_is_skipped(tmp_path):
     cfg, objects = register_changed(tmp_path, lambda content: None, encoding="utf-8-sig")
     assert ap_of_exact_detections(cfg, objects) == pytest.approx(100.0)
+
+
+def test_file_names_may_have_another_form_of_accents(tmp_path):
+    def change(content):
+        image = content["images"][0]
+        (tmp_path / image["file_name"]).rename(tmp_path / unicodedata.normalize("NFD", "café.png"))
+        image["file_name"] = unicodedata.normalize("NFC", "café.png")
+
+    cfg, _ = register_changed(tmp_path, change)
+    check_datasets(cfg)
+    assert "caf" in DatasetCatalog.get("exact")[0]["file_name"]
 
 
 def test_ap_counts_up_to_detections_per_image(tmp_path):

@@ -139,6 +139,12 @@ def test_keys_that_an_evaluation_needs_are_required_before_training(register, di
         check_datasets(distill_cfg({"DATASETS.TEST": ("minimal",)}))
 
 
+def test_images_with_one_id_are_refused_in_an_evaluation(register, distill_cfg):
+    register(image_id=7, width=80, height=64)
+    with pytest.raises(GDetKDError, match="'minimal' cannot.*0.png' and .*1.png' have the same image_id 7.*its own"):
+        check_datasets(distill_cfg({"DATASETS.TEST": ("minimal",)}))
+
+
 def test_a_probe_needs_class_names(register, distill_cfg):
     register(classes=None)
     with pytest.raises(GDetKDError, match="'minimal' has no class names"):

@@ -65,6 +65,7 @@ def test_boxes_without_area_are_left_out_with_one_warning(tmp_path, caplog):
     "entry, match",
     [
         ({"kind": "coco"}, "needs a `name`"),
+        ({"name": 2024, "kind": "coco", "json": "a", "images": "b"}, "name 2024 is no text"),
         ({"name": "x", "kind": "csv"}, "`kind` of coco, images, pseudo, voc, yolo"),
         ({"name": "x", "kind": "coco", "json": "a"}, "lacks the key images. Correct the entry"),
         ({"name": "x", "kind": "coco", "json": "a", "images": "b", "split": "c"}, "has the unknown key split"),

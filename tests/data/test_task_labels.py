@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from conftest import make_cfg, write_coco
 from gdetkd import DistillTrainer
-from gdetkd.data import register_datasets
+from gdetkd.data import build_train_loader, register_datasets
 from gdetkd.data.kinds.coco_keypoints import flip_map, keypoint_names
 from gdetkd.data.task_labels import check_test_labels
 from gdetkd.engine.preflight import check_datasets
@@ -122,6 +122,34 @@ def test_few_objects_without_masks_are_left_out_of_training(labelled_cfg, caplog
 @pytest.mark.parametrize("changes", [{}, {**MASKS, "MODEL.META_ARCHITECTURE": "RetinaNet"}])
 def test_a_detector_of_boxes_needs_no_masks(labelled_cfg, changes):
     check_datasets(labelled_cfg(changes, without("segmentation", 12)))
+
+
+@pytest.mark.parametrize("architecture", ["GeneralizedRCNN", "RetinaNet"])
+@pytest.mark.parametrize("are_filtered", [False, True])
+def test_an_image_without_masks_can_be_cropped(labelled_cfg, architecture, are_filtered):
+    """Detectron2 fits the boxes in a crop to their masks, which fails if an image has none, or not for all objects."""
+
+    def change(content):
+        as_run_lengths(content)
+        of_first = [item for item in content["annotations"] if item["image_id"] == content["images"][0]["id"]]
+        of_second = [item for item in content["annotations"] if item["image_id"] == content["images"][1]["id"]]
+        for item in [*of_first, of_second[0]]:
+            del item["segmentation"], item["keypoints"]
+        of_second[0]["bbox"] = [0, 0, 50, 50]
+
+    keys = {**MASKS, "MODEL.META_ARCHITECTURE": architecture, "INPUT.MASK_FORMAT": "bitmask", "MODEL.KEYPOINT_ON": True}
+    keys.update({"INPUT.MAX_BAD_FRACTION": 0.5, "DATALOADER.FILTER_EMPTY_ANNOTATIONS": are_filtered})
+    keys.update({"INPUT.CROP.ENABLED": True, "INPUT.CROP.TYPE": "relative", "INPUT.CROP.SIZE": [0.9, 0.9]})
+    cfg = labelled_cfg({**POINTS, **keys, "INPUT.RANDOM_FLIP": "none", "SOLVER.IMS_PER_BATCH": 2}, change)
+    check_datasets(cfg)
+    stream = iter(build_train_loader(cfg))
+    samples = {sample["file_name"]: sample["instances"] for _ in range(6) for sample in next(stream)}
+    counts = [len(samples[name]) if name in samples else None for name in sorted(samples)]
+    has_masks = architecture == "GeneralizedRCNN"
+    assert len(samples) == (5 if has_masks and are_filtered else 6)
+    if not are_filtered:
+        assert (counts[0] == 0) == has_masks
+    assert all(boxes.has("gt_masks") for boxes in list(samples.values()) if len(boxes) > 0 and has_masks)
 
 
 def test_run_lengths_need_bitmasks(labelled_cfg):

@@ -9,7 +9,8 @@ from detectron2.data import MetadataCatalog
 
 from conftest import ALL_LOSSES, DENSE
 from gdetkd import DistillTrainer
-from gdetkd.data import register_datasets, train_loader
+from gdetkd.data import register_datasets
+from gdetkd.data.train_mapper import build_mapper
 from gdetkd.data.unlabeled import is_unlabeled, load_unlabeled
 from gdetkd.engine.check import Check
 from gdetkd.engine.unlabeled_checks import UnlabeledReport, check_unlabeled
@@ -125,7 +126,7 @@ def test_a_dense_student_with_masks_trains_on_crops_of_unlabeled_images(unlabele
     keys = {"DISTILL.STUDENT_META_ARCHITECTURE": "RetinaNet", "DISTILL.LOSSES": ("SGFI",), **crop}
     cfg = unlabeled_cfg({**DENSE, **keys})
     register_datasets(cfg)
-    sample = train_loader._build_mapper(cfg)(load_unlabeled(cfg)[0])
+    sample = build_mapper(cfg)(load_unlabeled(cfg)[0])
     assert max(sample["image"].shape[1:]) <= 64 and is_unlabeled(sample)
 
 

@@ -8,15 +8,20 @@ OBJECTS = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]])
 CLASSES = torch.tensor([0, 1, 1])
 
 
+NONE = torch.empty(0, 4), torch.empty(0, dtype=torch.long)
+
+
 def shifted(index, by=0.0):
     return (OBJECTS[index] + by).tolist()
 
 
-def find(*detections):
+def find(*detections, crowds=NONE):
     """Match detections, each a (box, score, class), with the objects."""
     boxes, scores, classes = zip(*detections) if detections else ([], [], [])
     boxes = torch.tensor(boxes).reshape(-1, 4)
-    return match_objects(boxes, torch.tensor(scores), torch.tensor(classes, dtype=torch.long), OBJECTS, CLASSES)
+    return match_objects(
+        boxes, torch.tensor(scores), torch.tensor(classes, dtype=torch.long), OBJECTS, CLASSES, *crowds
+    )
 
 
 def test_the_best_detection_takes_an_object_and_the_next_is_a_mistake():
@@ -32,9 +37,16 @@ def test_class_and_overlap_have_to_be_right():
 
 def test_no_detection_and_no_object():
     assert not find().finds(3).any()
-    alone = match_objects(OBJECTS, torch.ones(3), CLASSES, torch.empty(0, 4), torch.empty(0, dtype=torch.long))
+    alone = match_objects(OBJECTS, torch.ones(3), CLASSES, *NONE, *NONE)
     assert alone.objects.tolist() == [-1, -1, -1] and len(alone.finds(0)) == 0
     assert best_threshold([find()], objects=3) == 0.0
+
+
+def test_a_detection_in_a_crowd_of_its_class_is_no_mistake():
+    crowds = torch.tensor([[100.0, 100.0, 200.0, 200.0]]), torch.tensor([0])
+    inside, outside = [110.0, 110.0, 150.0, 150.0], [300.0, 300.0, 350.0, 350.0]
+    found = find((inside, 0.9, 0), (inside, 0.8, 1), (outside, 0.7, 0), (shifted(0), 0.6, 0), crowds=crowds)
+    assert found.objects.tolist() == [-1, -1, 0] and found.classes.tolist() == [1, 0, 0]
 
 
 def test_threshold_is_that_of_the_best_f1():

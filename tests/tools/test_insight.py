@@ -1,5 +1,6 @@
 """Test tools/insight.py on the folders of finished runs."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,22 @@ def test_a_run_without_records_is_shown_from_its_checkpoints(finished):
     file.write_text(whole[: whole.index("\n") + 20])  # Ctrl-C while it wrote the second
     assert show(distilled).returncode == 0 and file.read_text() == whole
 
+    more = show(distilled, "--images", "6")
+    records = RecordFile(str(distilled)).read()
+    assert more.returncode == 0, more.stderr
+    assert (
+        len(records) == 2
+        and records[0]["objects"] == records[1]["objects"] > json.loads(whole.split("\n")[0])["objects"]
+    )
+
     refused = show(alone)
     assert refused.returncode != 0 and "without distillation losses" in refused.stderr
+
+
+def test_records_of_the_training_keep_their_images(finished):
+    folder = finished("distilled", {"DISTILL.INSIGHT.PERIOD": 2})
+    refused = show(folder, "--images", "6")
+    assert refused.returncode != 0 and "Leave out --images" in refused.stderr
 
 
 def test_a_run_of_an_earlier_version_is_read(tmp_path):

@@ -1,6 +1,6 @@
-"""Find the names of the classes that a config trains on."""
+"""Find the names of the classes that a config trains on, and compare their order."""
 
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -47,3 +47,16 @@ def _names_of_entry(entry: Dict) -> Optional[Tuple[str, ...]]:
         return None
     names = kind(entry, allow_outside=True).class_names()
     return None if names is None else tuple(names)
+
+
+def is_reordered(first: Sequence[str], second: Sequence[str]) -> bool:
+    """Return whether two lists hold the same class names in different orders. Upper and lower case do not matter."""
+    lower, other = in_lower_case(first), in_lower_case(second)
+    if lower == other:  # then only names that differ in case alone can have changed places
+        return list(first) != list(second) and sorted(map(str, first)) == sorted(map(str, second))
+    return sorted(lower) == sorted(other)
+
+
+def in_lower_case(names: Sequence[str]) -> List[str]:
+    """Return class names in lower case, without spaces around them."""
+    return [str(name).strip().lower() for name in names]

@@ -115,9 +115,9 @@ class Listing:
         self._similar: Dict[str, List[str]] = {}
         self._images: Dict[str, List[str]] = {}
         for name in self.names:
-            self._similar.setdefault(_key(name), []).append(name)
+            self._similar.setdefault(spelling_key(name), []).append(name)
             if is_image(name):
-                self._images.setdefault(_key(os.path.splitext(name)[0]), []).append(name)
+                self._images.setdefault(spelling_key(os.path.splitext(name)[0]), []).append(name)
 
     @property
     def image_names(self) -> List[str]:
@@ -128,15 +128,16 @@ class Listing:
         """Return the file of a name, or else the only file whose name differs in case or accents, or else None."""
         if name in self._exact:
             return name
-        found = self._similar.get(_key(name), [])
+        found = self._similar.get(spelling_key(name), [])
         return found[0] if len(found) == 1 else None
 
     def images_of(self, name: str) -> List[str]:
         """Return the images of a name that is given without its ending."""
-        found = self._images.get(_key(name), [])
+        found = self._images.get(spelling_key(name), [])
         spelt = [image for image in found if os.path.splitext(image)[0] == name]
         return spelt or found
 
 
-def _key(name: str) -> str:
+def spelling_key(name: str) -> str:
+    """Return what names that differ in upper and lower case, or in the form of accents, have in common."""
     return unicodedata.normalize("NFC", name).casefold()

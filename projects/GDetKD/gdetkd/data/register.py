@@ -73,6 +73,8 @@ def _build_kind(entry: Any, cfg: CfgNode) -> DatasetKind:
         kinds = ", ".join(sorted(dataset_kinds()))
         raise GDetKDError(f"DATASETS.REGISTER: {entry!r} needs a `name` and a `kind` of {kinds}.")
     name, problems = entry["name"], kind.find_problems(entry)
+    if not isinstance(name, str) or not name:
+        raise GDetKDError(f"DATASETS.REGISTER: the name {name!r} is no text. Put it into quotes in the yaml file.")
     if problems:
         raise GDetKDError(
             f"DATASETS.REGISTER: {name!r} (kind {entry['kind']}) {', '.join(problems)}. Correct the entry."

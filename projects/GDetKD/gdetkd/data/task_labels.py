@@ -44,7 +44,7 @@ def check_train_labels(cfg: CfgNode, dicts: List[Item], name: str) -> None:
         _check_polygons_can_be_cut(dicts, name)
     if _has(cfg, "MASK_ON"):
         _check_mask_format(cfg, dicts, name)
-        _check_mask_sizes([_with_annotations(image, _objects([image])) for image in dicts], name)
+        _check_mask_sizes([_with_annotations(image, objects_of(image)) for image in dicts], name)
     if _has(cfg, "KEYPOINT_ON"):
         _check_keypoints(cfg, dicts, name)
         _check_keypoint_names(cfg, name)
@@ -75,8 +75,9 @@ def check_test_labels(cfg: CfgNode, dicts: List[Item], name: str) -> None:
 def with_usable_labels(cfg: CfgNode, dicts: List[Item], names: str) -> List[Item]:
     """Return training images with only the annotations that the detector can use.
 
-    If the detector needs masks, objects without a mask are left out and counted. If it needs keypoints, objects without
-    keypoints get unlabelled keypoints.
+    - If the detector needs masks, objects without a mask are left out and counted. Images that then have no object are
+      left out, too, unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False.
+    - If the detector needs keypoints, objects without keypoints get unlabelled keypoints.
 
     Args:
         dicts: the images of the training sets.
@@ -87,9 +88,12 @@ def with_usable_labels(cfg: CfgNode, dicts: List[Item], names: str) -> List[Item
     """
     if key := _key_that_needs_masks(cfg):
         missing = _check_share_with_masks(cfg, key, dicts, names)
-        dicts = [
+        usable = [
             _with_annotations(image, filter(_is_crowd_or_has_mask, image.get("annotations", ()))) for image in dicts
         ]
+        if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+            usable = [new for new, old in zip(usable, dicts) if objects_of(new) or not objects_of(old)]
+        dicts = usable
         if missing:
             logger.warning("%s: %d objects have no mask and are left out, because %s is True.", names, missing, key)
     if _has(cfg, "KEYPOINT_ON"):
@@ -134,8 +138,13 @@ def _has(cfg: CfgNode, key: str) -> bool:
     return cfg.MODEL[key] and student_architecture(cfg) not in BOXES_ALONE
 
 
+def objects_of(image: Item) -> List[Item]:
+    """Return the annotations of an image without crowds."""
+    return [item for item in image.get("annotations", ()) if not item.get("iscrowd", 0)]
+
+
 def _objects(dicts: Sequence[Item]) -> List[Item]:
-    return [item for image in dicts for item in image.get("annotations", ()) if not item.get("iscrowd", 0)]
+    return [item for image in dicts for item in objects_of(image)]
 
 
 def _check_panoptic(architecture: str, dicts: List[Item], name: str) -> None:

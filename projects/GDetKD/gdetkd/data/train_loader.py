@@ -3,13 +3,12 @@
 Detectron2's sampler starts over on resume, and its augmentations depend on the worker that runs them.
 """
 
-import copy
 import random
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper
+from detectron2.data import DatasetFromList
 from detectron2.data.detection_utils import check_image_size, read_image
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
@@ -17,14 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import GDetKDError
 from ..random_state import random_state
 from .batches import Batch, ImageCounts, Skipping, choose_batches
-from .class_names import class_names
 from .clean import BadImages, without_bad_images
 from .headers import IMAGE_ERRORS
-from .instaboost import InstaBoostMapper
 from .samplers import build_sampler, check_sampler
-from .teacher_view import TeacherViewMapper
 from .train_images import are_wide, describe, load_images
-from .unlabeled import UnlabeledMapper, describe_labels, is_unlabeled, load_unlabeled, unlabeled_per_batch
+from .train_mapper import build_mapper
+from .unlabeled import describe_labels, is_unlabeled, load_unlabeled, unlabeled_per_batch
 from .workers import OutlivingLoader
 
 Sample = Dict[str, Any]
@@ -192,7 +189,7 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
     counts = (count - count_unlabeled, count_unlabeled)
     loader = ResumableLoader(
         DatasetFromList(dicts, copy=False),
-        _build_mapper(cfg),
+        build_mapper(cfg),
         lambda seed: choose_batches(seed, sampler, images, *counts),
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
@@ -202,23 +199,6 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
     )
     _check_same_everywhere(loader, names)
     return loader
-
-
-def _build_mapper(cfg: CfgNode) -> Callable[[Sample], Sample]:
-    plain = DatasetMapper(cfg, is_train=True)
-    mapper = _with_teachers_view(cfg, plain)
-    labeled = InstaBoostMapper(cfg, mapper) if cfg.INPUT.INSTABOOST.ENABLED else mapper
-    if not cfg.DATASETS.UNLABELED:
-        return labeled
-    without_masks = copy.copy(plain)
-    # A dense student may have MASK_ON. Detectron2 would then fit the boxes in a crop to their masks.
-    without_masks.recompute_boxes = False
-    return UnlabeledMapper(labeled, _with_teachers_view(cfg, without_masks), len(class_names(cfg)))
-
-
-def _with_teachers_view(cfg: CfgNode, mapper: DatasetMapper) -> Callable[[Sample], Sample]:
-    has_view = cfg.DISTILL.TEACHER.SCALE != 1 and cfg.DISTILL.LOSSES
-    return TeacherViewMapper(mapper, cfg.DISTILL.TEACHER.SCALE) if has_view else mapper
 
 
 def _check_same_everywhere(loader: ResumableLoader, names: str) -> None:

@@ -1,11 +1,12 @@
 """Check that detectors and datasets agree on the number and the order of classes."""
 
 import logging
-from typing import List, Optional, Sequence
+from typing import Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
+from ..data.class_names import in_lower_case, is_reordered
 from ..errors import GDetKDError, some
 from ..losses.classes import other_names, warn_of_unknown_names
 from ..structures import DetectorSpec
@@ -46,12 +47,12 @@ def check_class_order(names: Sequence[str]) -> None:
         first, expected = sets[0]
         if classes == expected or len(classes) != len(expected):  # `check_classes` looks at numbers
             continue
-        if _is_reordered(expected, classes):
+        if is_reordered(expected, classes):
             raise GDetKDError(
                 f"The datasets {first!r} and {name!r} have the same classes in different orders: {some(expected)}; and "
                 f"{some(classes)}. Give them the same order (in COCO JSON, by category id)."
             )
-        if _lower(expected) == _lower(classes):
+        if in_lower_case(expected) == in_lower_case(classes):
             continue
         pairs = [f"{before!r} is {after!r}" for before, after in zip(expected, classes) if before != after]
         logger.warning(
@@ -74,19 +75,11 @@ def check_trained_order(names: Sequence[str], trained: Optional[Sequence[str]]) 
     """
     for name in names:
         classes = MetadataCatalog.get(name).get("thing_classes")
-        if trained is not None and classes is not None and _is_reordered(trained, classes):
+        if trained is not None and classes is not None and is_reordered(trained, classes):
             raise GDetKDError(
                 f"The weights were trained on the classes {some(trained)}, but the dataset {name!r} has them in "
                 f"another order: {some(classes)}. Give it the order of the training (in COCO JSON, by category id)."
             )
-
-
-def _is_reordered(first: Sequence[str], second: Sequence[str]) -> bool:
-    """Return whether two lists hold the same class names in different orders. Upper and lower case do not matter."""
-    lower, other = _lower(first), _lower(second)
-    if lower == other:  # then only names that differ in case alone can have changed places
-        return list(first) != list(second) and sorted(map(str, first)) == sorted(map(str, second))
-    return sorted(lower) == sorted(other)
 
 
 def as_student_names(names: Sequence[str], student: Optional[Sequence[str]]) -> Sequence[str]:
@@ -95,11 +88,7 @@ def as_student_names(names: Sequence[str], student: Optional[Sequence[str]]) -> 
     Args:
         student: the student's class names, or None if they are unknown.
     """
-    return student if student is not None and _lower(names) == _lower(student) else names
-
-
-def _lower(names: Sequence[str]) -> List[str]:
-    return [str(name).strip().lower() for name in names]
+    return student if student is not None and in_lower_case(names) == in_lower_case(student) else names
 
 
 def check_transfer(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> None:

@@ -1,7 +1,7 @@
 """Check the datasets, classes and detectors of a run before it starts."""
 
 import logging
-from typing import List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -88,6 +88,7 @@ def check_test_sets(cfg: CfgNode, needed: bool = False) -> List[str]:
             - is not registered or has no image,
             - has annotations, but no object to find,
             - lacks a key that Detectron2's evaluation reads,
+            - has two images with the same id,
             - is an LVIS dataset, whose metrics GDetKD does not compute, or
             - has an image that cannot be read completely.
     """
@@ -126,7 +127,8 @@ def _check_keys(dicts: List[dict], name: str) -> None:
     """Check the keys that an evaluation needs. Training needs none of them, so a user's own dataset may lack them.
 
     Raises:
-        GDetKDError: an image lacks a key that Detectron2's evaluation reads, or the dataset does not name its classes.
+        GDetKDError: an image lacks a key that Detectron2's evaluation reads, the dataset does not name its classes, or
+            two images have the same id.
     """
     metadata, needed = MetadataCatalog.get(name), {"image_id"}
     # Detectron2 then writes the dataset as a COCO file first.
@@ -148,6 +150,24 @@ def _check_keys(dicts: List[dict], name: str) -> None:
             f"The dataset {name!r} cannot be evaluated on: it does not name its classes. Give them with "
             f"MetadataCatalog.get({name!r}).set(thing_classes=[...]). Training does not need them."
         )
+    _check_distinct_ids(dicts, name)
+
+
+def _check_distinct_ids(dicts: List[dict], name: str) -> None:
+    """Check that no two images have the same id. Detectron2 would mix up their objects and detections.
+
+    Raises:
+        GDetKDError: two images have the same id.
+    """
+    files: Dict[Any, str] = {}
+    for image in (image for image in dicts if "image_id" in image):
+        identity, file = image["image_id"], image["file_name"]
+        if identity in files:
+            raise GDetKDError(
+                f"The dataset {name!r} cannot be evaluated on: {files[identity]!r} and {file!r} have the same image_id "
+                f"{identity!r}, so their objects and detections would be mixed up. Give every image its own image_id."
+            )
+        files[identity] = file
 
 
 def _has_objects(dicts: List[dict], name: str) -> bool:

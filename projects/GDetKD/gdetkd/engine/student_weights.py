@@ -6,6 +6,7 @@ from torch import nn
 
 from ..backbones import find_bottom_up, load_pretrained
 from ..errors import GDetKDError, some
+from ..safe_load import recorded_classes
 from .checkpoint import DurableCheckpointer
 from .preprocessing import other_than_pretrained
 
@@ -46,8 +47,7 @@ class StudentCheckpointer(DurableCheckpointer):
             self.unloaded = [name for name in self.unloaded if name not in loaded]
 
     def load_weights(self, checkpoint: Any) -> Any:
-        # model_best.pth has a record in place of the run.
-        self.classes = (checkpoint.get("run") or checkpoint.get("record") or {}).get("classes")
+        self.classes = recorded_classes(checkpoint)
         if self._resuming and "run" in checkpoint and "run" in self.checkpointables:
             self.checkpointables["run"].load_state_dict(checkpoint.pop("run"))
         incompatible = super().load_weights(checkpoint)

@@ -6,7 +6,7 @@ from typing import Collection, Optional, Sequence
 import torch
 from torchvision.ops import box_iou
 
-from ..matching import IOU_THRESHOLD, best_f1, match_in_order
+from ..matching import IOU_THRESHOLD, best_f1, in_crowds, match_in_order
 
 
 @dataclass
@@ -43,16 +43,23 @@ def match_objects(
     classes: torch.Tensor,
     gt_boxes: torch.Tensor,
     gt_classes: torch.Tensor,
+    crowd_boxes: torch.Tensor,
+    crowd_classes: torch.Tensor,
 ) -> MatchedDetections:
     """Match the detections on one image with its objects, as COCO does at one IoU: see `match_in_order`.
+
+    Detections in crowds that match no object are left out, because they are neither right nor wrong.
 
     Args:
         boxes, scores, classes: (K, 4), (K,), (K,) detections in any order.
         gt_boxes, gt_classes: (G, 4), (G,) objects.
+        crowd_boxes, crowd_classes: (C, 4), (C,) crowds.
     """
     order = scores.argsort(descending=True, stable=True)
     boxes, scores, classes = boxes[order], scores[order], classes[order]
-    return MatchedDetections(boxes, scores, classes, match_in_order(boxes, classes, gt_boxes, gt_classes))
+    objects = match_in_order(boxes, classes, gt_boxes, gt_classes)
+    counts = (objects >= 0) | ~in_crowds(boxes, classes, crowd_boxes, crowd_classes)
+    return MatchedDetections(boxes[counts], scores[counts], classes[counts], objects[counts])
 
 
 def best_threshold(detections: Sequence[MatchedDetections], objects: int) -> float:

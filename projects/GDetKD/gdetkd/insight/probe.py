@@ -14,8 +14,10 @@ from detectron2.data import MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.evaluation import inference_context
+from detectron2.structures import Instances
 from torch import nn
 
+from ..data.task_labels import objects_of
 from ..data.teacher_view import TEACHER_IMAGE, at_scale
 from ..detectors import DetectorAdapter
 from ..distiller import GDetKD
@@ -40,7 +42,8 @@ class Probe:
 
     Attributes:
         dataset: name of the registered dataset that holds the images.
-        inputs: the images and objects as in Detectron2's training batches, at the student's test size.
+        inputs: the images and objects as in Detectron2's training batches, at the student's test size. "crowds" holds
+            the crowds of an image.
         scales: (N,) for each object, the height of its image in `inputs` over the height in the file.
         class_names: the dataset's class names, in order.
         teachers_classes: for each class of the teacher, the index of that class in the dataset, or None if the dataset
@@ -99,7 +102,7 @@ def load_probe(cfg: CfgNode, teacher: FrozenTeacher) -> Probe:
             "DISTILL.INSIGHT.PERIOD to 0."
         )
     name = cfg.DATASETS.TEST[0]
-    labelled = [sample for sample in load_dataset(name) if _annotations(sample)]
+    labelled = [sample for sample in load_dataset(name) if objects_of(sample)]
     if not labelled:
         raise GDetKDError(
             f"DISTILL.INSIGHT.PERIOD needs labelled images, and {name!r} in DATASETS.TEST has none. Set "
@@ -123,11 +126,6 @@ def _teachers_classes(cfg: CfgNode, teacher: FrozenTeacher, dataset: str) -> Opt
         # SGFI and CKD can distil between any classes, so the training goes on.
         logger.warning("The page will not show the teacher's detections. %s", e)
         return [None] * teacher.spec.num_classes
-
-
-def _annotations(sample: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """Return the annotations of an image without crowds."""
-    return [annotation for annotation in sample.get("annotations", []) if not annotation.get("iscrowd", 0)]
 
 
 def read_at_test_size(file_name: str, cfg: CfgNode) -> Dict[str, Any]:
@@ -157,11 +155,21 @@ def _read_labelled(sample: Dict[str, Any], cfg: CfgNode) -> Dict[str, Any]:
     size = tuple(inputs["image"].shape[1:])
     if cfg.DISTILL.TEACHER.SCALE != 1:
         inputs[TEACHER_IMAGE] = at_scale(pixels, cfg.DISTILL.TEACHER.SCALE, size)
+    crowds = [annotation for annotation in sample["annotations"] if annotation.get("iscrowd", 0)]
+    return {
+        **inputs,
+        "instances": _instances(objects_of(sample), resize, size),
+        "crowds": _instances(crowds, resize, size),
+    }
+
+
+def _instances(annotations: List[Dict[str, Any]], resize: T.Transform, size: Tuple[int, int]) -> Instances:
+    """Return the boxes and classes of annotations in pixels of the resized image, without empty boxes."""
     keys = ("bbox", "bbox_mode", "category_id")
-    annotations = [{key: annotation[key] for key in keys} for annotation in _annotations(sample)]
-    resized = [utils.transform_instance_annotations(annotation, [resize], size) for annotation in annotations]
+    boxes = [{key: annotation[key] for key in keys} for annotation in annotations]
+    resized = [utils.transform_instance_annotations(box, [resize], size) for box in boxes]
     instances = utils.annotations_to_instances(resized, size)
-    return {**inputs, "instances": instances[instances.gt_boxes.nonempty()]}
+    return instances[instances.gt_boxes.nonempty()]
 
 
 @dataclass
@@ -243,9 +251,17 @@ def _without_labels(batch: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
 def _match(outputs: List[Dict[str, Any]], probe: Probe) -> List[MatchedDetections]:
     detections = []
     for output, inputs in zip(outputs, probe.inputs):
-        predicted, objects = output["instances"].to("cpu"), inputs["instances"]
-        boxes, gt_boxes = predicted.pred_boxes.tensor, objects.gt_boxes.tensor
-        matched = match_objects(boxes, predicted.scores, predicted.pred_classes, gt_boxes, objects.gt_classes)
-        detections.append(matched)
+        predicted, objects, crowds = output["instances"].to("cpu"), inputs["instances"], inputs["crowds"]
+        detections.append(
+            match_objects(
+                predicted.pred_boxes.tensor,
+                predicted.scores,
+                predicted.pred_classes,
+                objects.gt_boxes.tensor,
+                objects.gt_classes,
+                crowds.gt_boxes.tensor,
+                crowds.gt_classes,
+            )
+        )
     threshold = best_threshold(detections, len(probe.classes))
     return [matched.above(threshold) for matched in detections]

@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import ImageList
 from torch import nn
 
+from ..data.class_names import is_reordered
 from ..data.teacher_view import TEACHER_IMAGE
 from ..detectors import build_adapter
 from ..device import SideStream
@@ -51,14 +52,14 @@ class FrozenTeacher:
         self.adapter = build_adapter(self.model, "teacher", cfg)
         self._scale = cfg.DISTILL.TEACHER.SCALE
         _check_size(cfg, self.model)
-        names = _teachers_classes(cfg, self.file, self.adapter.spec.num_classes)
+        self.sha256, trained = load_weights(self.model, self.file.weights)
+        names = _teachers_classes(cfg, self.file, self.adapter.spec.num_classes, trained)
         self.spec = with_class_names(seen_at_scale(self.adapter.spec, self._scale), names)
         config = cfg.DISTILL.TEACHER
         self._device = torch.device(cfg.MODEL.DEVICE)
         self._stream = SideStream(self._device, config.OWN_STREAM)
         self.cache: Optional[FeatureCache] = FeatureCache(config.CACHE_MB) if config.CACHE_MB > 0 else None
         self._dtype = parse_dtype(config.DTYPE, cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED)
-        self.sha256 = load_weights(self.model, self.file.weights)
         self.model.eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
@@ -175,8 +176,14 @@ class FrozenTeacher:
         return {"weights": self.file.weights, "sha256": self.sha256, "images": images}
 
 
-def _teachers_classes(cfg: CfgNode, file: TeacherFile, num_classes: int) -> Optional[Tuple[str, ...]]:
-    """Return the names of the teacher's classes: DISTILL.TEACHER.CLASSES, or those of the dataset in its file."""
+def _teachers_classes(
+    cfg: CfgNode, file: TeacherFile, num_classes: int, trained: Optional[Sequence[str]]
+) -> Optional[Tuple[str, ...]]:
+    """Return the names of the teacher's classes: DISTILL.TEACHER.CLASSES, or those of the dataset in its file.
+
+    Args:
+        trained: the names that the weights record. They count if no other names are known.
+    """
     given = tuple(cfg.DISTILL.TEACHER.CLASSES)
     if given and len(given) != num_classes:
         raise GDetKDError(
@@ -190,7 +197,17 @@ def _teachers_classes(cfg: CfgNode, file: TeacherFile, num_classes: int) -> Opti
             "same classes in another order. Correct the order, or leave DISTILL.TEACHER.CLASSES empty. If the teacher "
             "was trained on another dataset of that name, register the dataset under another name here."
         )
-    return given or known or None
+    names = given or known
+    if trained is None or len(trained) != num_classes:
+        return names or None
+    if names and is_reordered(trained, names):
+        where = "DISTILL.TEACHER.CLASSES has" if given else "the dataset in the teacher's config has"
+        raise GDetKDError(
+            f"The teacher's weights were trained on the classes {some(trained)}, but {where} them in another order: "
+            f"{some(names)}. The student would learn wrong classes. Use the order of the training. If a dataset of "
+            "this name has another order now, register it under a name that the teacher's config does not have."
+        )
+    return names or tuple(map(str, trained))
 
 
 def _check_size(cfg: CfgNode, teacher: nn.Module) -> None:

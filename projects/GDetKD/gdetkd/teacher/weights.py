@@ -2,22 +2,41 @@
 
 import logging
 import os
-from typing import Any
+from typing import Any, List, NamedTuple, Optional
 
 import torch
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..errors import GDetKDError, first_line, some
-from ..safe_load import DamagedFileError, SafeCheckpointer, sha256_of_file
+from ..safe_load import DamagedFileError, SafeCheckpointer, recorded_classes, sha256_of_file
 
 logger = logging.getLogger(__name__)
 
 
+class LoadedWeights(NamedTuple):
+    """Describe a file of weights.
+
+    Attributes:
+        sha256: SHA-256 of the file, in hexadecimal digits.
+        classes: names of the classes that the weights were trained on, in order. None if the file does not tell them.
+    """
+
+    sha256: str
+    classes: Optional[List[str]]
+
+
 class CompleteCheckpointer(SafeCheckpointer):
-    """Load weights as Detectron2 does, but raise an error if a tensor stays unloaded. Detectron2 only warns."""
+    """Load weights as Detectron2 does, but raise an error if a tensor stays unloaded. Detectron2 only warns.
+
+    Attributes:
+        classes: see `LoadedWeights`.
+    """
+
+    classes: Optional[List[str]] = None
 
     def load_weights(self, checkpoint: Any) -> Any:
+        self.classes = recorded_classes(checkpoint)
         incompatible = super().load_weights(checkpoint)
         # A BatchNorm's count of batches does not matter in eval mode, and old files lack it.
         missing = [key for key in incompatible.missing_keys if not key.endswith("num_batches_tracked")]
@@ -37,18 +56,16 @@ class CompleteCheckpointer(SafeCheckpointer):
         return incompatible
 
 
-def load_weights(model: nn.Module, path: str) -> str:
+def load_weights(model: nn.Module, path: str) -> LoadedWeights:
     """Load all weights of a teacher.
-
-    Returns:
-        SHA-256 of the file, in hexadecimal digits.
 
     Raises:
         GDetKDError: no file is given, the file is missing, empty or damaged, or a tensor stays unloaded.
     """
     local = _local_file(path)
+    checkpointer = CompleteCheckpointer(model)
     try:
-        CompleteCheckpointer(model).load(path)
+        checkpointer.load(path)
     except DamagedFileError as e:
         raise GDetKDError(
             f"The teacher: {e} Is the file complete ({os.path.getsize(local)} bytes), and a Detectron2 checkpoint?"
@@ -66,7 +83,7 @@ def load_weights(model: nn.Module, path: str) -> str:
             f"The teacher's weights {path!r} hold values that are not finite ({some(broken)}), so the teacher's "
             "training diverged. Take an earlier checkpoint."
         )
-    return sha256_of_file(local)
+    return LoadedWeights(sha256_of_file(local), checkpointer.classes)
 
 
 def _local_file(path: str) -> str:

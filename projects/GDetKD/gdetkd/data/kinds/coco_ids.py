@@ -3,6 +3,7 @@
 import os
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
+from ..folders import spelling_key
 from .base import Counts
 
 Item = Dict[str, Any]
@@ -108,9 +109,12 @@ def _renumber(annotations: List[Item]) -> int:
 
 
 def respell_file_names(images: Sequence[Item], folder: str) -> int:
-    """Correct file names that differ from a file only by upper and lower case. Return how many were corrected.
+    """Correct file names that differ from a file only in case or in the form of accents.
 
     A file that another image names, or has been given, is not taken.
+
+    Returns:
+        how many names were corrected.
     """
     listings: Dict[str, Dict[str, List[str]]] = {}
     taken = {image["file_name"] for image in images if isinstance(image.get("file_name"), str)}
@@ -122,8 +126,8 @@ def respell_file_names(images: Sequence[Item], folder: str) -> int:
             continue
         head, tail = os.path.split(name)
         if head not in listings:
-            listings[head] = _by_lower_case(os.path.join(folder, head))
-        found = [os.path.join(head, other) for other in listings[head].get(tail.lower(), [])]
+            listings[head] = _by_spelling_key(os.path.join(folder, head))
+        found = [os.path.join(head, other) for other in listings[head].get(spelling_key(tail), [])]
         if len(found) == 1 and found[0] not in taken:
             image["file_name"] = found[0]
             taken.add(found[0])
@@ -131,8 +135,8 @@ def respell_file_names(images: Sequence[Item], folder: str) -> int:
     return changed
 
 
-def _by_lower_case(folder: str) -> Dict[str, List[str]]:
+def _by_spelling_key(folder: str) -> Dict[str, List[str]]:
     names: Dict[str, List[str]] = {}
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
-        names.setdefault(name.lower(), []).append(name)
+        names.setdefault(spelling_key(name), []).append(name)
     return names

@@ -55,6 +55,11 @@ def _as_number(value: Any) -> Any:
     return value
 
 
+def _as_whole(number: Any) -> Any:
+    """Return a whole float as an integer, or the value as it is."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
 def _replace(item: Item, key: str, value: Any) -> bool:
     """Set a key, and return whether that changed its value or type."""
     before = item.get(key)
@@ -80,8 +85,8 @@ def _match_types_of_ids(images: List[Item]) -> Counts:
 # A function below corrects one quirk of an item in place, and returns whether the item had the quirk.
 
 
-def _size_from_text(image: Item) -> bool:
-    return any([_replace(image, key, _as_number(image[key])) for key in ("width", "height") if key in image])
+def _whole_size(image: Item) -> bool:
+    return any([_replace(image, key, _as_whole(_as_number(image[key]))) for key in ("width", "height") if key in image])
 
 
 def _slashes(image: Item, folder: str) -> bool:
@@ -148,7 +153,7 @@ def _without_short_polygons(annotation: Item) -> bool:
 
 
 IMAGE_QUIRKS: Dict[str, Callable[[Item], bool]] = {
-    "images have their size as text": _size_from_text,
+    "images have their size as text or with a decimal point": _whole_size,
 }
 CATEGORY_QUIRKS: Dict[str, Callable[[Item], bool]] = {
     "class names have spaces around them": _without_spaces,
