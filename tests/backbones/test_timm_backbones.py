@@ -147,6 +147,35 @@ def test_norm_keeps_the_activation(norm, kind):
     assert type(bottom_up.model.bn1.act).__name__ == type(timm.create_model("test_efficientnet").bn1.act).__name__
 
 
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet"])
+def test_frozen_norms_equal_timms_and_keep_half_precision(name):
+    """timm's EfficientNets have activations in their norms, and its ResNets have plain BatchNorm layers."""
+    torch.manual_seed(0)
+    original = timm.create_model(name).eval()
+    for module in original.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    state, image = original.state_dict(), torch.randn(1, 3, 64, 96)
+    bottom_up = build_model(timm_cfg(name, NORM="FrozenBN")).backbone.bottom_up.eval()
+    own = bottom_up.model.state_dict()
+    bottom_up.model.load_state_dict({key: state[key] for key in own})
+    expected = original.forward_intermediates(image, intermediates_only=True)[-4:]
+    for found, wanted in zip(bottom_up(image).values(), expected):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {found.dtype for found in bottom_up(image).values()} == {torch.bfloat16}
+
+
+def test_fusions_into_levels_that_are_not_read_are_frozen():
+    """HRNet fuses all levels into all others. RetinaNet reads no level of stride 4."""
+    model = build_model(timm_cfg("hrnet_w18_small", "retinanet"))
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen and all("fuse_layers.0" in name or "incre_modules.0" in name for name in frozen)
+    assert without_gradient(model) == []
+
+
 @pytest.mark.parametrize(
     "name, mean", [("vit_tiny_patch16_224", 127.5), ("mobilenetv4_conv_small.e2400_r224_in1k", 123.675)]
 )

@@ -271,6 +271,16 @@ def test_an_invalid_class_map_is_a_problem(shapes_cfg):
     assert any("The teacher class 'square' matches two student classes" in problem for problem in problems_of(cfg))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_parameter_that_no_loss_reaches_is_a_problem_for_several_processes(distill_cfg, processes):
+    check = Check(distill_cfg({"SOLVER.IMS_PER_BATCH": 2, "DISTILL.LOSSES": ("SGFI",)}), processes=processes)
+    check._student.spare = torch.nn.Parameter(torch.zeros(1))
+    check.run()
+    assert any("No loss reaches 1 parameters of the student (spare)" in text for text in check.problems) == (
+        processes == 2
+    )
+
+
 def test_the_check_of_a_run_without_a_teacher(distill_cfg, tmp_path):
     keys = {"OUTPUT_DIR": str(tmp_path)}
     for cfg in (distill_cfg({"DISTILL.LOSSES": ()}), make_cfg(keys)):

@@ -12,12 +12,13 @@ from test_trainer import train
 
 from conftest import make_batch, make_cfg
 from gdetkd import DistillTrainer
+from gdetkd.data.teacher_view import CACHE_KEY, TEACHER_IMAGE, key_of
 from gdetkd.engine.cache_advice import cache_advice, views_of_an_image
 from gdetkd.engine.check import Check
 from gdetkd.engine.step_costs import measure_steps
 from gdetkd.structures import Regions
 from gdetkd.teacher import FrozenTeacher
-from gdetkd.teacher.feature_cache import FeatureCache, key_of
+from gdetkd.teacher.feature_cache import FeatureCache
 
 CACHE = {"DISTILL.TEACHER.CACHE_MB": 100}
 
@@ -141,6 +142,19 @@ def test_keys_depend_on_pixels_and_size():
     others = [image.flip(2), image.reshape(3, 4, 2), image + 1, image.transpose(1, 2)]
     assert len({key_of(image), *map(key_of, others)}) == 5
     assert key_of(image) == key_of(image.flip(2).flip(2)) == key_of(image.transpose(1, 2).contiguous().transpose(1, 2))
+
+
+@pytest.mark.parametrize("keys", [{}, {"DISTILL.TEACHER.SCALE": 2.0}, {"DISTILL.LOSSES": ()}])
+def test_the_loader_adds_the_keys_before_images_go_to_a_device(distill_cfg, monkeypatch, keys):
+    cfg = distill_cfg({**CACHE, **keys})
+    trainer = DistillTrainer(cfg)
+    batch = next(iter(trainer.data_loader))
+    assert all((CACHE_KEY in sample) == bool(cfg.DISTILL.LOSSES) for sample in batch)
+    if cfg.DISTILL.LOSSES:
+        assert all(sample[CACHE_KEY] == key_of(sample.get(TEACHER_IMAGE, sample["image"])) for sample in batch)
+        monkeypatch.setattr("gdetkd.teacher.frozen.key_of", None)
+        again = trainer.distiller.teacher.with_cache_keys(batch)
+        assert [sample[CACHE_KEY] for sample in again] == [sample[CACHE_KEY] for sample in batch]
 
 
 @pytest.mark.parametrize("keys", [{}, {"DISTILL.TEACHER.SCALE": 2.0}])

@@ -69,6 +69,22 @@ class _BrokenOffInALoss(_BrokenOff):
     place = "losses.SGFI"
 
 
+class _WithSpare(DistillTrainer):
+    """No loss reads a parameter of the student."""
+
+    @classmethod
+    def build_model(cls, cfg):
+        model = super().build_model(cfg)
+        model.student.spare = torch.nn.Parameter(torch.zeros(1))
+        return model
+
+
+def _train_with_spare(rank, cfg):
+    with pytest.raises(GDetKDError) as error:
+        train_rank(rank, cfg, _WithSpare)
+    return str(error.value)
+
+
 def _breaks_off(student, teacher):
     raise FloatingPointError("found in a loss")
 
@@ -136,6 +152,11 @@ def _resume_where_one_lacks_it(rank, folder):
         return _resume(rank, folder)
     finally:
         os.path.isfile = isfile
+
+
+def test_a_parameter_that_no_loss_reaches_is_named(shared_cfg, tmp_path):
+    for message in run_in_processes(_train_with_spare, tmp_path, 2, shared_cfg(2, {"SOLVER.MAX_ITER": 3})):
+        assert "No loss reaches 1 parameters of the student (spare)" in message and "FPN.IN_FEATURES" in message
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_or_is_left_out_on_all(shared_cfg, tmp_path):

@@ -1,5 +1,6 @@
 """Find the blocks that a network runs one after another, and the strides of their outputs."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator, List, Sequence, Tuple
 
@@ -55,11 +56,9 @@ def probe_blocks(
     """
     calls: List[Block] = []
     handles = [module.register_forward_hook(_noting(name, calls)) for name, module in named_blocks(model)]
-    training = [module for module in model.modules() if module.training]
-    image = torch.zeros(1, 3, *PROBE_SIZE, device=next(model.parameters()).device)
+    image = _probe_image(model)
     try:
-        with torch.no_grad():
-            model.eval()
+        with torch.no_grad(), _evaluating(model):
             output = forward(image)
     except (RuntimeError, AssertionError, ValueError) as e:
         raise GDetKDError(
@@ -69,9 +68,40 @@ def probe_blocks(
     finally:
         for handle in handles:
             handle.remove()
+    return calls, image, output
+
+
+def freeze_unread(model: nn.Module, forward: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> None:
+    """Freeze the parameters on which no feature map depends, in place.
+
+    They would get no gradient, and with several processes DistributedDataParallel would wait for it.
+
+    Args:
+        forward: returns the feature maps of an image (1, 3, H, W).
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.enable_grad(), _evaluating(model):
+        maps = [feature_map.sum() for feature_map in forward(_probe_image(model)) if feature_map.requires_grad]
+    if not maps:
+        return
+    for parameter, gradient in zip(parameters, torch.autograd.grad(sum(maps), parameters, allow_unused=True)):
+        parameter.requires_grad_(gradient is not None)
+
+
+def _probe_image(model: nn.Module) -> torch.Tensor:
+    return torch.zeros(1, 3, *PROBE_SIZE, device=next(model.parameters()).device)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Set a network to eval mode, and each module back to its mode at the end."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
         for module in training:
             module.training = True
-    return calls, image, output
 
 
 def map_stride(output: Any) -> int:

@@ -12,9 +12,10 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import nn
 
 from ..errors import GDetKDError
-from .blocks import map_stride, probe_blocks
+from .blocks import freeze_unread, map_stride, probe_blocks
 from .bottom_up import LibraryBottomUp
 from .config import check_backbone_values, check_levels, check_model_name, level_of
+from .frozen_norms import freeze_batch_norms
 from .preprocessing import of_unit_range
 from .pyramid import SimplePyramid, build_fpn, norm_builder, top_block
 
@@ -57,11 +58,12 @@ class TimmBottomUp(LibraryBottomUp):
         made = {level: channels for level, channels in named if level}
         check_levels(KEY, config.NAME, self._levels, made)
         self._channels = {level: made[level] for level in self._levels}
-        layers = importlib.import_module("timm.layers")
         # Detectron2's conversion would lose the activation that timm has in its norms.
-        self.set_norm(config.NORM, layers.freeze_batch_norm_2d, layers.convert_sync_batchnorm)
+        sync = importlib.import_module("timm.layers").convert_sync_batchnorm
+        self.set_norm(config.NORM, freeze_batch_norms, sync)
         first_stride = self.output_shape()[self._levels[0]].stride
-        self.freeze(blocks, cfg.MODEL.BACKBONE.FREEZE_AT, first_stride, layers.freeze_batch_norm_2d)
+        self.freeze(blocks, cfg.MODEL.BACKBONE.FREEZE_AT, first_stride, freeze_batch_norms)
+        freeze_unread(self.model, self._maps)  # HRNet fuses levels into maps that are not wanted
 
     @property
     def library_module(self) -> nn.Module:

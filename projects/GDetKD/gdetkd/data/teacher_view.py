@@ -1,6 +1,7 @@
 """Give the teacher the student's augmented image at another resolution, made from the original pixels."""
 
 import copy
+import hashlib
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
@@ -19,8 +20,8 @@ from fvcore.transforms.transform import (
 
 from ..errors import GDetKDError
 
-# The key of the teacher's image in a training sample.
-TEACHER_IMAGE = "teacher_image"
+# The keys of the teacher's image, and of the digest of what the teacher sees, in a training sample.
+TEACHER_IMAGE, CACHE_KEY = "teacher_image", "teacher_cache_key"
 # Transforms that do the same at each resolution.
 FREE_OF_SIZE = (BlendTransform, HFlipTransform, NoOpTransform, VFlipTransform, T.ColorTransform, T.PILColorTransform)
 
@@ -63,6 +64,27 @@ class TeacherViewMapper:
         sample = self._mapper(dataset_dict)
         sample[TEACHER_IMAGE] = self._view.finish(tuple(sample["image"].shape[-2:]))
         return sample
+
+
+class CacheKeyMapper:
+    """Add the digest by which DISTILL.TEACHER.CACHE_MB knows a view to the training samples of a mapper.
+
+    In a training the workers of the loader do so. Later, with several GPUs, DistributedDataParallel has moved the image
+    to its GPU.
+    """
+
+    def __init__(self, mapper: Callable[[Dict[str, Any]], Dict[str, Any]]) -> None:
+        self._mapper = mapper
+
+    def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
+        sample = self._mapper(dataset_dict)
+        return {**sample, CACHE_KEY: key_of(sample.get(TEACHER_IMAGE, sample["image"]))}
+
+
+def key_of(image: torch.Tensor) -> bytes:
+    """Return a digest of an image's pixels and size. An image on a GPU would make the CPU wait."""
+    pixels = image.contiguous().cpu().numpy()
+    return hashlib.blake2b(pixels.data, digest_size=16, key=str(tuple(image.shape)).encode()).digest()
 
 
 class _View:

@@ -10,7 +10,7 @@ from ..config import student_architecture
 from .class_names import class_names
 from .instaboost import InstaBoostMapper
 from .task_labels import BOXES_ALONE, has_mask, objects_of
-from .teacher_view import TeacherViewMapper
+from .teacher_view import CacheKeyMapper, TeacherViewMapper
 from .unlabeled import UnlabeledMapper
 
 Sample = Dict[str, Any]
@@ -33,7 +33,7 @@ class TrainMapper(DatasetMapper):
 
 
 def build_mapper(cfg: CfgNode) -> Callable[[Sample], Sample]:
-    """Build the mapper of a training loader: Detectron2's, with INPUT.INSTABOOST and the teacher's view."""
+    """Build the mapper of a training loader: Detectron2's, with what INPUT.INSTABOOST and DISTILL.TEACHER ask for."""
     if student_architecture(cfg) in BOXES_ALONE:
         cfg = cfg.clone()
         cfg.defrost()
@@ -42,4 +42,6 @@ def build_mapper(cfg: CfgNode) -> Callable[[Sample], Sample]:
     has_view = cfg.DISTILL.TEACHER.SCALE != 1 and cfg.DISTILL.LOSSES
     mapper = TeacherViewMapper(plain, cfg.DISTILL.TEACHER.SCALE) if has_view else plain
     labeled = InstaBoostMapper(cfg, mapper) if cfg.INPUT.INSTABOOST.ENABLED else mapper
-    return UnlabeledMapper(labeled, mapper, len(class_names(cfg))) if cfg.DATASETS.UNLABELED else labeled
+    whole = UnlabeledMapper(labeled, mapper, len(class_names(cfg))) if cfg.DATASETS.UNLABELED else labeled
+    has_cache = cfg.DISTILL.TEACHER.CACHE_MB > 0 and cfg.DISTILL.LOSSES
+    return CacheKeyMapper(whole) if has_cache else whole

@@ -22,10 +22,11 @@ from ..structures import DetectorSpec
 from ..teacher import FrozenTeacher
 from .cache_advice import cache_advice
 from .forward_guard import BROKEN
+from .gradients import describe_unreached, find_unreached
 from .preflight import load_dataset
 from .preprocessing import USUAL, Preprocessing, preprocessing_of, with_channels_swapped
 from .sample_score import SampleScore, score_on_sample
-from .step_costs import StepCost, TermCost, measure_steps, measure_terms
+from .step_costs import StepCost, TermCost, backward, measure_steps, measure_terms
 from .trainer import DistillTrainer
 from .unlabeled_checks import UnlabeledReport
 
@@ -57,6 +58,7 @@ class Check:
         self.problems: List[str] = []
         self.unknown: List[str] = []
         self._images = images
+        self._processes = processes
         self._cfg = _config_of_one_process(cfg, processes)
         self._trainer = DistillTrainer(self._cfg)
         self._trainer.resume_or_load(resume=False)
@@ -83,6 +85,7 @@ class Check:
                 f"A training step fails ({reason}). Check that MODEL.WEIGHTS and the images and boxes are finite."
             )
         else:
+            self._judge_reach()
             parts += [self._terms(terms), self._costs()]
         unsaid = [warning for warning in warnings if warning not in self.problems]
         if unsaid:
@@ -208,6 +211,16 @@ class Check:
             with EventStorage(0), torch.autocast("cuda", enabled=self._cfg.SOLVER.AMP.ENABLED):
                 self._trainer.model.train()(batch)
             schedule.follow(schedule.take_gradients())
+
+    def _judge_reach(self) -> None:
+        """Check that a loss reaches every parameter of the student, which several processes need."""
+        if self._processes == 1:
+            return
+        model = self._trainer.model.train()
+        backward(model, self._batches()[0], self._cfg.SOLVER.AMP.ENABLED)
+        if names := find_unreached(self._student):
+            self.problems.append(describe_unreached(names))
+        model.zero_grad(set_to_none=True)
 
     def _terms(self, terms: Dict[str, TermCost]) -> str:
         schedule = self._trainer.schedule

@@ -4,7 +4,9 @@ import math
 from typing import Dict, List, Mapping, Optional, Sequence
 
 import torch
+from torch import nn
 
+from ..errors import some
 from ..structures import full_precision
 
 # Name of the student's own losses, taken together.
@@ -59,6 +61,20 @@ def gradients_at_scales(
         lengths = norm * own_norm
         measured[name] = {"norm": norm, "cosine": _product(gradient, own) / lengths if lengths > 0 else 0.0}
     return measured
+
+
+def find_unreached(model: nn.Module) -> List[str]:
+    """Return the names of the trainable parameters that have no gradient after a backward pass."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+
+
+def describe_unreached(names: Sequence[str]) -> str:
+    """Say why a training in several processes is not possible, and what to do."""
+    return (
+        f"No loss reaches {len(names)} parameters of the student ({some(names)}), and with several processes "
+        "DistributedDataParallel would wait for their gradients. They often belong to a level of the pyramid that the "
+        "heads do not read. Leave that level out of MODEL.FPN.IN_FEATURES, or train in one process."
+    )
 
 
 def _gradient(loss: torch.Tensor, inputs: Sequence[torch.Tensor], scale: float) -> Gradient:

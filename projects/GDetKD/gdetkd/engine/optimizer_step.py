@@ -9,7 +9,9 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from .._compat.training import AfterBackward
+from ..errors import GDetKDError
 from .exchange import any_and_mean
+from .gradients import describe_unreached, find_unreached
 from .guard import StepGuard, StepSkipped
 from .schedule import LossSchedule
 from .stopping import StopRequest
@@ -77,6 +79,30 @@ class StepAgreement(HookBase):
         self._schedule.follow({name: means[name] for name in gradients})
         if comm.is_main_process():
             get_event_storage().put_scalars(smoothing_hint=False, **{name: means[name] for name in scalars}, **own)
+
+
+class UnreachedParameters(HookBase):
+    """End a run in several processes after its first backward pass if no loss reaches a parameter of the student.
+
+    Otherwise DistributedDataParallel would end it in the second step, with an error that names no parameter.
+
+    Args:
+        student: the student.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        self._student = student
+        self._is_first = True
+
+    def after_backward(self) -> None:
+        """
+        Raises:
+            GDetKDError: a trainable parameter has no gradient.
+        """
+        names = find_unreached(self._student) if self._is_first and comm.get_world_size() > 1 else []
+        self._is_first = False
+        if names:
+            raise GDetKDError(describe_unreached(names))
 
 
 def _read(*groups: Dict[str, torch.Tensor]) -> List[Dict[str, float]]:

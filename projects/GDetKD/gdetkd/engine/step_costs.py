@@ -85,7 +85,7 @@ def measure_steps(models: Mapping[str, nn.Module], batches: List[Any], autocast:
 
         def run() -> None:
             batch = next(upcoming)
-            megabytes[name] = max(megabytes[name], peak_memory(lambda: _step(model, batch, autocast)))
+            megabytes[name] = max(megabytes[name], peak_memory(lambda: backward(model, batch, autocast)))
             model.zero_grad(set_to_none=True)
 
         return run
@@ -96,7 +96,8 @@ def measure_steps(models: Mapping[str, nn.Module], batches: List[Any], autocast:
     return {name: StepCost(statistics.median(seconds[name]), megabytes[name], kind) for name in models}
 
 
-def _step(model: nn.Module, batch: Any, autocast: bool) -> None:
+def backward(model: nn.Module, batch: Any, autocast: bool) -> None:
+    """Run the forward and backward pass of a step."""
     with EventStorage(LATE), torch.autocast("cuda", enabled=autocast):
         total = sum(model(batch).values())
     total.backward()

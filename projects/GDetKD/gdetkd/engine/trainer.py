@@ -40,7 +40,7 @@ from .hook_order import order_hooks
 from .hooks import DistilUntil, RandomState, TolerantWriter
 from .loss_scalars import LossScalars
 from .optimizer import build_optimizer, exempt_from_decay
-from .optimizer_step import GuardedAMPTrainer, GuardedTrainer, StepAgreement
+from .optimizer_step import GuardedAMPTrainer, GuardedTrainer, StepAgreement, UnreachedParameters
 from .patience import Patience
 from .preflight import check_architecture, check_datasets, check_student, check_student_classes
 from .resume import DistillState, RunRecord, warn_of_other_data
@@ -117,7 +117,7 @@ class DistillTrainer(BareTrainer):
         take_local = self.distiller.mixture.take_scalars if self.distiller is not None else None
         agreement = StepAgreement(self._guard, self._request, self.schedule, take_local)
         agreement.attach(model)
-        step_trainer.register_hooks([agreement])
+        step_trainer.register_hooks([UnreachedParameters(self.student), agreement])
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:

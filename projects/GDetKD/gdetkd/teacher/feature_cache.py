@@ -1,6 +1,5 @@
 """Keep the teacher's features of images that come again (DISTILL.TEACHER.CACHE_MB)."""
 
-import hashlib
 import logging
 from typing import Callable, Dict, Sequence, Tuple
 
@@ -10,12 +9,6 @@ logger = logging.getLogger(__name__)
 
 Features = Dict[str, torch.Tensor]
 Key = Tuple[bytes, Tuple[int, ...]]
-
-
-def key_of(image: torch.Tensor) -> bytes:
-    """Return a digest of an image's pixels and size. An image on a GPU would make the CPU wait."""
-    pixels = image.contiguous().cpu().numpy()
-    return hashlib.blake2b(pixels.data, digest_size=16, key=str(tuple(image.shape)).encode()).digest()
 
 
 def size_of(features: Features) -> int:
@@ -54,7 +47,7 @@ class FeatureCache:
         Args:
             images: (1, 3, height, width) each, preprocessed and padded, on the device. If they differ in size, the
                 last row and column of the maps of smaller images are repeated.
-            keys: by image, what `key_of` returned for the image before that.
+            keys: by image, what `gdetkd.data.teacher_view.key_of` returned for the image before that.
             compute: runs the backbone. It gets one image at a time, so that the features of an image do not depend on
                 the others in its batch, and a resumed run is exact.
         """

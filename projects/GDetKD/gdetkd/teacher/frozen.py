@@ -10,20 +10,17 @@ from detectron2.structures import ImageList
 from torch import nn
 
 from ..data.class_names import is_reordered
-from ..data.teacher_view import TEACHER_IMAGE
+from ..data.teacher_view import CACHE_KEY, TEACHER_IMAGE, key_of
 from ..detectors import build_adapter
 from ..device import SideStream
 from ..errors import GDetKDError, some
 from ..inference import for_inference, parse_dtype
 from ..structures import DetectorOutputs, Regions, seen_at_scale, with_class_names
-from .feature_cache import FeatureCache, Features, key_of
+from .feature_cache import FeatureCache, Features
 from .files import TeacherFile, read_teacher_file
 from .weights import load_weights
 
 logger = logging.getLogger(__name__)
-
-# The key of an image's digest in a training sample.
-CACHE_KEY = "teacher_cache_key"
 
 
 class FrozenTeacher:
@@ -108,11 +105,14 @@ class FrozenTeacher:
     def with_cache_keys(self, batched_inputs: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
         """Return a training batch whose images have digests for the cache, if there is one.
 
-        Call this before the images go to the device. The given batch does not change.
+        GDetKD's training loader has added them. For other batches, call this before the images go to the device. The
+        given batch does not change.
         """
         if self.cache is None:
             return batched_inputs
-        return [{**inputs, CACHE_KEY: key_of(self._view_of(inputs))} for inputs in batched_inputs]
+        return [
+            {CACHE_KEY: inputs.get(CACHE_KEY) or key_of(self._view_of(inputs)), **inputs} for inputs in batched_inputs
+        ]
 
     @torch.no_grad()
     def look_at(
