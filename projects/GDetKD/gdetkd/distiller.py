@@ -59,6 +59,7 @@ class GDetKD(nn.Module):
         self.losses = nn.ModuleDict()
         self.teacher: Optional[FrozenTeacher] = None
         self.adapter: Optional[DetectorAdapter] = None
+        self.reads_regions_alone, self._needs = True, frozenset()
         # The code below draws random numbers. The student's run must draw the same numbers as a plain run.
         with torch.random.fork_rng(devices=[]):
             if cfg.DISTILL.LOSSES or cfg.DISTILL.HEAD_TRANSFER or cfg.DISTILL.EVAL_TEACHER:
@@ -68,20 +69,20 @@ class GDetKD(nn.Module):
             if cfg.DATASETS.UNLABELED and type(self.adapter).ignoring is DetectorAdapter.ignoring:
                 self.adapter.ignoring([])  # raises an error
             if cfg.DISTILL.LOSSES:
-                spec = with_class_names(self.adapter.spec, class_names(cfg))
-                self.losses = build_losses(cfg, spec, self.teacher.spec)
-        self._needs = frozenset().union(*(loss.needs for loss in self.losses.values()))
-        self.reads_regions_alone = all(loss.reads_regions_alone for loss in self.losses.values())
-        if self.losses and self.teacher.spec.dense is not None:
-            self.reads_regions_alone = False
-        if self.losses:
-            self.adapter.needs = self._needs
-            self.adapter.stages_compared = min(spec.num_stages, self.teacher.spec.num_stages)
+                self._add_losses(cfg)
         self.mixture = Mixture(
             cfg.DISTILL.UNLABELED.WEIGHT, self.adapter.losses_are_means if self.adapter is not None else True
         )
         self.distils = True
         self._to_compute: List[str] = []
+
+    def _add_losses(self, cfg: CfgNode) -> None:
+        spec = with_class_names(self.adapter.spec, class_names(cfg))
+        self.losses = build_losses(cfg, spec, self.teacher.spec)
+        losses = self.losses.values()
+        self.adapter.needs = self._needs = frozenset().union(*(loss.needs for loss in losses))
+        self.adapter.stages_compared = min(spec.num_stages, self.teacher.spec.num_stages)
+        self.reads_regions_alone = self.teacher.spec.dense is None and all(loss.reads_regions_alone for loss in losses)
 
     @property
     def terms(self) -> List[str]:
@@ -152,8 +153,8 @@ class GDetKD(nn.Module):
 
         Otherwise DDP would wait for these gradients.
         """
-        zero = sum_of_zeros(self.losses.parameters())
-        return {name: loss + zero if place == 0 else loss for place, (name, loss) in enumerate(losses.items())}
+        first = next(iter(losses))
+        return {**losses, first: losses[first] + sum_of_zeros(self.losses.parameters())}
 
     def fill_buffers(self) -> None:
         """Fill the losses' buffers that grow at the start of a training, to measure the cost of later steps."""

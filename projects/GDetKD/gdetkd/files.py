@@ -2,10 +2,13 @@
 
 import errno
 import json
+import logging
 import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional
+
+logger = logging.getLogger(__name__)
 
 # Ending of a file that is still being written. A killed run leaves such a file. The next --resume removes it.
 PARTIAL = ".partial"
@@ -66,6 +69,19 @@ def _sync_folder(folder: str) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def write_or_log(path: str, text: str, consequence: str) -> None:
+    """Write a small file as a whole. Log an error of the disk, because the run can go on without the file.
+
+    Args:
+        consequence: what happens without the file, for the message.
+    """
+    try:
+        with written_whole(path) as file:
+            file.write(text)
+    except OSError as e:
+        logger.error("Could not write %s (%s). %s", path, e.strerror or e, consequence)
 
 
 def kept_value(path: Path, key: Any, make: Callable[[], Any]) -> Any:

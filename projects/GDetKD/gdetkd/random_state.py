@@ -36,21 +36,15 @@ def set_random_state(state: Dict[str, Any]) -> None:
 @contextmanager
 def random_state(seed: Sequence[int]) -> Iterator[None]:
     """Seed Python, NumPy and torch (the CPU and the current GPU) in a `with` block, and restore the states after it."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # A worker of the data loader must not touch CUDA.
-    before_cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    before = get_random_state()
     words = np.random.SeedSequence(list(seed)).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])
     # torch.manual_seed would reseed all GPUs, and their states are not saved here.
     torch.default_generator.manual_seed(int(words[2]))
-    if before_cuda is not None:
+    if "cuda" in before:  # a worker of the data loader must not touch CUDA
         torch.cuda.manual_seed(int(words[2]))
     try:
         yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-        if before_cuda is not None:
-            torch.cuda.set_rng_state(before_cuda)
+        set_random_state(before)

@@ -13,30 +13,28 @@ def class_names(cfg: CfgNode) -> Optional[Tuple[str, ...]]:
     if not cfg.DATASETS.TRAIN:
         return None
     name = cfg.DATASETS.TRAIN[0]
-    return names_of_dataset(name, [entry for entry in cfg.DATASETS.REGISTER if entry["name"] == name])
+    return names_of_dataset(name, next((dict(entry) for entry in cfg.DATASETS.REGISTER if entry["name"] == name), None))
 
 
-def names_of_dataset(name: str, entries: Sequence[Dict] = ()) -> Optional[Tuple[str, ...]]:
+def names_of_dataset(name: str, entry: Optional[Dict] = None) -> Optional[Tuple[str, ...]]:
     """Return the class names of a dataset in order, or None if they are not known.
 
     Args:
         name: the dataset's name in Detectron2's catalog.
-        entries: the entries of that name in a config's DATASETS.REGISTER.
+        entry: the entry of that name in a config's DATASETS.REGISTER.
 
     Raises:
         GDetKDError: a file of the dataset exists, but its class names cannot be read.
     """
-    entries = [dict(entry) for entry in entries]
     if name in MetadataCatalog.list():
         metadata = MetadataCatalog.get(name)
-        if entries and metadata.get("gdetkd_entry") != entries[0]:
-            # The catalog has another dataset of this name: student and teacher may use one name for two datasets.
-            return _names_of_entry(entries[0])
-        if metadata.get("thing_classes"):
-            return tuple(metadata.thing_classes)
-        if metadata.get("gdetkd_entry"):  # registered, but not read yet
-            entries.append(metadata.gdetkd_entry)
-    return _names_of_entry(entries[0]) if entries else None
+        registered = metadata.get("gdetkd_entry")
+        # Student and teacher may use one name for two datasets. Then the catalog has another dataset than the entry.
+        if entry is None or entry == registered:
+            if metadata.get("thing_classes"):
+                return tuple(metadata.thing_classes)
+            entry = registered  # it may not be read yet
+    return None if entry is None else _names_of_entry(entry)
 
 
 def _names_of_entry(entry: Dict) -> Optional[Tuple[str, ...]]:

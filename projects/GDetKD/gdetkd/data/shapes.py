@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from ..errors import GDetKDError
+from ..files import written_whole
 from .folders import resolve
 
 CLASSES = ("triangle", "square", "circle", "star", "ring", "cross")
@@ -53,10 +54,8 @@ def make_shapes(folder: str, splits: Collection[str] = tuple(SPLITS)) -> None:
             _write(os.path.join(folder, split, f"{index:05d}.png"), seed + index)
             for index in tqdm(range(count), desc=f"drawing {split}", unit="image")
         ]
-        # The JSON is written last and atomically, so a split with a JSON is complete.
-        with open(annotations + ".part", "w") as file:
+        with written_whole(annotations) as file:  # last, so a split with a JSON is complete
             json.dump(_coco(images, split), file)
-        os.replace(annotations + ".part", annotations)
 
 
 def make_shapes_for(cfg: CfgNode) -> None:

@@ -6,6 +6,7 @@ Detectron2's sampler starts over on resume, and its augmentations depend on the 
 import random
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList
@@ -57,11 +58,9 @@ class PositionedDataset(Dataset):
         index, position = key
         bad: Dict[str, str] = {}
         for attempt in range(ATTEMPTS):
-            # The image that replaces a broken image depends only on seed and position, too.
-            seed = (self._seed, position, attempt) if attempt else (self._seed, position)
-            if index >= self._labeled:  # other augmentations than those of the labelled image at this position
-                seed = (self._seed, position, attempt, 1)
-            with random_state(seed):
+            # An image that replaces a broken image, and the unlabelled image at this position, get augmentations of
+            # their own. Zeros at the end do not change a seed.
+            with random_state((self._seed, position, attempt, int(index >= self._labeled))):
                 index = self._another(index) if attempt else index
                 dataset_dict = self._dicts[index]
                 try:
@@ -174,15 +173,9 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
     check_sampler(cfg)
     names, max_fraction = ", ".join(cfg.DATASETS.TRAIN), cfg.INPUT.MAX_BAD_FRACTION
     all_labeled, datasets = load_images(cfg)
-    labeled, kept = without_bad_images(all_labeled, max_fraction, names)
+    labeled, kept, bad_labeled = _usable(all_labeled, max_fraction, names)
     sampler = build_sampler(cfg, labeled, datasets[kept])
-    bad_images = [BadImages(len(all_labeled), len(all_labeled) - len(labeled), max_fraction, names)]
-    all_unlabeled, unlabeled = load_unlabeled(cfg), []
-    if all_unlabeled:
-        unlabeled_names = ", ".join(cfg.DATASETS.UNLABELED)
-        unlabeled, _ = without_bad_images(all_unlabeled, max_fraction, unlabeled_names)
-        left_out = len(all_unlabeled) - len(unlabeled)
-        bad_images.append(BadImages(len(all_unlabeled), left_out, max_fraction, unlabeled_names))
+    unlabeled, _, bad_unlabeled = _usable(load_unlabeled(cfg), max_fraction, ", ".join(cfg.DATASETS.UNLABELED))
     dicts = [*labeled, *unlabeled]
     wide = are_wide(dicts, names) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
     images = ImageCounts(len(labeled), len(dicts), wide)  # the dicts themselves must not stay in memory
@@ -193,12 +186,18 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
         lambda seed: choose_batches(seed, sampler, images, *counts),
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        bad_images=bad_images,
+        bad_images=[bad_labeled, bad_unlabeled],
         description={**describe(dicts), **describe_labels(cfg)},
         labeled=len(labeled),
     )
     _check_same_everywhere(loader, names)
     return loader
+
+
+def _usable(dicts: List[Sample], max_fraction: float, names: str) -> Tuple[List[Sample], np.ndarray, BadImages]:
+    """Return the images that can be used, (len(dicts),) booleans that say which these are, and a counter."""
+    usable, kept = without_bad_images(dicts, max_fraction, names)
+    return usable, kept, BadImages(len(dicts), len(dicts) - len(usable), max_fraction, names)
 
 
 def _check_same_everywhere(loader: ResumableLoader, names: str) -> None:

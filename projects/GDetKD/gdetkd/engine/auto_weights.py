@@ -83,9 +83,9 @@ class AutoWeights:
     def _agreement(self, term: str) -> float:
         return max(0.0, 1.0 + min(0.0, self._cosines[term]))  # rounding may make a cosine less than -1
 
-    def attach(self, model: nn.Module) -> Any:
-        """Drop the feature maps of the previous pass before each forward pass of `model`. Return the hook's handle."""
-        return model.register_forward_pre_hook(lambda module, inputs: self._features.clear())
+    def attach(self, model: nn.Module) -> None:
+        """Drop the feature maps of the previous pass before each forward pass of `model`."""
+        model.register_forward_pre_hook(lambda module, inputs: self._features.clear())
 
     def _keep_features(self, module: nn.Module, inputs: Any, output: Any) -> None:
         # Keep the maps of the first call. With images without labels, later calls return slices of these maps, and a

@@ -10,7 +10,7 @@ from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
-from ..files import written_whole
+from ..files import write_or_log
 from .hooks import KeepBest, RandomState
 from .patience import Patience
 from .precise_bn import PreciseStatistics
@@ -43,15 +43,7 @@ class EvaluationNote(EventWriter):
     def write(self) -> None:
         if self._made == 0:
             return
-        try:
-            with written_whole(self._path) as file:
-                file.write(str(self._made))
-        except OSError as e:
-            logger.error(
-                "Could not write %s (%s). The next --resume may repeat one evaluation, which does no harm.",
-                self._path,
-                e.strerror,
-            )
+        write_or_log(self._path, str(self._made), "The next --resume may repeat one evaluation, which does no harm.")
         self._made = 0
 
     def read(self) -> int:

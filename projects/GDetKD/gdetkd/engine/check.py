@@ -64,7 +64,7 @@ class Check:
         self._trainer.resume_or_load(resume=False)
         self._student = self._trainer.student
         self._distiller = self._trainer.distiller
-        self._teacher = self._distiller.teacher if self._distiller is not None else None
+        self._teacher = self._trainer.teacher
 
     def run(self, warnings: Sequence[str] = ()) -> str:
         """Return the screen. Afterwards `problems` is complete.

@@ -35,13 +35,9 @@ def train(cfg: CfgNode, args: Namespace) -> Any:
                     mend_last_line(Path(cfg.OUTPUT_DIR, "metrics.json"))  # Detectron2 appends to it
             trainer.resume_or_load(resume=args.resume)
             if args.overwrite and not args.resume:
-                remove_earlier_run(cfg.OUTPUT_DIR, [cfg.MODEL.WEIGHTS, _teacher_weights(trainer)])
+                teacher = "" if trainer.teacher is None else trainer.teacher.file.weights
+                remove_earlier_run(cfg.OUTPUT_DIR, [cfg.MODEL.WEIGHTS, teacher])
         return trainer.train()
-
-
-def _teacher_weights(trainer: DistillTrainer) -> str:
-    teacher = trainer.distiller.teacher if trainer.distiller is not None else None
-    return "" if teacher is None else teacher.file.weights
 
 
 def evaluate(cfg: CfgNode, args: Namespace) -> Any:

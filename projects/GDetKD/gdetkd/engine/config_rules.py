@@ -30,16 +30,20 @@ def _at_least(least: int) -> Callable[[Any], bool]:
     return lambda value: _is_finite(value) and value >= least
 
 
-def _each_at_least(least: int) -> Callable[[Any], bool]:
-    return lambda values: all(_is_finite(value) and value >= least for value in _as_tuple(values))
+def _is_positive(value: Any) -> bool:
+    return _is_finite(value) and value > 0
 
 
-def _as_tuple(values: Any) -> Sequence[Any]:
-    return values if isinstance(values, (tuple, list)) else (values,)
+def _is_size(value: Any) -> bool:
+    return all(map(_at_least(0), value if isinstance(value, (tuple, list)) else (value,)))
+
+
+def _one_of(*choices: str) -> Callable[[Any], bool]:
+    return lambda value: value in choices
 
 
 def _is_rising(values: Sequence[Any]) -> bool:
-    return all(map(_is_finite, values)) and list(values) == sorted(set(values)) and all(value > 0 for value in values)
+    return all(map(_is_positive, values)) and list(values) == sorted(set(values))
 
 
 # Values that Detectron2's augmentations know.
@@ -49,11 +53,11 @@ RULES = (
     Rule("SOLVER.IMS_PER_BATCH", _at_least(1), "1 or more images a step"),
     Rule("SOLVER.MAX_ITER", _at_least(1), "1 or more iterations"),
     Rule("SOLVER.CHECKPOINT_PERIOD", _at_least(1), "1 or more iterations between two checkpoints"),
-    Rule("SOLVER.BASE_LR", lambda value: _is_finite(value) and value > 0, "a positive learning rate"),
-    Rule("SOLVER.GAMMA", lambda value: _is_finite(value) and value > 0, "a positive factor"),
+    Rule("SOLVER.BASE_LR", _is_positive, "a positive learning rate"),
+    Rule("SOLVER.GAMMA", _is_positive, "a positive factor"),
     Rule("SOLVER.STEPS", _is_rising, "positive iteration numbers in increasing order"),
     Rule("SOLVER.WARMUP_ITERS", _at_least(0), "0 or more iterations"),
-    Rule("SOLVER.WARMUP_METHOD", lambda value: value in ("constant", "linear"), '"constant" or "linear"'),
+    Rule("SOLVER.WARMUP_METHOD", _one_of("constant", "linear"), '"constant" or "linear"'),
     Rule("SOLVER.WEIGHT_DECAY", _at_least(0), "0 or more"),
     Rule("TEST.EVAL_PERIOD", _at_least(-1), "the iterations between two evaluations, or 0 to evaluate only at the end"),
     Rule("TEST.PATIENCE", _at_least(0), "the number of evaluations without a rise of the AP, or 0 for no limit"),
@@ -62,10 +66,10 @@ RULES = (
     Rule("LOG.PROJECT", bool, "the name of a project"),
     Rule("DATALOADER.NUM_WORKERS", _at_least(0), "0 or more processes"),
     Rule("DISTILL.TEACHER.CACHE_MB", _at_least(0), "0 or more megabytes"),
-    Rule("DISTILL.TEACHER.SCALE", lambda value: _is_finite(value) and value > 0, "a positive factor"),
-    Rule("INPUT.MIN_SIZE_TRAIN", _each_at_least(0), "a size in pixels, or 0 for no resizing"),
-    Rule("INPUT.MIN_SIZE_TRAIN_SAMPLING", lambda value: value in ("choice", "range"), '"choice" or "range"'),
-    Rule("INPUT.RANDOM_FLIP", lambda value: value in FLIPS, f"one of {', '.join(FLIPS)}"),
+    Rule("DISTILL.TEACHER.SCALE", _is_positive, "a positive factor"),
+    Rule("INPUT.MIN_SIZE_TRAIN", _is_size, "a size in pixels, or 0 for no resizing"),
+    Rule("INPUT.MIN_SIZE_TRAIN_SAMPLING", _one_of("choice", "range"), '"choice" or "range"'),
+    Rule("INPUT.RANDOM_FLIP", _one_of(*FLIPS), f"one of {', '.join(FLIPS)}"),
     Rule("INPUT.MAX_SIZE_TRAIN", _at_least(1), "1 or more pixels"),
     Rule("INPUT.MIN_SIZE_TEST", _at_least(0), "a size in pixels, or 0 for no resizing"),
     Rule("INPUT.MAX_SIZE_TEST", _at_least(1), "1 or more pixels"),
@@ -73,7 +77,7 @@ RULES = (
     Rule("DISTILL.UNLABELED.FRACTION", lambda value: _is_finite(value) and 0 < value < 1, "between 0 and 1"),
     Rule("DISTILL.UNLABELED.WEIGHT", _at_least(0), "0 or more"),
     Rule("DISTILL.UNTIL", lambda value: _is_finite(value) and 0 < value <= 1, "a share above 0 and up to 1"),
-    Rule("DISTILL.WEIGHTS", lambda value: value in ("fixed", "auto"), '"fixed" or "auto"'),
+    Rule("DISTILL.WEIGHTS", _one_of("fixed", "auto"), '"fixed" or "auto"'),
     Rule("DISTILL.AUTO.PERIOD", _at_least(1), "1 or more iterations between two measurements"),
     Rule("DISTILL.AUTO.MOMENTUM", lambda value: _is_finite(value) and 0 <= value < 1, "0 or more and below 1"),
     Rule("DISTILL.WARMUP_ITERS", _at_least(0), "0 or more iterations"),

@@ -9,9 +9,9 @@ from detectron2.utils import comm
 from .._compat.processes import cpu_group, default_store
 
 
-def on_any_process(*flags: bool) -> List[bool]:
-    """Return each flag, raised where any process raises it. All processes must call this together."""
-    return any_and_mean(flags, [])[0]
+def on_any_process(flag: bool) -> bool:
+    """Return whether any process raises the flag. All processes must call this together."""
+    return any_and_mean([flag], [])[0][0]
 
 
 def any_and_mean(flags: Sequence[bool], values: Sequence[float]) -> Tuple[List[bool], List[float]]:

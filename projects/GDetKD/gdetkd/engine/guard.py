@@ -10,7 +10,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
-from ..files import written_whole
+from ..files import write_or_log
 from ..random_state import get_random_state
 from .forward_guard import ForwardGuard, NonFiniteError
 from .forward_state import ForwardState
@@ -42,10 +42,10 @@ class StepGuard(HookBase):
         self._model: ForwardGuard
         self._state: ForwardState
 
-    def attach(self, model: ForwardGuard) -> Any:
-        """Watch the forward passes of `model` in training. Return the handle that undoes this."""
+    def attach(self, model: ForwardGuard) -> None:
+        """Watch the forward passes of `model` in training."""
         self._model, self._state = model, ForwardState(model)
-        return model.register_forward_pre_hook(self._note_batch)
+        model.register_forward_pre_hook(self._note_batch)
 
     def _note_batch(self, model: nn.Module, inputs: Tuple[Any, ...]) -> None:
         if model.training:
@@ -106,11 +106,7 @@ class StepGuard(HookBase):
 
     def _write_report(self, name: str, found: List[Dict[str, Any]]) -> None:
         report = json.dumps({"iteration": self.trainer.iter, "processes": found}, indent=2)
-        try:
-            with written_whole(os.path.join(self.trainer.cfg.OUTPUT_DIR, f"{name}.json")) as file:
-                file.write(report)
-        except OSError as e:
-            logger.error("Could not write %s.json (%s). Its content: %s", name, e.strerror or e, report)
+        write_or_log(os.path.join(self.trainer.cfg.OUTPUT_DIR, f"{name}.json"), report, f"Its content: {report}")
 
     def _message(self, found: List[Dict[str, Any]]) -> str:
         broken = {rank: report for rank, report in enumerate(found) if report["terms"]}

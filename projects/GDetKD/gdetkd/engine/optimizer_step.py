@@ -22,9 +22,9 @@ TakeScalars = Callable[[], Dict[str, torch.Tensor]]
 class StepAgreement(HookBase):
     """Exchange two flags before each optimizer step: a loss is not finite, and the run is asked to stop.
 
-    The flags and the values to log share one exchange, because every exchange makes the
-    processes wait for each other. The losses and these values are read from the device together. The hook belongs to
-    the trainer that runs the single steps.
+    The flags and the values to log share one exchange, because every exchange makes the processes wait for each other.
+    The losses and these values are read from the device together. The hook belongs to the trainer that runs the single
+    steps.
 
     Args:
         guard: finds losses that are not finite, and ends the step or the run.
@@ -44,12 +44,12 @@ class StepAgreement(HookBase):
         self._take_local = take_local
         self._losses: Dict[str, torch.Tensor] = {}
 
-    def attach(self, model: nn.Module) -> Any:
-        """Keep the losses that `model` returns in training. Return the handle that undoes this.
+    def attach(self, model: nn.Module) -> None:
+        """Keep the losses that `model` returns in training.
 
         Call this after the schedule is attached: it changes what the model returns.
         """
-        return model.register_forward_hook(self._keep_losses)
+        model.register_forward_hook(self._keep_losses)
 
     def _keep_losses(
         self, model: nn.Module, inputs: Tuple[Any, ...], output: Union[torch.Tensor, Dict[str, torch.Tensor]]

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ..files import written_whole
+from ..files import write_or_log
 from ..metrics_file import EARLY_END, score_prefix
 from .hooks import RandomState
 
@@ -111,16 +111,8 @@ class Patience(HookBase):
 
     def _write_note(self, iterations: int) -> None:
         """Write how many iterations were run, for programs that read the run's folder."""
-        try:
-            with written_whole(self._note) as file:
-                json.dump({"iterations": iterations}, file)
-        except OSError as e:
-            logger.error(
-                "Could not write %s (%s). Comparisons do not see that the run is complete. Make room and run again "
-                "with --resume.",
-                self._note,
-                e.strerror,
-            )
+        consequence = "Comparisons do not see that the run is complete. Make room and run again with --resume."
+        write_or_log(self._note, json.dumps({"iterations": iterations}), consequence)
 
     def say_that_it_is_over(self) -> None:
         """Log that a resumed run is not trained further."""

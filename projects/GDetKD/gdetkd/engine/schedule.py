@@ -52,15 +52,11 @@ class LossSchedule:
             name: loss * self.weight(name, iteration) if name in self._nodes else loss for name, loss in losses.items()
         }
 
-    def attach(self, model: nn.Module) -> Any:
-        """Weight the losses that `model` returns in training, and keep values for `take_scalars`.
-
-        Returns:
-            the handle that undoes this. Weights that follow from gradients go on watching the backbone.
-        """
+    def attach(self, model: nn.Module) -> None:
+        """Weight the losses that `model` returns in training, and keep values for `take_scalars`."""
         if self._auto is not None:
             self._auto.attach(model)
-        return model.register_forward_hook(self._hook)
+        model.register_forward_hook(self._hook)
 
     def _hook(self, model: nn.Module, inputs: Any, output: Any) -> Optional[Dict[str, torch.Tensor]]:
         # There is no distillation without gradients, as in PreciseBN's forward passes.

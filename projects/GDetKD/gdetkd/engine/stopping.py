@@ -66,7 +66,7 @@ class StopRequest:
     def agree(self) -> bool:
         """Return whether any process is asked to stop. All processes must call this together."""
         if not self.is_agreed:
-            (self.is_agreed,) = on_any_process(self.is_asked)
+            self.is_agreed = on_any_process(self.is_asked)
         return self.is_agreed
 
     def leave_if_asked(self) -> None:

@@ -12,7 +12,7 @@ from detectron2.utils.events import EventWriter, get_event_storage
 
 from ..dotted_keys import flat_config
 from ..errors import first_line
-from ..files import written_whole
+from ..files import write_or_log
 
 logger = logging.getLogger(__name__)
 
@@ -112,11 +112,7 @@ class Tracker(EventWriter):
             return file.read().strip()
 
     def _keep_id(self, run_id: str) -> None:
-        try:
-            with written_whole(self._id_file) as file:
-                file.write(run_id)
-        except OSError as e:
-            logger.error("Could not write %s (%s). --resume will start a new run.", self._id_file, e.strerror or e)
+        write_or_log(self._id_file, run_id, "--resume will start a new run.")
 
     def start(self, run_id: Optional[str]) -> str:
         """Start a run, or continue the run with the given id. Return the id of the run."""

@@ -26,7 +26,7 @@ from ..distiller import GDetKD
 from ..errors import GDetKDError
 from ..random_state import random_state
 from ..structures import DetectorSpec
-from ..teacher import transfer_heads
+from ..teacher import FrozenTeacher, transfer_heads
 from .auto_weights import AutoWeights
 from .catch_up import EvaluationNote
 from .config_rules import check_values
@@ -70,6 +70,7 @@ class DistillTrainer(BareTrainer):
         check_values(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         check_values(cfg)  # scaling rounds
+        self.cfg = cfg
         images_per_process(cfg, comm.get_world_size())
         check_architecture(cfg)
         register_datasets(cfg)
@@ -79,15 +80,10 @@ class DistillTrainer(BareTrainer):
         model = self.build_model(cfg)
         self.student: nn.Module = model.student if isinstance(model, GDetKD) else model
         self.distiller: Optional[GDetKD] = model if isinstance(model, GDetKD) else None
-        teacher = None if self.distiller is None else self.distiller.teacher
-        if teacher is not None:
-            check_same_teacher(teacher)
-        self.student_spec: Optional[DetectorSpec] = check_student(cfg, self.student, teacher)
-        if cfg.DISTILL.EVAL_TEACHER and teacher is not None:
-            for name in cfg.DATASETS.TEST:
-                teachers_classes_in(cfg, teacher, name)  # raises an error before hours of training
-        for warning in other_teachers(cfg, teacher.sha256) if teacher is not None else ():
-            logger.warning(warning)
+        self.teacher: Optional[FrozenTeacher] = None if self.distiller is None else self.distiller.teacher
+        self.student_spec: Optional[DetectorSpec] = check_student(cfg, self.student, self.teacher)
+        if self.teacher is not None:
+            self._check_teacher(self.teacher)
         optimizer = self.build_optimizer(cfg, model)
         if self.distiller is not None:
             exempt_from_decay(optimizer, [p for loss in self.distiller.losses.values() for p in loss.undecayed()])
@@ -103,14 +99,13 @@ class DistillTrainer(BareTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         # They are loaded in this order: `distill` can tell what differs, and the optimizer's state cannot.
         beside: Dict[str, Any] = {"run": RunRecord(cfg, class_names(cfg))}
-        if self.distiller and self.distiller.teacher:
+        if self.teacher is not None:
             beside["distill"] = DistillState(self.distiller)
         if auto is not None:
             beside["weights"] = auto
         self.checkpointer = StudentCheckpointer(self.student, cfg.OUTPUT_DIR, **beside, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg = cfg
         self._request = StopRequest()
         self.register_hooks(self.build_hooks())
         self._guard.attach(self.guarded_model)
@@ -118,6 +113,14 @@ class DistillTrainer(BareTrainer):
         agreement = StepAgreement(self._guard, self._request, self.schedule, take_local)
         agreement.attach(model)
         step_trainer.register_hooks([UnreachedParameters(self.student), agreement])
+
+    def _check_teacher(self, teacher: FrozenTeacher) -> None:
+        check_same_teacher(teacher)
+        if self.cfg.DISTILL.EVAL_TEACHER:
+            for name in self.cfg.DATASETS.TEST:
+                teachers_classes_in(self.cfg, teacher, name)  # raises an error before hours of training
+        for warning in other_teachers(self.cfg, teacher.sha256):
+            logger.warning(warning)
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
@@ -206,15 +209,15 @@ class DistillTrainer(BareTrainer):
         if self.distiller is not None and self.distiller.losses:
             hooks.append(DistilUntil(self.distiller, self.cfg.DISTILL.UNTIL))
         extra = [hooks_of(self) for hooks_of in EXTENSIONS]
-        for hook in [hook for hooks_to_add in extra for hook in hooks_to_add.before_writers]:
-            hooks = _before_writers(hooks, hook)
+        before_writers = [hook for added in extra for hook in added.before_writers]
         if self.distiller is not None:
-            hooks = _before_writers(hooks, LossScalars(self.distiller, self.schedule))
-        if self.cfg.DISTILL.EVAL_TEACHER and self.distiller is not None:
+            before_writers.append(LossScalars(self.distiller, self.schedule))
+        if self.cfg.DISTILL.EVAL_TEACHER and self.teacher is not None:
             self._teacher_score = TeacherScore()
-            hooks = _before_writers(hooks, self._teacher_score)
-        last = [hook for hooks_to_add in extra for hook in hooks_to_add.last]
-        return [*hooks, *last, self._guard, LeaveAtTheEnd(self._request)]
+            before_writers.append(self._teacher_score)
+        place = next((index for index, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter)), len(hooks))
+        last = [hook for added in extra for hook in added.last]
+        return [*hooks[:place], *before_writers, *hooks[place:], *last, self._guard, LeaveAtTheEnd(self._request)]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume, or load what the config asks for, in this order.
@@ -235,12 +238,12 @@ class DistillTrainer(BareTrainer):
         check_same_student(self.student, self.cfg.MODEL.WEIGHTS)
         for problem in self.checkpointer.backbone_problems(self.cfg.MODEL.WEIGHTS, self.cfg.INPUT.FORMAT):
             logger.warning(problem)
-        if self.cfg.DISTILL.HEAD_TRANSFER and self.distiller is not None:
-            transfer_heads(self.distiller.teacher.model, self.student)
+        if self.cfg.DISTILL.HEAD_TRANSFER and self.teacher is not None:
+            transfer_heads(self.teacher.model, self.student)
 
     def train(self) -> Any:
-        if self.cfg.DISTILL.EVAL_TEACHER and self.distiller is not None and self.start_iter == 0:
-            self._teacher_score.set(evaluate_on_test_sets(self.cfg, self.distiller.teacher))
+        if self.cfg.DISTILL.EVAL_TEACHER and self.teacher is not None and self.start_iter == 0:
+            self._teacher_score.set(evaluate_on_test_sets(self.cfg, self.teacher))
         with self._request.listening():
             results = super().train()
         if "model_final" in self.checkpointer.failed:
@@ -277,12 +280,6 @@ class DistillTrainer(BareTrainer):
 def build_plain_student(cfg: CfgNode) -> nn.Module:
     """Build the student alone, for evaluation. This needs no teacher."""
     return build_model(plain_config(cfg))
-
-
-def _before_writers(hooks: List[Optional[HookBase]], hook: HookBase) -> List[Optional[HookBase]]:
-    writers = [index for index, other in enumerate(hooks) if isinstance(other, PeriodicWriter)]
-    place = writers[0] if writers else len(hooks)
-    return [*hooks[:place], hook, *hooks[place:]]
 
 
 def _distributed(model: nn.Module) -> nn.Module:

@@ -52,12 +52,9 @@ class Insight(HookBase):
             self._baseline = FinishedRun(cfg.DISTILL.INSIGHT.BASELINE) if cfg.DISTILL.INSIGHT.BASELINE else None
             self._file = RecordFile(cfg.OUTPUT_DIR)
 
-    def attach(self, model: nn.Module) -> Any:
-        """Watch the losses that `model` returns, and return the handle of the forward hook.
-
-        Attach after `schedule`, because the losses must be weighted.
-        """
-        return model.register_forward_hook(self._look_at_losses)
+    def attach(self, model: nn.Module) -> None:
+        """Watch the losses that `model` returns. Call this after the schedule is attached, which weights the losses."""
+        model.register_forward_hook(self._look_at_losses)
 
     def _is_due(self, iterations: int) -> bool:
         return iterations % self._period == 0 or iterations == self.trainer.max_iter

@@ -23,14 +23,12 @@ class Run:
         config_file: config of the full distillation.
         opts: KEY VALUE changes to the config.
         max_iter: iterations of the run, unless it ends early (TEST.PATIENCE); see `iterations`.
-        prefix: the beginning of the names of the run's metrics; see `metrics_file.score_prefix`.
     """
 
     folder: Path
     config_file: str
     opts: List[str]
     max_iter: int
-    prefix: str = ""
 
     def command(self, train_net: Path) -> List[str]:
         """Return the command line that trains this run, and resumes it if it was interrupted."""
@@ -43,7 +41,7 @@ class Run:
 
     @property
     def metrics_file(self) -> MetricsFile:
-        return MetricsFile(self.folder, self.max_iter, self.prefix)
+        return MetricsFile(self.folder, self.max_iter)
 
     @property
     def iterations(self) -> int:

@@ -3,7 +3,7 @@
 import math
 import statistics
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from ..metrics_file import METRICS
 from .comparison import Comparison, Key
@@ -74,27 +74,26 @@ def _row(comparison: Comparison, key: Key, runs: List[Run], teacher_ap: Optional
     baseline_memory = [run.metrics_file.peak_megabytes() for run in baselines]
     measured = None not in memory and None not in baseline_memory
     iterations = comparison.iterations(key)
+    step_range = None if is_baseline else (comparison.step_times[method].low, comparison.step_times[method].high)
     return Row(
-        method,
-        schedule,
-        iterations,
-        sum(run.iterations < run.max_iter for run in runs),
-        all(run.iterations == baseline.iterations for run, baseline in zip(runs, baselines)),
-        len(runs),
-        {name: _estimate(runs, name) for name in METRICS},
-        gain,
-        paired_gain(runs, at_equal_time) if at_equal_time else None,
-        _estimate(at_equal_time, "AP") if at_equal_time else None,
-        gain[0] / lead if gain is not None and lead is not None and lead > 0 else None,
-        iterations * comparison.step_seconds(method),
-        comparison.step_ratio(method),
-        None if is_baseline else (comparison.step_times[method].low, comparison.step_times[method].high),
-        _mean(memory) / _mean(baseline_memory) if measured else None,
+        method=method,
+        schedule=schedule,
+        iterations=iterations,
+        ended_early=sum(run.iterations < run.max_iter for run in runs),
+        at_equal_iterations=all(run.iterations == baseline.iterations for run, baseline in zip(runs, baselines)),
+        seeds=len(runs),
+        metrics={name: _estimate(runs, name) for name in METRICS},
+        gain=gain,
+        equal_time_gain=paired_gain(runs, at_equal_time) if at_equal_time else None,
+        equal_time_ap=_estimate(at_equal_time, "AP") if at_equal_time else None,
+        lead_closed=gain[0] / lead if gain is not None and lead is not None and lead > 0 else None,
+        seconds=iterations * comparison.step_seconds(method),
+        step_time=comparison.step_ratio(method),
+        step_time_range=None
+        if is_baseline
+        else (comparison.step_times[method].low, comparison.step_times[method].high),
+        step_memory=statistics.fmean(memory) / statistics.fmean(baseline_memory) if measured else None,
     )
-
-
-def _mean(values: Any) -> float:
-    return mean_and_error(list(values))[0]
 
 
 def _estimate(runs: Sequence[Run], metric: str) -> Estimate:
