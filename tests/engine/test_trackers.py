@@ -9,7 +9,7 @@ from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils import comm
 from test_trainer import train
 
-from gdetkd import DistillTrainer
+from gdetkd import DistillTrainer, files
 from gdetkd.engine import trackers
 from gdetkd.engine.config_rules import check_values
 from gdetkd.errors import GDetKDError
@@ -210,10 +210,14 @@ def test_a_writer_waits_before_it_tries_again_and_logs_what_is_new(logged_cfg, w
 
 
 def test_a_full_disk_does_not_lose_the_run(logged_cfg, wandb, monkeypatch, caplog):
-    def full(path, *args):
-        raise OSError(28, "No space left on device")
+    written_whole = files.written_whole
 
-    monkeypatch.setattr(trackers, "written_whole", full)
+    def full(path, *args):
+        if path.endswith("wandb_run_id"):
+            raise OSError(28, "No space left on device")
+        return written_whole(path, *args)
+
+    monkeypatch.setattr(files, "written_whole", full)
     train(Evaluated, logged_cfg("wandb"))
     assert len(wandb.runs["id0"].values) == 2 and "No space left on device" in caplog.text
 

@@ -89,9 +89,7 @@ def _row(comparison: Comparison, key: Key, runs: List[Run], teacher_ap: Optional
         lead_closed=gain[0] / lead if gain is not None and lead is not None and lead > 0 else None,
         seconds=iterations * comparison.step_seconds(method),
         step_time=comparison.step_ratio(method),
-        step_time_range=None
-        if is_baseline
-        else (comparison.step_times[method].low, comparison.step_times[method].high),
+        step_time_range=step_range,
         step_memory=statistics.fmean(memory) / statistics.fmean(baseline_memory) if measured else None,
     )
 
