@@ -1,6 +1,7 @@
 """Evaluators: the metrics of a dataset, and the files of detections."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -54,6 +55,13 @@ def test_voc_datasets_have_both_metrics(voc, tmp_path):
     assert results["bbox"]["AP"] == pytest.approx(100)
     # No image has a dog. VOC's metric counts that class as 0 in the average over classes.
     assert results["voc"]["AP50"] == pytest.approx(50) and set(results["voc"]) == {"AP", "AP50", "AP75"}
+
+
+def test_a_folder_that_is_removed_is_made_again(voc, tmp_path):
+    evaluate(voc, {"000001"}, tmp_path)
+    shutil.rmtree(tmp_path / "inference")
+    assert evaluate(voc, {"000001", "000002"}, tmp_path)["bbox"]["AP"] == pytest.approx(100)
+    assert (tmp_path / "inference" / "coco_instances_results.json").exists()
 
 
 def test_difficult_objects_count_only_in_cocos_metric(voc, tmp_path):

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 
 from conftest import run_example
 from gdetkd import DistillTrainer
-from gdetkd.losses import DISTILL_LOSS_REGISTRY
+from gdetkd.errors import GDetKDError
 from gdetkd.safe_load import read_weights
 
 
@@ -38,7 +39,7 @@ def test_the_example_trains_and_has_its_keys(own_loss, distill_cfg, tmp_path):
 
 def test_the_example_without_a_region(own_loss, distill_cfg):
     cfg = distill_cfg({"DISTILL.LOSSES": ("PEAK",)})
-    loss = DISTILL_LOSS_REGISTRY.get("PEAK")(cfg, None, None)
+    loss = build_model(cfg).losses["PEAK"]
 
     class Outputs:
         logits, device = torch.zeros(0, 4), torch.device("cpu")
@@ -46,3 +47,8 @@ def test_the_example_without_a_region(own_loss, distill_cfg):
     value = loss(Outputs, Outputs)
     value.backward()
     assert value == 0 and loss.scale.grad == 0
+
+
+def test_the_example_refuses_a_pair_that_it_cannot_use(own_loss, pair_cfg):
+    with pytest.raises(GDetKDError, match="PEAK compares two box heads"):
+        build_model(pair_cfg("retinanet-faster_rcnn", {"DISTILL.LOSSES": ("PEAK",)}))
