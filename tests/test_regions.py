@@ -5,10 +5,12 @@ import torch
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
+from conftest import WIDER, make_batch
 from gdetkd.losses.roi_align import _pool_with_torchvision, pool_all_levels, roi_align_torchvision
 from gdetkd.losses.roi_align_cpu import roi_align_cpu
 from gdetkd.regions import pool_in_full_precision
 from gdetkd.structures import Regions
+from gdetkd.teacher import FrozenTeacher
 
 BOXES = [
     Boxes(torch.tensor([[3.0, 5, 30, 41], [0, 0, 64, 48], [-20, -9, 5, 7], [60, 40, 90, 70], [8, 8, 8, 8]])),
@@ -72,6 +74,23 @@ def test_pooling_gives_exactly_what_the_detectors_pooler_gives(kind):
     maps = [torch.randn(3, 2, 48 // stride, 64 // stride) for stride in (4, 8, 16)]
     pooler = ROIPooler(7, [1 / 4, 1 / 8, 1 / 16], 0, kind, canonical_box_size=24, canonical_level=3)
     assert torch.equal(pool_in_full_precision(pooler, maps, Regions(BOXES)), pooler(maps, BOXES))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["ROIAlign", "ROIAlignV2", "ROIPool"])
+def test_a_teachers_features_are_pooled_where_the_students_are(distill_cfg, kind):
+    """The teacher's box head goes on reading what its own pooler gives."""
+    keys = {"MODEL.ROI_BOX_HEAD.POOLER_TYPE": kind, "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": 2}
+    teacher, batch = FrozenTeacher(distill_cfg(teacher={**WIDER, **keys})), make_batch()
+    regions = Regions([Boxes(torch.tensor([[3.0, 5, 30, 41], [8, 8, 60, 50]])) for _ in batch])
+    outputs = teacher.look(batch, regions, {"pooled", "embeddings", "levels"})
+    maps, strides = list(outputs.pyramid.values()), list(outputs.strides.values())
+    everywhere = pool_all_levels(maps, strides, regions, teacher.spec.pooled_size, 2)
+    torch.testing.assert_close(outputs.pooled, everywhere[torch.arange(len(regions)), outputs.levels])
+    heads = teacher.model.roi_heads
+    expected = heads.box_head(heads.box_pooler(maps, regions.boxes))
+    torch.testing.assert_close(outputs.embeddings, expected)
+    assert torch.allclose(outputs.pooled, heads.box_pooler(maps, regions.boxes)) == (kind == "ROIAlignV2")
 
 
 def test_splits_regions_by_level():

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from conftest import FAMILIES, make_batch, make_cfg
@@ -264,36 +264,68 @@ def test_a_box_is_positive_from_the_threshold_on_with_any_object():
 SIZES = [[x, x * 2 ** (1 / 3), x * 2 ** (2 / 3)] for x in (32, 64, 128, 256, 512)]  # RetinaNet's default
 
 
+SIDES = [9.0, 20.5, 31.0, 33.0, 55.0, 60.0, 65.0, 80.0, 130.0, 300.0, 390.0, 600.0, 1000.0]
+
+
+@pytest.mark.parametrize("aspect", [1.0, 0.4, 3.0], ids="aspect{}".format)
 @pytest.mark.parametrize(
     "sizes",
-    [SIZES, [[16], [24], [36], [54], [81]], [[20], [40], [45], [200], [900]]],
-    ids=["default", "uneven", "wide"],
+    [
+        SIZES,
+        [[16], [24], [36], [54], [81]],
+        [[20], [40], [45], [200], [900]],
+        [[8, 32], [16, 64], [32, 128], [64, 256], [128, 512]],
+    ],
+    ids=["default", "uneven", "wide", "overlapping"],
 )
-def test_the_level_of_a_region_is_that_of_the_anchors_that_it_overlaps_most(sizes):
+def test_the_level_of_a_region_is_that_of_the_anchor_that_it_overlaps_most(sizes, aspect):
     """Detectron2 gives a RetinaNet's box to the anchor that it overlaps most."""
-    _, adapter, _ = build("retinanet", {"MODEL.ANCHOR_GENERATOR.SIZES": sizes})
-    sides = [9.0, 20.5, 31.0, 33.0, 55.0, 60.0, 65.0, 80.0, 130.0, 300.0, 390.0, 600.0, 1000.0]
+    model, adapter, _ = build("retinanet", {"MODEL.ANCHOR_GENERATOR.SIZES": sizes})
+    boxes = [(side * aspect**0.5, side / aspect**0.5) for side in SIDES]
 
-    def overlap(side, anchor):
-        return min(side, anchor) ** 2 / max(side, anchor) ** 2
+    def overlap(box, anchor):
+        x1, y1, x2, y2 = anchor
+        common = min(box[0], x2 - x1) * min(box[1], y2 - y1)
+        return common / (box[0] * box[1] + (x2 - x1) * (y2 - y1) - common)
 
-    best = [max(range(5), key=lambda level: max(overlap(side, anchor) for anchor in sizes[level])) for side in sides]
-    assert levels_of(adapter, sides) == best
-
-
-def test_the_level_of_a_region_is_that_of_an_fcos_own_label_assignment():
-    _, adapter, _ = build("fcos")
-    assert levels_of(adapter, [70.0, 120.0, 130.0, 260.0, 600.0, 1100.0, 9.0]) == [0, 0, 1, 2, 3, 4, 0]
+    cells = [level.tolist() for level in model.anchor_generator.cell_anchors]
+    best = [max(range(5), key=lambda level: max(overlap(box, anchor) for anchor in cells[level])) for box in boxes]
+    assert levels_of(adapter, boxes) == best and len(set(best)) > 3
 
 
-def levels_of(adapter, sides):
-    """Return the level of a square of each side, after checking that pooling and embedding use it, too."""
-    regions = Regions([Boxes(torch.tensor([[10.0, 10, 10 + side, 10 + side] for side in sides]))])
-    maps = [torch.full((1, 1, 200, 200), float(level)) for level in range(len(adapter.feature_names))]
-    levels = adapter._levels(regions)
-    assert torch.equal(adapter._embed_at_centres(maps, regions)[:, 0], levels.float())
-    torch.testing.assert_close(adapter._pool(maps, regions)[:, 0, 0, 0], levels.float())
+@pytest.mark.parametrize("aspect", [1.0, 1.7, 3.0, 6.0])
+def test_the_level_of_a_region_is_that_of_an_fcos_own_label_assignment(aspect):
+    """Most locations that Detectron2 trains to find the box are on the level."""
+    model, adapter, _ = build("fcos")
+    boxes = [(11.0 * stride, 11.0 * stride / aspect) for stride in adapter.spec.strides.values()]
+    boxes += [(height, width) for width, height in boxes]
+    shapes = [torch.zeros(1, 1, 2048 // stride, 2048 // stride) for stride in adapter.spec.strides.values()]
+    anchors = model.anchor_generator(shapes)
+    found = []
+    for width, height in boxes:
+        box = torch.tensor([[1024.0 - width / 2, 1024 - height / 2, 1024 + width / 2, 1024 + height / 2]])
+        target = Instances((2048, 2048), gt_boxes=Boxes(box), gt_classes=torch.zeros(1, dtype=torch.long))
+        labels = model.label_anchors(anchors, [target])[0][0].split([len(level) for level in anchors])
+        counts = [int((level != model.num_classes).sum()) for level in labels]
+        found.append(counts.index(max(counts)))
+    assert levels_of(adapter, boxes) == found == [0, 1, 2, 3, 4] * 2
+    assert levels_of(adapter, squares(120.0, 130.0, 9.0, 4000.0)) == [0, 1, 0, 4]
+
+
+def levels_of(adapter, boxes):
+    """Return the level of a region of each width and height, after checking that pooling and embedding use it, too."""
+    regions = Regions([Boxes(torch.tensor([[10.0, 10, 10 + width, 10 + height] for width, height in boxes]))])
+    maps = {name: torch.full((1, 1, 200, 200), float(level)) for level, name in enumerate(adapter.feature_names)}
+    outputs = adapter.look(maps, regions, {"levels", "pooled"})
+    levels = outputs.levels
+    embeddings = adapter._embed_at_centres(list(maps.values()), regions, levels)
+    torch.testing.assert_close(embeddings[:, 0], levels.float())
+    torch.testing.assert_close(outputs.pooled[:, 0, 0, 0], levels.float())
     return levels.tolist()
+
+
+def squares(*sides):
+    return [(side, side) for side in sides]
 
 
 def test_anchors_that_do_not_grow_are_reported(caplog):
@@ -301,13 +333,14 @@ def test_anchors_that_do_not_grow_are_reported(caplog):
     assert not caplog.text
     teacher = build_adapter(model, "teacher", cfg)
     assert "do not grow from level to level: 16, 16, 16, 16, 16 pixels" in caplog.text
-    assert levels_of(teacher, [20.0, 40.0, 70.0]) == levels_of(student, [20.0, 40.0, 70.0]) == [0, 1, 2]
+    boxes = squares(20.0, 40.0, 70.0)
+    assert levels_of(teacher, boxes) == levels_of(student, boxes) == [0, 1, 2]
 
 
 def test_a_dense_detector_can_leave_out_levels():
     keys = {"MODEL.RETINANET.IN_FEATURES": ["p3", "p5", "p7"], "MODEL.ANCHOR_GENERATOR.SIZES": [[32], [128], [512]]}
     _, adapter, _ = build("retinanet", keys)
-    assert levels_of(adapter, [60.0, 130.0, 600.0]) == [0, 1, 2]
+    assert levels_of(adapter, squares(60.0, 130.0, 600.0)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5])
@@ -318,7 +351,7 @@ def test_a_teachers_embedding_is_the_towers_feature_at_the_centre(offset):
     y, x = torch.meshgrid(torch.arange(40.0), torch.arange(40.0), indexing="ij")
     towers = [torch.stack([torch.stack([y, x]), torch.stack([y, x]) + 100]) for _ in range(5)]
     regions = Regions([Boxes(torch.tensor([[40.0, 80, 80, 130]])), Boxes(torch.tensor([[100.0, 50, 190, 150]]))])
-    first, second = adapter._embed_at_centres(towers, regions)
+    first, second = adapter._embed_at_centres(towers, regions, torch.tensor([0, 1]))
     torch.testing.assert_close(first, torch.tensor([105 / 8, 60 / 8]) - offset)  # level 0, stride 8
     torch.testing.assert_close(second, 100 + torch.tensor([100 / 16, 145 / 16]) - offset)  # level 1, stride 16
 
@@ -327,7 +360,7 @@ def test_a_teachers_embedding_is_of_the_same_place_in_half_precision():
     _, adapter, _ = build("retinanet", {"MODEL.ANCHOR_GENERATOR.SIZES": SIZES})
     columns = torch.arange(200, dtype=torch.bfloat16).expand(1, 1, 40, 200)
     regions = Regions([Boxes(torch.tensor([[961.0, 80, 1002, 121]]))])
-    found = adapter._embed_at_centres([columns] * 5, regions)
+    found = adapter._embed_at_centres([columns] * 5, regions, torch.tensor([0]))
     assert found.item() == pytest.approx((961 + 1002) / 2 / 8, abs=1e-3)
 
 

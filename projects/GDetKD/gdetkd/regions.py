@@ -1,18 +1,21 @@
-"""Pool regions by a detector's own RoIAlign, and choose a dense detector's boxes that become regions.
+"""Pool regions, and choose a dense detector's boxes that become regions.
 
 Shapes: N regions, C channels, (h, w) the pooled size, K boxes, G objects of an image.
 """
 
 from functools import partial
-from typing import Sequence
+from typing import Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
 from torch import nn
-from torchvision.ops import box_iou, nms
+from torchvision.ops import box_iou, nms, roi_align
 
 from .structures import Regions, full_precision
+
+# Samples per bin and axis of `pool_aligned`, as in the student's pooling (DISTILL.SGFI.SAMPLING_RATIO).
+SAMPLING_RATIO = 2
 
 
 def pool_in_full_precision(pooler: ROIPooler, maps: Sequence[torch.Tensor], regions: Regions) -> torch.Tensor:
@@ -31,6 +34,37 @@ def pool_in_full_precision(pooler: ROIPooler, maps: Sequence[torch.Tensor], regi
     # `ROIPooler` does the same, but waits for the device at each level.
     pools = [partial(pool, *level) for level in zip(pooler.level_poolers, maps)]
     return regions.on_levels(levels_by_box_size(pooler, regions), pools)
+
+
+def is_aligned(pooler: ROIPooler) -> bool:
+    """Return whether a detector's pooler samples where `pool_aligned` does, up to the number of samples."""
+    return type(pooler) is not ROIPooler or all(getattr(layer, "aligned", False) for layer in pooler.level_poolers)
+
+
+def pool_aligned(
+    maps: Sequence[torch.Tensor],
+    strides: Sequence[int],
+    regions: Regions,
+    levels: torch.Tensor,
+    size: Tuple[int, int],
+) -> torch.Tensor:
+    """Pool each region on its level by RoIAlign in float32: (N, C, h, w).
+
+    SGFI and ROIFI pool the student's maps in this way. RoIPool, and RoIAlign as it was first published, lie half a cell
+    beside it (https://github.com/facebookresearch/detectron2/blob/main/detectron2/layers/roi_align.py).
+
+    Args:
+        maps: by level, (B, C, H_l, W_l).
+        strides: by level, pixels of the input image per cell.
+        levels: (N,) index of each region's level.
+        size: (h, w).
+    """
+
+    def pool(feature_map: torch.Tensor, stride: int, part: Regions) -> torch.Tensor:
+        rois = part.rois().to(feature_map.dtype)
+        return roi_align(feature_map, rois, size, 1.0 / stride, SAMPLING_RATIO, aligned=True)
+
+    return regions.on_levels(levels, [partial(pool, *pair) for pair in zip(map(full_precision, maps), strides)])
 
 
 def levels_by_box_size(pooler: ROIPooler, regions: Regions) -> torch.Tensor:

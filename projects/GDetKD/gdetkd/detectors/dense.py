@@ -17,7 +17,7 @@ from torchvision.ops import roi_align
 from ..device import on_device
 from ..errors import GDetKDError
 from ..recorder import Call, Recorder, replaced
-from ..regions import match_and_sample, suppress
+from ..regions import match_and_sample, pool_aligned, suppress
 from ..structures import DenseSpec, DetectorOutputs, DetectorSpec, Regions, full_precision
 from .base import REGION_FIELDS, DetectorAdapter
 from .dense_head import DenseHead
@@ -26,7 +26,6 @@ from .sources import by_anchor, gather, places, without_anchor
 
 # Pooled size of a dense teacher's regions. It has no box head that sets one. Two-stage detectors use 7 x 7.
 POOLED_SIZE = (7, 7)
-SAMPLING_RATIO = 2
 
 
 class DenseAdapter(DetectorAdapter):
@@ -51,7 +50,6 @@ class DenseAdapter(DetectorAdapter):
                 f"The {role} has no FPN: its head reads {self._features[0]} alone, and GDetKD imitates pyramids. "
                 "Choose a config whose MODEL.BACKBONE.NAME builds an FPN."
             )
-        self._level_starts = self.level_starts()
 
     @property
     def feature_names(self) -> List[str]:
@@ -64,8 +62,12 @@ class DenseAdapter(DetectorAdapter):
         return self.model.num_classes
 
     @abstractmethod
-    def level_starts(self) -> List[float]:
-        """Return, for each level but the first, the side in pixels from which on boxes belong to it."""
+    def choose_levels(self, boxes: torch.Tensor) -> torch.Tensor:
+        """Return the index (N,) of the level that is trained to find objects of a box's size.
+
+        Args:
+            boxes: (N, 4) xyxy in pixels.
+        """
 
     @abstractmethod
     def scores(self, predictions: Sequence[List[torch.Tensor]]) -> List[torch.Tensor]:
@@ -147,10 +149,10 @@ class DenseAdapter(DetectorAdapter):
         outputs = DetectorOutputs(dict(zip(self._features, maps)), self.spec.strides, regions)
         if "head" in needs:
             outputs.head = DenseHead(model)
-        if "levels" in needs:
-            outputs.levels = self._levels(regions)
+        if {"levels", "pooled", "embeddings"} & set(needs):
+            outputs.levels = self.choose_levels(regions.tensor())
         if "pooled" in needs:
-            outputs.pooled = self._pool(maps, regions)
+            outputs.pooled = pool_aligned(maps, list(self.spec.strides.values()), regions, outputs.levels, POOLED_SIZE)
         # The tower runs on all levels in order, because a head with BatchNorm steps from level to level by itself.
         if {"logits", "deltas"} & set(needs):
             with Recorder({"tower": self.classification_tower} if "embeddings" in needs else {}) as calls:
@@ -159,7 +161,7 @@ class DenseAdapter(DetectorAdapter):
         elif "embeddings" in needs:
             towers = [self.classification_tower(level) for level in maps]
         if "embeddings" in needs:
-            outputs.embeddings = self._embed_at_centres(towers, regions)
+            outputs.embeddings = self._embed_at_centres(towers, regions, outputs.levels)
         return outputs
 
     @property
@@ -239,26 +241,12 @@ class DenseAdapter(DetectorAdapter):
         is_candidate = is_candidate & is_large
         return clipped * is_candidate[..., None], is_candidate
 
-    def _levels(self, regions: Regions) -> torch.Tensor:
-        """Return the index (N,) of the level that is trained to find boxes of a region's size."""
-        sides = Boxes(regions.tensor()).area().sqrt()
-        return sum(((sides >= start).long() for start in self._level_starts), torch.zeros_like(sides).long())
-
-    def _pool(self, maps: Sequence[torch.Tensor], regions: Regions) -> torch.Tensor:
-        """Pool each region on its level in float32: (N, C, h, w)."""
-
-        def pool(feature_map: torch.Tensor, stride: int, part: Regions) -> torch.Tensor:
-            rois = part.rois().to(feature_map.dtype)
-            return roi_align(feature_map, rois, POOLED_SIZE, 1.0 / stride, SAMPLING_RATIO, aligned=True)
-
-        pairs = zip(map(full_precision, maps), self.spec.strides.values())
-        return regions.on_levels(self._levels(regions), [partial(pool, *pair) for pair in pairs])
-
-    def _embed_at_centres(self, towers: List[torch.Tensor], regions: Regions) -> torch.Tensor:
+    def _embed_at_centres(self, towers: List[torch.Tensor], regions: Regions, levels: torch.Tensor) -> torch.Tensor:
         """Interpolate the tower's map of a region's level at the region's centre (bilinear).
 
         Args:
             towers: by level, (B, D, H, W).
+            levels: (N,) index of each region's level.
 
         Returns:
             (N, D)
@@ -274,7 +262,7 @@ class DenseAdapter(DetectorAdapter):
             return roi_align(tower, cell.to(tower.dtype), 1, 1.0, sampling_ratio=1, aligned=True).flatten(1)
 
         pairs = zip(map(full_precision, towers), self.location_steps(towers))
-        return regions.on_levels(self._levels(regions), [partial(interpolate, *pair) for pair in pairs])
+        return regions.on_levels(levels, [partial(interpolate, *pair) for pair in pairs])
 
     def location_steps(self, towers: Sequence[torch.Tensor]) -> List[Tuple[int, int]]:
         """Return, for each level, the pixels between neighbouring locations in x and in y."""

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from .._compat.cascade import LABEL_LATER_STAGE
 from ..errors import GDetKDError
 from ..recorder import Call, replaced
-from ..regions import levels_by_box_size, pool_in_full_precision
+from ..regions import is_aligned, levels_by_box_size, pool_aligned, pool_in_full_precision
 from ..structures import DetectorOutputs, DetectorSpec, Predictions, Regions
 from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter
 from .doubt import mark_ignored, without_doubtful, would_match
@@ -121,13 +121,17 @@ class _TwoStageAdapter(DetectorAdapter):
         pooler = self.model.roi_heads.box_pooler
         maps = [features[name] for name in self._features]
         outputs = DetectorOutputs(dict(zip(self._features, maps)), self.spec.strides, regions)
+        aligned, reads_head = is_aligned(pooler), bool({"embeddings", "logits", "deltas"} & set(needs))
         if "levels" in needs:
             outputs.levels = levels_by_box_size(pooler, regions)
-        if {"pooled", "embeddings", "logits", "deltas"} & set(needs):
-            outputs.pooled = pool_in_full_precision(pooler, maps, regions)
-        if not {"embeddings", "logits", "deltas"} & set(needs):
+        if reads_head or ("pooled" in needs and aligned):
+            outputs.pooled = pooled = pool_in_full_precision(pooler, maps, regions)
+        if "pooled" in needs and not aligned:
+            levels, strides = levels_by_box_size(pooler, regions), list(self.spec.strides.values())
+            outputs.pooled = pool_aligned(maps, strides, regions, levels, self.spec.pooled_size)
+        if not reads_head:
             return outputs
-        head = self._heads[0](outputs.pooled)
+        head = self._heads[0](pooled)
         outputs.embeddings = head.flatten(start_dim=1)
         if {"logits", "deltas"} & set(needs):
             outputs.logits, outputs.deltas = self._read(self._predictors[0](head))

@@ -16,6 +16,7 @@ from torchvision.ops.poolers import LevelMapper
 
 from ..errors import GDetKDError
 from ..recorder import Call
+from ..regions import pool_aligned
 from ..structures import DenseSpec, DetectorOutputs, DetectorSpec, Regions, full_precision
 from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter
 from .dense import POOLED_SIZE, DenseAdapter
@@ -93,9 +94,11 @@ class TorchvisionRCNNAdapter(_OnlyTeaches):
         outputs.levels = self._levels(regions)
         if not {"pooled", "embeddings", "logits", "deltas"} & set(needs):
             return outputs
-        outputs.pooled = self._pool(outputs.pyramid, regions, outputs.levels)
+        if "pooled" in needs:  # torchvision's own pooling lies half a cell beside the student's
+            maps, size = list(outputs.pyramid.values()), self.spec.pooled_size
+            outputs.pooled = pool_aligned(maps, list(strides.values()), regions, outputs.levels, size)
         if {"embeddings", "logits", "deltas"} & set(needs):
-            outputs.embeddings = heads.box_head(outputs.pooled)
+            outputs.embeddings = heads.box_head(self._pool(outputs.pyramid, regions, outputs.levels))
         if {"logits", "deltas"} & set(needs):
             logits, deltas = heads.box_predictor(outputs.embeddings)
             outputs.logits, outputs.deltas = self.model.class_logits(logits), self.model.class_deltas(deltas)
