@@ -40,7 +40,7 @@ def test_classes_match_by_name_in_any_order_and_the_log_says_which(caplog):
 def test_class_map_pairs_different_names_for_one_class():
     cfg = make_cfg({"DISTILL.CLASS_MAP": [["car", "vehicle"]]})
     assert match_classes("REG", cfg, spec("cat", "car"), spec("vehicle", "cat")) == ClassMap((0, 1), (1, 0))
-    with pytest.raises(GDetKDError, match="CLASS_MAP.*'car'.*vehicle|CLASS_MAP.*car"):
+    with pytest.raises(GDetKDError, match="CLASS_MAP.*car"):
         match_classes("REG", cfg, spec("cat", "bus"), spec("vehicle", "cat"))
 
 

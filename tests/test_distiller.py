@@ -35,17 +35,20 @@ def test_each_loss_can_stand_alone(distill_cfg):
 
 def test_teacher_is_bit_identical_after_steps_and_train(distill_cfg):
     model = build_model(distill_cfg()).train()
-    before = {name: tensor.clone() for name, tensor in model.teacher.model.state_dict().items()}
+    # Training runs a copy of the backbone, without norms of its own.
+    parts = {"detector": model.teacher.model, "copy": model.teacher.adapter.backbone}
+    before = {part: {n: x.clone() for n, x in module.state_dict().items()} for part, module in parts.items()}
     # The optimizer gets every parameter of the model. The teacher's parameters must not be among them.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, weight_decay=0.1)
     for seed in range(3):
         one_step(model.train(), make_batch(seed=seed), optimizer)
-    after = model.teacher.model.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not any(module.training for module in model.teacher.model.modules())
-    assert not any(parameter.requires_grad for parameter in model.teacher.model.parameters())
-    own = {id(parameter) for parameter in model.parameters()}
-    assert not any(id(parameter) in own for parameter in model.teacher.model.parameters())
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    for part, module in parts.items():
+        after = module.state_dict()
+        assert after and all(torch.equal(tensor, after[name]) for name, tensor in before[part].items()), part
+        assert not any(layer.training for layer in module.modules()), part
+        assert not any(parameter.requires_grad for parameter in module.parameters()), part
+        assert not any(id(tensor) in own for tensor in (*module.parameters(), *module.buffers())), part
 
 
 def test_students_initialisation_and_draws_are_those_of_plain_training(distill_cfg):

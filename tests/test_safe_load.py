@@ -17,6 +17,7 @@ from gdetkd import DistillTrainer
 from gdetkd.config import plain_config
 from gdetkd.config_file import merge_config_file, merge_words
 from gdetkd.engine import build_plain_student
+from gdetkd.engine.preflight import check_proposals
 from gdetkd.errors import GDetKDError
 from gdetkd.safe_load import (
     DamagedFileError,
@@ -263,3 +264,12 @@ def test_nothing_here_evaluates_text_or_starts_a_shell():
             assert name != "torch.load" or keywords["weights_only"] == "True", path
             assert keywords.get("shell", "False") == "False", path
             assert not name.endswith("merge_from_file") or keywords.get("allow_unsafe") == "False", path
+
+
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+def test_proposals_that_run_code_are_refused_before_detectron2_reads_them(tmp_path, key):
+    path = write_payload(tmp_path / "proposals.pkl", "pkl", tmp_path / "pwned")
+    keys = {f"DATASETS.{key}": ("tiny",), f"DATASETS.PROPOSAL_FILES_{key}": (path,)}
+    with pytest.raises(UntrustedFileError):
+        check_proposals(make_cfg({"MODEL.LOAD_PROPOSALS": True, **keys}), key)
+    assert not (tmp_path / "pwned").exists()

@@ -187,7 +187,7 @@ def strange_images(kind):
     """Return the sizes (width, height) of the images of a strange dataset, and the boxes of the first image."""
     return {
         "one pixel": ([(1, 1), (64, 64)], [[0, 0, 1, 1]]),
-        "10,000 pixels wide": ([(10_000, 20), (64, 64)], [[100, 2, 5000, 10]]),
+        "10,000 pixels wide": ([(10_000, 20), (64, 64)], [[100.0, 2.0, 5000.0, 10.0]]),
         "5,000 boxes": ([(200, 200), (64, 64)], [[i % 100, i // 100, 8 + i % 70, 9 + i % 50] for i in range(5000)]),
         "one image": ([(64, 64)], [[5, 5, 20, 20]]),
     }[kind]
@@ -215,6 +215,9 @@ def test_a_run_trains_on_strange_images(distill_cfg, tmp_path, kind):
         "SOLVER.MAX_ITER": 2,
     }
     trainer = DistillTrainer(distill_cfg({**keys, "DATALOADER.ASPECT_RATIO_GROUPING": False}))
+    batch = next(iter(trainer.data_loader))
+    found = {os.path.basename(sample["file_name"]): len(sample["instances"]) for sample in batch}
+    assert found == {"0.png": len(boxes), **({"1.png": 1} if len(sizes) > 1 else {})}
     before = [parameter.clone() for parameter in trainer.student.parameters()]
     trainer.train()
     assert all(torch.isfinite(parameter).all() for parameter in trainer.student.parameters())

@@ -31,7 +31,7 @@ def step(cfg, batch=None):
     model = build(cfg)
     with EventStorage():
         losses = model(make_batch() if batch is None else batch)
-    sum(losses.values()).backward()
+    sum(losses.values()).backward(retain_graph=True)
     return model, losses
 
 
@@ -39,12 +39,19 @@ def distillation_terms(losses):
     return {name: loss for name, loss in losses.items() if "distill" in name}
 
 
+def assert_each_reaches_the_backbone(model, terms):
+    weights = list(model.student.backbone.parameters())
+    for name, term in terms.items():
+        gradients = torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
+        assert any(gradient is not None and gradient.any() for gradient in gradients), name
+
+
 @pytest.mark.parametrize("pair", ["-".join(pair) for pair in product(FAMILIES, FAMILIES)])
 def test_every_pair_learns_from_regions(pair_cfg, pair):
     model, losses = step(pair_cfg(pair))
     terms = distillation_terms(losses)
     assert len(terms) == 2 and all(torch.isfinite(term) and term > 0 for term in terms.values())
-    # Both terms reach the student's pyramid, and no parameter is left without a gradient.
+    assert_each_reaches_the_backbone(model, terms)
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
 
@@ -97,7 +104,11 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_its_prediction
     with EventStorage():
         losses = model(make_batch())
     assert losses["loss_distill_reg"].item() == pytest.approx(0, abs=1e-5)
-    assert losses["loss_distill_cls"] > 0  # the teacher's own entropy
+    assert losses["loss_distill_cls"] > 0  # the teacher's own entropy, which is the minimum
+    head = model.student.head if family in ("retinanet", "fcos") else model.student.roi_heads
+    weight = next(weight for name, weight in head.named_parameters() if name.endswith("cls_score.weight"))
+    (gradient,) = torch.autograd.grad(losses["loss_distill_cls"], weight)
+    assert gradient.abs().max() < (1e-7 if family in ("retinanet", "fcos") else 1e-4)
 
 
 def test_cascade_compares_each_stage_that_both_have(pair_cfg):

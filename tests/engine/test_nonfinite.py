@@ -6,13 +6,15 @@ import json
 import pytest
 import torch
 from detectron2.engine import HookBase
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes
+from detectron2.utils import comm
 from test_guard import States, same
 from test_trainer import on_fixed_batches
 
-from conftest import ALL_LOSSES, FAMILIES
+from conftest import ALL_LOSSES, FAMILIES, make_batch
 from gdetkd import DistillTrainer
-from gdetkd.engine.forward_guard import is_about_nonfinite
+from gdetkd.engine.forward_guard import BROKEN, ForwardGuard, is_about_nonfinite
 from gdetkd.engine.guard import NonFiniteError
 
 TWO_STAGE = ("proposal_generator.rpn_head", "roi_heads.box_pooler", "roi_heads.box_predictor", "roi_heads.box_head")
@@ -158,3 +160,27 @@ def test_the_values_decide_whether_an_assertion_is_about_nonfinite_values(where)
         with pytest.raises(AssertionError) as error:
             assert_finite(values)
         assert is_about_nonfinite(error.value) == expected
+
+
+HEAD_NORM = {
+    "MODEL.ROI_BOX_HEAD.NORM": "naiveSyncBN",
+    "MODEL.ROI_BOX_HEAD.NUM_CONV": 1,
+    "MODEL.ROI_BOX_HEAD.CONV_DIM": 8,
+}
+
+
+@pytest.mark.parametrize("keys", [{"MODEL.RESNETS.NORM": "naiveSyncBN"}, HEAD_NORM], ids=["backbone", "box head"])
+def test_a_step_cannot_be_left_out_if_others_wait_in_a_norm_outside_the_backbone(distill_cfg, monkeypatch, keys):
+    model = build_model(distill_cfg({"DISTILL.LOSSES": ("SGFI",), **keys})).train()
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    guard = ForwardGuard(model, model.student).train()
+
+    def fail(batch):
+        raise FloatingPointError("not finite")
+
+    monkeypatch.setattr(model.student, "forward", fail)
+    if keys is HEAD_NORM:
+        with pytest.raises(NonFiniteError, match="SyncBN layer outside the backbone"):
+            guard(make_batch())
+    else:
+        assert set(guard(make_batch())) == {"loss_distill_sgfi", BROKEN} and guard.failure == "not finite"

@@ -168,6 +168,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_or_is_left_out_on_all(s
         assert "loss_distill_ckd is nan (process 1; images " in message
         assert is_saved  # before any process ends, which would make the launcher end the one that writes
     assert have_equal_parameters(results) and all(torch.isfinite(p).all() for p in results[0]["parameters"])
+    assert [(result["skipped"], result["changed"]) for result in results] == [(1, True), (1, True)]
 
 
 def test_a_forward_pass_that_breaks_off_on_one_rank_stops_all_or_is_left_out_on_all(shared_cfg, tmp_path):
@@ -184,7 +185,8 @@ def test_a_forward_pass_that_breaks_off_on_one_rank_stops_all_or_is_left_out_on_
     for message in stopped:
         assert "the forward pass is not finite (Predicted boxes" in message and "(process 1; images" in message
     for results in goes_on:
-        assert have_equal_parameters(results) and all(result["changed"] for result in results)
+        assert have_equal_parameters(results)
+        assert [(result["skipped"], result["changed"]) for result in results] == [(1, True), (1, True)]
         assert all(torch.isfinite(p).all() for p in results[0]["parameters"])
 
 

@@ -133,7 +133,7 @@ def test_a_dense_student_with_masks_trains_on_crops_of_unlabeled_images(unlabele
 def test_the_check_shows_no_precision_of_thresholds_that_are_not_in_use(unlabeled_cfg):
     cfg = unlabeled_cfg({"DATASETS.TEST": ("tiny",)}, min_score=0.5, change=made_by("0"))
     register_datasets(cfg)
-    assert all(row[3:] == [None, None] for row in UnlabeledReport(cfg).rows)
+    assert [row[3:] for row in UnlabeledReport(cfg).rows] == [[None, None]] * 3
 
 
 def made_by(sha256):
@@ -163,6 +163,7 @@ def test_the_check_compares_both_kinds_of_images(unlabeled_cfg, tmp_path):
     check = Check(cfg)
     screen = check.run()
     assert "8 images without labels, 2 of 4 in a step of a process, weight 1." in screen and "pseudo.html" in screen
+    assert [row[3:] for row in UnlabeledReport(cfg).rows] == [[0.75, 0.5]] * 3
     assert "0.75" in screen and "0.50" in screen and check.problems == []
 
 

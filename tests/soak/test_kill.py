@@ -131,7 +131,7 @@ def check_kills(start, tmp_path, kills, iterations, workers, seed=0):
 
 def test_two_kills(start, tmp_path):
     # With this seed, both kills wait for a file that is being written.
-    check_kills(start, tmp_path, kills=2, iterations=14, workers=0, seed=16)
+    assert "writing" in check_kills(start, tmp_path, kills=2, iterations=14, workers=0, seed=16)
 
 
 @pytest.mark.soak

@@ -157,11 +157,12 @@ class SGFI(DistillLoss):
 
     @classmethod
     def add_keys(cls, node: CfgNode) -> None:
-        # RoIAlign samples per bin and axis on the student's pyramid. The teacher pools as its own box head does.
+        # RoIAlign samples per bin and axis on the student's pyramid. Source: our choice. 0 would make the number depend
+        # on the region, as in Detectron2's box heads.
         node.SAMPLING_RATIO = 2
         # Output channels of the two 3x3 convolutions of f_embed. Source: a re-implementation.
         node.EMBED_CHANNELS = (128, 64)
-        # Initial temperature of the softmax over levels. It is learned and stays positive.
+        # Initial temperature of the softmax over levels. It is learned and stays positive. Source: a write-up.
         node.TAU = 1.0
         # Slope of the embedding's ReLUs below 0. The paper has plain ReLUs, slope 0. A large SOLVER.BASE_LR can make
         # the embedding 0 for every region. The log warns of that. A small slope avoids it.
