@@ -58,7 +58,7 @@ def test_everything_is_measured_and_in_the_tables(gpu, run):
     for rows in (rows_of(page, "over the floor"), rows_of(page, "regions")):
         assert [tuple(row[:2]) for row in rows] == cases
         assert [row.count("–") for row in rows] == [0, 0, 2, 2]
-    assert page.startswith("    python benchmarks/gpu.py --tiny --device cpu --minutes 5\n")
+    assert page.startswith("    python benchmarks/gpu.py --tiny --device cpu --minutes 60\n")
     assert [row[0] for row in rows_of(page, "loader")][0] == "loader, 0 workers"
     assert all(each["images_a_second"] > 0 for each in result["loader"])
     assert len(result["training"]["total_loss"]) == result["training"]["iterations"] == gpu.TINY.iterations

@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
 
 from conftest import make_cfg
-from gdetkd.data import build_train_loader, headers, register_datasets, train_loader
+from gdetkd.data import build_train_loader, headers, register_datasets, train_mapper
 from gdetkd.data.batches import MixedStream
 from gdetkd.data.unlabeled import UnlabeledMapper, doubtful_boxes, is_unlabeled, split_batch
 from gdetkd.errors import GDetKDError
@@ -141,18 +141,14 @@ def test_the_mapper_leaves_labeled_images_to_the_other_mapper():
 
 def test_a_broken_image_is_replaced_by_an_image_of_its_kind(unlabeled_cfg, monkeypatch):
     cfg = unlabeled_cfg({"INPUT.MAX_BAD_FRACTION": 0.9})
-    build = train_loader.DatasetMapper
 
-    class Breaking:
-        def __init__(self, cfg, is_train):
-            self.mapper = build(cfg, is_train=is_train)
-
+    class Breaking(train_mapper.TrainMapper):
         def __call__(self, sample):
             if sample["file_name"].endswith(("pseudo1.png", "pseudo2.png", "tiny1.png", "tiny2.png", "tiny3.png")):
                 raise OSError("broken")
-            return self.mapper(sample)
+            return super().__call__(sample)
 
-    monkeypatch.setattr(train_loader, "DatasetMapper", Breaking)
+    monkeypatch.setattr(train_mapper, "TrainMapper", Breaking)
     for batch in batches_of(cfg, 10):
         assert [is_unlabeled(sample) for sample in batch] == [False, False, True, True]
 
