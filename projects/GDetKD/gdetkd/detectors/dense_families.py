@@ -4,7 +4,8 @@ Shapes: B images, A anchors of a location, N regions.
 """
 
 import logging
-from typing import List, Sequence
+from functools import lru_cache
+from typing import List, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -26,7 +27,11 @@ class RetinaNetAdapter(DenseAdapter):
 
     def __init__(self, model: nn.Module, role: str, cfg: CfgNode) -> None:
         super().__init__(model, role, cfg)
-        self._growth = self._guessed_growth()
+        sides = [level[:, 2:] - level[:, :2] for level in model.anchor_generator.cell_anchors]
+        growth = self._guessed_growth()
+        if growth:
+            sides = [sides[0] * factor for factor in growth]
+        self._anchor_sides = [tuple(map(tuple, level.tolist())) for level in sides]
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -34,9 +39,7 @@ class RetinaNetAdapter(DenseAdapter):
 
     def choose_levels(self, boxes: torch.Tensor) -> torch.Tensor:
         sides = boxes[:, 2:] - boxes[:, :2]
-        anchors = [level[:, 2:] - level[:, :2] for level in self.model.anchor_generator.cell_anchors]
-        if self._growth:
-            anchors = [anchors[0] * factor for factor in self._growth]
+        anchors = [_on(sides.device, level) for level in self._anchor_sides]
         return torch.stack([_iou_at_one_centre(sides, level).amax(dim=1) for level in anchors], dim=1).argmax(dim=1)
 
     def _guessed_growth(self) -> List[float]:
@@ -56,6 +59,15 @@ class RetinaNetAdapter(DenseAdapter):
 
     def scores(self, predictions: Sequence[List[torch.Tensor]]) -> List[torch.Tensor]:
         return [by_anchor(logits, self.model.num_classes).amax(dim=2).sigmoid() for logits in predictions[0]]
+
+
+@lru_cache(maxsize=64)
+def _on(device: torch.device, values: Tuple[Tuple[float, ...], ...]) -> torch.Tensor:
+    """Return a tensor on a device. It is kept, because a copy to the GPU at every step would make the CPU wait.
+
+    torchvision's anchors do not move with the model, so they cannot be read in a step.
+    """
+    return torch.tensor(values, device=device)
 
 
 def _iou_at_one_centre(sides: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
