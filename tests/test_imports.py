@@ -21,6 +21,8 @@ FLOORS = (
         "program",
         "random_state",
         "recorder",
+        "roi_align",
+        "roi_align_cpu",
         "structures",
         "user_modules",
     ),
@@ -41,8 +43,8 @@ APPLICATIONS = {"insight", "labelling"}
 ALONE = {
     "figures": set(),
     "backbones": {"errors", "safe_load", "weights_layout"},
-    "losses": {"errors", "structures"},
-    "detectors": {"_compat", "device", "errors", "recorder", "regions", "structures"},
+    "losses": {"errors", "roi_align", "structures"},
+    "detectors": {"_compat", "device", "errors", "recorder", "regions", "roi_align", "structures"},
 }
 
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
+from torch import nn
 
 from conftest import WIDER, make_batch
-from gdetkd.losses.roi_align import _pool_with_torchvision, pool_all_levels, roi_align_torchvision
-from gdetkd.losses.roi_align_cpu import roi_align_cpu
-from gdetkd.regions import pool_in_full_precision
+from gdetkd.regions import is_aligned, pool_in_full_precision
+from gdetkd.roi_align import _pool_with_torchvision, pool_all_levels, roi_align_torchvision
+from gdetkd.roi_align_cpu import roi_align_cpu
 from gdetkd.structures import Regions
 from gdetkd.teacher import FrozenTeacher
 
@@ -91,6 +92,15 @@ def test_a_teachers_features_are_pooled_where_the_students_are(distill_cfg, kind
     expected = heads.box_head(heads.box_pooler(maps, regions.boxes))
     torch.testing.assert_close(outputs.embeddings, expected)
     assert torch.allclose(outputs.pooled, heads.box_pooler(maps, regions.boxes)) == (kind == "ROIAlignV2")
+
+
+@pytest.mark.parametrize("kind, expected", [("ROIAlign", False), ("ROIAlignV2", True)])
+def test_a_users_pooler_is_aligned_if_its_levels_are(kind, expected):
+    class OwnPooler(ROIPooler):
+        pass
+
+    assert is_aligned(OwnPooler(7, [1 / 4, 1 / 8], 2, kind, canonical_box_size=24, canonical_level=3)) == expected
+    assert is_aligned(nn.Identity())  # nothing is known about it
 
 
 def test_splits_regions_by_level():

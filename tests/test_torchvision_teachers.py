@@ -23,7 +23,7 @@ from gdetkd.detectors import TorchvisionDetector, build_adapter
 from gdetkd.engine import evaluate_teacher
 from gdetkd.engine.preprocessing import USUAL, preprocessing_of
 from gdetkd.errors import GDetKDError
-from gdetkd.losses.roi_align import pool_all_levels
+from gdetkd.roi_align import pool_all_levels
 from gdetkd.structures import Regions
 from gdetkd.teacher import FrozenTeacher, read_teacher_file
 
@@ -286,6 +286,13 @@ def test_norms_have_the_epsilon_that_torchvision_sets_for_the_weights(name, monk
     norms = (nn.BatchNorm2d, FrozenBatchNorm2d)
     eps_of = lambda model: [m.eps for m in model.backbone.modules() if isinstance(m, norms)]  # noqa: E731
     assert eps_of(found) == eps_of(expected) and len(eps_of(found)) > 50
+
+
+@pytest.mark.parametrize("name", ["tiny_fcos", "tiny_retinanet"])
+def test_levels_are_chosen_on_the_device_of_the_boxes(teacher_keys, name):
+    """torchvision's anchors are no buffers, so they stay on the CPU when the model moves to a GPU."""
+    adapter = frozen(teacher_keys(name)[1]).adapter
+    assert adapter.choose_levels(torch.empty(3, 4, device="meta")).device.type == "meta"
 
 
 @pytest.mark.parametrize("name", ["tiny_fcos", "tiny_retinanet"])

@@ -7,8 +7,8 @@ from torch.autograd import gradcheck
 
 from conftest import make_cfg
 from gdetkd.losses import ROIFI, roi_imitation
-from gdetkd.losses.roi_align import roi_align_torchvision
-from gdetkd.losses.roi_imitation import nearest_levels, pool_on_levels
+from gdetkd.losses.roi_imitation import nearest_levels
+from gdetkd.roi_align import pool_on_levels, roi_align_torchvision
 from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
 
 SPEC = DetectorSpec(4, {"p2": 4, "p3": 8}, (7, 7), 6, 3, (10.0, 10.0, 5.0, 5.0))

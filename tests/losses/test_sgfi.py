@@ -10,7 +10,7 @@ from detectron2.structures import Boxes
 from conftest import LargeTensors, make_cfg
 from gdetkd.errors import GDetKDError
 from gdetkd.losses import SGFI, level_attention, semantic_guided_imitation
-from gdetkd.losses.roi_align import roi_align_torchvision
+from gdetkd.roi_align import roi_align_torchvision
 from gdetkd.structures import DetectorOutputs, DetectorSpec, Regions
 
 TAU = torch.tensor(0.7, dtype=torch.float64)

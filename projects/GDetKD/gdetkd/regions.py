@@ -4,17 +4,18 @@ Shapes: N regions, C channels, (h, w) the pooled size, K boxes, G objects of an 
 """
 
 from functools import partial
-from typing import Sequence, Tuple
+from typing import Sequence
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
 from torch import nn
-from torchvision.ops import box_iou, nms, roi_align
+from torchvision.ops import box_iou, nms
 
 from .structures import Regions, full_precision
 
-# Samples per bin and axis of `pool_aligned`, as in the student's pooling (DISTILL.SGFI.SAMPLING_RATIO).
+# Samples per bin and axis for a teacher whose own pooling is not aligned, or that has none. On the student's side,
+# DISTILL.SGFI.SAMPLING_RATIO and DISTILL.ROIFI.SAMPLING_RATIO have the same default.
 SAMPLING_RATIO = 2
 
 
@@ -37,34 +38,13 @@ def pool_in_full_precision(pooler: ROIPooler, maps: Sequence[torch.Tensor], regi
 
 
 def is_aligned(pooler: ROIPooler) -> bool:
-    """Return whether a detector's pooler samples where `pool_aligned` does, up to the number of samples."""
-    return type(pooler) is not ROIPooler or all(getattr(layer, "aligned", False) for layer in pooler.level_poolers)
+    """Return whether a detector's pooler samples where SGFI and ROIFI sample the student's maps.
 
-
-def pool_aligned(
-    maps: Sequence[torch.Tensor],
-    strides: Sequence[int],
-    regions: Regions,
-    levels: torch.Tensor,
-    size: Tuple[int, int],
-) -> torch.Tensor:
-    """Pool each region on its level by RoIAlign in float32: (N, C, h, w).
-
-    SGFI and ROIFI pool the student's maps in this way. RoIPool, and RoIAlign as it was first published, lie half a cell
-    beside it (https://github.com/facebookresearch/detectron2/blob/main/detectron2/layers/roi_align.py).
-
-    Args:
-        maps: by level, (B, C, H_l, W_l).
-        strides: by level, pixels of the input image per cell.
-        levels: (N,) index of each region's level.
-        size: (h, w).
+    RoIPool, and RoIAlign as it was first published, lie half a cell beside it
+    (https://github.com/facebookresearch/detectron2/blob/main/detectron2/layers/roi_align.py). A pooler without levels
+    is one of the user's own, and counts as aligned.
     """
-
-    def pool(feature_map: torch.Tensor, stride: int, part: Regions) -> torch.Tensor:
-        rois = part.rois().to(feature_map.dtype)
-        return roi_align(feature_map, rois, size, 1.0 / stride, SAMPLING_RATIO, aligned=True)
-
-    return regions.on_levels(levels, [partial(pool, *pair) for pair in zip(map(full_precision, maps), strides)])
+    return all(getattr(layer, "aligned", False) for layer in getattr(pooler, "level_poolers", ()))
 
 
 def levels_by_box_size(pooler: ROIPooler, regions: Regions) -> torch.Tensor:

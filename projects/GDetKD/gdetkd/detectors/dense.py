@@ -17,7 +17,8 @@ from torchvision.ops import roi_align
 from ..device import on_device
 from ..errors import GDetKDError
 from ..recorder import Call, Recorder, replaced
-from ..regions import match_and_sample, pool_aligned, suppress
+from ..regions import SAMPLING_RATIO, match_and_sample, suppress
+from ..roi_align import pool_on_levels
 from ..structures import DenseSpec, DetectorOutputs, DetectorSpec, Regions, full_precision
 from .base import REGION_FIELDS, DetectorAdapter
 from .dense_head import DenseHead
@@ -152,7 +153,8 @@ class DenseAdapter(DetectorAdapter):
         if {"levels", "pooled", "embeddings"} & set(needs):
             outputs.levels = self.choose_levels(regions.tensor())
         if "pooled" in needs:
-            outputs.pooled = pool_aligned(maps, list(self.spec.strides.values()), regions, outputs.levels, POOLED_SIZE)
+            strides = list(self.spec.strides.values())
+            outputs.pooled = pool_on_levels(maps, strides, regions, outputs.levels, POOLED_SIZE, SAMPLING_RATIO)
         # The tower runs on all levels in order, because a head with BatchNorm steps from level to level by itself.
         if {"logits", "deltas"} & set(needs):
             with Recorder({"tower": self.classification_tower} if "embeddings" in needs else {}) as calls:

@@ -15,7 +15,8 @@ from torch.func import functional_call
 from .._compat.cascade import LABEL_LATER_STAGE
 from ..errors import GDetKDError
 from ..recorder import Call, replaced
-from ..regions import is_aligned, levels_by_box_size, pool_aligned, pool_in_full_precision
+from ..regions import SAMPLING_RATIO, is_aligned, levels_by_box_size, pool_in_full_precision
+from ..roi_align import pool_on_levels
 from ..structures import DetectorOutputs, DetectorSpec, Predictions, Regions
 from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter
 from .doubt import mark_ignored, without_doubtful, would_match
@@ -128,7 +129,7 @@ class _TwoStageAdapter(DetectorAdapter):
             outputs.pooled = pooled = pool_in_full_precision(pooler, maps, regions)
         if "pooled" in needs and not aligned:
             levels, strides = levels_by_box_size(pooler, regions), list(self.spec.strides.values())
-            outputs.pooled = pool_aligned(maps, strides, regions, levels, self.spec.pooled_size)
+            outputs.pooled = pool_on_levels(maps, strides, regions, levels, self.spec.pooled_size, SAMPLING_RATIO)
         if not reads_head:
             return outputs
         head = self._heads[0](pooled)

@@ -16,7 +16,8 @@ from torchvision.ops.poolers import LevelMapper
 
 from ..errors import GDetKDError
 from ..recorder import Call
-from ..regions import pool_aligned
+from ..regions import SAMPLING_RATIO
+from ..roi_align import pool_on_levels
 from ..structures import DenseSpec, DetectorOutputs, DetectorSpec, Regions, full_precision
 from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter
 from .dense import POOLED_SIZE, DenseAdapter
@@ -96,7 +97,8 @@ class TorchvisionRCNNAdapter(_OnlyTeaches):
             return outputs
         if "pooled" in needs:  # torchvision's own pooling lies half a cell beside the student's
             maps, size = list(outputs.pyramid.values()), self.spec.pooled_size
-            outputs.pooled = pool_aligned(maps, list(strides.values()), regions, outputs.levels, size)
+            levels = outputs.levels
+            outputs.pooled = pool_on_levels(maps, list(strides.values()), regions, levels, size, SAMPLING_RATIO)
         if {"embeddings", "logits", "deltas"} & set(needs):
             outputs.embeddings = heads.box_head(self._pool(outputs.pyramid, regions, outputs.levels))
         if {"logits", "deltas"} & set(needs):

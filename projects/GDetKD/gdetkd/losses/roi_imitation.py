@@ -8,7 +8,6 @@ Shapes: B images, N regions, L student levels, C channels, (h, w) the pooled siz
 
 import logging
 import math
-from functools import partial
 from typing import Sequence, Tuple
 
 import torch
@@ -16,9 +15,9 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..errors import GDetKDError
-from ..structures import DetectorOutputs, DetectorSpec, Regions, full_precision
+from ..roi_align import pool_on_levels
+from ..structures import DetectorOutputs, DetectorSpec, full_precision
 from .build import DISTILL_LOSS_REGISTRY, DistillLoss, mean_squared_error
-from .roi_align import pool_all_levels
 
 logger = logging.getLogger(__name__)
 
@@ -42,35 +41,6 @@ def nearest_levels(student_strides: Sequence[int], teacher_strides: Sequence[int
         min(range(len(student_strides)), key=lambda index: abs(math.log2(student_strides[index] / stride)))
         for stride in teacher_strides
     )
-
-
-def pool_on_levels(
-    maps: Sequence[torch.Tensor],
-    strides: Sequence[int],
-    regions: Regions,
-    levels: torch.Tensor,
-    size: Tuple[int, int],
-    sampling_ratio: int,
-) -> torch.Tensor:
-    """Pool each region on one level by RoIAlign.
-
-    Args:
-        maps: by level, (B, C, H_l, W_l).
-        strides: by level, pixels of the input image per cell.
-        regions: N boxes over B images.
-        levels: (N,) index of each region's level.
-        size: (h, w).
-        sampling_ratio: samples per bin and axis.
-
-    Returns:
-        (N, C, h, w)
-    """
-
-    def pool(feature_map: torch.Tensor, stride: int, part: Regions) -> torch.Tensor:
-        return pool_all_levels([feature_map], [stride], part, size, sampling_ratio)[:, 0]
-
-    # A level without regions stays in the graph, so that SyncBN's backward pass is the same on every process.
-    return regions.on_levels(levels, [partial(pool, *level) for level in zip(maps, strides)])
 
 
 @DISTILL_LOSS_REGISTRY.register()

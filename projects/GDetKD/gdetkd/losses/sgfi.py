@@ -15,9 +15,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..errors import GDetKDError
+from ..roi_align import pool_all_levels
 from ..structures import DetectorOutputs, DetectorSpec, full_precision
 from .build import DISTILL_LOSS_REGISTRY, DistillLoss, mean_squared_error
-from .roi_align import pool_all_levels
 
 logger = logging.getLogger(__name__)
 

@@ -1,15 +1,16 @@
-"""Pool the same regions on every level of a pyramid by RoIAlign.
+"""Pool regions by RoIAlign, on every level of a pyramid or each region on its own level.
 
 Shapes: B images, N regions in all images, L levels, C channels, (h, w) the pooled size.
 """
 
+from functools import partial
 from typing import Sequence, Tuple
 
 import torch
 from torchvision.ops import roi_align
 
-from ..structures import Regions, full_precision
 from .roi_align_cpu import roi_align_cpu
+from .structures import Regions, full_precision
 
 
 def pool_all_levels(
@@ -50,3 +51,32 @@ def roi_align_torchvision(
     """Pool each region on one level by torchvision's RoIAlign: (N, C, h, w). Arguments are as in `pool_all_levels`."""
     boxes = [boxes.tensor.to(feature_map.dtype) for boxes in regions.boxes]
     return roi_align(feature_map, boxes, size, 1.0 / stride, sampling_ratio, aligned=True)
+
+
+def pool_on_levels(
+    maps: Sequence[torch.Tensor],
+    strides: Sequence[int],
+    regions: Regions,
+    levels: torch.Tensor,
+    size: Tuple[int, int],
+    sampling_ratio: int,
+) -> torch.Tensor:
+    """Pool each region on its level by RoIAlign, aligned as in `pool_all_levels`.
+
+    Args:
+        maps: by level, (B, C, H_l, W_l).
+        strides: by level, pixels of the input image per cell.
+        regions: N boxes over B images.
+        levels: (N,) index of each region's level.
+        size: (h, w).
+        sampling_ratio: samples per bin and axis.
+
+    Returns:
+        (N, C, h, w)
+    """
+
+    def pool(feature_map: torch.Tensor, stride: int, part: Regions) -> torch.Tensor:
+        return pool_all_levels([feature_map], [stride], part, size, sampling_ratio)[:, 0]
+
+    # A level without regions stays in the graph, so that SyncBN's backward pass is the same on every process.
+    return regions.on_levels(levels, [partial(pool, *level) for level in zip(maps, strides)])

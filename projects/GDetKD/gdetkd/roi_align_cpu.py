@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..structures import Regions
+from .structures import Regions
 
 
 def roi_align_cpu(
