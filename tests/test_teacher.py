@@ -190,7 +190,15 @@ def test_weights_that_were_trained_on_another_order_of_classes_are_refused(disti
     refused(cfg, "weights were trained on the classes class2, class1, class0, but DISTILL.TEACHER.CLASSES.*class0")
 
 
-@pytest.mark.parametrize("trained, expected", [(["a", "b", "c"], ("a", "b", "c")), (["a", "b"], None), (None, None)])
+@pytest.mark.parametrize(
+    "trained, expected",
+    [
+        (["a", "b", "c"], ("a", "b", "c")),
+        (["Class0", "CLASS1", "class2"], ("class0", "class1", "class2")),  # as the student spells them
+        (["a", "b"], None),
+        (None, None),
+    ],
+)
 def test_weights_name_the_classes_if_nothing_else_does(distill_cfg, trained, expected):
     cfg = distill_cfg(teacher={**WIDER, "DATASETS.TRAIN": ("elsewhere",)})
     weights = torch.load(cfg.DISTILL.TEACHER.WEIGHTS)

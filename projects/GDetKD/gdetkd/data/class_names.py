@@ -55,6 +55,16 @@ def is_reordered(first: Sequence[str], second: Sequence[str]) -> bool:
     return sorted(lower) == sorted(other)
 
 
+def as_student_names(names: Sequence[str], student: Optional[Sequence[str]]) -> Sequence[str]:
+    """Return class names as the student spells them. `check_class_order` lets upper and lower case differ.
+
+    Args:
+        names: the class names of a dataset or of a teacher, in order.
+        student: the student's class names, or None if they are unknown.
+    """
+    return student if student is not None and in_lower_case(names) == in_lower_case(student) else names
+
+
 def in_lower_case(names: Sequence[str]) -> List[str]:
     """Return class names in lower case, without spaces around them."""
     return [str(name).strip().lower() for name in names]

@@ -82,15 +82,6 @@ def check_trained_order(names: Sequence[str], trained: Optional[Sequence[str]]) 
             )
 
 
-def as_student_names(names: Sequence[str], student: Optional[Sequence[str]]) -> Sequence[str]:
-    """Return a dataset's class names as the student spells them. `check_class_order` lets upper and lower case differ.
-
-    Args:
-        student: the student's class names, or None if they are unknown.
-    """
-    return student if student is not None and in_lower_case(names) == in_lower_case(student) else names
-
-
 def check_transfer(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -> None:
     """Check that head transfer gives each class of the student the teacher's weights for the same class.
 

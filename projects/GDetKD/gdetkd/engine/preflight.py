@@ -160,9 +160,9 @@ def _check_distinct_ids(dicts: List[dict], name: str) -> None:
         GDetKDError: two images have the same id.
     """
     files: Dict[Any, str] = {}
-    for image in (image for image in dicts if "image_id" in image):
-        identity, file = image["image_id"], image["file_name"]
-        if identity in files:
+    for image in dicts:
+        identity, file = image.get("image_id"), image["file_name"]
+        if identity is not None and identity in files:
             raise GDetKDError(
                 f"The dataset {name!r} cannot be evaluated on: {files[identity]!r} and {file!r} have the same image_id "
                 f"{identity!r}, so their objects and detections would be mixed up. Give every image its own image_id."

@@ -14,12 +14,12 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 
 from ..data import register_test_sets
-from ..data.class_names import class_names
+from ..data.class_names import as_student_names, class_names
 from ..errors import GDetKDError, some
 from ..losses.classes import positions_of_others
 from ..random_state import random_state
 from ..teacher import FrozenTeacher
-from .class_checks import as_student_names, check_classes
+from .class_checks import check_classes
 from .evaluators import build_evaluator
 from .preflight import check_test_sets, load_dataset
 from .preprocessing import FlippedChannels

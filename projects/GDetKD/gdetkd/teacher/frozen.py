@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import ImageList
 from torch import nn
 
-from ..data.class_names import is_reordered
+from ..data.class_names import as_student_names, class_names, is_reordered
 from ..data.teacher_view import CACHE_KEY, TEACHER_IMAGE, key_of
 from ..detectors import build_adapter
 from ..device import SideStream
@@ -111,7 +111,8 @@ class FrozenTeacher:
         if self.cache is None:
             return batched_inputs
         return [
-            {CACHE_KEY: inputs.get(CACHE_KEY) or key_of(self._view_of(inputs)), **inputs} for inputs in batched_inputs
+            inputs if CACHE_KEY in inputs else {**inputs, CACHE_KEY: key_of(self._view_of(inputs))}
+            for inputs in batched_inputs
         ]
 
     @torch.no_grad()
@@ -182,7 +183,8 @@ def _teachers_classes(
     """Return the names of the teacher's classes: DISTILL.TEACHER.CLASSES, or those of the dataset in its file.
 
     Args:
-        trained: the names that the weights record. They count if no other names are known.
+        trained: the names that the weights record. They count if no other names are known. If they differ from the
+            student's in upper and lower case alone, they are returned as the student spells them.
     """
     given = tuple(cfg.DISTILL.TEACHER.CLASSES)
     if given and len(given) != num_classes:
@@ -207,7 +209,7 @@ def _teachers_classes(
             f"{some(names)}. The student would learn wrong classes. Use the order of the training. If a dataset of "
             "this name has another order now, register it under a name that the teacher's config does not have."
         )
-    return names or tuple(map(str, trained))
+    return names or tuple(as_student_names(tuple(map(str, trained)), class_names(cfg)))
 
 
 def _check_size(cfg: CfgNode, teacher: nn.Module) -> None:
