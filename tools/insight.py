@@ -27,6 +27,8 @@ from gdetkd.program import explained_errors
 from detectron2.config import CfgNode
 from tqdm import tqdm
 
+SOURCE = "checkpoints"  # marks the records that this tool made
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,7 +59,7 @@ def configure(run: FinishedRun, args: argparse.Namespace) -> CfgNode:
 def look_at_checkpoints(run: FinishedRun, distiller: GDetKD, probe: Probe, file: RecordFile) -> None:
     """Make the records that are missing if the training made none. Leave the distiller with the last weights."""
     checkpoints, records = run.checkpoints(), file.read()
-    are_of_training = any(record["gradients"] for record in records)
+    are_of_training = any(record.get("source") != SOURCE for record in records)
     if records and records[-1]["objects"] != len(probe.classes):
         if are_of_training:
             raise GDetKDError(
@@ -71,7 +73,7 @@ def look_at_checkpoints(run: FinishedRun, distiller: GDetKD, probe: Probe, file:
         missing = [(iterations, path) for iterations, path in checkpoints if iterations not in done]
         for iterations, path in tqdm(missing, desc="reading checkpoints", disable=not missing):
             load_checkpoint(distiller, path)
-            file.add({**make_record(distiller, probe, iterations), "gradients": None})
+            file.add({**make_record(distiller, probe, iterations), "gradients": None, "source": SOURCE})
     load_checkpoint(distiller, checkpoints[-1][1])
 
 

@@ -152,6 +152,17 @@ def test_an_image_without_masks_can_be_cropped(labelled_cfg, architecture, are_f
     assert all(boxes.has("gt_masks") for boxes in list(samples.values()) if len(boxes) > 0 and has_masks)
 
 
+@pytest.mark.parametrize("architecture, count", [("GeneralizedRCNN", 5), ("RetinaNet", 6)])
+def test_only_a_detector_with_keypoints_leaves_out_images_without_keypoints(labelled_cfg, architecture, count):
+    def change(content):
+        for item in content["annotations"]:
+            if item["image_id"] == content["images"][0]["id"]:
+                item.update(keypoints=[0] * 6, num_keypoints=0)
+
+    keys = {**POINTS, "MODEL.META_ARCHITECTURE": architecture, "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE": 1}
+    assert build_train_loader(labelled_cfg(keys, change)).description["images"] == count
+
+
 def test_run_lengths_need_bitmasks(labelled_cfg):
     def change(content):
         size = [content["images"][0]["height"], content["images"][0]["width"]]

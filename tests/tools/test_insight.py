@@ -69,6 +69,16 @@ def test_records_of_the_training_keep_their_images(finished):
     assert refused.returncode != 0 and "Leave out --images" in refused.stderr
 
 
+def test_records_of_a_training_without_gradients_are_kept(finished):
+    """No gradient is measured before the first iteration, and after DISTILL.UNTIL."""
+    folder = finished("distilled", {"DISTILL.INSIGHT.PERIOD": 2, "DISTILL.UNTIL": 0.5})
+    records = RecordFile(str(folder)).read()
+    assert [record["gradients"] for record in records] == [None, None]
+    refused = show(folder, "--images", "6")
+    assert refused.returncode != 0 and "Leave out --images" in refused.stderr
+    assert RecordFile(str(folder)).read() == records
+
+
 def test_a_run_of_an_earlier_version_is_read(tmp_path):
     cfg = make_cfg({"DISTILL.INSIGHT.IMAGES": 3, "DISTILL.INSIGHT.BASELINE": "my/run"})
     (tmp_path / "config.yaml").write_text(as_an_earlier_version_wrote_it(cfg.dump()))

@@ -1,12 +1,10 @@
 """Freeze the BatchNorm layers of timm's models so that they keep the precision of their input."""
 
-import importlib
-
 import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
-# The buffers of a frozen BatchNorm, in timm, torchvision and Detectron2.
+# The buffers of a frozen BatchNorm.
 BUFFERS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -14,7 +12,7 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
     """Apply Detectron2's frozen BatchNorm, and then the dropout and the activation that timm has in its norms.
 
     Args:
-        norm: timm's frozen norm.
+        norm: timm's norm.
     """
 
     def __init__(self, norm: nn.Module) -> None:
@@ -29,23 +27,17 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
 def freeze_batch_norms(module: nn.Module) -> nn.Module:
     """Freeze all BatchNorm layers of a part of a timm model.
 
-    timm's frozen norms return float32 in mixed precision, so that all feature maps take twice the memory. Detectron2's
-    frozen norms return the type of their input.
+    timm's own frozen norms return float32 in mixed precision, so that all feature maps take twice the memory.
+    Detectron2's return the type of their input.
 
     Returns:
         the module itself, or its replacement if it is a BatchNorm layer.
     """
-    return _in_detectron2s_form(importlib.import_module("timm.layers").freeze_batch_norm_2d(module))
-
-
-def _in_detectron2s_form(module: nn.Module) -> nn.Module:
-    if isinstance(module, FrozenBatchNorm2d):
-        return module
-    if not type(module).__name__.startswith("FrozenBatchNorm"):
+    if not isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
         for name, child in module.named_children():
-            module.add_module(name, _in_detectron2s_form(child))
+            module.add_module(name, freeze_batch_norms(child))
         return module
     norm = FrozenBatchNormAct2d(module) if hasattr(module, "act") else FrozenBatchNorm2d(len(module.weight), module.eps)
     for name in BUFFERS:
-        setattr(norm, name, getattr(module, name))
+        setattr(norm, name, getattr(module, name).detach().clone())
     return norm.train(module.training)

@@ -6,10 +6,9 @@ from typing import Any, Callable, Dict
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 
-from ..config import student_architecture
 from .class_names import class_names
 from .instaboost import InstaBoostMapper
-from .task_labels import BOXES_ALONE, has_mask, objects_of
+from .task_labels import has_head, has_mask, objects_of
 from .teacher_view import CacheKeyMapper, TeacherViewMapper
 from .unlabeled import UnlabeledMapper
 
@@ -34,11 +33,8 @@ class TrainMapper(DatasetMapper):
 
 def build_mapper(cfg: CfgNode) -> Callable[[Sample], Sample]:
     """Build the mapper of a training loader: Detectron2's, with what INPUT.INSTABOOST and DISTILL.TEACHER ask for."""
-    if student_architecture(cfg) in BOXES_ALONE:
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.MODEL.KEYPOINT_ON = False  # the dataset may have keypoints for some objects only
     plain = TrainMapper(cfg, is_train=True)
+    plain.use_keypoint = has_head(cfg, "KEYPOINT_ON")  # otherwise the dataset may have keypoints for some objects only
     has_view = cfg.DISTILL.TEACHER.SCALE != 1 and cfg.DISTILL.LOSSES
     mapper = TeacherViewMapper(plain, cfg.DISTILL.TEACHER.SCALE) if has_view else plain
     labeled = InstaBoostMapper(cfg, mapper) if cfg.INPUT.INSTABOOST.ENABLED else mapper

@@ -154,7 +154,11 @@ class DistillTrainer(BareTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Build a `ResumableLoader`. A subclass may return any iterable of batches if resuming need not be exact."""
+        """Build a `ResumableLoader`. A subclass may return any iterable of batches if resuming need not be exact.
+
+        With DISTILL.TEACHER.CACHE_MB, the loader adds a digest of each image under `teacher_cache_key`. The cache finds
+        the teacher's features by it. So code that changes images after this loader must remove the digest.
+        """
         return build_train_loader(cfg)
 
     @classmethod
