@@ -174,14 +174,18 @@ def test_half_precision_predictions_are_decoded_in_full_precision():
     with torch.no_grad():
         for predictions in calls["head"][0].output:
             predictions[:] = [level.add_(torch.randn_like(level)).to(torch.bfloat16) for level in predictions]
-    maps, predictions = calls["head"][0].inputs[0], calls["head"][0].output
-    boxes, anchors, sources, _ = adapter._decode_best(maps, predictions)
+    all_anchors, predictions = anchors_in(calls), calls["head"][0].output
+    boxes, anchors, sources, _ = adapter._decode_best(all_anchors, predictions)
     deltas = torch.stack(
         [predictions[1][level][0, :, row, column].float() for level, row, column, _ in sources[0].tolist()]
     )
     expected = model.box2box_transform.apply_deltas(deltas, anchors[0])
     assert (expected[:, 2] > 400).any()
     torch.testing.assert_close(boxes[0], expected, rtol=0, atol=1e-3)
+
+
+def anchors_in(calls):
+    return torch.cat([level.tensor for level in calls["anchors"][0].output])
 
 
 def centres_of(model, sources):
@@ -198,7 +202,7 @@ def test_a_prediction_in_the_padding_becomes_no_region(family, offset):
     batch = make_batch(((64, 64), (64, 40), (40, 64)))
     with Recorder(adapter.points()) as calls, EventStorage():
         model(batch)
-    maps, (logits, deltas) = calls["head"][0].inputs[0], calls["head"][0].output[:2]
+    logits, deltas = calls["head"][0].output[:2]
     sizes = torch.tensor([[inputs["image"].shape[2], inputs["image"].shape[1]] for inputs in batch])
     with torch.no_grad():
         for level, scores in enumerate(logits):
@@ -208,7 +212,7 @@ def test_a_prediction_in_the_padding_becomes_no_region(family, offset):
                 for column in range(scores.shape[3]):
                     centre = centres_of(model, torch.tensor([[level, row, column, 0]]))
                     scores[:, :, row, column] += 8.0 * (centre >= sizes).any(dim=1)[:, None]
-    decoded = adapter._decode_best(maps, calls["head"][0].output)
+    decoded = adapter._decode_best(anchors_in(calls), calls["head"][0].output)
     outputs = adapter.observe(calls, batch)
     centres = centres_of(model, outputs.regions.sources)
     assert (centres < sizes[outputs.regions.image_ids()]).all()

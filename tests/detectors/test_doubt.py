@@ -128,7 +128,7 @@ def test_an_ignored_location_of_fcos_has_no_loss_and_no_gradient():
     places = [len(level) for level in anchors]
     labels = torch.full((1, sum(places)), model.num_classes)
     labels[0, 3], labels[0, 10:20] = 1, -1
-    boxes = [Boxes(torch.tensor([OBJECT]).repeat(sum(places), 1))]
+    _, boxes = model.label_anchors(anchors, [objects()])  # tensors or `Boxes`, as the Detectron2 version has them
     logits = [torch.randn(1, count, model.num_classes, requires_grad=True) for count in places]
     deltas = [torch.rand(1, count, 4) for count in places]
     centerness = [torch.zeros(1, count, 1) for count in places]

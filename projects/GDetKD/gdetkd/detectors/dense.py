@@ -101,7 +101,11 @@ class DenseAdapter(DetectorAdapter):
         )
 
     def points(self) -> Dict[str, nn.Module]:
-        points = {"head": self.model.head, "tower": self.model.head.cls_subnet}
+        points = {
+            "head": self.model.head,
+            "tower": self.model.head.cls_subnet,
+            "anchors": self.model.anchor_generator,
+        }
         return {**points, **DenseHead(self.model).points()} if "towers" in self.needs else points
 
     def observe(self, calls: Dict[str, List[Call]], batched_inputs: List[Dict[str, Any]]) -> DetectorOutputs:
@@ -112,7 +116,8 @@ class DenseAdapter(DetectorAdapter):
             outputs.towers = DenseHead(self.model).towers(calls)
         if not REGION_FIELDS & set(self.needs):
             return outputs  # finding regions takes time, and random draws
-        outputs.regions = regions = self._find_regions(maps, predictions, batched_inputs)
+        anchors = torch.cat([level.tensor for level in calls["anchors"][0].output])
+        outputs.regions = regions = self._find_regions(anchors, predictions, batched_inputs)
         outputs.embeddings = gather(
             [call.output[:, None] for call in calls["tower"]], regions.image_ids(), without_anchor(regions.sources)
         )
@@ -184,10 +189,10 @@ class DenseAdapter(DetectorAdapter):
 
     @torch.no_grad()
     def _find_regions(
-        self, maps: List[torch.Tensor], predictions: Sequence[List[torch.Tensor]], batched_inputs: List[Dict[str, Any]]
+        self, anchors: torch.Tensor, predictions: Sequence[List[torch.Tensor]], batched_inputs: List[Dict[str, Any]]
     ) -> Regions:
-        boxes, anchors, sources, scores = self._decode_best(maps, predictions)
-        boxes, is_candidate = self._clip(boxes, anchors, scores, batched_inputs)
+        boxes, best_anchors, sources, scores = self._decode_best(anchors, predictions)
+        boxes, is_candidate = self._clip(boxes, best_anchors, scores, batched_inputs)
         config = self.cfg.DISTILL.REGIONS
         kept, sampled = [], []
         for image, inputs in enumerate(batched_inputs):
@@ -206,9 +211,12 @@ class DenseAdapter(DetectorAdapter):
         )
 
     def _decode_best(
-        self, maps: List[torch.Tensor], predictions: Sequence[List[torch.Tensor]]
+        self, anchors: torch.Tensor, predictions: Sequence[List[torch.Tensor]]
     ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Decode the K best predictions of each image, K = PRE_NMS_TOPK.
+
+        Args:
+            anchors: (R, 4) of all levels, R the number of anchors.
 
         Returns:
             boxes, anchors and sources, (B, K, 4) each, and scores (B, K).
@@ -218,7 +226,7 @@ class DenseAdapter(DetectorAdapter):
         flat = torch.cat([level_scores.permute(0, 2, 3, 1).flatten(1) for level_scores in scores], dim=1).float()
         best = flat.nan_to_num(nan=-1.0).topk(min(self.cfg.DISTILL.REGIONS.PRE_NMS_TOPK, flat.shape[1])).indices
         sources = all_places[best]
-        anchors = torch.cat([boxes.tensor for boxes in self.model.anchor_generator(maps)])[best]
+        anchors = anchors[best]
         image_ids = torch.arange(len(best), device=best.device).repeat_interleave(best.shape[1])
         # `gather` copies. Decoding the head's outputs themselves would change them in place.
         deltas = gather([by_anchor(level, 4) for level in predictions[1]], image_ids, sources.flatten(0, 1))

@@ -32,6 +32,7 @@ class DenseHead:
         self._model = model
         self._scale = scale
         self._towers = [model.head.cls_subnet, model.head.bbox_subnet]
+        self._made: Dict[Tuple[torch.Size, ...], List[Boxes]] = {}
 
     def at_scale(self, scale: float) -> "DenseHead":
         return DenseHead(self._model, scale)
@@ -87,7 +88,7 @@ class DenseHead:
 
         The sizes of `maps` tell the anchors.
         """
-        anchors = self._anchors(maps).expand(len(deltas), -1, -1)
+        anchors = torch.cat([level.tensor for level in self._anchors(maps)]).expand(len(deltas), -1, -1)
         # FCOS's decoding changes its input in place, so it gets a copy.
         boxes = self._model.box2box_transform.apply_deltas(deltas.flatten(0, 1).clone(), anchors.flatten(0, 1))
         return boxes.view_as(deltas)
@@ -103,7 +104,7 @@ class DenseHead:
         Returns:
             (B, R), 1 for an object, 0 for background, -1 for an anchor that training ignores.
         """
-        anchors = list(self._model.anchor_generator(list(maps)))
+        anchors = self._anchors(maps)
         labels = torch.zeros(len(gt_boxes), sum(map(len, anchors)), device=maps[0].device)
         for image, boxes in enumerate(gt_boxes):
             if len(boxes):  # v0.6's FCOS fails on an image without objects
@@ -116,8 +117,12 @@ class DenseHead:
         classes: Any = self._model.label_anchors(anchors, [instances])[0][0]
         return torch.where(classes == self._model.num_classes, 0, torch.where(classes < 0, -1, 1)).float()
 
-    def _anchors(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([anchors.tensor for anchors in self._model.anchor_generator(list(maps))])
+    def _anchors(self, maps: Sequence[torch.Tensor]) -> List[Boxes]:
+        """Return the anchors by level. They are kept: Detectron2's main branch waits for the device at each level."""
+        sizes = tuple(level.shape[-2:] for level in maps)
+        if sizes not in self._made:
+            self._made[sizes] = list(self._model.anchor_generator(list(maps)))
+        return self._made[sizes]
 
 
 def _activations(tower: nn.Sequential) -> List[int]:
