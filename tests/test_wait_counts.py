@@ -68,7 +68,7 @@ def test_waits_that_a_rival_adds(pair_cfg, family, loss, waits):
 
 
 def waits_to_make_anchors(cfg):
-    """Count the waits that the teacher's anchors add: none in Detectron2 v0.6, and two for each level in its main branch.
+    """Count the waits that the teacher's anchors add: none in Detectron2 v0.6, two for each level in its main branch.
 
     The main branch copies anchors and images in the same line, and a distilled step copies images without a wait.
     """
