@@ -29,6 +29,7 @@ REPLACEMENTS = {
 }
 # Keys that GDetKD need not read, with the reason.
 EXCEPTIONS = {
+    "MODEL.KEYPOINT_ON": "GDetKD reads it by `has_head`, because RetinaNet and FCOS have no keypoint head",
     "SOLVER.CLIP_GRADIENTS": "GDetKD calls Detectron2's maybe_add_gradient_clipping",
     "SOLVER.CLIP_GRADIENTS.ENABLED": "GDetKD calls Detectron2's maybe_add_gradient_clipping",
     "SOLVER.MOMENTUM": "Detectron2's build_optimizer builds SGD, and AdamW has betas in place of a momentum",
