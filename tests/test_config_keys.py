@@ -14,11 +14,11 @@ from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator
 from detectron2.solver import build as solver_build
 
-from gdetkd.data import samplers, train_images, train_loader
+from gdetkd.data import samplers, task_labels, train_images, train_loader
 from gdetkd.engine import DistillTrainer, evaluators, optimizer
 from gdetkd.engine import trainer as trainer_module
 
-LOADER = [train_loader, train_images, samplers]
+LOADER = [train_loader, train_images, task_labels, samplers]
 # Maps a function of Detectron2 to the modules of GDetKD that replace it.
 REPLACEMENTS = {
     data_build._train_loader_from_config: LOADER,
@@ -29,7 +29,6 @@ REPLACEMENTS = {
 }
 # Keys that GDetKD need not read, with the reason.
 EXCEPTIONS = {
-    "MODEL.KEYPOINT_ON": "GDetKD reads it by `has_head`, because RetinaNet and FCOS have no keypoint head",
     "SOLVER.CLIP_GRADIENTS": "GDetKD calls Detectron2's maybe_add_gradient_clipping",
     "SOLVER.CLIP_GRADIENTS.ENABLED": "GDetKD calls Detectron2's maybe_add_gradient_clipping",
     "SOLVER.MOMENTUM": "Detectron2's build_optimizer builds SGD, and AdamW has betas in place of a momentum",

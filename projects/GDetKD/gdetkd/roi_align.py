@@ -61,15 +61,10 @@ def pool_on_levels(
     size: Tuple[int, int],
     sampling_ratio: int,
 ) -> torch.Tensor:
-    """Pool each region on its level by RoIAlign, aligned as in `pool_all_levels`.
+    """Pool each region on its level by RoIAlign. The other arguments are as in `pool_all_levels`.
 
     Args:
-        maps: by level, (B, C, H_l, W_l).
-        strides: by level, pixels of the input image per cell.
-        regions: N boxes over B images.
         levels: (N,) index of each region's level.
-        size: (h, w).
-        sampling_ratio: samples per bin and axis.
 
     Returns:
         (N, C, h, w)

@@ -39,5 +39,5 @@ def freeze_batch_norms(module: nn.Module) -> nn.Module:
         return module
     norm = FrozenBatchNormAct2d(module) if hasattr(module, "act") else FrozenBatchNorm2d(len(module.weight), module.eps)
     for name in BUFFERS:
-        setattr(norm, name, getattr(module, name).detach().clone())
+        setattr(norm, name, getattr(module, name).detach())
     return norm.train(module.training)

@@ -42,10 +42,10 @@ def check_train_labels(cfg: CfgNode, dicts: List[Item], name: str) -> None:
         _check_share_with_masks(cfg, key, dicts, name)
     if cfg.MODEL.MASK_ON and cfg.INPUT.CROP.ENABLED:
         _check_polygons_can_be_cut(dicts, name)
-    if has_head(cfg, "MASK_ON"):
+    if has_mask_head(cfg):
         _check_mask_format(cfg, dicts, name)
         _check_mask_sizes([_with_annotations(image, objects_of(image)) for image in dicts], name)
-    if has_head(cfg, "KEYPOINT_ON"):
+    if has_keypoint_head(cfg):
         _check_keypoints(cfg, dicts, name)
         _check_keypoint_names(cfg, name)
 
@@ -57,7 +57,7 @@ def check_test_labels(cfg: CfgNode, dicts: List[Item], name: str) -> None:
         GDetKDError: only some objects have masks, a mask is not as large as its image, or keypoints do not fit the
             detector or TEST.KEYPOINT_OKS_SIGMAS.
     """
-    if has_head(cfg, "MASK_ON"):
+    if has_mask_head(cfg):
         annotations = [annotation for image in dicts for annotation in image.get("annotations", ())]
         missing = sum(not has_mask(annotation) for annotation in annotations)
         if 0 < missing < len(annotations):
@@ -68,7 +68,7 @@ def check_test_labels(cfg: CfgNode, dicts: List[Item], name: str) -> None:
         if annotations and missing:
             logger.warning("%s has no masks: only the AP of boxes is evaluated on it.", name)
         _check_mask_sizes(dicts, name)
-    if has_head(cfg, "KEYPOINT_ON") and _check_keypoints(cfg, dicts, name):
+    if has_keypoint_head(cfg) and _check_keypoints(cfg, dicts, name):
         _check_sigmas(cfg, name)
 
 
@@ -96,7 +96,7 @@ def with_usable_labels(cfg: CfgNode, dicts: List[Item], names: str) -> List[Item
         dicts = usable
         if missing:
             logger.warning("%s: %d objects have no mask and are left out, because %s is True.", names, missing, key)
-    if has_head(cfg, "KEYPOINT_ON"):
+    if has_keypoint_head(cfg):
         unlabelled = [0.0] * (3 * cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)
         dicts = [
             _with_annotations(image, (_with_keypoints(item, unlabelled) for item in image.get("annotations", ())))
@@ -134,13 +134,12 @@ def _is_given(value: Any) -> bool:
     return value.size > 0 if isinstance(value, np.ndarray) else bool(value)
 
 
-def has_head(cfg: CfgNode, key: str) -> bool:
-    """Return whether the student has the head that MODEL.MASK_ON or MODEL.KEYPOINT_ON asks for.
+def has_mask_head(cfg: CfgNode) -> bool:
+    return cfg.MODEL.MASK_ON and student_architecture(cfg) not in BOXES_ALONE
 
-    Args:
-        key: "MASK_ON" or "KEYPOINT_ON".
-    """
-    return cfg.MODEL[key] and student_architecture(cfg) not in BOXES_ALONE
+
+def has_keypoint_head(cfg: CfgNode) -> bool:
+    return cfg.MODEL.KEYPOINT_ON and student_architecture(cfg) not in BOXES_ALONE
 
 
 def objects_of(image: Item) -> List[Item]:
@@ -165,7 +164,7 @@ def _check_panoptic(architecture: str, dicts: List[Item], name: str) -> None:
 def _key_that_needs_masks(cfg: CfgNode) -> str:
     if cfg.INPUT.INSTABOOST.ENABLED:
         return "INPUT.INSTABOOST.ENABLED"
-    return "MODEL.MASK_ON" if has_head(cfg, "MASK_ON") else ""
+    return "MODEL.MASK_ON" if has_mask_head(cfg) else ""
 
 
 def _check_share_with_masks(cfg: CfgNode, key: str, dicts: List[Item], name: str) -> int:

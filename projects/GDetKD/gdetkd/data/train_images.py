@@ -12,7 +12,7 @@ from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from ..errors import GDetKDError
 from .headers import has_size
 from .samplers import WEIGHTED
-from .task_labels import has_head, with_usable_labels
+from .task_labels import has_keypoint_head, with_usable_labels
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def _load_filtered(cfg: CfgNode, names: List[str], proposals: Optional[List[str]
         dicts = get_detection_dataset_dicts(
             names,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if has_head(cfg, "KEYPOINT_ON") else 0,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if has_keypoint_head(cfg) else 0,
             proposal_files=proposals,
             check_consistency=_have_equal_names(names),  # "Car" may be "car" elsewhere; see `check_class_order`
         )

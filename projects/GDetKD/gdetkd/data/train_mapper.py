@@ -8,7 +8,7 @@ from detectron2.data import DatasetMapper
 
 from .class_names import class_names
 from .instaboost import InstaBoostMapper
-from .task_labels import has_head, has_mask, objects_of
+from .task_labels import has_keypoint_head, has_mask, objects_of
 from .teacher_view import CacheKeyMapper, TeacherViewMapper
 from .unlabeled import UnlabeledMapper
 
@@ -34,7 +34,7 @@ class TrainMapper(DatasetMapper):
 def build_mapper(cfg: CfgNode) -> Callable[[Sample], Sample]:
     """Build the mapper of a training loader: Detectron2's, with what INPUT.INSTABOOST and DISTILL.TEACHER ask for."""
     plain = TrainMapper(cfg, is_train=True)
-    plain.use_keypoint = has_head(cfg, "KEYPOINT_ON")  # otherwise the dataset may have keypoints for some objects only
+    plain.use_keypoint = has_keypoint_head(cfg)  # otherwise the dataset may have keypoints for some objects only
     has_view = cfg.DISTILL.TEACHER.SCALE != 1 and cfg.DISTILL.LOSSES
     mapper = TeacherViewMapper(plain, cfg.DISTILL.TEACHER.SCALE) if has_view else plain
     labeled = InstaBoostMapper(cfg, mapper) if cfg.INPUT.INSTABOOST.ENABLED else mapper

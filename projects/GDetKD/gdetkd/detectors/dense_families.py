@@ -4,8 +4,7 @@ Shapes: B images, A anchors of a location, N regions.
 """
 
 import logging
-from functools import lru_cache
-from typing import List, Sequence, Tuple
+from typing import List, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -14,6 +13,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes
 from torch import nn
 
+from ..device import on_device
 from .base import DETECTOR_ADAPTER_REGISTRY
 from .dense import DenseAdapter
 from .sources import by_anchor
@@ -31,7 +31,7 @@ class RetinaNetAdapter(DenseAdapter):
         growth = self._guessed_growth()
         if growth:
             sides = [sides[0] * factor for factor in growth]
-        self._anchor_sides = [tuple(map(tuple, level.tolist())) for level in sides]
+        self._anchor_sides = [level.tolist() for level in sides]  # torchvision's anchors do not move with the model
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -39,7 +39,7 @@ class RetinaNetAdapter(DenseAdapter):
 
     def choose_levels(self, boxes: torch.Tensor) -> torch.Tensor:
         sides = boxes[:, 2:] - boxes[:, :2]
-        anchors = [_on(sides.device, level) for level in self._anchor_sides]
+        anchors = [on_device(level, like=sides) for level in self._anchor_sides]
         return torch.stack([_iou_at_one_centre(sides, level).amax(dim=1) for level in anchors], dim=1).argmax(dim=1)
 
     def _guessed_growth(self) -> List[float]:
@@ -59,15 +59,6 @@ class RetinaNetAdapter(DenseAdapter):
 
     def scores(self, predictions: Sequence[List[torch.Tensor]]) -> List[torch.Tensor]:
         return [by_anchor(logits, self.model.num_classes).amax(dim=2).sigmoid() for logits in predictions[0]]
-
-
-@lru_cache(maxsize=64)
-def _on(device: torch.device, values: Tuple[Tuple[float, ...], ...]) -> torch.Tensor:
-    """Return a tensor on a device. It is kept, because a copy to the GPU at every step would make the CPU wait.
-
-    torchvision's anchors do not move with the model, so they cannot be read in a step.
-    """
-    return torch.tensor(values, device=device)
 
 
 def _iou_at_one_centre(sides: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:

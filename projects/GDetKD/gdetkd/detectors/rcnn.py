@@ -122,14 +122,15 @@ class _TwoStageAdapter(DetectorAdapter):
         pooler = self.model.roi_heads.box_pooler
         maps = [features[name] for name in self._features]
         outputs = DetectorOutputs(dict(zip(self._features, maps)), self.spec.strides, regions)
-        aligned, reads_head = is_aligned(pooler), bool({"embeddings", "logits", "deltas"} & set(needs))
-        if "levels" in needs:
+        reads_head = bool({"embeddings", "logits", "deltas"} & set(needs))
+        pools_aligned = "pooled" in needs and not is_aligned(pooler)
+        if "levels" in needs or pools_aligned:
             outputs.levels = levels_by_box_size(pooler, regions)
-        if reads_head or ("pooled" in needs and aligned):
+        if reads_head or ("pooled" in needs and not pools_aligned):
             outputs.pooled = pooled = pool_in_full_precision(pooler, maps, regions)
-        if "pooled" in needs and not aligned:
-            levels, strides = levels_by_box_size(pooler, regions), list(self.spec.strides.values())
-            outputs.pooled = pool_on_levels(maps, strides, regions, levels, self.spec.pooled_size, SAMPLING_RATIO)
+        if pools_aligned:
+            strides, size = list(self.spec.strides.values()), self.spec.pooled_size
+            outputs.pooled = pool_on_levels(maps, strides, regions, outputs.levels, size, SAMPLING_RATIO)
         if not reads_head:
             return outputs
         head = self._heads[0](pooled)

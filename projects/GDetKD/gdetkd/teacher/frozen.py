@@ -209,7 +209,7 @@ def _teachers_classes(
             f"{some(names)}. The student would learn wrong classes. Use the order of the training. If a dataset of "
             "this name has another order now, register it under a name that the teacher's config does not have."
         )
-    return names or tuple(as_student_names(tuple(map(str, trained)), class_names(cfg)))
+    return names or tuple(map(str, as_student_names(trained, class_names(cfg))))
 
 
 def _check_size(cfg: CfgNode, teacher: nn.Module) -> None:
