@@ -31,6 +31,8 @@ from gdetkd.errors import GDetKDError
             "line 4: MODEL was given before, in line 1. YAML would keep only the last one",
         ),
         ("SOLVER:\n  BASE_LR: 0.1\n  BASE_LR: 0.2\n", "line 3: BASE_LR was given before, in line 2"),
+        ("DISTILL:\n  HEAD_TRANSFER:\n", "line 2: DISTILL.HEAD_TRANSFER has no value. Give one, such as .* False"),
+        ("SOLVER:\n", "line 1: SOLVER has no value"),
         ("DATASETS:\n  REGISTER:\n  - {name: a, kind: voc, name: b}\n", "line 3: name was given before, in line 3"),
     ],
 )
@@ -89,6 +91,7 @@ def test_a_missing_file_is_named(path, message):
         (["SOLVER.BASE_LR"], "the command line must give pairs of KEY VALUE, but has 1 words: SOLVER.BASE_LR"),
         (["SOLVER.BASE_RL", "0.1"], "the command line: 'SOLVER.BASE_RL' is no config key. .*'SOLVER.BASE_LR'"),
         (["SOLVER.STEPS", "1"], "the command line: SOLVER.STEPS is '1' \\(type str\\), but it must be of type tuple"),
+        (["TEST.KEEP_BEST", "None"], "the command line: TEST.KEEP_BEST has no value"),
         (["SOLVER.IMS_PER_BATCH", "four"], "SOLVER.IMS_PER_BATCH is 'four' \\(type str\\), but it must be of type int"),
     ],
 )

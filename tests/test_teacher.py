@@ -1,6 +1,7 @@
 """Problems with a teacher are reported before training, with a remedy."""
 
 import pickle
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -182,11 +183,10 @@ def test_head_transfer_that_would_transfer_nothing():
         transfer_heads(teacher, student)
 
 
-@pytest.mark.parametrize("key", ["run", "record"])
-def test_weights_that_were_trained_on_another_order_of_classes_are_refused(distill_cfg, key):
+def test_weights_that_were_trained_on_another_order_of_classes_are_refused(distill_cfg):
     cfg = distill_cfg({"DISTILL.TEACHER.CLASSES": ["class0", "class1", "class2"]})
     weights = torch.load(cfg.DISTILL.TEACHER.WEIGHTS)
-    torch.save({**weights, key: {"classes": ["class2", "class1", "class0"]}}, cfg.DISTILL.TEACHER.WEIGHTS)
+    torch.save({**weights, "run": {"classes": ["class2", "class1", "class0"]}}, cfg.DISTILL.TEACHER.WEIGHTS)
     refused(cfg, "weights were trained on the classes class2, class1, class0, but DISTILL.TEACHER.CLASSES.*class0")
 
 
@@ -199,8 +199,26 @@ def test_weights_that_were_trained_on_another_order_of_classes_are_refused(disti
         (None, None),
     ],
 )
-def test_weights_name_the_classes_if_nothing_else_does(distill_cfg, trained, expected):
-    cfg = distill_cfg(teacher={**WIDER, "DATASETS.TRAIN": ("elsewhere",)})
+@pytest.mark.parametrize("dataset", ["elsewhere", "of_five"])
+def test_weights_name_the_classes_if_nothing_else_does(distill_cfg, trained, expected, dataset):
+    entry = {"name": "of_five", "kind": "voc", "root": "five", "classes": list("vwxyz")}  # of another detector
+    cfg = distill_cfg(teacher={**WIDER, "DATASETS.TRAIN": (dataset,), "DATASETS.REGISTER": [entry]})
     weights = torch.load(cfg.DISTILL.TEACHER.WEIGHTS)
-    torch.save({**weights, "record": {"classes": trained}}, cfg.DISTILL.TEACHER.WEIGHTS)
+    torch.save({**weights, "run": {"classes": trained}}, cfg.DISTILL.TEACHER.WEIGHTS)
     assert FrozenTeacher(cfg).spec.class_names == expected
+
+
+@pytest.mark.parametrize("names", [[0, 1, 2], ["yes", False, "maybe"]])
+def test_class_names_that_are_no_text_are_refused(distill_cfg, names):
+    refused(distill_cfg({"DISTILL.TEACHER.CLASSES": names}), "TEACHER.CLASSES is .*, not a list of texts. Put numbers")
+
+
+def test_weights_that_were_trained_with_other_settings_cause_a_warning(distill_cfg, caplog):
+    cfg = distill_cfg()
+    weights, config = torch.load(cfg.DISTILL.TEACHER.WEIGHTS), Path(cfg.DISTILL.TEACHER.CONFIG_FILE).read_text()
+    torch.save({**weights, "run": {"config": config}}, cfg.DISTILL.TEACHER.WEIGHTS)
+    FrozenTeacher(cfg)
+    assert "other settings" not in caplog.text
+    cfg.DISTILL.TEACHER.OPTS = ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_STD", [1.0, 2.0, 3.0]]
+    FrozenTeacher(cfg)
+    assert "other settings than the teacher has now: INPUT.FORMAT 'BGR' -> 'RGB'; MODEL.PIXEL_STD [" in caplog.text

@@ -15,6 +15,8 @@ The detector that reads the result needs torchvision's preprocessing:
 - INPUT.FORMAT "RGB"
 - MODEL.PIXEL_MEAN [123.675, 116.280, 103.530]
 - MODEL.PIXEL_STD [58.395, 57.120, 57.375]
+
+A file for MODEL.WEIGHTS holds these values, too, and GDetKD warns if the student's config has others.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from typing import Dict, Optional
 
 from gdetkd.program import explained_errors
 from gdetkd.safe_load import read_weights
+from gdetkd.trained_with import TORCHVISION
 from gdetkd.weights_layout import with_model
 
 import torch  # isort: skip
@@ -77,7 +80,10 @@ def main() -> None:
     if renames and ("conv1.weight" not in weights or "layer4.0.conv1.weight" not in weights):
         sys.exit(f"{args.input or args.architecture} does not hold a torchvision ResNet. Choose one, such as resnet18.")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": convert(weights) if renames else weights}, args.output)
+    # From ResNet-50 on, a block has three convolutions, and torchvision's second one has the stride.
+    stride = {"MODEL.RESNETS.STRIDE_IN_1X1": False} if "layer1.0.conv3.weight" in weights else {}
+    content = {"model": convert(weights), "settings": {**TORCHVISION, **stride}} if renames else {"model": weights}
+    torch.save(content, args.output)
     key = "MODEL.WEIGHTS" if renames else "MODEL.TORCHVISION.WEIGHTS"
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, for {key}")
 

@@ -14,6 +14,7 @@ of INPUT.FORMAT. They return boxes (N, 4) xyxy in pixels of that image, scores (
 import argparse
 import io
 import os
+import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -230,6 +231,8 @@ def main() -> None:
     checkpointer = StudentCheckpointer(student)
     checkpointer.load(args.weights)
     checkpointer.check_whole()
+    for problem in checkpointer.check_settings(cfg):
+        print(problem, file=sys.stderr)
     if args.output.suffix == ".yaml":
         write_plain_config(cfg, args.weights, args.output)
         return

@@ -1,6 +1,7 @@
 """The preflight check shows a summary of a sound run, and names the reason for each problem."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,31 @@ def test_a_weak_teacher_of_grey_images_is_found(shapes_cfg, tmp_path):
     weights = save_untrained_teacher(tmp_path, opts)
     [problem] = problems_of(shapes_cfg(**grey, DISTILL__TEACHER__OPTS=opts, DISTILL__TEACHER__WEIGHTS=weights))
     assert "less than DISTILL.TEACHER.MIN_AP 20" in problem and "preprocessing" not in problem
+
+
+def test_a_teacher_that_is_worthless_at_the_size_of_training_is_found(shapes_cfg):
+    cfg = shapes_cfg(INPUT__MIN_SIZE_TRAIN=(24,), INPUT__MIN_SIZE_TEST=24)
+    [problem] = problems_of(cfg)
+    assert "on images with a short side of 128 pixels, and" in problem and "at 24, which is what it sees" in problem
+    assert "Set DISTILL.TEACHER.SCALE to about 5.3," in problem
+    cfg.DISTILL.TEACHER.SCALE = 5.3
+    check = Check(cfg, images=IMAGES)
+    assert "in training" not in check._teacher_score() and check.problems == []
+
+
+def test_test_images_that_are_also_in_the_training_are_named(shapes_cfg, shapes, tmp_path, caplog):
+    cfg = shapes_cfg()
+    Check(cfg)
+    assert f"{IMAGES} of the {IMAGES} images in DATASETS.TEST are also in DATASETS.TRAIN" in caplog.text
+    caplog.clear()
+    shutil.copytree(shapes, tmp_path / "copies")
+    copies = {"name": "check_copies", "kind": "coco", "json": str(shapes / "shapes.json")}
+    cfg.DATASETS.REGISTER = [*cfg.DATASETS.REGISTER, {**copies, "images": str(tmp_path / "copies")}]
+    cfg.DATASETS.TEST = ("check_copies",)
+    check = Check(cfg)
+    assert "also in DATASETS.TRAIN" not in caplog.text
+    check._data()
+    assert f"{IMAGES} of the {IMAGES} images in DATASETS.TEST are also in DATASETS.TRAIN" in caplog.text
 
 
 def test_an_untrained_teacher_is_found(shapes_cfg, tmp_path):

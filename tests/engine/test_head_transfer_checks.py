@@ -4,8 +4,10 @@ import pytest
 
 from conftest import DENSE, make_cfg
 from gdetkd.detectors import build_adapter
-from gdetkd.engine.class_checks import warn_of_other_boxes
+from gdetkd.engine.class_checks import check_transfer, warn_of_other_boxes
 from gdetkd.engine.preflight import check_student
+from gdetkd.errors import GDetKDError
+from gdetkd.structures import with_class_names
 from gdetkd.teacher import FrozenTeacher, transferable
 
 from detectron2.modeling import build_model  # isort: skip
@@ -74,6 +76,40 @@ def test_towers_with_and_without_norms_share_no_layer():
     assert "head.cls_subnet.0.weight" in transferable(plain, plain)
     copied = transferable(normed, plain)
     assert "head.cls_score.weight" in copied and not any("_subnet." in name for name in copied)
+
+
+@pytest.mark.parametrize("changes", [{"MODEL.ROI_BOX_HEAD.NUM_FC": 2}, {"MODEL.ROI_BOX_HEAD.NUM_CONV": 1}])
+def test_box_heads_of_other_depths_share_no_layer(changes):
+    student, teacher = (build_model(make_cfg({"MODEL.ROI_BOX_HEAD.CONV_DIM": 8, **keys})) for keys in ({}, changes))
+    assert "roi_heads.box_head.fc1.weight" in transferable(student, student)
+    assert not any(".box_head." in name for name in transferable(teacher, student))
+
+
+def test_anchors_and_classes_whose_product_agrees_are_not_mixed_up():
+    student = {**RETINANET, "MODEL.RETINANET.NUM_CLASSES": 6}
+    teacher = {**RETINANET, **MORE_ANCHORS, "MODEL.RETINANET.NUM_CLASSES": 3}
+    with pytest.raises(GDetKDError, match="would mix up anchors and classes: the student has 6 .* the teacher 3"):
+        warn({}, student, teacher)
+
+
+@pytest.mark.parametrize(
+    "student, teacher, moved",
+    [
+        (("cat", "dog", "bird"), ("cat", "bird", "fish"), "bird"),
+        (("cat", "dog", "bird"), ("dog", "cat", "bird"), "cat, dog"),
+        (("cat", "dog", "bird"), ("cat", "dog", "fish"), None),
+    ],
+)
+def test_a_class_never_starts_from_another_class_if_the_teacher_has_it(student, teacher, moved, caplog):
+    cfg = make_cfg({})
+    spec = build_adapter(build_model(cfg), "student", cfg).spec
+    specs = (with_class_names(spec, names) for names in (student, teacher))
+    if moved is None:
+        check_transfer(cfg, *specs)
+        assert "from classes of the teacher with other names" in caplog.text
+        return
+    with pytest.raises(GDetKDError, match=f"would start the student's {moved} from wrong classes"):
+        check_transfer(cfg, *specs)
 
 
 def test_a_training_with_head_transfer_warns(distill_cfg, caplog):

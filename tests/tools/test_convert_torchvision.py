@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 
 from conftest import make_cfg
 from gdetkd.backbones import load_pretrained
+from gdetkd.trained_with import TORCHVISION, other_settings, trained_with
 from programs import run_program
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_torchvision.py"
@@ -41,7 +42,11 @@ def test_features_equal_those_of_torchvision(architecture, tmp_path):
     converting = run_program(TOOL, architecture, tmp_path / "converted.pth", "--input", tmp_path / "original.pth")
     assert converting.returncode == 0, converting.stderr
 
-    converted = build_model(make_cfg(ARCHITECTURES[architecture])).eval()
+    cfg = make_cfg(ARCHITECTURES[architecture])
+    settings = trained_with(torch.load(tmp_path / "converted.pth")).settings
+    cfg.MODEL.PIXEL_STD = [1.0, 1.0, 1.0]
+    assert [text.split()[0] for text in other_settings(settings, cfg)] == list(TORCHVISION)
+    converted = build_model(cfg).eval()
     DetectionCheckpointer(converted).load(str(tmp_path / "converted.pth"))
     image = torch.randn(1, 3, 64, 64)
     features = converted.backbone.bottom_up(image)

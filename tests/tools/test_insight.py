@@ -63,6 +63,16 @@ def test_a_run_without_records_is_shown_from_its_checkpoints(finished):
     assert refused.returncode != 0 and "without distillation losses" in refused.stderr
 
 
+def test_a_run_with_another_teacher_at_the_path_is_refused(finished):
+    folder = finished("distilled", {"DISTILL.LOSSES": ("CKD",)})
+    path = FinishedRun(str(folder)).cfg.DISTILL.TEACHER.WEIGHTS
+    weights = torch.load(path)
+    torch.save({**weights, "again": True}, path)
+    refused = show(folder)
+    assert refused.returncode == 1 and "was distilled from another teacher than DISTILL.TEACHER" in refused.stderr
+    assert not (folder / "insight" / "index.html").exists()
+
+
 def test_records_of_the_training_keep_their_images(finished):
     folder = finished("distilled", {"DISTILL.INSIGHT.PERIOD": 2})
     refused = show(folder, "--images", "6")

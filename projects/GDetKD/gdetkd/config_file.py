@@ -104,6 +104,7 @@ def merge_words(cfg: CfgNode, words: Sequence[Any], source: str = "the command l
         if key != word:
             _warn(f"{source}: {word} is called {key} now, which gets the value {value!r}. Use the new name.")
         _check_key(cfg, str(key), source)
+        _check_has_value(cfg, str(key), None if value == "None" else value, source)
         try:
             if key in LISTS_OF_NAMES:
                 value = _as_names(value)
@@ -122,8 +123,9 @@ def _merge(cfg: CfgNode, loaded: Dict[str, Any], path: str, places: Mapping[str,
     if (node.get("VERSION") or guess_version(node, path)) != cfg.VERSION:
         _merge_older(cfg, path)
         return
-    for key, _ in _flat(loaded):
+    for key, value in _flat(loaded):
         _check_key(cfg, key, _where(places, key, path))
+        _check_has_value(cfg, key, value, _where(places, key, path))
     before = cfg.clone()
     try:
         cfg.merge_from_other_cfg(node)
@@ -203,6 +205,14 @@ def _check_key(cfg: CfgNode, key: str, source: str) -> None:
         )
     known = list(flat_config(cfg.dump()))
     raise GDetKDError(f"{source}: {key!r} is no config key. Did you mean {similar(key, known, count=1)!r}?")
+
+
+def _check_has_value(cfg: CfgNode, key: str, value: Any, source: str) -> None:
+    """Raise an error for a key without a value. yacs would set it to None, which turns most switches off."""
+    if value is None and not cfg.key_is_deprecated(key) and get_key(cfg, key) is not None:
+        raise GDetKDError(
+            f"{source}: {key} has no value. Give one, such as its default {get_key(cfg, key)!r}, or remove the key."
+        )
 
 
 def _wrong_kind(cfg: CfgNode, key: str, value: Any, source: str) -> str:

@@ -6,7 +6,7 @@ import os
 import pickle
 import zlib
 from collections import OrderedDict
-from typing import Any, BinaryIO, Dict, List, Optional, Sequence, Tuple
+from typing import Any, BinaryIO, Dict, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -226,15 +226,6 @@ def _to_match(weights: Dict[str, Any], author: str) -> Dict[str, Any]:
     """Return a checkpoint of foreign names, which Detectron2 matches to its own names by heuristics."""
     tensors = {name: value for name, value in weights.items() if is_tensor(value)}
     return {"model": tensors, "__author__": author, "matching_heuristics": True}
-
-
-def recorded_classes(checkpoint: Dict[str, Any]) -> Optional[List[str]]:
-    """Return the names of the classes that a checkpoint was trained on, in order. None if it does not tell them.
-
-    GDetKD's checkpoints hold them under "run", and model_best.pth under "record".
-    """
-    record = checkpoint.get("run") or checkpoint.get("record")
-    return record.get("classes") if isinstance(record, dict) else None
 
 
 def sha256_of_file(path: str) -> str:

@@ -14,6 +14,7 @@ from tabulate import tabulate
 from torch import nn
 
 from ..backbones import find_bottom_up
+from ..data.content import same_files
 from ..data.train_loader import images_per_process
 from ..data.unlabeled import unlabeled_per_batch
 from ..errors import GDetKDError, some
@@ -21,21 +22,19 @@ from ..losses.classes import match_classes, other_names
 from ..structures import DetectorSpec
 from ..teacher import FrozenTeacher
 from .cache_advice import cache_advice
+from .config_doubts import config_doubts
 from .forward_guard import BROKEN
 from .gradients import describe_unreached, find_unreached
-from .preflight import load_dataset
-from .preprocessing import USUAL, Preprocessing, preprocessing_of, with_channels_swapped
-from .sample_score import SampleScore, score_on_sample
+from .preflight import load_dataset, warn_of_shared_images
+from .preprocessing import preprocessing_of
 from .step_costs import StepCost, TermCost, backward, measure_steps, measure_terms
+from .teacher_check import judge_teacher
 from .trainer import DistillTrainer
 from .unlabeled_checks import UnlabeledReport
 
 logger = logging.getLogger(__name__)
 
 BATCHES = 4
-# Other preprocessing counts as right if it beats the teacher's own by so many points of AP on so many images. On fewer
-# images chance has more effect, so the gain must be larger.
-NOTABLE_GAIN, NOTABLE_IMAGES = 2.0, 50
 
 
 class Check:
@@ -60,6 +59,7 @@ class Check:
         self._images = images
         self._processes = processes
         self._cfg = _config_of_one_process(cfg, processes)
+        self.problems += config_doubts(self._cfg)
         self._trainer = DistillTrainer(self._cfg)
         self._trainer.resume_or_load(resume=False)
         self._student = self._trainer.student
@@ -93,11 +93,15 @@ class Check:
         return "\n\n".join([*parts, self._verdict()])
 
     def _data(self) -> str:
-        rows = []
+        rows, files = [], {}
         for name in dict.fromkeys([*self._cfg.DATASETS.TRAIN, *self._cfg.DATASETS.TEST]):
             dicts, classes = load_dataset(name), MetadataCatalog.get(name).get("thing_classes") or ()
             annotations = sum(len(image.get("annotations", ())) for image in dicts)
             rows.append([name, len(dicts), annotations, len(classes), some(classes, 5)])
+            files[name] = [image["file_name"] for image in dicts]
+        train, test = (sum(map(files.get, names), []) for names in (self._cfg.DATASETS.TRAIN, self._cfg.DATASETS.TEST))
+        if not set(train) & set(test):  # otherwise a warning is logged already
+            warn_of_shared_images(same_files(test, train), len(test))
         return tabulate(rows, ["dataset", "images", "objects", "classes", ""])
 
     def _detectors(self) -> str:
@@ -123,7 +127,7 @@ class Check:
         if pretrained:
             source += f"; backbone: {find_bottom_up(self._student).weights}, {pretrained} tensors"
         lines.append(f"Student's weights: {source}.")
-        self.problems += checkpointer.backbone_problems(path, self._cfg.INPUT.FORMAT)
+        self.problems += checkpointer.start_problems(self._cfg)
         return "\n".join(lines)
 
     def _classes(self) -> str:
@@ -149,43 +153,14 @@ class Check:
         )
 
     def _teacher_score(self) -> str:
-        cfg, teacher = self._cfg, self._teacher
-        dataset, count = (cfg.DATASETS.TEST or cfg.DATASETS.TRAIN)[0], self._images
-        own = preprocessing_of(teacher.model, teacher.file.input_format)
+        dataset = (self._cfg.DATASETS.TEST or self._cfg.DATASETS.TRAIN)[0]
         try:
-            score = score_on_sample(cfg, teacher, dataset, count)
+            text, problems = judge_teacher(self._cfg, self._teacher, dataset, self._images)
         except GDetKDError as e:
             self.unknown.append(f"how good the teacher is, so a wrong teacher would not be noticed. {e}")
             return "The teacher was not evaluated."
-        # Each preprocessing takes as long as the first evaluation, so all are tried only for a weak teacher.
-        weak = score.ap < cfg.DISTILL.TEACHER.MIN_AP
-        text = f"Teacher on {score.images} images of {dataset}, {score.classes} classes: AP {score.ap:.1f}"
-        if own is None or len(own.mean) != 3:  # the usual preprocessings have three channels
-            self._judge(score, None, score)
-            return f"{text}."
-        candidates = [usual for usual in USUAL if usual != own] if weak else [with_channels_swapped(own)]
-        scores = {candidate: score_on_sample(cfg, teacher, dataset, count, candidate) for candidate in candidates}
-        best = max(scores, key=lambda candidate: scores[candidate].ap)
-        self._judge(score, best, scores[best])
-        return f"{text}; it would be {scores[best].ap:.1f} with {best}."
-
-    def _judge(self, score: SampleScore, best: Optional[Preprocessing], best_score: SampleScore) -> None:
-        weak = score.ap < self._cfg.DISTILL.TEACHER.MIN_AP
-        found = f"The teacher has AP {score.ap:.1f} on {score.images} images"
-        if weak:
-            found += f", less than DISTILL.TEACHER.MIN_AP {self._cfg.DISTILL.TEACHER.MIN_AP:g}"
-        notable = NOTABLE_GAIN * max(1.0, math.sqrt(NOTABLE_IMAGES / max(1, score.images)))
-        if best_score.ap > score.ap + notable:
-            self.problems.append(
-                f"{found}, and {best_score.ap:.1f} with images in {best}. Set INPUT.FORMAT, MODEL.PIXEL_MEAN and "
-                "MODEL.PIXEL_STD as the teacher was trained, in its config file or by DISTILL.TEACHER.OPTS."
-            )
-        elif weak:
-            tried = ", and no usual preprocessing makes it better" if best else ""
-            self.problems.append(
-                f"{found}{tried}. Check that its weights are trained and that its classes are in the order of the "
-                "dataset that it was trained on. If it is meant to be so weak, lower MIN_AP."
-            )
+        self.problems += problems
+        return text
 
     def _unlabeled(self) -> str:
         report, node = UnlabeledReport(self._cfg), self._cfg.DISTILL.UNLABELED

@@ -88,7 +88,7 @@ def check_transfer(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -
     Head transfer copies a classification layer row by row.
 
     Raises:
-        GDetKDError: the student has the teacher's classes in another order.
+        GDetKDError: a class of the student would start from the weights of another class, although the teacher has it.
     """
     if student.num_classes != teacher.num_classes:
         return
@@ -106,11 +106,12 @@ def check_transfer(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -
     names = [other_name.get(name, name) for name in student.class_names]
     if names == list(teacher.class_names):
         return
-    if sorted(names) == sorted(teacher.class_names):
+    pairs = zip(names, teacher.class_names)
+    if moved := [name for name, other in pairs if name != other and name in teacher.class_names]:
         raise GDetKDError(
-            f"DISTILL.HEAD_TRANSFER would start the student's classes ({some(names)}) from wrong classes: the teacher "
-            f"has them in another order ({some(teacher.class_names)}). Give both datasets the same order, or set "
-            "DISTILL.HEAD_TRANSFER to False."
+            f"DISTILL.HEAD_TRANSFER would start the student's {some(moved)} from wrong classes: the student has the "
+            f"classes {some(names)}, and the teacher has them in another order: {some(teacher.class_names)}. Give both "
+            "datasets the same order, or set DISTILL.HEAD_TRANSFER to False."
         )
     logger.warning(
         "Head transfer starts the student's classes (%s) from classes of the teacher with other names (%s).",
@@ -124,7 +125,18 @@ def warn_of_other_boxes(cfg: CfgNode, copied: Sequence[str], student: DetectorSp
 
     Args:
         copied: names of the tensors that head transfer copies.
+
+    Raises:
+        GDetKDError: it copies a classification layer of another number of classes. Their products with the numbers of
+            anchors can agree.
     """
+    if _has_layer(copied, "cls_score") and student.num_classes != teacher.num_classes:
+        raise GDetKDError(
+            f"DISTILL.HEAD_TRANSFER would mix up anchors and classes: the student has {student.num_classes} classes, "
+            f"and the teacher {teacher.num_classes}. Their classification layers have the same shape, because the "
+            "numbers of anchors differ, too. Give both the same MODEL.ANCHOR_GENERATOR, or set DISTILL.HEAD_TRANSFER "
+            "to False."
+        )
     student_units = [student.regression_weights, *student.later_regression_weights]
     teacher_units = [teacher.regression_weights, *teacher.later_regression_weights]
     differ = []

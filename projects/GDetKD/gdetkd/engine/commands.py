@@ -1,5 +1,6 @@
 """Train, evaluate the student or the teacher, or check a config: the commands of `train_net.py`."""
 
+import logging
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -20,6 +21,8 @@ from .setup import kept_config, start, start_without_training
 from .student_weights import StudentCheckpointer
 from .teacher_evaluation import evaluate_teacher
 from .trainer import DistillTrainer, build_plain_student
+
+logger = logging.getLogger(__name__)
 
 
 def train(cfg: CfgNode, args: Namespace) -> Any:
@@ -52,7 +55,9 @@ def evaluate(cfg: CfgNode, args: Namespace) -> Any:
     checkpointer = StudentCheckpointer(student, cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     checkpointer.check_whole()
-    check_trained_order(cfg.DATASETS.TEST, checkpointer.classes)
+    check_trained_order(cfg.DATASETS.TEST, checkpointer.trained_with.classes)
+    for problem in checkpointer.check_settings(cfg):
+        logger.warning(problem)
     return DistillTrainer.test(cfg, student)
 
 

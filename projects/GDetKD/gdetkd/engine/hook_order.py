@@ -12,6 +12,7 @@ from .catch_up import CatchUp, EvaluationNote
 from .hooks import EvaluationHook, KeepBest, RandomState, Stopwatch
 from .patience import Patience
 from .precise_bn import PreciseStatistics
+from .resume import RunRecord
 from .stopping import AgreedStop, StopRequest
 
 
@@ -49,7 +50,8 @@ def order_hooks(
     evaluation, best = EvaluationHook(period, evaluate), None
     if cfg.TEST.KEEP_BEST and cfg.DATASETS.TEST and comm.is_main_process():
         metric = f"{score_prefix(cfg)}bbox/AP"
-        best = KeepBest(period, trainer.student, cfg.OUTPUT_DIR, cfg.DATASETS.TEST[0], class_names(cfg), metric)
+        run = RunRecord(cfg, class_names(cfg))
+        best = KeepBest(period, trainer.student, cfg.OUTPUT_DIR, cfg.DATASETS.TEST[0], run, metric)
     estimate = precise[0] if precise else None
     catch_up = CatchUp(period, note, evaluation, best, estimate, request, random_state, patience)
     return [

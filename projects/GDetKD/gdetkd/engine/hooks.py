@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from detectron2.engine import HookBase
@@ -17,6 +17,7 @@ from ..random_state import get_random_state, set_random_state
 from ..safe_load import DamagedFileError, read_weights
 from .checkpoint import DurableCheckpointer
 from .forward_state import normalizers, set_normalizers
+from .resume import RunRecord
 from .step_costs import is_on_gpu
 
 logger = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ class KeepBest(BestCheckpointer):
 
     Args:
         dataset: the dataset that gives the metric. A score on another dataset does not count.
-        classes: names of the student's classes, in order. None if they are not known.
+        run: describes the run in the file.
     """
 
     def __init__(
@@ -155,13 +156,13 @@ class KeepBest(BestCheckpointer):
         student: torch.nn.Module,
         output_dir: str,
         dataset: str,
-        classes: Optional[Sequence[str]],
+        run: RunRecord,
         metric: str = "bbox/AP",
     ) -> None:
         self._metric = metric
         self._path = os.path.join(output_dir, "model_best.pth")
-        self._record = _Record(dataset, classes)
-        self._weights = _WeightsOnly(student, output_dir, record=self._record)
+        self._record = _Record(dataset)
+        self._weights = _WeightsOnly(student, output_dir, record=self._record, run=run)
         super().__init__(period, self._weights, metric)
 
     def after_step(self) -> None:
@@ -205,15 +206,14 @@ class KeepBest(BestCheckpointer):
 
 
 class _Record:
-    """Hold the score of the weights in the same file, the dataset on which it was measured, and the classes."""
+    """Hold the score of the weights in the same file, and the dataset on which it was measured."""
 
-    def __init__(self, dataset: str, classes: Optional[Sequence[str]]) -> None:
+    def __init__(self, dataset: str) -> None:
         self.metric: Optional[float] = None
         self.dataset = dataset
-        self._classes = None if classes is None else list(classes)
 
     def state_dict(self) -> Dict[str, Any]:
-        return {"metric": self.metric, "dataset": self.dataset, "classes": self._classes}
+        return {"metric": self.metric, "dataset": self.dataset}
 
 
 class TolerantWriter(EventWriter):

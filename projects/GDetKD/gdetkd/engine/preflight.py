@@ -1,7 +1,7 @@
 """Check the datasets, classes and detectors of a run before it starts."""
 
 import logging
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Collection, Dict, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -27,7 +27,7 @@ CLASS_KEYS = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET", "FCOS": 
 
 
 def check_architecture(cfg: CfgNode) -> None:
-    """Check that the meta-architecture can distil if the config asks for distillation.
+    """Check that the meta-architecture can distil if the config asks for distillation. Warn of an unused teacher.
 
     Raises:
         GDetKDError: the config asks for distillation, but its meta-architecture trains without.
@@ -37,6 +37,12 @@ def check_architecture(cfg: CfgNode) -> None:
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, so DISTILL has no effect. Set it to 'GDetKD' "
             "and DISTILL.STUDENT_META_ARCHITECTURE to the student's architecture, or empty DISTILL.LOSSES and set "
             "DISTILL.HEAD_TRANSFER to False."
+        )
+    distill = cfg.DISTILL
+    if distill.TEACHER.CONFIG_FILE and not (distill.LOSSES or distill.HEAD_TRANSFER or distill.EVAL_TEACHER):
+        logger.warning(
+            "DISTILL.TEACHER names a teacher, but DISTILL.LOSSES is empty and DISTILL.HEAD_TRANSFER is False, so the "
+            "student trains alone. To distil, name losses, for example ('SGFI', 'CKD')."
         )
 
 
@@ -62,8 +68,11 @@ def check_datasets(cfg: CfgNode) -> None:
         )
     check_proposals(cfg, "TRAIN")
     check_proposals(cfg, "TEST")
+    train_files = set()
     for name in cfg.DATASETS.TRAIN:
-        check_train_labels(cfg, load_dataset(name), name)
+        dicts = load_dataset(name)  # takes long for a large dataset
+        check_train_labels(cfg, dicts, name)
+        train_files.update(image["file_name"] for image in dicts)
     _check_first_test_set(cfg, check_test_sets(cfg))
     for name in cfg.DATASETS.TRAIN:
         if MetadataCatalog.get(name).get("evaluator_type") == "images":
@@ -72,6 +81,25 @@ def check_datasets(cfg: CfgNode) -> None:
                 "nothing. Label the images, or remove the dataset from DATASETS.TRAIN."
             )
     check_class_order([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    test_files = [image["file_name"] for name in cfg.DATASETS.TEST for image in load_dataset(name)]
+    warn_of_shared_images(train_files.intersection(test_files), len(test_files))
+
+
+def warn_of_shared_images(files: Collection[str], total: int) -> None:
+    """Warn that images of DATASETS.TEST are also in DATASETS.TRAIN.
+
+    Args:
+        files: these images.
+        total: the number of images in DATASETS.TEST.
+    """
+    if files:
+        logger.warning(
+            "%d of the %d images in DATASETS.TEST are also in DATASETS.TRAIN, such as %s. So the AP will be too high, "
+            "and model_best.pth and TEST.PATIENCE follow it. Take them out of one of the two.",
+            len(files),
+            total,
+            min(files),
+        )
 
 
 def check_test_sets(cfg: CfgNode, needed: bool = False) -> List[str]:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Iterator, List, Optional, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader
+from detectron2.data import transforms as T
 
 from ..data.headers import for_evaluation
 from ..errors import GDetKDError
 from ..teacher import FrozenTeacher
 from .preflight import load_dataset
-from .preprocessing import Preprocessing, teacher_sees
+from .preprocessing import FlippedChannels, Preprocessing, teacher_sees
 from .teacher_evaluation import evaluate_on, teachers_classes_in
 
 
@@ -26,21 +27,29 @@ class SampleScore:
         ap: COCO's box AP in percent, over the classes that student and teacher both have.
         images: number of images.
         classes: number of classes.
+        side: length of the short side of the first image, in pixels.
     """
 
     ap: float
     images: int
     classes: int
+    side: int
 
 
 def score_on_sample(
-    cfg: CfgNode, teacher: FrozenTeacher, dataset: str, count: int, preprocessing: Optional[Preprocessing] = None
+    cfg: CfgNode,
+    teacher: FrozenTeacher,
+    dataset: str,
+    count: int,
+    preprocessing: Optional[Preprocessing] = None,
+    as_in_training: bool = False,
 ) -> SampleScore:
     """Return the teacher's AP on images of a registered dataset.
 
     Args:
         count: number of images, evenly spread over the dataset.
         preprocessing: replaces the teacher's own preprocessing.
+        as_in_training: whether the images have `side_in_training`, and not the size of the teacher's own evaluation.
 
     Raises:
         GDetKDError: the images have no object, the dataset has none of the teacher's classes, or it does not name its
@@ -54,8 +63,11 @@ def score_on_sample(
             raise GDetKDError(
                 f"The {len(images)} images of {dataset!r} that were chosen have no object. Raise --check-images."
             )
+        loader = _loader_as_in_training(cfg, teacher, images) if as_in_training else teacher.file.test_loader(sample)
+        side = min(next(iter(loader))[0]["image"].shape[1:])
         with tempfile.TemporaryDirectory() as folder:
-            results = evaluate_on(cfg, teacher, sample, folder, flip)["bbox"]
+            shown = FlippedChannels(loader) if flip else loader
+            results = evaluate_on(cfg, teacher, sample, folder, shown)["bbox"]
     names = MetadataCatalog.get(dataset).thing_classes
     kept = teachers_classes_in(cfg, teacher, dataset)
     shared = names if kept is None else [names[index] for index in kept if index is not None]
@@ -63,7 +75,26 @@ def score_on_sample(
     # no object of the class.
     values = [results.get(f"AP-{name}", results["AP"]) for name in shared]
     values = [value for value in values if not math.isnan(value)]
-    return SampleScore(sum(values) / max(1, len(values)), len(images), len(shared))
+    return SampleScore(sum(values) / max(1, len(values)), len(images), len(shared), side)
+
+
+def side_in_training(cfg: CfgNode) -> Optional[int]:
+    """Return the short side, in pixels, of the images that a teacher sees in training, and of several sizes the middle.
+
+    None: the images keep the size of their files.
+    """
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    sizes = sizes if isinstance(sizes, (tuple, list)) else (sizes,)
+    if not sizes or not all(sizes):
+        return None
+    return round(cfg.DISTILL.TEACHER.SCALE * (min(sizes) + max(sizes)) / 2)
+
+
+def _loader_as_in_training(cfg: CfgNode, teacher: FrozenTeacher, images: List[Any]) -> Any:
+    longest = round(cfg.DISTILL.TEACHER.SCALE * cfg.INPUT.MAX_SIZE_TRAIN)
+    resize = T.ResizeShortestEdge(side_in_training(cfg), longest)
+    mapper = DatasetMapper(is_train=False, augmentations=[resize], image_format=teacher.file.input_format)
+    return build_detection_test_loader(images, mapper=mapper)
 
 
 def evenly_spread(items: Sequence[Any], count: int) -> List[Any]:

@@ -1,12 +1,14 @@
 """Load the student's weights, and find the tensors that a file leaves out."""
 
-from typing import Any, Dict, List, Optional, Set
+from typing import Any, Dict, List, Set
 
+from detectron2.config import CfgNode
 from torch import nn
 
 from ..backbones import find_bottom_up, load_pretrained
+from ..data.class_names import class_names, is_reordered
 from ..errors import GDetKDError, some
-from ..safe_load import recorded_classes
+from ..trained_with import TrainedWith, other_settings, trained_with
 from .checkpoint import DurableCheckpointer
 from .preprocessing import other_than_pretrained
 
@@ -21,14 +23,14 @@ class StudentCheckpointer(DurableCheckpointer):
         unloaded: names of the student's tensors that no file has set yet.
         pretrained: names of the student's tensors that the backbone's file of ImageNet weights has set, and no file
             since.
-        classes: class names that the file loaded last was trained on, in order. None if it does not tell them.
+        trained_with: what the file loaded last tells about its training.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", **checkpointables: Any) -> None:
         super().__init__(model, save_dir, **checkpointables)
         self.unloaded: List[str] = list(model.state_dict())
         self.pretrained: List[str] = []
-        self.classes: Optional[List[str]] = None
+        self.trained_with = TrainedWith()
         self._resuming = False
         self._path = ""  # the file that was loaded last
 
@@ -47,7 +49,7 @@ class StudentCheckpointer(DurableCheckpointer):
             self.unloaded = [name for name in self.unloaded if name not in loaded]
 
     def load_weights(self, checkpoint: Any) -> Any:
-        self.classes = recorded_classes(checkpoint)
+        self.trained_with = trained_with(checkpoint, self._path)
         if self._resuming and "run" in checkpoint and "run" in self.checkpointables:
             self.checkpointables["run"].load_state_dict(checkpoint.pop("run"))
         incompatible = super().load_weights(checkpoint)
@@ -88,18 +90,40 @@ class StudentCheckpointer(DurableCheckpointer):
                 f"initialised ({some(self.unloaded, 5)}). Give a checkpoint of this student and its config."
             )
 
-    def backbone_problems(self, path: str, input_format: str) -> List[str]:
-        """Return what is wrong with the weights that the backbone starts from. Nothing else would show it.
+    def check_settings(self, cfg: CfgNode) -> List[str]:
+        """Return a message if the weights were trained with other settings than the config has. No tensor shows them.
 
+        Args:
+            cfg: the student's config.
+        """
+        other = other_settings(self.trained_with.settings, cfg)
+        if not other:
+            return []
+        return [
+            f"The weights {self._path!r} were trained with other settings than the config has: {'; '.join(other)}. So "
+            "they are worth little. Set the values of that training."
+        ]
+
+    def start_problems(self, cfg: CfgNode) -> List[str]:
+        """Return what is wrong with the weights that the student starts from. Nothing else would show it.
+
+        - They were trained with other settings, or on the classes in another order.
         - MODEL.WEIGHTS is given, but leaves tensors of the backbone out. Detectors' and classifiers' files hold them.
         - A tensor of the backbone is frozen, although no file has set it.
         - The student's images are not those that the backbone's ImageNet weights expect.
 
         Args:
-            path: MODEL.WEIGHTS.
-            input_format: INPUT.FORMAT.
+            cfg: the student's config.
         """
-        problems = []
+        path, problems = cfg.MODEL.WEIGHTS, self.check_settings(cfg)
+        trained, names = self.trained_with.classes, class_names(cfg)
+        # Head transfer replaces the layer that depends on the order.
+        if trained and names and is_reordered(trained, names) and not cfg.DISTILL.HEAD_TRANSFER:
+            problems.append(
+                f"MODEL.WEIGHTS {path!r} was trained on the classes {some(trained)}, and DATASETS.TRAIN has them in "
+                f"another order: {some(names)}. So each class starts from another. Give the data the order of that "
+                "training (in COCO JSON, by category id)."
+            )
         left = [name for name in self.unloaded if name.startswith("backbone.bottom_up.")]
         if path and left:
             problems.append(
@@ -116,7 +140,7 @@ class StudentCheckpointer(DurableCheckpointer):
                 "MODEL.BACKBONE.FREEZE_AT to 0, and the backbone's NORM to one that is trained, such as BN."
                 f"{self._hint()}"
             )
-        if self.pretrained and (message := other_than_pretrained(self.model, input_format)):
+        if self.pretrained and (message := other_than_pretrained(self.model, cfg.INPUT.FORMAT)):
             problems.append(message)
         return problems
 

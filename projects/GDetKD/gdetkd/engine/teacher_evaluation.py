@@ -22,7 +22,6 @@ from ..teacher import FrozenTeacher
 from .class_checks import check_classes
 from .evaluators import build_evaluator
 from .preflight import check_test_sets, load_dataset
-from .preprocessing import FlippedChannels
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +61,14 @@ def evaluate_on_test_sets(cfg: CfgNode, teacher: FrozenTeacher) -> Dict[str, Any
     return results if len(results) != 1 else next(iter(results.values()))
 
 
-def evaluate_on(cfg: CfgNode, teacher: FrozenTeacher, dataset: str, folder: str, flip: bool = False) -> Dict[str, Any]:
+def evaluate_on(
+    cfg: CfgNode, teacher: FrozenTeacher, dataset: str, folder: str, loader: Optional[Any] = None
+) -> Dict[str, Any]:
     """Evaluate the teacher on one registered dataset.
 
     Args:
         folder: folder of the detections.
-        flip: whether the teacher sees the channels in reverse order.
+        loader: gives the images of the dataset. By default they are those of the teacher's own evaluation.
     """
     cfg_with_folder = cfg.clone()
     cfg_with_folder.defrost()
@@ -78,9 +79,8 @@ def evaluate_on(cfg: CfgNode, teacher: FrozenTeacher, dataset: str, folder: str,
     evaluator = build_evaluator(cfg_with_folder, dataset, tasks)
     if classes is not None:
         evaluator = _Renumbered(evaluator, classes)
-    loader = teacher.file.test_loader(dataset)
     with random_state((0,)):
-        return inference_on_dataset(teacher.model, FlippedChannels(loader) if flip else loader, evaluator)
+        return inference_on_dataset(teacher.model, loader or teacher.file.test_loader(dataset), evaluator)
 
 
 def teachers_classes_in(cfg: CfgNode, teacher: FrozenTeacher, dataset: str) -> Optional[List[Optional[int]]]:

@@ -29,6 +29,7 @@ from ..structures import DetectorSpec
 from ..teacher import FrozenTeacher, transfer_heads
 from .auto_weights import AutoWeights
 from .catch_up import EvaluationNote
+from .config_doubts import config_doubts
 from .config_rules import check_values
 from .disk_tolerant import DiskTolerant
 from .evaluators import build_evaluator
@@ -70,6 +71,8 @@ class DistillTrainer(BareTrainer):
         check_values(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         check_values(cfg)  # scaling rounds
+        for doubt in config_doubts(cfg):
+            logger.warning(doubt)
         self.cfg = cfg
         images_per_process(cfg, comm.get_world_size())
         check_architecture(cfg)
@@ -240,7 +243,7 @@ class DistillTrainer(BareTrainer):
                 self.max_iter = self.start_iter
             return
         check_same_student(self.student, self.cfg.MODEL.WEIGHTS)
-        for problem in self.checkpointer.backbone_problems(self.cfg.MODEL.WEIGHTS, self.cfg.INPUT.FORMAT):
+        for problem in self.checkpointer.start_problems(self.cfg):
             logger.warning(problem)
         if self.cfg.DISTILL.HEAD_TRANSFER and self.teacher is not None:
             transfer_heads(self.teacher.model, self.student)

@@ -73,13 +73,20 @@ def load_checkpoint(distiller: GDetKD, path: Path) -> None:
     """Load the student and the losses from a checkpoint of a distillation.
 
     Raises:
-        GDetKDError: the file holds no distillation, or it belongs to another student or to other losses.
+        GDetKDError: the file holds no distillation, or it belongs to another teacher, student, or to other losses.
     """
     content = read_weights(str(path))
     if "distill" not in content:
         raise GDetKDError(
             f"{str(path)!r} holds a student alone, without the state of the distillation losses. Use a checkpoint of a "
             "distillation."
+        )
+    then, now = content["distill"]["teacher"], distiller.teacher.describe()
+    if then["sha256"] != now["sha256"]:
+        raise GDetKDError(
+            f"{str(path)!r} was distilled from another teacher than DISTILL.TEACHER.WEIGHTS in the run's config.yaml: "
+            f"from {then['weights']!r} with SHA-256 {then['sha256'][:12]}, and {now['weights']!r} has "
+            f"{now['sha256'][:12]}. Put that teacher back, or correct the config."
         )
     try:
         distiller.student.load_state_dict(content["model"])

@@ -1,7 +1,7 @@
 """The description of a teacher that its file gives before the teacher is built."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from torch import nn
 
@@ -34,6 +34,14 @@ class TeacherFile(ABC):
     @abstractmethod
     def class_names(self) -> Optional[Tuple[str, ...]]:
         """Return the class names of the teacher's training dataset in order, or None if they are unknown here."""
+
+    def other_settings(self, settings: Dict[str, Any]) -> List[str]:
+        """Describe the differences between the settings that its weights were trained with and those of the file.
+
+        Args:
+            settings: `TrainedWith.settings`.
+        """
+        return []
 
     def limits(self) -> Dict[str, Any]:
         """Return the settings outside of `content` that limit the detections of an evaluation."""

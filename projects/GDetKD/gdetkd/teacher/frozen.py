@@ -49,8 +49,15 @@ class FrozenTeacher:
         self.adapter = build_adapter(self.model, "teacher", cfg)
         self._scale = cfg.DISTILL.TEACHER.SCALE
         _check_size(cfg, self.model)
-        self.sha256, trained = load_weights(self.model, self.file.weights)
-        names = _teachers_classes(cfg, self.file, self.adapter.spec.num_classes, trained)
+        self.sha256, trained_with = load_weights(self.model, self.file.weights)
+        if other := self.file.other_settings(trained_with.settings):
+            logger.warning(
+                "The teacher's weights %r were trained with other settings than the teacher has now: %s. So it may be "
+                "worth little. Set them as in its training, in its config file or by DISTILL.TEACHER.OPTS.",
+                self.file.weights,
+                "; ".join(other),
+            )
+        names = _teachers_classes(cfg, self.file, self.adapter.spec.num_classes, trained_with.classes)
         self.spec = with_class_names(seen_at_scale(self.adapter.spec, self._scale), names)
         config = cfg.DISTILL.TEACHER
         self._device = torch.device(cfg.MODEL.DEVICE)
@@ -192,7 +199,13 @@ def _teachers_classes(
             f"DISTILL.TEACHER.CLASSES has {len(given)} names, but the teacher has {num_classes} classes. List the "
             "names of all classes in order."
         )
+    if not all(isinstance(name, str) for name in given):
+        raise GDetKDError(
+            f"DISTILL.TEACHER.CLASSES is {list(given)}, not a list of texts. Put numbers, yes and no in quotes."
+        )
     known = file.class_names() or given
+    if len(known) != num_classes:  # the file names the dataset of another detector
+        known = ()
     if given and given != known and sorted(given) == sorted(known):
         raise GDetKDError(
             f"DISTILL.TEACHER.CLASSES ({some(given)}) and the dataset in the teacher's config ({some(known)}) have the "

@@ -30,11 +30,11 @@ def transferable(teacher: nn.Module, student: nn.Module) -> List[str]:
 
 
 def _other_sequences(teacher: nn.Module, student: nn.Module) -> List[str]:
-    """Return the names of sequences with other layers than the teacher's: equal numbers mean different layers there.
+    """Return the names of sequences with other layers than the teacher's: equal names mean different layers there.
 
-    A tower with norms and a tower without them are such sequences.
+    A tower with norms and a tower without them are such sequences, and so are box heads of different depths.
     """
-    layers = {name: _layers(module) for name, module in teacher.named_modules() if type(module) is nn.Sequential}
+    layers = {name: _layers(module) for name, module in teacher.named_modules() if isinstance(module, nn.Sequential)}
     modules = [(name, module) for name, module in student.named_modules() if name in layers]
     return [name for name, module in modules if _layers(module) != layers[name]]
 
@@ -71,7 +71,8 @@ def transfer_heads(teacher: nn.Module, student: nn.Module) -> List[str]:
     if skipped:
         logger.warning(
             "Head transfer leaves %d tensors of the student's heads as they were (%s), because the teacher has no such "
-            "tensor of the same shape. To copy them, too, give the student the teacher's head sizes and FPN channels.",
+            "tensor of the same shape and place. To copy them, too, give the student's heads the teacher's depths and "
+            "widths, and its FPN the teacher's channels.",
             len(skipped),
             some(skipped),
         )

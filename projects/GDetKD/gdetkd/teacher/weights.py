@@ -2,14 +2,15 @@
 
 import logging
 import os
-from typing import Any, List, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..errors import GDetKDError, first_line, some
-from ..safe_load import DamagedFileError, SafeCheckpointer, recorded_classes, sha256_of_file
+from ..safe_load import DamagedFileError, SafeCheckpointer, sha256_of_file
+from ..trained_with import TrainedWith, trained_with
 
 logger = logging.getLogger(__name__)
 
@@ -19,24 +20,24 @@ class LoadedWeights(NamedTuple):
 
     Attributes:
         sha256: SHA-256 of the file, in hexadecimal digits.
-        classes: names of the classes that the weights were trained on, in order. None if the file does not tell them.
+        trained_with: what the file tells about its training.
     """
 
     sha256: str
-    classes: Optional[List[str]]
+    trained_with: TrainedWith
 
 
 class CompleteCheckpointer(SafeCheckpointer):
     """Load weights as Detectron2 does, but raise an error if a tensor stays unloaded. Detectron2 only warns.
 
     Attributes:
-        classes: see `LoadedWeights`.
+        trained_with: see `LoadedWeights`.
     """
 
-    classes: Optional[List[str]] = None
+    trained_with = TrainedWith()
 
     def load_weights(self, checkpoint: Any) -> Any:
-        self.classes = recorded_classes(checkpoint)
+        self.trained_with = trained_with(checkpoint)
         incompatible = super().load_weights(checkpoint)
         # A BatchNorm's count of batches does not matter in eval mode, and old files lack it.
         missing = [key for key in incompatible.missing_keys if not key.endswith("num_batches_tracked")]
@@ -83,7 +84,7 @@ def load_weights(model: nn.Module, path: str) -> LoadedWeights:
             f"The teacher's weights {path!r} hold values that are not finite ({some(broken)}), so the teacher's "
             "training diverged. Take an earlier checkpoint."
         )
-    return LoadedWeights(sha256_of_file(local), checkpointer.classes)
+    return LoadedWeights(sha256_of_file(local), checkpointer.trained_with)
 
 
 def _local_file(path: str) -> str:

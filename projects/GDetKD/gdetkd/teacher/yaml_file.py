@@ -1,6 +1,6 @@
 """Teachers from yaml configs of Detectron2."""
 
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader
@@ -13,6 +13,7 @@ from ..data.class_names import class_names
 from ..detector_config import needs_proposals, wrong_parts
 from ..dotted_keys import flat_config
 from ..errors import GDetKDError
+from ..trained_with import other_settings
 from .base import TeacherFile
 
 # Keys of a yaml that describe the detector, its images and its classes.
@@ -68,6 +69,9 @@ class YamlTeacher(TeacherFile):
     def content(self) -> str:
         items = flat_config(self.cfg.dump()).items()
         return str(sorted((key, value) for key, value in items if key.startswith(CONTENT) and key != "MODEL.DEVICE"))
+
+    def other_settings(self, settings: Dict[str, Any]) -> List[str]:
+        return other_settings(settings, self.cfg)
 
     def limits(self) -> Dict[str, Any]:
         return {"TEST.DETECTIONS_PER_IMAGE": self.cfg.TEST.DETECTIONS_PER_IMAGE}
