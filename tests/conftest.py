@@ -12,13 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import gdetkd  # first: it prepares the import of Detectron2
 import gdetkd.data
 from gdetkd.config import without_gdetkd_keys
-from gdetkd.dotted_keys import group_of, take_keys
-from gdetkd.old_names import RENAMED_KEYS
 
 import numpy as np  # isort: skip
 import pytest
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
@@ -127,16 +124,6 @@ def plain_keys_of(cfg: CfgNode) -> CfgNode:
     if cfg.MODEL.META_ARCHITECTURE == "FCOS":
         plain.MODEL.FCOS = cfg.MODEL.FCOS.clone()  # GDetKD adds this node, and a teacher's file may have it
     return plain
-
-
-def as_an_earlier_version_wrote_it(dump: str) -> str:
-    """Return a config's yaml with the old names of the keys that have been renamed."""
-    content = yaml.safe_load(dump)
-    values = take_keys(content, RENAMED_KEYS.values())
-    assert not content["DISTILL"].pop("INSIGHT"), "a key of this group has no old name: change this function"
-    for old, new in RENAMED_KEYS.items():
-        group_of(content, old)[old.rpartition(".")[2]] = values[new]
-    return yaml.safe_dump(content)
 
 
 def make_batch(sizes=((64, 64), (64, 48)), boxes_each: int = 3, seed: int = 0) -> List[Dict[str, Any]]:

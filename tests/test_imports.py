@@ -28,7 +28,7 @@ FLOORS = (
     ),
     ("figures", "inference", "mixture", "regions", "safe_load", "weights_layout"),
     ("backbones", "detectors", "losses"),
-    ("config", "config_file", "config_places", "detector_config", "dotted_keys", "old_names", "trained_with"),
+    ("config", "config_file", "config_places", "detector_config", "dotted_keys", "trained_with"),
     ("data",),
     ("mmdetection", "teacher"),
     ("distiller",),

@@ -7,8 +7,8 @@ from detectron2.utils.events import EventStorage
 
 from conftest import ALL_LOSSES, DENSE, make_batch, make_cfg
 from gdetkd.data.unlabeled import DOUBTFUL, UNLABELED
-from gdetkd.mixture import Mixture, shared_pyramid
-from gdetkd.structures import DetectorOutputs, Predictions, Regions, joined
+from gdetkd.mixture import Mixture, joined, shared_pyramid
+from gdetkd.structures import DetectorOutputs, Predictions, Regions
 
 RETINANET = {"DISTILL.STUDENT_META_ARCHITECTURE": "RetinaNet", **DENSE}
 SETS = {"DATASETS.UNLABELED": ("pseudo",)}  # the models below get their batches from the test

@@ -14,6 +14,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from gdetkd import add_gdetkd_config
 from gdetkd.config import plain_config
+from gdetkd.trained_with import TrainedWith
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "configs" / "COCO-Detection"
@@ -171,7 +172,7 @@ def name(path):
 def test_pair_builds(path, monkeypatch):
     """Teacher, student and losses fit. Weights are not loaded here."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("gdetkd.teacher.frozen.load_weights", lambda model, path: ("0" * 64, None))
+    monkeypatch.setattr("gdetkd.teacher.frozen.load_weights", lambda model, path: ("0" * 64, TrainedWith()))
     for draw in ("normal_", "uniform_"):  # no value of a weight matters here, and drawing 100 M of them takes seconds
         monkeypatch.setattr(torch.Tensor, draw, lambda self, *_, **__: self)
     cfg = load(path)

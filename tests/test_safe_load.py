@@ -17,7 +17,7 @@ from gdetkd import DistillTrainer
 from gdetkd.config import plain_config
 from gdetkd.config_file import merge_config_file, merge_words
 from gdetkd.engine import build_plain_student
-from gdetkd.engine.preflight import check_proposals
+from gdetkd.engine.dataset_checks import check_proposals
 from gdetkd.errors import GDetKDError
 from gdetkd.safe_load import (
     DamagedFileError,

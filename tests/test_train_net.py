@@ -26,6 +26,7 @@ from programs import ROOT, run_program
 def config_file(distill_cfg, tmp_path):
     entry = dict(MetadataCatalog.get("tiny").gdetkd_entry)
     cfg = distill_cfg({"DATASETS.REGISTER": [entry], "DATASETS.TEST": ("tiny",), "SOLVER.MAX_ITER": 2})
+    cfg.SOLVER.WARMUP_ITERS = 1  # less than MAX_ITER
     cfg.merge_from_list(["MODEL.DEVICE", "cuda"])  # Detectron2's default
     path = tmp_path / "distill.yaml"
     path.write_text(cfg.dump())
@@ -226,7 +227,8 @@ def test_check_shows_the_warnings(config_file, tmp_path, tiny_dataset):
     (tmp_path / "quirky.json").write_text(json.dumps(content))
     entry = {"name": "tiny", "kind": "coco", "json": str(tmp_path / "quirky.json"), "images": str(tiny_dataset)}
     result = run_program("train_net.py", "--config-file", config_file, "--check", "DATASETS.REGISTER", str([entry]))
-    assert "WARNINGS: 1" in result.stdout and "tiny: 24 annotations lack an area" in result.stdout, result.stdout
+    assert "WARNINGS: 2" in result.stdout and "tiny: 24 annotations lack an area" in result.stdout, result.stdout
+    assert "12 of the 12 images in DATASETS.TEST are also in DATASETS.TRAIN" in result.stdout
 
 
 def test_an_unknown_error_shows_its_traceback_and_where_to_report_it(config_file, tmp_path):

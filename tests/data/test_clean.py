@@ -13,8 +13,8 @@ from conftest import make_cfg, write_coco
 from gdetkd.data import build_train_loader, register_datasets
 from gdetkd.data.clean import find_bad_images
 from gdetkd.engine import DistillTrainer
+from gdetkd.engine.dataset_checks import check_datasets
 from gdetkd.engine.evaluators import build_evaluator
-from gdetkd.engine.preflight import check_datasets
 from gdetkd.errors import GDetKDError
 
 BOX = {"area": 100, "iscrowd": 0, "category_id": 1, "image_id": 1}

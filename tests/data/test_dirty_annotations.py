@@ -17,8 +17,8 @@ from gdetkd.data.folders import leaves
 from gdetkd.data.kinds.coco_ids import respell_file_names
 from gdetkd.data.kinds.coco_masks import _decoded_length, _is_near, _outline
 from gdetkd.data.kinds.voc import load_voc
+from gdetkd.engine.dataset_checks import check_datasets
 from gdetkd.engine.evaluators import build_evaluator
-from gdetkd.engine.preflight import check_datasets
 from gdetkd.errors import GDetKDError
 
 

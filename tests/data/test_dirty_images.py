@@ -14,7 +14,7 @@ from test_clean import BOX, dataset
 from gdetkd import DistillTrainer
 from gdetkd.data import build_train_loader
 from gdetkd.data.clean import BadImages, find_bad_images
-from gdetkd.engine.preflight import check_datasets
+from gdetkd.engine.dataset_checks import check_datasets
 from gdetkd.errors import GDetKDError
 
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from conftest import make_cfg, write_coco
 from gdetkd.data import register_datasets
+from gdetkd.engine.dataset_checks import check_datasets
 from gdetkd.engine.evaluators import build_evaluator
-from gdetkd.engine.preflight import check_datasets
 from gdetkd.errors import GDetKDError
 
 COUNT = 6

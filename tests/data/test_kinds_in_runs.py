@@ -30,6 +30,7 @@ def write_dataset(kind, folder):
 def test_a_training_with_evaluations_and_the_check(distill_cfg, tmp_path, kind):
     keys = {"DATASETS.REGISTER": [write_dataset(kind, tmp_path / "data")], "DATASETS.TRAIN": ("mine",)}
     keys.update({"DATASETS.TEST": ("mine",), "DISTILL.EVAL_TEACHER": True, "TEST.EVAL_PERIOD": 2, "SOLVER.MAX_ITER": 2})
+    keys["SOLVER.WARMUP_ITERS"] = 1
     masks = MASKS if kind == "polygons" else {}
     cfg = distill_cfg({**keys, **masks, "DISTILL.TEACHER.MIN_AP": 0.0}, {**WIDER, **masks})
     register_datasets(cfg)

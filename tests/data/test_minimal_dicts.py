@@ -15,7 +15,7 @@ from gdetkd.data import build_train_loader
 from gdetkd.data.clean import without_bad_images
 from gdetkd.engine import DistillTrainer
 from gdetkd.engine.check import Check
-from gdetkd.engine.preflight import check_datasets
+from gdetkd.engine.dataset_checks import check_datasets
 from gdetkd.errors import GDetKDError
 from gdetkd.insight.probe import load_probe
 

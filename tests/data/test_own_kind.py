@@ -9,7 +9,7 @@ from conftest import make_cfg, run_example, write_coco
 from gdetkd.data import register_datasets
 from gdetkd.data.class_names import class_names
 from gdetkd.engine import DistillTrainer
-from gdetkd.engine.preflight import check_datasets
+from gdetkd.engine.dataset_checks import check_datasets
 from gdetkd.errors import GDetKDError
 
 LINES = """file,width,height,x1,y1,x2,y2,class

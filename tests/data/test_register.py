@@ -13,7 +13,7 @@ from gdetkd.data import register_datasets
 from gdetkd.data.train_images import load_images
 from gdetkd.engine import DistillTrainer
 from gdetkd.engine.class_checks import check_classes
-from gdetkd.engine.preflight import check_datasets, check_test_sets
+from gdetkd.engine.dataset_checks import check_datasets, check_test_sets
 from gdetkd.errors import GDetKDError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"

@@ -13,7 +13,7 @@ from gdetkd import DistillTrainer
 from gdetkd.data import build_train_loader, register_datasets
 from gdetkd.data.kinds.coco_keypoints import flip_map, keypoint_names
 from gdetkd.data.task_labels import check_test_labels
-from gdetkd.engine.preflight import check_datasets
+from gdetkd.engine.dataset_checks import check_datasets
 from gdetkd.errors import GDetKDError
 
 KEYPOINTS = ["left_end", "right_end"]

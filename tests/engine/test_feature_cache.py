@@ -223,4 +223,4 @@ def test_the_check_times_steps_that_run_the_teachers_backbone(distill_cfg, monke
 
     monkeypatch.setattr("gdetkd.engine.check.measure_steps", measure)
     assert "These steps run the teacher's backbone" in check.run()
-    assert caches == [None] and teacher.cache is not None
+    assert caches == [None]

@@ -8,7 +8,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from test_trainer import train
 
-from conftest import as_an_earlier_version_wrote_it, write_coco
+from conftest import write_coco
 from gdetkd import DistillTrainer
 from gdetkd.data import register_datasets
 from gdetkd.engine.resume import RunRecord
@@ -42,28 +42,6 @@ def test_a_warning_names_changed_keys_that_the_optimizer_ignores(distill_cfg, ca
     groups = [t.optimizer.param_groups for t in (before, after)]
     first, second = ([{name: group.get(name) for name in names} for group in run_groups] for run_groups in groups)
     assert first == second and after.scheduler.base_lrs == before.scheduler.base_lrs
-
-
-def test_a_checkpoint_of_an_earlier_version_is_compared_by_the_new_names(distill_cfg, caplog):
-    cfg = distill_cfg({"DISTILL.INSIGHT.PERIOD": 50})
-    state = RunRecord(cfg, None).state_dict()
-    state["config"] = as_an_earlier_version_wrote_it(state["config"])
-    RunRecord(cfg, None).load_state_dict(state)
-    assert caplog.text == ""
-    cfg.DISTILL.INSIGHT.PERIOD = 20
-    RunRecord(cfg, None).load_state_dict(state)
-    assert "changed since the checkpoint was written: DISTILL.INSIGHT.PERIOD 50 -> 20." in caplog.text
-
-
-def test_a_run_of_an_earlier_version_had_fixed_weights(distill_cfg):
-    cfg = distill_cfg()
-    before = cfg.clone()
-    del before.DISTILL["WEIGHTS"]
-    record = RunRecord(before, None).state_dict()
-    RunRecord(cfg, None).load_state_dict(record)
-    cfg.DISTILL.WEIGHTS = "auto"
-    with pytest.raises(GDetKDError, match="other weights of the losses: DISTILL.WEIGHTS 'fixed'; now 'auto'"):
-        RunRecord(cfg, None).load_state_dict(record)
 
 
 def test_a_changed_number_of_processes_is_named(distill_cfg, caplog):

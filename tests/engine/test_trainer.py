@@ -163,7 +163,7 @@ def test_resume_refuses_another_teacher_and_other_losses(distill_cfg, make_teach
 
 
 def test_resuming_with_another_number_of_processes_is_said(caplog):
-    RandomState(period=1).load_state_dict({"states": [{}, {}]})
+    RandomState(period=1).load_state_dict({"states": [{"normalizers": {}}, {"normalizers": {}}]})
     assert "started with 2 processes and goes on with 1" in caplog.text
 
 

@@ -14,7 +14,6 @@ from gdetkd.errors import GDetKDError
 from gdetkd.figures.style import STYLE, as_svg
 from gdetkd.insight import charts
 from gdetkd.insight.records import RecordFile
-from gdetkd.old_names import OLD_INSIGHT_FOLDER
 
 SEEN = {"DATASETS.TEST": ("tiny",), "TEST.KEEP_BEST": False, "DISTILL.INSIGHT.PERIOD": 2, "DISTILL.INSIGHT.IMAGES": 3}
 
@@ -86,9 +85,8 @@ def test_a_resumed_run_records_each_iteration_once(distill_cfg):
     before = file.read()
     assert [record["iterations"] for record in before] == [0, 2, 4, 5]
     lines = (file.folder / "records.jsonl").read_text().splitlines()
-    # The run was killed after the checkpoint of iteration 2 and before that record, and an earlier version trained it.
+    # The run was killed after the checkpoint of iteration 2 and before that record.
     (file.folder / "records.jsonl").write_text("\n".join([lines[0], *lines[2:]]) + "\n")
-    file.folder.rename(file.folder.with_name(OLD_INSIGHT_FOLDER))
     (file.folder.parent / "last_checkpoint").write_text("model_0000001.pth")
     train(cfg, resume=True)
     after = file.read()
@@ -117,28 +115,6 @@ def test_any_class_name_and_fewer_images_can_be_drawn(distill_cfg):
         level = next(i for i, count in enumerate(records[-1]["levels"]["all"]["objects"]) if count)
         records[0]["levels"]["all"]["alpha"][level] = None  # as from fewer images, without an object on the level
         as_svg(charts.draw_level_history(records))
-
-
-def written_by_an_earlier_version(cfg, records):
-    """Write records to the folder that an earlier version used. Return their file."""
-    path = Path(cfg.OUTPUT_DIR, OLD_INSIGHT_FOLDER, "records.jsonl")
-    path.parent.mkdir()
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-@pytest.mark.parametrize("start, expected", [(0, []), (2, [1, 2]), (9, [1, 2, 4])])
-def test_records_of_an_earlier_version_are_continued_in_the_new_folder(distill_cfg, start, expected):
-    cfg = distill_cfg()
-    old = [{"iterations": iterations} for iterations in (1, 2, 4)]
-    path = written_by_an_earlier_version(cfg, old)
-    file = RecordFile(cfg.OUTPUT_DIR)
-    assert file.read() == old
-    file.start_at(start)
-    file.add({"iterations": 10})
-    assert [record["iterations"] for record in file.read()] == [*expected, 10]
-    assert file.folder.name == "insight" and RecordFile(cfg.OUTPUT_DIR).read() == file.read()
-    assert len(path.read_text().splitlines()) == 3  # the page of that version stays as it was
 
 
 @pytest.mark.parametrize("pair", ["faster_rcnn-retinanet", "fcos-faster_rcnn"])

@@ -17,7 +17,7 @@ from conftest import make_cfg, write_coco
 from gdetkd.data import build_train_loader, register_datasets
 from gdetkd.data.clean import find_bad_images
 from gdetkd.data.train_loader import BAD_IMAGES, PositionedDataset
-from gdetkd.engine.preflight import check_datasets
+from gdetkd.engine.dataset_checks import check_datasets
 from gdetkd.errors import GDetKDError
 
 HANG_SECONDS = 20

@@ -9,15 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import as_an_earlier_version_wrote_it
 from gdetkd.config_file import load_config
 from gdetkd.errors import GDetKDError
 from gdetkd.insight.run import read_terms
 from gdetkd.metrics_file import MetricsFile
-from gdetkd.old_names import RENAMED_KEYS
-from gdetkd.study import folder
 from gdetkd.study.executors import LocalExecutor
-from gdetkd.study.folder import claim_folder, deciding_keys, fingerprint
+from gdetkd.study.folder import claim_folder, fingerprint
 from gdetkd.study.jobs import run_all
 from gdetkd.study.run import PLAIN, Run, stretched
 from gdetkd.study.step_time import StepTime
@@ -166,31 +163,11 @@ def test_keys_that_a_run_does_not_use_do_not_change_its_fingerprint():
     assert digest(*sgfi) != digest(*sgfi, *auto)
 
 
-def test_keys_that_an_earlier_version_did_not_have_do_not_change_a_fingerprint():
-    now = load_config(CONFIG, ["MODEL.DEVICE", "cpu", "DISTILL.TEACHER.CACHE_MB", 0])
-    before = now.clone()
-    del before.DISTILL["WEIGHTS"], before.DISTILL["AUTO"], before.TEST["PATIENCE"]
-    del before.DISTILL.TEACHER["CACHE_MB"]
-    for name in before.DISTILL.LOSSES:
-        del before.DISTILL[name]["SHARE"]
-    assert deciding_keys(before.dump()) == deciding_keys(now.dump())
-
-
-@pytest.mark.parametrize("keys", zip(RENAMED_KEYS, RENAMED_KEYS.values()))
-def test_a_finished_run_is_reused_whatever_it_shows_of_itself(tmp_path, keys):
-    """The keys of DISTILL.INSIGHT do not change a run's result, by their names now and in earlier versions."""
+@pytest.mark.parametrize("key, value", [("PERIOD", "9"), ("IMAGES", "9"), ("BASELINE", "run")])
+def test_a_finished_run_is_reused_whatever_it_shows_of_itself(tmp_path, key, value):
+    """The keys of DISTILL.INSIGHT do not change a run's result."""
     run = finished(tmp_path / "done", 10.0, 100, 20.0)
-    for key in keys:
-        claim_folder(Run(run.folder, CONFIG, [key, "run" if key.endswith("BASELINE") else "9"], 100))
-
-
-def test_the_folder_of_a_run_of_an_earlier_version_is_compared_by_the_new_names(tmp_path):
-    run = finished(tmp_path / "done", 10.0, 100, 20.0)
-    now = load_config(CONFIG, ["SOLVER.MAX_ITER", 100, "MODEL.DEVICE", "cpu", "DISTILL.INSIGHT.PERIOD", 50]).dump()
-    (run.folder / "config.yaml").write_text(as_an_earlier_version_wrote_it(now))
-    assert deciding_keys(as_an_earlier_version_wrote_it(now)) == deciding_keys(now)
-    with pytest.raises(GDetKDError, match="another config: DISTILL.SGFI.WEIGHT 6.0 -> 9.0. Use that config again"):
-        claim_folder(Run(run.folder, CONFIG, ["DISTILL.SGFI.WEIGHT", "9.0"], 100))
+    claim_folder(Run(run.folder, CONFIG, [f"DISTILL.INSIGHT.{key}", value], 100))
 
 
 def test_another_teacher_at_the_same_path_is_another_run(tmp_path):
@@ -221,19 +198,6 @@ def test_other_labels_at_the_same_path_are_another_run(tmp_path):
     os.utime(labels, ns=(1, 1))
     with pytest.raises(GDetKDError, match="or a dataset's JSON file, have changed"):
         claim_folder(run)
-
-
-def test_a_folder_of_an_earlier_version_is_continued(tmp_path, monkeypatch):
-    """Its fingerprint depended on the text of a LazyConfig teacher alone, and once on few of the labels."""
-    monkeypatch.setattr(folder, "digests_of_labels", lambda cfg, names: {name: ["digest"] for name in names})
-    monkeypatch.setattr("gdetkd.teacher.yaml_file.YamlTeacher.earlier_content", lambda file: "the text")
-    run = Run(tmp_path, CONFIG, [], 100)
-    fingerprints = {*folder._earlier_fingerprints(run), fingerprint(run)}
-    assert len(fingerprints) == 3
-    for earlier in fingerprints:
-        (tmp_path / "fingerprint.txt").write_text(earlier)
-        claim_folder(run)
-        assert (tmp_path / "fingerprint.txt").read_text() == fingerprint(run)
 
 
 def test_a_teacher_whose_file_has_changed_is_another_run(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.data import MetadataCatalog
 
-from conftest import as_an_earlier_version_wrote_it, make_cfg
+from conftest import make_cfg
 from gdetkd import DistillTrainer
 from gdetkd.errors import GDetKDError
 from gdetkd.insight.records import RecordFile
@@ -87,13 +87,6 @@ def test_records_of_a_training_without_gradients_are_kept(finished):
     refused = show(folder, "--images", "6")
     assert refused.returncode != 0 and "Leave out --images" in refused.stderr
     assert RecordFile(str(folder)).read() == records
-
-
-def test_a_run_of_an_earlier_version_is_read(tmp_path):
-    cfg = make_cfg({"DISTILL.INSIGHT.IMAGES": 3, "DISTILL.INSIGHT.BASELINE": "my/run"})
-    (tmp_path / "config.yaml").write_text(as_an_earlier_version_wrote_it(cfg.dump()))
-    (tmp_path / "model_final.pth").touch()
-    assert FinishedRun(str(tmp_path)).cfg.DISTILL.INSIGHT == cfg.DISTILL.INSIGHT
 
 
 def test_a_run_on_fewer_processes_than_its_config_is_for_is_shown_to_its_end(finished):

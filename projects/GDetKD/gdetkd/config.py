@@ -12,7 +12,6 @@ from detectron2.config import CfgNode, get_cfg
 from .backbones import add_backbone_config
 from .backbones.config import node_of
 from .losses import DISTILL_LOSS_REGISTRY
-from .old_names import register_old_keys
 
 
 def add_gdetkd_config(cfg: CfgNode) -> None:
@@ -109,7 +108,6 @@ def add_gdetkd_config(cfg: CfgNode) -> None:
     _add_regions_node(cfg)
     _add_loss_nodes(cfg)
     _add_insight_node(cfg)
-    register_old_keys(cfg)
 
 
 def _add_sampler_keys(cfg: CfgNode) -> None:
@@ -190,9 +188,6 @@ def _add_teacher_node(cfg: CfgNode) -> None:
     # Main memory (MB) of each process in which the teacher's features are kept for the next time that the same pixels
     # come. It helps if a dataset has few views: a fixed size, flips, no crops. 0: keep none.
     cfg.DISTILL.TEACHER.CACHE_MB = 0
-    # On CUDA, run the teacher's backbone on a stream of its own, so that it can run beside the student's forward pass.
-    # This takes more memory, and it is faster only if the student alone does not fill the GPU.
-    cfg.DISTILL.TEACHER.OWN_STREAM = False
     # Lowest AP (percent) that `--check` accepts on a sample of the student's data. A lower AP suggests that the weights
     # are not loaded or the images are normalised wrongly.
     cfg.DISTILL.TEACHER.MIN_AP = 5.0

@@ -1,7 +1,6 @@
 """Read config files and KEY VALUE words safely. Errors name the file, the line and the closest valid key."""
 
 import ast
-import logging
 import os
 from contextlib import suppress
 from typing import Any, Dict, Iterator, Mapping, Sequence, Tuple
@@ -9,13 +8,11 @@ from typing import Any, Dict, Iterator, Mapping, Sequence, Tuple
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.config.compat import guess_version
-from detectron2.utils.logger import log_first_n
 
 from .config import add_gdetkd_config
 from .config_places import Place, places_of_keys
-from .dotted_keys import flat_config, get_key, group_of, take_keys
+from .dotted_keys import flat_config, get_key, group_of
 from .errors import GDetKDError, similar
-from .old_names import RENAMED_KEYS
 from .user_modules import import_user_modules
 
 # Keys that hold a list of names. A single name is accepted as a list of one.
@@ -99,10 +96,7 @@ def merge_words(cfg: CfgNode, words: Sequence[Any], source: str = "the command l
             f"{source} must give pairs of KEY VALUE, but has {len(words)} words: {' '.join(map(str, words))}. Put a "
             'value with spaces or brackets in quotes, for example SOLVER.STEPS "(60, 80)".'
         )
-    for word, value in zip(words[::2], words[1::2]):
-        key = RENAMED_KEYS.get(str(word), word)
-        if key != word:
-            _warn(f"{source}: {word} is called {key} now, which gets the value {value!r}. Use the new name.")
+    for key, value in zip(words[::2], words[1::2]):
         _check_key(cfg, str(key), source)
         _check_has_value(cfg, str(key), None if value == "None" else value, source)
         try:
@@ -118,7 +112,6 @@ def _merge(cfg: CfgNode, loaded: Dict[str, Any], path: str, places: Mapping[str,
         group, name = group_of(loaded, key), key.rpartition(".")[2]
         if isinstance(group.get(name), str):
             group[name] = _as_names(group[name])
-    renamed = take_keys(loaded, RENAMED_KEYS)
     node = type(cfg)(loaded)
     if (node.get("VERSION") or guess_version(node, path)) != cfg.VERSION:
         _merge_older(cfg, path)
@@ -132,26 +125,6 @@ def _merge(cfg: CfgNode, loaded: Dict[str, Any], path: str, places: Mapping[str,
     except ValueError as e:
         key, value = next(pair for pair in _flat(loaded) if not _fits(before, *pair))
         raise GDetKDError(_wrong_kind(before, key, value, _where(places, key, path))) from e
-    for key, value in renamed.items():
-        if _new_name_counts(key, places):
-            reason = f"its new name {RENAMED_KEYS[key]} is set, too"
-            _warn(f"{_where(places, key, path)}: {key} has no effect, because {reason}. Remove the old name.")
-        else:
-            merge_words(cfg, [key, value], _where(places, key, path))
-
-
-def _new_name_counts(key: str, places: Mapping[str, Place]) -> bool:
-    """Return whether the new name of a key overrides the old one. It does in the same file, and over a base file."""
-    new = RENAMED_KEYS[key]
-    if key not in places or new not in places:
-        return new in places
-    order = list(places)
-    return places[new].file == places[key].file or order.index(new) < order.index(key)
-
-
-def _warn(message: str) -> None:
-    """Log a warning once, because a comparison reads its config many times."""
-    log_first_n(logging.WARNING, message, name=__name__, key="message")
 
 
 def _merge_older(cfg: CfgNode, path: str) -> None:
@@ -196,8 +169,6 @@ def _check_key(cfg: CfgNode, key: str, source: str) -> None:
     with suppress(KeyError):
         get_key(cfg, key)
         return
-    if cfg.key_is_deprecated(key):
-        return
     if ")" in key or "]" in key or "(" in key:
         raise GDetKDError(
             f"{source}: {key!r} is no config key. Inside {{...}}, YAML splits a value at every comma. Write (160,) as "
@@ -209,7 +180,7 @@ def _check_key(cfg: CfgNode, key: str, source: str) -> None:
 
 def _check_has_value(cfg: CfgNode, key: str, value: Any, source: str) -> None:
     """Raise an error for a key without a value. yacs would set it to None, which turns most switches off."""
-    if value is None and not cfg.key_is_deprecated(key) and get_key(cfg, key) is not None:
+    if value is None and get_key(cfg, key) is not None:
         raise GDetKDError(
             f"{source}: {key} has no value. Give one, such as its default {get_key(cfg, key)!r}, or remove the key."
         )

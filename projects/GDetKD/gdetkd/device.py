@@ -4,7 +4,7 @@ A plain copy to a GPU from memory that is not pinned makes the CPU wait until th
 `non_blocking`, the copy joins the queue of work.
 """
 
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List
 
 import torch
 from detectron2.structures import Boxes, Instances
@@ -35,37 +35,3 @@ def objects_on_device(batched_inputs: List[Dict[str, Any]], device: torch.device
 
 def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-
-
-class SideStream:
-    """Run the work inside a `with` block on a CUDA stream of its own, beside the stream of the student.
-
-    Args:
-        device: the device of the work.
-        enabled: whether to use such a stream. If not, or on a CPU, the block runs as if it stood alone.
-    """
-
-    def __init__(self, device: torch.device, enabled: bool) -> None:
-        self._stream: Optional[Any] = torch.cuda.Stream(device) if enabled and device.type == "cuda" else None
-        self._context: Any = None
-
-    def __enter__(self) -> None:
-        if self._stream is not None:
-            # The images may still be on their way on the student's stream.
-            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-            self._context = torch.cuda.stream(self._stream)
-            self._context.__enter__()
-
-    def __exit__(self, *exc_info: Any) -> None:
-        if self._context is not None:
-            self._context.__exit__(*exc_info)
-            self._context = None
-
-    def hand_over(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Let the current stream use tensors of the block. The GPU waits for them, the CPU does not."""
-        if self._stream is None:
-            return
-        current = torch.cuda.current_stream(self._stream.device)
-        current.wait_stream(self._stream)
-        for tensor in tensors.values():
-            tensor.record_stream(current)  # so that their memory is not used again too early

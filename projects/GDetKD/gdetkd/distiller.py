@@ -16,9 +16,9 @@ from .device import images_on_device, objects_on_device
 from .errors import GDetKDError
 from .losses import DistillLoss, build_losses
 from .losses.build import sum_of_zeros
-from .mixture import Mixture, shared_pyramid
+from .mixture import Mixture, joined, shared_pyramid
 from .recorder import Recorder
-from .structures import DetectorOutputs, joined, with_class_names
+from .structures import DetectorOutputs, with_class_names
 from .teacher import FrozenTeacher
 
 

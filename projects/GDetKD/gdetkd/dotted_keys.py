@@ -1,11 +1,9 @@
 """Read and compare configs by dotted keys, such as SOLVER.MAX_ITER."""
 
-from typing import Any, Dict, Iterable, Mapping
+from typing import Any, Dict, Mapping
 
 import yaml
 from detectron2.config import CfgNode
-
-from .old_names import RENAMED_KEYS
 
 
 def get_key(cfg: CfgNode, key: str) -> Any:
@@ -27,22 +25,9 @@ def group_of(loaded: Dict[str, Any], key: str) -> Dict[str, Any]:
     return loaded
 
 
-def take_keys(loaded: Dict[str, Any], keys: Iterable[str]) -> Dict[str, Any]:
-    """Remove dotted keys from a loaded yaml file, in place. Return the values of those that it had."""
-    taken = {}
-    for key in keys:
-        group, name = group_of(loaded, key), key.rpartition(".")[2]
-        if name in group:
-            taken[key] = group.pop(name)
-    return taken
-
-
 def flat_config(dump: str) -> Dict[str, Any]:
-    """Return a config's YAML dump as a flat dictionary {"SOLVER.MAX_ITER": 100, ...}.
-
-    Keys that had another name in an earlier version get their new name.
-    """
-    return {RENAMED_KEYS.get(key, key): value for key, value in _flat(yaml.safe_load(dump), "").items()}
+    """Return a config's YAML dump as a flat dictionary {"SOLVER.MAX_ITER": 100, ...}."""
+    return _flat(yaml.safe_load(dump), "")
 
 
 def _flat(node: Mapping[str, Any], prefix: str) -> Dict[str, Any]:

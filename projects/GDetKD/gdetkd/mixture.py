@@ -12,6 +12,7 @@ from torch import nn
 
 from .device import on_device
 from .recorder import replaced
+from .structures import DetectorOutputs, Predictions, Regions
 
 Part = List[Dict[str, Any]]
 NAMES = ("labeled", "unlabeled")
@@ -74,3 +75,41 @@ class Mixture:
         """Return the step's values to log, and forget them: each loss on each part, and pseudo boxes in an image."""
         scalars, self._scalars = self._scalars, {}
         return scalars
+
+
+def joined(parts: Sequence[DetectorOutputs], pyramid: Dict[str, torch.Tensor]) -> DetectorOutputs:
+    """Join a student's outputs on parts of a batch.
+
+    Args:
+        pyramid: by name, the feature maps (images, C, H, W) of the whole batch. Further maps may be among them.
+    """
+    first = parts[0]
+    later_stages = [
+        Predictions(
+            _joined_regions([stage.regions for stage in stages]),
+            *(torch.cat([getattr(stage, name) for stage in stages]) for name in ("logits", "deltas")),
+        )
+        for stages in zip(*(part.later_stages for part in parts))
+    ]
+    tensors = {name: [getattr(part, name) for part in parts] for name in ("pooled", "embeddings", "logits", "deltas")}
+    return DetectorOutputs(
+        pyramid={name: pyramid[name] for name in first.pyramid},
+        strides=first.strides,
+        regions=None if first.regions is None else _joined_regions([part.regions for part in parts]),
+        **{name: None if values[0] is None else torch.cat(values) for name, values in tensors.items()},
+        later_stages=later_stages,
+        gt_boxes=[boxes for part in parts for boxes in part.gt_boxes],
+        towers=None if first.towers is None else _joined_towers([part.towers for part in parts]),
+    )
+
+
+def _joined_regions(parts: Sequence[Regions]) -> Regions:
+    boxes = [boxes for part in parts for boxes in part.boxes]
+    return Regions(boxes, None if parts[0].sources is None else torch.cat([part.sources for part in parts]))
+
+
+def _joined_towers(parts: Sequence[Any]) -> Any:
+    """Join the innermost tensors of nested lists and tuples along their first dimension."""
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(list(parts))
+    return type(parts[0])([_joined_towers(inner) for inner in zip(*parts)])

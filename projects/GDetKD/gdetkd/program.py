@@ -44,7 +44,7 @@ def known_message(error: BaseException) -> Optional[str]:
     """Return the message that replaces the traceback of a known error, or None for any other error."""
     if isinstance(error, GDetKDError):
         return str(error)
-    if isinstance(error, getattr(torch.cuda, "OutOfMemoryError", ())):
+    if isinstance(error, torch.cuda.OutOfMemoryError):
         return (
             f"The memory of the GPU is full ({first_line(error)}). Lower SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN, "
             "or set DISTILL.TEACHER.DTYPE to float16. --check prints the memory of a step."

@@ -2,7 +2,7 @@
 
 import pickle
 import re
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Dict, Mapping, Tuple
 
 import numpy as np
@@ -30,14 +30,11 @@ def numpy_names() -> Dict[Tuple[str, str], Any]:
 def names_allowed(stand_ins: Mapping[str, type]) -> AbstractContextManager:
     """Let torch's loader read NumPy's arrays and scalars inside. No torch up to 2.15 does so by itself.
 
-    Plain Detectron2 can write NumPy numbers beside the weights. torch up to 2.4 allows no further names, and NumPy up
-    to 1.24 has no `numpy.dtypes`.
+    Plain Detectron2 can write NumPy numbers beside the weights. NumPy up to 1.24 has no `numpy.dtypes`.
 
     Args:
         stand_ins: classes to use for further names in the file, by full name.
     """
-    if not hasattr(torch.serialization, "safe_globals"):
-        return nullcontext()
     kinds = [getattr(np.dtypes, name) for name in np.dtypes.__all__] if hasattr(np, "dtypes") else []
     named = [(value, f"{module}.{name}") for (module, name), value in numpy_names().items()]
     others = [(stand_in, name) for name, stand_in in stand_ins.items()]

@@ -13,15 +13,19 @@ from .bottom_up import LibraryBottomUp
 from .config import level_stride, node_of
 
 
-def build_fpn(cfg: CfgNode, bottom_up: LibraryBottomUp) -> FPN:
-    """Build Detectron2's FPN on a bottom-up network with a feature map for each level of MODEL.FPN.IN_FEATURES."""
+def build_fpn(cfg: CfgNode, bottom_up: Backbone, top: Optional[nn.Module]) -> FPN:
+    """Build Detectron2's FPN on a bottom-up network with a feature map for each level of MODEL.FPN.IN_FEATURES.
+
+    Args:
+        top: makes further levels.
+    """
     config = cfg.MODEL.FPN
     return FPN(
         bottom_up=bottom_up,
         in_features=config.IN_FEATURES,
         out_channels=config.OUT_CHANNELS,
         norm=config.NORM,
-        top_block=top_block(cfg),
+        top_block=top,
         fuse_type=config.FUSE_TYPE,
     )
 

@@ -141,6 +141,6 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     check_backbone_values(cfg)
     bottom_up, config = TimmBottomUp(cfg), cfg.MODEL.FPN
     if not bottom_up.is_plain:
-        return build_fpn(cfg, bottom_up)
+        return build_fpn(cfg, bottom_up, top_block(cfg))
     norm = norm_builder(config.NORM, _layer_norm)
     return SimplePyramid(bottom_up, config.IN_FEATURES, config.OUT_CHANNELS, norm, top_block(cfg))

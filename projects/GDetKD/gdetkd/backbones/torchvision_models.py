@@ -15,7 +15,7 @@ from .blocks import Block, keep_only, probe_blocks
 from .bottom_up import LibraryBottomUp
 from .config import check_backbone_values, check_levels, check_model_name, level_of
 from .preprocessing import of_unit_range
-from .pyramid import build_fpn
+from .pyramid import build_fpn, top_block
 
 
 class TorchvisionBottomUp(LibraryBottomUp):
@@ -99,4 +99,4 @@ def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         GDetKDError: a value is invalid.
     """
     check_backbone_values(cfg)
-    return build_fpn(cfg, TorchvisionBottomUp(cfg))
+    return build_fpn(cfg, TorchvisionBottomUp(cfg), top_block(cfg))

@@ -1,4 +1,3 @@
-from . import backbones  # noqa: F401  registers them with Detectron2
 from .base import DETECTOR_ADAPTER_REGISTRY, DetectorAdapter, build_adapter, find_adapter
 from .dense import DenseAdapter
 from .dense_families import FCOSAdapter, RetinaNetAdapter

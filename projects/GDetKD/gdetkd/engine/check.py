@@ -1,10 +1,10 @@
 """Describe a training on one screen before it starts, and name its problems: `train_net.py --check`."""
 
+import functools
 import logging
 import math
-from contextlib import contextmanager
 from itertools import islice
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -14,18 +14,18 @@ from tabulate import tabulate
 from torch import nn
 
 from ..backbones import find_bottom_up
+from ..data.catalog import load_dataset
 from ..data.content import same_files
 from ..data.train_loader import images_per_process
 from ..data.unlabeled import unlabeled_per_batch
 from ..errors import GDetKDError, some
 from ..losses.classes import match_classes, other_names
 from ..structures import DetectorSpec
-from ..teacher import FrozenTeacher
 from .cache_advice import cache_advice
 from .config_doubts import config_doubts
+from .dataset_checks import warn_of_shared_images
 from .forward_guard import BROKEN
 from .gradients import describe_unreached, find_unreached
-from .preflight import load_dataset, warn_of_shared_images
 from .preprocessing import preprocessing_of
 from .step_costs import StepCost, TermCost, backward, measure_steps, measure_terms
 from .teacher_check import judge_teacher
@@ -78,7 +78,7 @@ class Check:
         if self._cfg.DATASETS.UNLABELED:
             parts.append(self._unlabeled())
         self._start_weights()
-        terms = measure_terms(self._trainer.model.train(), self._student, self._batches(), self._cfg.SOLVER.AMP.ENABLED)
+        terms = measure_terms(self._trainer.model.train(), self._student, self._batches, self._cfg.SOLVER.AMP.ENABLED)
         if BROKEN in terms:
             reason = self._trainer.guarded_model.failure or "values that are not finite"
             self.problems.append(
@@ -176,13 +176,14 @@ class Check:
         ]
         return "\n".join(lines)
 
+    @functools.cached_property
     def _batches(self) -> List[Any]:
         return list(islice(iter(self._trainer.data_loader), BATCHES))
 
     def _start_weights(self) -> None:
         """Set weights that follow from gradients, as the first steps of a training do."""
         schedule = self._trainer.schedule
-        for batch in self._batches() if schedule.is_auto else ():
+        for batch in self._batches if schedule.is_auto else ():
             with EventStorage(0), torch.autocast("cuda", enabled=self._cfg.SOLVER.AMP.ENABLED):
                 self._trainer.model.train()(batch)
             schedule.follow(schedule.take_gradients())
@@ -192,7 +193,7 @@ class Check:
         if self._processes == 1:
             return
         model = self._trainer.model.train()
-        backward(model, self._batches()[0], self._cfg.SOLVER.AMP.ENABLED)
+        backward(model, self._batches[0], self._cfg.SOLVER.AMP.ENABLED)
         if names := find_unreached(self._student):
             self.problems.append(describe_unreached(names))
         model.zero_grad(set_to_none=True)
@@ -227,12 +228,14 @@ class Check:
             )
 
     def _costs(self) -> str:
-        cfg, batches = self._cfg, self._batches()
+        cfg, batches = self._cfg, self._batches
         if self._distiller is not None:
             self._distiller.fill_buffers()
         models = {"plain": self._student, "step": self._trainer.model.train()}
-        with _without_cache(self._teacher):  # it holds the views of these batches, unlike in a training
-            plain, step = measure_steps(models, batches, cfg.SOLVER.AMP.ENABLED).values()
+        has_cache = self._teacher is not None and self._teacher.cache is not None
+        if has_cache:
+            self._teacher.cache = None  # it holds the views of these batches, unlike in a training
+        plain, step = measure_steps(models, batches, cfg.SOLVER.AMP.ENABLED).values()
         share = cfg.DISTILL.UNTIL if self._trainer.schedule.terms else 1.0
         hours = (plain.seconds + share * (step.seconds - plain.seconds)) * cfg.SOLVER.MAX_ITER / 3600
         end = f"{hours:.1f} h" if hours >= 2 else f"{60 * hours:.0f} min"
@@ -242,7 +245,7 @@ class Check:
         ]
         if share < 1:
             lines.append(f"After {share:.0%} of them the student trains alone (DISTILL.UNTIL).")
-        if self._teacher is not None and self._teacher.cache is not None:
+        if has_cache:
             lines.append(
                 "These steps run the teacher's backbone. Steps on views that DISTILL.TEACHER.CACHE_MB keeps are faster."
             )
@@ -256,19 +259,6 @@ class Check:
         if not self.problems:
             return f"No problem found in what could be checked.{unknown}" if unknown else "No problem found."
         return f"PROBLEMS: {len(self.problems)}\n{_numbered(self.problems)}{unknown}"
-
-
-@contextmanager
-def _without_cache(teacher: Optional[FrozenTeacher]) -> Iterator[None]:
-    """Let the teacher run its backbone for each image."""
-    if teacher is None:
-        yield
-        return
-    cache, teacher.cache = teacher.cache, None
-    try:
-        yield
-    finally:
-        teacher.cache = cache
 
 
 def _numbered(lines: Sequence[str]) -> str:

@@ -14,8 +14,9 @@ from ..files import mend_last_line
 from .check import Check
 from .class_checks import check_class_order, check_trained_order
 from .config_rules import check_parts
+from .dataset_checks import check_proposals, check_test_sets
 from .folder import check_earlier_run, only_training_in, remove_earlier_run, warn_of_a_fresh_start
-from .preflight import check_proposals, check_student_classes, check_test_sets
+from .preflight import check_student_classes
 from .quiet import quiet
 from .setup import kept_config, start, start_without_training
 from .student_weights import StudentCheckpointer

@@ -42,5 +42,5 @@ class Notice:
             default_store().set(self._key, "1")
 
     def is_there(self) -> bool:
-        """Return whether the note is there. Older torch cannot tell; the processes then agree at the next exchange."""
-        return comm.get_world_size() > 1 and hasattr(default_store(), "check") and default_store().check([self._key])
+        """Return whether the note is there."""
+        return comm.get_world_size() > 1 and default_store().check([self._key])

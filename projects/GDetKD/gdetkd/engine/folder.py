@@ -8,14 +8,13 @@ from typing import IO, Iterator, List, Sequence, Tuple
 
 from detectron2.utils import comm
 
-from ..errors import GDetKDError
-from ..old_names import OLD_INSIGHT_FOLDER
+from ..errors import GDetKDError, some
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".training"
 # Files that a new training does not replace at its start, and that a resume or a tool would take for its own.
-OTHER_FILES = ("last_checkpoint", "insight/records.jsonl", f"{OLD_INSIGHT_FOLDER}/records.jsonl")
+OTHER_FILES = ("last_checkpoint", "insight/records.jsonl")
 
 
 @contextmanager
@@ -49,10 +48,8 @@ def check_earlier_run(folder: str, resume: bool, overwrite: bool) -> None:
     found = comm.all_gather(_checkpoints(folder) if comm.is_main_process() else [])[0]
     if found and not resume and not overwrite:
         raise GDetKDError(
-            f"OUTPUT_DIR {folder!r} holds checkpoints of another training "
-            f"({', '.join(found[:3])}{', ...' if len(found) > 3 else ''}), which "
-            "this run would overwrite. Continue it with --resume, choose another OUTPUT_DIR, or start anew with "
-            "--overwrite."
+            f"OUTPUT_DIR {folder!r} holds checkpoints of another training ({some(found, 3)}), which this run would "
+            "overwrite. Continue it with --resume, choose another OUTPUT_DIR, or start anew with --overwrite."
         )
 
 

@@ -43,7 +43,7 @@ class RandomState(HookBase):
             return
         if "python" in self._loaded:
             set_random_state(self._loaded)
-        set_normalizers(self.trainer.student, self._loaded.get("normalizers", {}))  # older checkpoints have none
+        set_normalizers(self.trainer.student, self._loaded["normalizers"])
         self._loaded = None
 
     def after_step(self) -> None:
@@ -64,7 +64,7 @@ class RandomState(HookBase):
         if processes == comm.get_world_size():
             self._loaded = state["states"][comm.get_rank()]
             return
-        self._loaded = {"normalizers": state["states"][0].get("normalizers", {})}
+        self._loaded = {"normalizers": state["states"][0]["normalizers"]}
         logger.warning(
             "The run was started with %d processes and goes on with %d, so its batches and random numbers change. "
             "Use %d to continue exactly.",
@@ -191,8 +191,7 @@ class KeepBest(BestCheckpointer):
         except DamagedFileError as e:
             logger.warning("%s The best score so far is lost, so the next evaluation writes a new model_best.pth.", e)
             return
-        # Files of earlier versions do not name the dataset.
-        dataset = best["record"].get("dataset", self._record.dataset)
+        dataset = best["record"]["dataset"]
         if dataset != self._record.dataset:
             logger.warning(
                 "The best score so far, %.2f, was measured on %r, and DATASETS.TEST names %r now. So the next "

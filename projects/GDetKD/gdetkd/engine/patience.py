@@ -138,7 +138,7 @@ class Patience(HookBase):
         }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        if state.get("dataset", self._dataset) != self._dataset:  # earlier versions did not write it
+        if state["dataset"] != self._dataset:
             logger.warning(
                 "The AP so far was measured on %r, and DATASETS.TEST names %r now. TEST.PATIENCE counts from 0.",
                 state["dataset"],

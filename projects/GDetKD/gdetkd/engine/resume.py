@@ -54,9 +54,8 @@ class RunRecord:
             GDetKDError: the classes, their order, the losses, the student, the optimizer or the precision changed.
         """
         before, now = flat_config(then["config"]), flat_config(self._config)
-        before.setdefault("DISTILL.WEIGHTS", "fixed")  # an earlier version had no other way
         for key, what in FIXED.items():
-            if key in before and before[key] != now[key]:
+            if before[key] != now[key]:
                 raise GDetKDError(_refusal(what, f"{key} {before[key]!r}", repr(now[key])))
         if then["classes"] is not None and self._classes is not None and then["classes"] != self._classes:
             is_order = sorted(then["classes"]) == sorted(self._classes)
@@ -121,7 +120,7 @@ class DistillState:
                 f"This run was started with another teacher: {then['weights']!r} (SHA-256 {then['sha256'][:12]}), now "
                 f"{now['weights']!r} ({now['sha256'][:12]}). Resume with the first teacher, or use a new OUTPUT_DIR."
             )
-        if now["images"] != then.get("images", now["images"]):  # older checkpoints do not say
+        if now["images"] != then["images"]:
             logger.warning(
                 "The teacher saw images as %s when the checkpoint was written, and sees them as %s now, so it gives "
                 "other targets. If you did not intend that, set its INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD "

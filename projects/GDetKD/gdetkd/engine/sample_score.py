@@ -11,10 +11,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader
 from detectron2.data import transforms as T
 
+from ..data.catalog import load_dataset
 from ..data.headers import for_evaluation
 from ..errors import GDetKDError
 from ..teacher import FrozenTeacher
-from .preflight import load_dataset
 from .preprocessing import FlippedChannels, Preprocessing, teacher_sees
 from .teacher_evaluation import evaluate_on, teachers_classes_in
 

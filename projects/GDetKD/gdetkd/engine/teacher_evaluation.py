@@ -14,14 +14,15 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 
 from ..data import register_test_sets
+from ..data.catalog import load_dataset
 from ..data.class_names import as_student_names, class_names
 from ..errors import GDetKDError, some
 from ..losses.classes import positions_of_others
 from ..random_state import random_state
 from ..teacher import FrozenTeacher
 from .class_checks import check_classes
+from .dataset_checks import check_test_sets
 from .evaluators import build_evaluator
-from .preflight import check_test_sets, load_dataset
 
 logger = logging.getLogger(__name__)
 

@@ -31,6 +31,7 @@ from .auto_weights import AutoWeights
 from .catch_up import EvaluationNote
 from .config_doubts import config_doubts
 from .config_rules import check_values
+from .dataset_checks import check_datasets
 from .disk_tolerant import DiskTolerant
 from .evaluators import build_evaluator
 from .extensions import EXTENSIONS
@@ -43,7 +44,7 @@ from .loss_scalars import LossScalars
 from .optimizer import build_optimizer, exempt_from_decay
 from .optimizer_step import GuardedAMPTrainer, GuardedTrainer, StepAgreement, UnreachedParameters
 from .patience import Patience
-from .preflight import check_architecture, check_datasets, check_student, check_student_classes
+from .preflight import check_architecture, check_student, check_student_classes
 from .resume import DistillState, RunRecord, warn_of_other_data
 from .same_everywhere import check_same_student, check_same_teacher
 from .schedule import LossSchedule

@@ -53,9 +53,7 @@ def class_correlation(embeddings: torch.Tensor, classes: torch.Tensor, num_class
         (C, C), 1 on the diagonal. NaN if a class has no object or a constant mean embedding.
     """
     means = torch.stack([embeddings[classes == index].double().mean(dim=0) for index in range(num_classes)])
-    centred = means - means.mean(dim=1, keepdim=True)
-    lengths = centred.norm(dim=1, keepdim=True)
-    return ((centred / lengths) @ (centred / lengths).t()).clamp(-1, 1)
+    return torch.corrcoef(means).reshape(num_classes, num_classes)  # of one class it would be a number
 
 
 def correlation_gap(first: torch.Tensor, second: torch.Tensor) -> Optional[float]:

@@ -113,8 +113,7 @@ def _class_sections(records: Sequence[Dict[str, Any]], baseline: Optional[Baseli
         return []
     matrices = {name: record["correlation"][name] for name in ("teacher", "student")}
     gap = None
-    # An earlier version recorded all classes, also those without objects.
-    if baseline is not None and len(baseline.correlation) == len(record["classes"]):
+    if baseline is not None:
         matrices["baseline"] = as_lists(baseline.correlation)
         gap = correlation_gap(torch.tensor(np.array(matrices["teacher"], dtype=float)), baseline.correlation)
     differences = f"The student differs from the teacher by {record['correlation_gap']:.3f} on average"

@@ -17,11 +17,11 @@ from detectron2.evaluation import inference_context
 from detectron2.structures import Instances
 from torch import nn
 
+from ..data.catalog import load_dataset
 from ..data.task_labels import objects_of
 from ..data.teacher_view import TEACHER_IMAGE, at_scale
 from ..detectors import DetectorAdapter
 from ..distiller import GDetKD
-from ..engine.preflight import load_dataset
 from ..engine.sample_score import evenly_spread
 from ..engine.teacher_evaluation import renumbered, teachers_classes_in
 from ..errors import GDetKDError

@@ -10,7 +10,6 @@ import torch
 
 from ..distiller import GDetKD
 from ..files import mend_last_line, read_json_lines, written_whole
-from ..old_names import OLD_INSIGHT_FOLDER
 from .measures import correlation_gap, level_matching
 from .probe import Look, Probe, look_at_objects
 
@@ -68,8 +67,6 @@ def as_lists(matrix: torch.Tensor) -> List[List[Optional[float]]]:
 class RecordFile:
     """Read and write the records of a run, in the order of iterations.
 
-    An earlier version wrote them to another folder. They are read there, until a training that goes on copies them.
-
     Args:
         output_dir: the run's OUTPUT_DIR.
     """
@@ -77,19 +74,16 @@ class RecordFile:
     def __init__(self, output_dir: str) -> None:
         self.folder = Path(output_dir) / FOLDER
         self._path = self.folder / FILE
-        self._old_path = Path(output_dir) / OLD_INSIGHT_FOLDER / FILE
 
     def read(self) -> List[Dict[str, Any]]:
         """Return all records. Lines that a kill or a full disk cut are left out."""
-        records = read_json_lines(self._path if self._path.exists() else self._old_path)
-        return sorted(records, key=lambda record: record["iterations"])
+        return sorted(read_json_lines(self._path), key=lambda record: record["iterations"])
 
     def start_at(self, iterations: int) -> None:
         """Remove the records that a run which goes on after `iterations` makes again. At 0 all are removed."""
         before = self.read()
         kept = [record for record in before if 0 < iterations >= record["iterations"]]
-        if len(kept) < len(before) or (kept and not self._path.exists()):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        if len(kept) < len(before):
             with written_whole(str(self._path)) as file:
                 file.writelines(json.dumps(record) + "\n" for record in kept)
 

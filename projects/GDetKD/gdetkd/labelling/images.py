@@ -9,9 +9,9 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from tqdm import tqdm
 
+from ..data.catalog import load_dataset
 from ..data.folders import leaves, list_images, resolve
 from ..data.headers import Header, read_headers
-from ..engine.preflight import load_dataset
 from ..errors import GDetKDError, some
 
 Sample = Dict[str, Any]  # an image in Detectron2's format

@@ -5,8 +5,8 @@ from typing import List, Sequence, Set, Tuple
 
 from detectron2.config import CfgNode
 
+from ..data.catalog import load_dataset
 from ..data.content import same_files
-from ..engine.preflight import load_dataset
 from ..errors import GDetKDError, some
 from .images import MOST_NAMED, ImageFile
 

@@ -12,9 +12,9 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from torchvision.ops import clip_boxes_to_image
 
+from ..data.catalog import load_dataset
 from ..data.class_names import as_student_names
 from ..data.headers import has_size
-from ..engine.preflight import load_dataset
 from ..errors import GDetKDError, some
 from ..matching import best_f1, in_crowds, match_in_order
 from .detect import SCORE_DIGITS

@@ -19,7 +19,8 @@ from ..data.shapes import make_shapes_for
 from ..distiller import GDetKD
 from ..dotted_keys import flat_config
 from ..engine import DistillTrainer, evaluate_teacher
-from ..engine.preflight import check_has_ap, check_student
+from ..engine.dataset_checks import check_has_ap
+from ..engine.preflight import check_student
 from ..errors import GDetKDError
 from ..files import kept_value
 from ..teacher import FrozenTeacher, transfer_heads

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import os
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Dict, List, Sequence
 
 import yaml
 from detectron2.config import CfgNode
@@ -47,21 +47,14 @@ def deciding_keys(dump: str) -> Dict[str, Any]:
         if not flat["DISTILL.HEAD_TRANSFER"]:
             unused += ("DISTILL.TEACHER.", "DISTILL.CLASS_MAP")
     unused += tuple(f"DISTILL.{name}" for name in _unread_weights(flat, losses))
-    # An earlier version wrote none of these keys.
-    if not flat.get("DISTILL.TEACHER.CACHE_MB"):
-        unused += ("DISTILL.TEACHER.CACHE_MB",)
-    if not flat.get("DATASETS.UNLABELED"):
-        unused += ("DISTILL.UNLABELED.", "DATASETS.UNLABELED")
-    if not flat.get("TEST.PATIENCE"):
-        unused += ("TEST.PATIENCE",)
-    if flat.get("DISTILL.UNTIL", 1.0) == 1:
-        unused += ("DISTILL.UNTIL",)
+    if not flat["DATASETS.UNLABELED"]:
+        unused += ("DISTILL.UNLABELED.",)
     return {key: value for key, value in flat.items() if not key.startswith((*WITHOUT_EFFECT, *unused))}
 
 
 def _unread_weights(flat: Dict[str, Any], losses: Sequence[str]) -> List[str]:
     """Return the keys under DISTILL that DISTILL.WEIGHTS makes meaningless, or beginnings of keys."""
-    if flat.get("DISTILL.WEIGHTS") == "auto" and losses:
+    if flat["DISTILL.WEIGHTS"] == "auto" and losses:
         return [f"{name}.WEIGHT" for name in losses]
     return ["WEIGHTS", "AUTO.", *(f"{name}.SHARE" for name in losses)]
 
@@ -95,29 +88,11 @@ def fingerprint(run: Run) -> str:
         GDetKDError: the teacher's file does not exist.
     """
     cfg = run.config()
-    return _digest_of(cfg, _all_labels(cfg))
-
-
-def _all_labels(cfg: CfgNode) -> Dict[str, Any]:
-    return {"labels": digests_of_labels(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, *cfg.DATASETS.UNLABELED])}
-
-
-def _earlier_fingerprints(run: Run) -> List[str]:
-    """Return the fingerprints of earlier versions.
-
-    They read less of a LazyConfig teacher. The first of them read the labels of DATASETS.UNLABELED alone.
-    """
-    cfg = run.config()
-    first = digests_of_labels(cfg, cfg.DATASETS.UNLABELED)
-    labels = ({f"labels of {name}": digests for name, digests in first.items()}, _all_labels(cfg))
-    return [_digest_of(cfg, read, is_earlier=True) for read in labels]
-
-
-def _digest_of(cfg: CfgNode, labels: Mapping[str, Any], is_earlier: bool = False) -> str:
-    keys = {**deciding_keys(cfg.dump()), **labels}
+    labels = digests_of_labels(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, *cfg.DATASETS.UNLABELED])
+    keys = {**deciding_keys(cfg.dump()), "labels": labels}
     if "DISTILL.TEACHER.CONFIG_FILE" in keys:
         file = read_teacher_file(cfg)
-        keys["teacher"] = file.earlier_content() if is_earlier else file.content()
+        keys["teacher"] = file.content()
         keys["weights"] = file.weights
         if os.path.isfile(file.weights):
             keys["weights"] = _digest(file.weights, os.stat(file.weights).st_mtime_ns)
@@ -133,7 +108,7 @@ def claim_folder(run: Run) -> None:
     mark, digest = run.folder / MARK, fingerprint(run)
     run.folder.mkdir(parents=True, exist_ok=True)
     found = mark.read_text() if mark.exists() else ""
-    if found != digest and (found or run.metrics_file.lines()) and found not in _earlier_fingerprints(run):
+    if found != digest and (found or run.metrics_file.lines()):
         raise GDetKDError(
             f"{run.folder} holds a run of another config{_differences(run)}. Use that config again, remove the folder, "
             "or choose another --output."

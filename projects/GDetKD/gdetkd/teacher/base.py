@@ -27,10 +27,6 @@ class TeacherFile(ABC):
     def content(self) -> str:
         """Return the parts of the file that describe the detector, its images and its classes, to compare teachers."""
 
-    def earlier_content(self) -> str:
-        """Return what `content` was in an earlier version."""
-        return self.content()
-
     @abstractmethod
     def class_names(self) -> Optional[Tuple[str, ...]]:
         """Return the class names of the teacher's training dataset in order, or None if they are unknown here."""

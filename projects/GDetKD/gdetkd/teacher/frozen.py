@@ -12,7 +12,6 @@ from torch import nn
 from ..data.class_names import as_student_names, class_names, is_reordered
 from ..data.teacher_view import CACHE_KEY, TEACHER_IMAGE, key_of
 from ..detectors import build_adapter
-from ..device import SideStream
 from ..errors import GDetKDError, some
 from ..inference import for_inference, parse_dtype
 from ..structures import DetectorOutputs, Regions, seen_at_scale, with_class_names
@@ -61,7 +60,6 @@ class FrozenTeacher:
         self.spec = with_class_names(seen_at_scale(self.adapter.spec, self._scale), names)
         config = cfg.DISTILL.TEACHER
         self._device = torch.device(cfg.MODEL.DEVICE)
-        self._stream = SideStream(self._device, config.OWN_STREAM)
         self.cache: Optional[FeatureCache] = FeatureCache(config.CACHE_MB) if config.CACHE_MB > 0 else None
         self._dtype = parse_dtype(config.DTYPE, cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED)
         self.model.eval()
@@ -92,17 +90,16 @@ class FrozenTeacher:
                 all batches: the image is padded for itself, and the border of its maps fills the batch's padding.
 
         Returns:
-            the backbone's features by name. On a stream of its own, they are ready only for `look_at`.
+            the backbone's features by name.
         """
         keys = [inputs[CACHE_KEY] for inputs in batched_inputs if CACHE_KEY in inputs]
-        with self._stream:
-            if self.cache is None or len(keys) < len(batched_inputs):
-                return self._run_backbone(self.preprocess(batched_inputs).tensor)
-            if for_regions_alone:
-                images = [self.preprocess([inputs]).tensor for inputs in batched_inputs]
-            else:
-                images = list(self.preprocess(batched_inputs).tensor.split(1))
-            return self.cache.features(images, keys, self._run_backbone)
+        if self.cache is None or len(keys) < len(batched_inputs):
+            return self._run_backbone(self.preprocess(batched_inputs).tensor)
+        if for_regions_alone:
+            images = [self.preprocess([inputs]).tensor for inputs in batched_inputs]
+        else:
+            images = list(self.preprocess(batched_inputs).tensor.split(1))
+        return self.cache.features(images, keys, self._run_backbone)
 
     def _run_backbone(self, images: torch.Tensor) -> Features:
         images = images.to(self._dtype).contiguous(memory_format=torch.channels_last)
@@ -138,7 +135,6 @@ class FrozenTeacher:
             needs: fields of `DetectorOutputs` to fill.
             later_regions: boxes of the later stages, if the student is a cascade.
         """
-        self._stream.hand_over(features)
         with self._autocast():
             if self._scale == 1:
                 return self.adapter.look(features, regions, needs, later_regions)

@@ -82,10 +82,7 @@ class LazyTeacher(TeacherFile):
     def content(self) -> str:
         # The text alone would not show the values that the file imports from others.
         parts = [OmegaConf.to_container(part) for part in map(self._get, CONTENT) if OmegaConf.is_config(part)]
-        return self.earlier_content() + PACKAGE.sub("", describe(parts))
-
-    def earlier_content(self) -> str:
-        return Path(self.path).read_text()
+        return Path(self.path).read_text() + PACKAGE.sub("", describe(parts))
 
     def class_names(self) -> Optional[Tuple[str, ...]]:
         names = self._get("dataloader.train.dataset.names")

@@ -7,8 +7,8 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
-from detectron2.modeling.backbone.resnet import ResNet
-from torch import nn
+
+from .pyramid import build_fpn
 
 
 class PlainP6P7(LastLevelP6P7):
@@ -23,7 +23,7 @@ class PlainP6P7(LastLevelP6P7):
 def build_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Build RetinaNet's backbone, but make p6 and p7 from p5, not from res5, as Detectron2's FCOS config does."""
     channels = cfg.MODEL.FPN.OUT_CHANNELS
-    return _pyramid(cfg, build_resnet_backbone(cfg, input_shape), LastLevelP6P7(channels, channels, in_feature="p5"))
+    return build_fpn(cfg, build_resnet_backbone(cfg, input_shape), LastLevelP6P7(channels, channels, in_feature="p5"))
 
 
 @BACKBONE_REGISTRY.register()
@@ -33,15 +33,4 @@ def build_mmdet_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSp
     Its weights have the names and shapes of Detectron2's backbone.
     """
     resnet = build_resnet_backbone(cfg, input_shape)
-    return _pyramid(cfg, resnet, PlainP6P7(resnet.output_shape()["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS))
-
-
-def _pyramid(cfg: CfgNode, resnet: ResNet, top_block: nn.Module) -> FPN:
-    return FPN(
-        bottom_up=resnet,
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=top_block,
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    return build_fpn(cfg, resnet, PlainP6P7(resnet.output_shape()["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS))
