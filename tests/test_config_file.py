@@ -31,8 +31,8 @@ from gdetkd.errors import GDetKDError
             "line 4: MODEL was given before, in line 1. YAML would keep only the last one",
         ),
         ("SOLVER:\n  BASE_LR: 0.1\n  BASE_LR: 0.2\n", "line 3: BASE_LR was given before, in line 2"),
-        ("DISTILL:\n  HEAD_TRANSFER:\n", "line 2: DISTILL.HEAD_TRANSFER has no value. Give one, such as .* False"),
-        ("SOLVER:\n", "line 1: SOLVER has no value"),
+        ("DISTILL:\n  HEAD_TRANSFER:\n", "line 2: DISTILL.HEAD_TRANSFER has no value. Give one, or remove the line"),
+        ("SOLVER:\n", "line 1: SOLVER has no keys. Add keys below it, or remove the line"),
         ("DATASETS:\n  REGISTER:\n  - {name: a, kind: voc, name: b}\n", "line 3: name was given before, in line 3"),
     ],
 )
@@ -98,6 +98,12 @@ def test_a_missing_file_is_named(path, message):
 def test_a_mistake_on_the_command_line_is_named(words, message):
     with pytest.raises(GDetKDError, match=message):
         merge_words(make_cfg({}), words)
+
+
+def test_a_key_that_detectron2_leaves_without_a_value_may_be_reset():
+    cfg = make_cfg({"SOLVER.WEIGHT_DECAY_BIAS": 0.0})
+    merge_words(cfg, ["SOLVER.WEIGHT_DECAY_BIAS", "None"])
+    assert cfg.SOLVER.WEIGHT_DECAY_BIAS is None
 
 
 @pytest.mark.parametrize("key", ["DISTILL.LOSSES", "DATASETS.TRAIN", "DATASETS.TEST", "LOG.WRITERS"])

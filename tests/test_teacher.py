@@ -221,4 +221,11 @@ def test_weights_that_were_trained_with_other_settings_cause_a_warning(distill_c
     assert "other settings" not in caplog.text
     cfg.DISTILL.TEACHER.OPTS = ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_STD", [1.0, 2.0, 3.0]]
     FrozenTeacher(cfg)
-    assert "other settings than the teacher has now: INPUT.FORMAT 'BGR' -> 'RGB'; MODEL.PIXEL_STD [" in caplog.text
+    assert "with other settings: INPUT.FORMAT was 'BGR' and is now 'RGB'; MODEL.PIXEL_STD was [" in caplog.text
+
+
+@pytest.mark.parametrize("extra", [{"run": {"config": {"lr": 1}}}, {"run": {"config": "text"}}, {"settings": [1]}])
+def test_weights_of_a_program_with_other_records_are_loaded(distill_cfg, extra):
+    cfg = distill_cfg()
+    torch.save({**torch.load(cfg.DISTILL.TEACHER.WEIGHTS), **extra}, cfg.DISTILL.TEACHER.WEIGHTS)
+    assert FrozenTeacher(cfg).spec.num_classes == 3

@@ -37,6 +37,7 @@ def test_a_students_files_tell_classes_and_settings(trained):
 def test_other_files_tell_nothing():
     assert trained_with({"model": {}}) == TrainedWith(None, {})
     assert trained_with({"run": {"config": "MODEL: !!python/object:os.system {}", "classes": ["a"]}}).settings == {}
+    assert trained_with({"run": {"config": ["a"], "classes": "cat"}, "settings": {1: 2}}) == TrainedWith(None, {})
     assert other_settings({"MODEL.NO_SUCH_KEY": 1}, make_cfg({})) == []
 
 
@@ -64,7 +65,7 @@ def test_an_evaluation_and_an_export_with_other_settings_warn(trained, tmp_path)
     exported = run_program("tools/export.py", *words, "--weights", weights, "--output", tmp_path / "plain.yaml", *opts)
     for result in (evaluation, exported):
         assert result.returncode == 0, result.stderr[-2000:]
-        assert "other settings than the config has: INPUT.FORMAT 'BGR' -> 'RGB'" in result.stdout + result.stderr
+        assert "with other settings: INPUT.FORMAT was 'BGR' and is now 'RGB'" in result.stdout + result.stderr
 
 
 def test_a_start_from_a_student_with_other_classes_or_settings(trained, caplog, distill_cfg, tmp_path):
@@ -74,12 +75,42 @@ def test_a_start_from_a_student_with_other_classes_or_settings(trained, caplog, 
     keys = {"MODEL.WEIGHTS": str(tmp_path / "start.pth"), "OUTPUT_DIR": str(tmp_path / "next")}
     cfg = distill_cfg({**keys, **RGB, "DISTILL.LOSSES": ("CKD",)})
     DistillTrainer(cfg).resume_or_load(resume=False)
-    assert "other settings than the config has: INPUT.FORMAT" in caplog.text
+    assert "with other settings: INPUT.FORMAT was 'BGR' and is now 'RGB'; MODEL.PIXEL_MEAN was" in caplog.text
     assert "was trained on the classes class2, class1, class0, and DATASETS.TRAIN has them in another" in caplog.text
     check = Check(cfg)
     check._weights()
     assert len([problem for problem in check.problems if "start.pth" in problem]) == 2
-    caplog.clear()
-    cfg.DISTILL.HEAD_TRANSFER = True  # the layer that depends on the order is replaced
-    DistillTrainer(cfg).resume_or_load(resume=False)
-    assert "was trained on the classes" not in caplog.text
+
+
+@pytest.mark.parametrize("width, is_replaced", [(16, True), (8, False)])
+def test_head_transfer_replaces_the_classes_of_a_head_of_the_same_width(distill_cfg, tmp_path, width, is_replaced):
+    keys = {"MODEL.ROI_BOX_HEAD.FC_DIM": width, "DISTILL.HEAD_TRANSFER": True, "DISTILL.LOSSES": ("CKD",)}
+    cfg = distill_cfg({**keys, "MODEL.WEIGHTS": str(tmp_path / "start.pth")})
+    trainer = DistillTrainer(cfg)
+    names = ["class2", "class1", "class0"]
+    torch.save({"model": trainer.student.state_dict(), "run": {"classes": names}}, cfg.MODEL.WEIGHTS)
+    trainer.checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
+    assert any("another order" in problem for problem in trainer.start_problems()) != is_replaced
+
+
+def test_other_anchors_do_not_matter_where_a_training_starts(trained, distill_cfg, tmp_path):
+    keys = {"MODEL.WEIGHTS": f"{trained.OUTPUT_DIR}/model_final.pth", "OUTPUT_DIR": str(tmp_path / "next")}
+    cfg = distill_cfg({**keys, "MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16], [32], [64]]})
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    assert trainer.start_problems() == []
+    assert "MODEL.ANCHOR_GENERATOR.SIZES was" in trainer.checkpointer.check_settings(cfg)[0]
+
+
+@pytest.mark.parametrize(
+    "values, differ",
+    [
+        ({"MODEL.PIXEL_MEAN": [102.9801, 115.9465, 122.7717]}, False),
+        ({"MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53]}, True),
+        ({"MODEL.PIXEL_STD": [1.0, 1.0, 1.5]}, True),
+        ({"MODEL.PIXEL_MEAN": [110.0]}, True),
+    ],
+)
+def test_rounded_values_of_pixels_agree(values, differ):
+    usual = make_cfg({"MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675], "MODEL.PIXEL_STD": [1.0, 1.0, 1.0]})
+    assert bool(other_settings(values, usual)) == differ

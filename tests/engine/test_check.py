@@ -142,6 +142,15 @@ def test_a_teacher_that_is_worthless_at_the_size_of_training_is_found(shapes_cfg
     assert "in training" not in check._teacher_score() and check.problems == []
 
 
+def test_the_size_in_training_follows_every_key_of_it(shapes_cfg):
+    keys = {"INPUT__MIN_SIZE_TRAIN": (32, 64), "INPUT__MAX_SIZE_TRAIN": 20, "DISTILL__TEACHER__SCALE": 2.0}
+    cfg = shapes_cfg(**keys)
+    score = score_on_sample(cfg, FrozenTeacher(cfg), "check_shapes", 2)
+    assert (score.side, score.side_in_training) == (128, 40)  # the images are squares
+    cfg.INPUT.CROP.ENABLED = True
+    assert score_on_sample(cfg, FrozenTeacher(cfg), "check_shapes", 2).side_in_training is None
+
+
 def test_test_images_that_are_also_in_the_training_are_named(shapes_cfg, shapes, tmp_path, caplog):
     cfg = shapes_cfg()
     Check(cfg)

@@ -4,7 +4,7 @@ import pytest
 
 from conftest import DENSE, make_cfg
 from gdetkd.detectors import build_adapter
-from gdetkd.engine.class_checks import check_transfer, warn_of_other_boxes
+from gdetkd.engine.class_checks import check_copied_layers, check_transfer
 from gdetkd.engine.preflight import check_student
 from gdetkd.errors import GDetKDError
 from gdetkd.structures import with_class_names
@@ -29,7 +29,7 @@ def warn(config, student, teacher):
         cfg = make_cfg(changes)
         models.append(build_model(cfg))
         specs.append(build_adapter(models[-1], "student", cfg).spec)
-    warn_of_other_boxes(make_cfg(config), transferable(models[1], models[0]), *specs)
+    check_copied_layers(make_cfg(config), transferable(models[1], models[0]), *specs)
 
 
 @pytest.mark.parametrize(

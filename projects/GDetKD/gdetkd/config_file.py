@@ -15,6 +15,8 @@ from .dotted_keys import flat_config, get_key, group_of
 from .errors import GDetKDError, similar
 from .user_modules import import_user_modules
 
+# Keys that Detectron2 leaves without a value.
+WITHOUT_VALUE = ("SOLVER.WEIGHT_DECAY_BIAS",)
 # Keys that hold a list of names. A single name is accepted as a list of one.
 LISTS_OF_NAMES = ("DATASETS.TRAIN", "DATASETS.TEST", "DISTILL.LOSSES", "LOG.WRITERS")
 
@@ -180,10 +182,10 @@ def _check_key(cfg: CfgNode, key: str, source: str) -> None:
 
 def _check_has_value(cfg: CfgNode, key: str, value: Any, source: str) -> None:
     """Raise an error for a key without a value. yacs would set it to None, which turns most switches off."""
-    if value is None and get_key(cfg, key) is not None:
-        raise GDetKDError(
-            f"{source}: {key} has no value. Give one, such as its default {get_key(cfg, key)!r}, or remove the key."
-        )
+    if value is not None or get_key(cfg, key) is None or key in WITHOUT_VALUE:
+        return
+    what = "no keys. Add keys below it" if isinstance(get_key(cfg, key), CfgNode) else "no value. Give one"
+    raise GDetKDError(f"{source}: {key} has {what}, or remove the line.")
 
 
 def _wrong_kind(cfg: CfgNode, key: str, value: Any, source: str) -> str:

@@ -1,11 +1,13 @@
 """Read from a checkpoint how its weights were trained, and compare that with a config."""
 
+import math
 from typing import Any, Dict, List, NamedTuple, Optional
 
 import yaml
 from detectron2.config import CfgNode
 
-from .dotted_keys import changed_keys, flat_config
+from .backbones.preprocessing import TOLERANCE
+from .dotted_keys import flat_config
 
 # Keys that change what a detector sees or predicts, although every tensor still fits.
 UNSEEN = (
@@ -20,6 +22,8 @@ UNSEEN = (
     "MODEL.ROI_BOX_HEAD.POOLER_TYPE",
     "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS",
 )
+# Those of them that change what a backbone sees or computes.
+OF_IMAGES = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1")
 # Settings of torchvision's classifiers.
 TORCHVISION: Dict[str, Any] = {
     "INPUT.FORMAT": "RGB",
@@ -59,28 +63,50 @@ class TrainedWith(NamedTuple):
 def trained_with(checkpoint: Dict[str, Any], path: str = "") -> TrainedWith:
     """Return what a checkpoint tells about the training of its weights.
 
-    GDetKD's checkpoints hold it under "run", and the files of tools/convert_torchvision.py under "settings".
+    GDetKD's checkpoints hold it under "run", and the files of tools/convert_torchvision.py under "settings". Files of
+    other programs may have anything under these names.
 
     Args:
         path: the file's path or address. It tells the settings of a classifier of Detectron2's model zoo.
     """
-    record = checkpoint.get("run")
-    if not isinstance(record, dict):
-        zoo: Dict[str, Any] = next((settings for start, settings in ZOO.items() if path.startswith(start)), {})
-        return TrainedWith(settings=_unseen(checkpoint.get("settings") or zoo))
+    run, settings = checkpoint.get("run"), checkpoint.get("settings")
+    if isinstance(run, dict):
+        classes = run.get("classes")
+        return TrainedWith(classes if isinstance(classes, list) else None, _unseen(_read(run.get("config"))))
+    if not isinstance(settings, dict):
+        settings = next((values for start, values in ZOO.items() if path.startswith(start)), {})
+    return TrainedWith(settings=_unseen(settings))
+
+
+def _read(dump: Any) -> Dict[str, Any]:
+    """Return a config's yaml as a flat dictionary. It is empty if the text is something else."""
     try:
-        settings = _unseen(flat_config(record.get("config") or "{}"))
-    except yaml.YAMLError:  # of an object that a user's own key holds
-        settings = {}
-    return TrainedWith(record.get("classes"), settings)
+        return flat_config(dump) if isinstance(dump, str) else {}
+    except (yaml.YAMLError, AttributeError):  # an object of Python, or no mapping
+        return {}
 
 
-def _unseen(settings: Dict[str, Any]) -> Dict[str, Any]:
-    return {key: value for key, value in settings.items() if key.startswith(UNSEEN)}
+def _unseen(settings: Dict[Any, Any]) -> Dict[str, Any]:
+    return {key: value for key, value in settings.items() if str(key).startswith(UNSEEN)}
 
 
-def other_settings(settings: Dict[str, Any], cfg: CfgNode) -> List[str]:
-    """Describe the differences between `TrainedWith.settings` and a config, such as "INPUT.FORMAT 'RGB' -> 'BGR'"."""
+def other_settings(settings: Dict[str, Any], cfg: CfgNode, images_alone: bool = False) -> List[str]:
+    """Describe the differences between `TrainedWith.settings` and a config: "INPUT.FORMAT was 'RGB' and is now 'BGR'".
+
+    Args:
+        images_alone: whether to compare only what the backbone sees, for weights whose heads may be replaced.
+    """
     now = flat_config(cfg.dump())
-    known = {key: value for key, value in settings.items() if key in now}
-    return list(changed_keys(known, {key: now[key] for key in known}).values())
+    return [
+        f"{key} was {value!r} and is now {now[key]!r}"
+        for key, value in settings.items()
+        if key in now and (key in OF_IMAGES or not images_alone) and not _is_close(key, value, now[key])
+    ]
+
+
+def _is_close(key: str, first: Any, second: Any) -> bool:
+    """Return whether two values have the same effect. Programs round the mean and the std of pixels differently."""
+    if not key.startswith("MODEL.PIXEL_") or len(first) != len(second):
+        return first == second
+    absolute, relative = (TOLERANCE, 0.0) if key == "MODEL.PIXEL_MEAN" else (0.0, 0.05)
+    return all(math.isclose(a, b, abs_tol=absolute, rel_tol=relative) for a, b in zip(first, second))

@@ -23,7 +23,7 @@ from ..losses.classes import match_classes, other_names
 from ..structures import DetectorSpec
 from .cache_advice import cache_advice
 from .config_doubts import config_doubts
-from .dataset_checks import warn_of_shared_images
+from .dataset_checks import files_of, warn_of_shared_images
 from .forward_guard import BROKEN
 from .gradients import describe_unreached, find_unreached
 from .preprocessing import preprocessing_of
@@ -59,8 +59,8 @@ class Check:
         self._images = images
         self._processes = processes
         self._cfg = _config_of_one_process(cfg, processes)
-        self.problems += config_doubts(self._cfg)
         self._trainer = DistillTrainer(self._cfg)
+        self.problems += config_doubts(self._cfg)
         self._trainer.resume_or_load(resume=False)
         self._student = self._trainer.student
         self._distiller = self._trainer.distiller
@@ -98,7 +98,7 @@ class Check:
             dicts, classes = load_dataset(name), MetadataCatalog.get(name).get("thing_classes") or ()
             annotations = sum(len(image.get("annotations", ())) for image in dicts)
             rows.append([name, len(dicts), annotations, len(classes), some(classes, 5)])
-            files[name] = [image["file_name"] for image in dicts]
+            files[name] = files_of(dicts)
         train, test = (sum(map(files.get, names), []) for names in (self._cfg.DATASETS.TRAIN, self._cfg.DATASETS.TEST))
         if not set(train) & set(test):  # otherwise a warning is logged already
             warn_of_shared_images(same_files(test, train), len(test))
@@ -127,7 +127,7 @@ class Check:
         if pretrained:
             source += f"; backbone: {find_bottom_up(self._student).weights}, {pretrained} tensors"
         lines.append(f"Student's weights: {source}.")
-        self.problems += checkpointer.start_problems(self._cfg)
+        self.problems += self._trainer.start_problems()
         return "\n".join(lines)
 
     def _classes(self) -> str:

@@ -120,8 +120,8 @@ def check_transfer(cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec) -
     )
 
 
-def warn_of_other_boxes(cfg: CfgNode, copied: Sequence[str], student: DetectorSpec, teacher: DetectorSpec) -> None:
-    """Warn if head transfer copies layers that predict boxes in other units, or from other anchors, than the student's.
+def check_copied_layers(cfg: CfgNode, copied: Sequence[str], student: DetectorSpec, teacher: DetectorSpec) -> None:
+    """Check the layers that head transfer copies. Warn if they predict boxes in other units or from other anchors.
 
     Args:
         copied: names of the tensors that head transfer copies.

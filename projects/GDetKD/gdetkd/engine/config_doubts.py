@@ -1,5 +1,6 @@
 """Find values of a config that are valid alone, but do not fit together."""
 
+import math
 from typing import List
 
 from detectron2.config import CfgNode
@@ -19,37 +20,43 @@ def config_doubts(cfg: CfgNode) -> List[str]:
 
 
 def _warmup_of_rate(cfg: CfgNode) -> str:
-    """Detectron2's warm-up rises to the rate that holds at its end, so a later rate is never reached."""
+    """Check that the warm-up ends before the rate falls: Detectron2's rises to the rate that holds at its end."""
     solver = cfg.SOLVER
     steps = solver.STEPS if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" else ()
-    end, key = min([(solver.MAX_ITER, "SOLVER.MAX_ITER"), *((step, "SOLVER.STEPS") for step in steps)])
-    if solver.WARMUP_ITERS < end:
+    end = min([solver.MAX_ITER, *steps])
+    if solver.WARMUP_ITERS < end or solver.WARMUP_FACTOR >= 1:
         return ""
+    until = "the training ends at" if end == solver.MAX_ITER else "SOLVER.STEPS lowers the learning rate at"
     return (
-        f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS}, but {key} lowers the learning rate or ends the training at "
-        f"iteration {end}. So the training never reaches SOLVER.BASE_LR {solver.BASE_LR:g}. Set SOLVER.WARMUP_ITERS to "
-        "a small part of the training, such as a tenth."
+        f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS}, but {until} iteration {end}{_scaled(cfg)}. So the training "
+        f"never reaches SOLVER.BASE_LR {solver.BASE_LR:g}. Set SOLVER.WARMUP_ITERS to a small part of the training, "
+        "such as a tenth."
     )
 
 
 def _warmup_of_terms(cfg: CfgNode) -> str:
     nodes = {f"DISTILL.{name}": cfg.DISTILL[name] for name in cfg.DISTILL.LOSSES}
     lengths = {key: node.WARMUP_ITERS for key, node in {"DISTILL": cfg.DISTILL, **nodes}.items()}
-    end = cfg.DISTILL.UNTIL * cfg.SOLVER.MAX_ITER
+    end = math.ceil(cfg.DISTILL.UNTIL * cfg.SOLVER.MAX_ITER)
     late = [f"{key}.WARMUP_ITERS {length}" for key, length in lengths.items() if length > end]
     if not (nodes and late):
         return ""
     return (
-        f"{' and '.join(late)}: the distillation ends at iteration {end:.0f} (SOLVER.MAX_ITER, DISTILL.UNTIL), before "
-        "the losses have their full weights. Set a smaller number, or 0 for no warm-up."
+        f"{' and '.join(late)}: the distillation ends at iteration {end}{_scaled(cfg)}, before the losses have their "
+        "full weights. Set a smaller number, or 0 for no warm-up."
     )
+
+
+def _scaled(cfg: CfgNode) -> str:
+    return " (scaled by SOLVER.REFERENCE_WORLD_SIZE)" if cfg.SOLVER.REFERENCE_WORLD_SIZE else ""
 
 
 def _other_test_size(cfg: CfgNode) -> str:
     sizes = cfg.INPUT.MIN_SIZE_TRAIN
     sizes = sizes if isinstance(sizes, (tuple, list)) else (sizes,)
     test = cfg.INPUT.MIN_SIZE_TEST
-    if not cfg.DATASETS.TEST or not test or not sizes or not all(sizes):  # 0 is the size of the file
+    # 0 is the size of the file. A crop shows its objects at another scale.
+    if not cfg.DATASETS.TEST or not test or not sizes or not all(sizes) or cfg.INPUT.CROP.ENABLED:
         return ""
     if min(sizes) / MOST_SIZE_RATIO <= test <= MOST_SIZE_RATIO * max(sizes):
         return ""

@@ -1,7 +1,7 @@
 """Check the datasets of a run before it starts."""
 
 import logging
-from typing import Any, Collection, Dict, List, Sequence
+from typing import Any, Collection, Dict, List, NamedTuple, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -44,8 +44,9 @@ def check_datasets(cfg: CfgNode) -> None:
     for name in cfg.DATASETS.TRAIN:
         dicts = load_dataset(name)  # takes long for a large dataset
         check_train_labels(cfg, dicts, name)
-        train_files.update(image["file_name"] for image in dicts)
-    _check_first_test_set(cfg, check_test_sets(cfg))
+        train_files.update(files_of(dicts))
+    test_sets = check_test_sets(cfg)
+    _check_first_test_set(cfg, test_sets.without_ap)
     for name in cfg.DATASETS.TRAIN:
         if MetadataCatalog.get(name).get("evaluator_type") == "images":
             raise GDetKDError(
@@ -53,8 +54,12 @@ def check_datasets(cfg: CfgNode) -> None:
                 "nothing. Label the images, or remove the dataset from DATASETS.TRAIN."
             )
     check_class_order([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
-    test_files = [image["file_name"] for name in cfg.DATASETS.TEST for image in load_dataset(name)]
-    warn_of_shared_images(train_files.intersection(test_files), len(test_files))
+    warn_of_shared_images(train_files.intersection(test_sets.files), len(test_sets.files))
+
+
+def files_of(dicts: Sequence[dict]) -> List[str]:
+    """Return the image files of a dataset. The dicts of a user's own loader may have none."""
+    return [image["file_name"] for image in dicts if "file_name" in image]
 
 
 def warn_of_shared_images(files: Collection[str], total: int) -> None:
@@ -66,22 +71,31 @@ def warn_of_shared_images(files: Collection[str], total: int) -> None:
     """
     if files:
         logger.warning(
-            "%d of the %d images in DATASETS.TEST are also in DATASETS.TRAIN, such as %s. So the AP will be too high, "
-            "and model_best.pth and TEST.PATIENCE follow it. Take them out of one of the two.",
+            "%d of the %d images in DATASETS.TEST are also in DATASETS.TRAIN, for example %s. So the AP will be too "
+            "high. Take them out of one of the two.",
             len(files),
             total,
             min(files),
         )
 
 
-def check_test_sets(cfg: CfgNode, needed: bool = False) -> List[str]:
+class TestSets(NamedTuple):
+    """Describe the datasets of DATASETS.TEST.
+
+    Attributes:
+        without_ap: names of those without annotations, which give no AP.
+        files: the image files.
+    """
+
+    without_ap: List[str]
+    files: List[str]
+
+
+def check_test_sets(cfg: CfgNode, needed: bool = False) -> TestSets:
     """Check the datasets of DATASETS.TEST.
 
     Args:
         needed: whether DATASETS.TEST must name a dataset.
-
-    Returns:
-        the names of the datasets without annotations, which give no AP.
 
     Raises:
         GDetKDError: DATASETS.TEST is empty although it is needed, or a dataset
@@ -94,7 +108,7 @@ def check_test_sets(cfg: CfgNode, needed: bool = False) -> List[str]:
     """
     if needed and not cfg.DATASETS.TEST:
         raise GDetKDError("DATASETS.TEST is empty, so there is nothing to evaluate on. Name a registered dataset.")
-    without_ap = []
+    without_ap, files = [], []
     for name in cfg.DATASETS.TEST:
         dicts = load_dataset(name)
         _check_kind(name)
@@ -103,7 +117,8 @@ def check_test_sets(cfg: CfgNode, needed: bool = False) -> List[str]:
             without_ap.append(name)
         check_test_labels(cfg, dicts, name)
         check_images(dicts, name)
-    return without_ap
+        files += files_of(dicts)
+    return TestSets(without_ap, files)
 
 
 def _check_kind(name: str) -> None:

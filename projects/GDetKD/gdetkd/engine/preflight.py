@@ -12,7 +12,7 @@ from ..detectors import build_adapter, find_adapter
 from ..errors import GDetKDError
 from ..structures import DetectorSpec, with_class_names
 from ..teacher import FrozenTeacher, transferable
-from .class_checks import check_classes, check_transfer, warn_of_other_boxes
+from .class_checks import check_classes, check_copied_layers, check_transfer
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ def check_architecture(cfg: CfgNode) -> None:
     distill = cfg.DISTILL
     if distill.TEACHER.CONFIG_FILE and not (distill.LOSSES or distill.HEAD_TRANSFER or distill.EVAL_TEACHER):
         logger.warning(
-            "DISTILL.TEACHER names a teacher, but DISTILL.LOSSES is empty and DISTILL.HEAD_TRANSFER is False, so the "
-            "student trains alone. To distil, name losses, for example ('SGFI', 'CKD')."
+            "The student trains alone: DISTILL.LOSSES is empty and DISTILL.HEAD_TRANSFER is False, so nothing uses the "
+            "teacher."
         )
 
 
@@ -75,5 +75,5 @@ def check_student(cfg: CfgNode, student: nn.Module, teacher: Optional[FrozenTeac
     spec = with_class_names(spec, class_names(cfg))
     if cfg.DISTILL.HEAD_TRANSFER and teacher is not None:
         check_transfer(cfg, spec, teacher.spec)
-        warn_of_other_boxes(cfg, transferable(teacher.model, student), spec, teacher.spec)
+        check_copied_layers(cfg, transferable(teacher.model, student), spec, teacher.spec)
     return spec

@@ -5,7 +5,7 @@ import math
 import tempfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader
@@ -28,12 +28,14 @@ class SampleScore:
         images: number of images.
         classes: number of classes.
         side: length of the short side of the first image, in pixels.
+        side_in_training: the same as the teacher sees the image in training. None if that is not known.
     """
 
     ap: float
     images: int
     classes: int
     side: int
+    side_in_training: Optional[int]
 
 
 def score_on_sample(
@@ -49,7 +51,8 @@ def score_on_sample(
     Args:
         count: number of images, evenly spread over the dataset.
         preprocessing: replaces the teacher's own preprocessing.
-        as_in_training: whether the images have `side_in_training`, and not the size of the teacher's own evaluation.
+        as_in_training: whether the images have the size that the teacher sees in training, and not that of its own
+            evaluation.
 
     Raises:
         GDetKDError: the images have no object, the dataset has none of the teacher's classes, or it does not name its
@@ -63,8 +66,9 @@ def score_on_sample(
             raise GDetKDError(
                 f"The {len(images)} images of {dataset!r} that were chosen have no object. Raise --check-images."
             )
-        loader = _loader_as_in_training(cfg, teacher, images) if as_in_training else teacher.file.test_loader(sample)
-        side = min(next(iter(loader))[0]["image"].shape[1:])
+        resize = _resize_as_in_training(cfg)
+        loader = _loader_of(teacher, images, resize) if as_in_training else teacher.file.test_loader(sample)
+        first = next(iter(loader))[0]
         with tempfile.TemporaryDirectory() as folder:
             shown = FlippedChannels(loader) if flip else loader
             results = evaluate_on(cfg, teacher, sample, folder, shown)["bbox"]
@@ -75,24 +79,29 @@ def score_on_sample(
     # no object of the class.
     values = [results.get(f"AP-{name}", results["AP"]) for name in shared]
     values = [value for value in values if not math.isnan(value)]
-    return SampleScore(sum(values) / max(1, len(values)), len(images), len(shared), side)
+    ap, side = sum(values) / max(1, len(values)), min(first["image"].shape[1:])
+    return SampleScore(ap, len(images), len(shared), side, _side_after(resize, first))
 
 
-def side_in_training(cfg: CfgNode) -> Optional[int]:
-    """Return the short side, in pixels, of the images that a teacher sees in training, and of several sizes the middle.
+def _resize_as_in_training(cfg: CfgNode) -> Optional[T.ResizeShortestEdge]:
+    """Return how images are resized to the size that a teacher sees in training. Of several sizes it is the middle.
 
-    None: the images keep the size of their files.
+    None: they keep the size of their files, or training crops them, so that their objects have another scale.
     """
-    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    sizes, scale = cfg.INPUT.MIN_SIZE_TRAIN, cfg.DISTILL.TEACHER.SCALE
     sizes = sizes if isinstance(sizes, (tuple, list)) else (sizes,)
-    if not sizes or not all(sizes):
+    if not sizes or not all(sizes) or cfg.INPUT.CROP.ENABLED:
         return None
-    return round(cfg.DISTILL.TEACHER.SCALE * (min(sizes) + max(sizes)) / 2)
+    return T.ResizeShortestEdge(round(scale * (min(sizes) + max(sizes)) / 2), round(scale * cfg.INPUT.MAX_SIZE_TRAIN))
 
 
-def _loader_as_in_training(cfg: CfgNode, teacher: FrozenTeacher, images: List[Any]) -> Any:
-    longest = round(cfg.DISTILL.TEACHER.SCALE * cfg.INPUT.MAX_SIZE_TRAIN)
-    resize = T.ResizeShortestEdge(side_in_training(cfg), longest)
+def _side_after(resize: Optional[T.ResizeShortestEdge], image: Dict[str, Any]) -> Optional[int]:
+    if resize is None:
+        return None
+    return min(resize.get_output_shape(image["height"], image["width"], resize.short_edge_length[0], resize.max_size))
+
+
+def _loader_of(teacher: FrozenTeacher, images: List[Any], resize: T.ResizeShortestEdge) -> Any:
     mapper = DatasetMapper(is_train=False, augmentations=[resize], image_format=teacher.file.input_format)
     return build_detection_test_loader(images, mapper=mapper)
 

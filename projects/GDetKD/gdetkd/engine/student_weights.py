@@ -1,6 +1,6 @@
 """Load the student's weights, and find the tensors that a file leaves out."""
 
-from typing import Any, Dict, List, Set
+from typing import Any, Dict, List, Sequence, Set
 
 from detectron2.config import CfgNode
 from torch import nn
@@ -90,21 +90,23 @@ class StudentCheckpointer(DurableCheckpointer):
                 f"initialised ({some(self.unloaded, 5)}). Give a checkpoint of this student and its config."
             )
 
-    def check_settings(self, cfg: CfgNode) -> List[str]:
+    def check_settings(self, cfg: CfgNode, images_alone: bool = False) -> List[str]:
         """Return a message if the weights were trained with other settings than the config has. No tensor shows them.
 
         Args:
             cfg: the student's config.
+            images_alone: see `other_settings`.
         """
-        other = other_settings(self.trained_with.settings, cfg)
+        other = other_settings(self.trained_with.settings, cfg, images_alone)
         if not other:
             return []
+        what = "sees images" if images_alone else "sees images or places boxes"
         return [
-            f"The weights {self._path!r} were trained with other settings than the config has: {'; '.join(other)}. So "
-            "they are worth little. Set the values of that training."
+            f"The weights {self._path!r} were trained with other settings: {'; '.join(other)}. So the student {what} "
+            "in another way than in that training. Set the values of that training."
         ]
 
-    def start_problems(self, cfg: CfgNode) -> List[str]:
+    def start_problems(self, cfg: CfgNode, replaced: Sequence[str] = ()) -> List[str]:
         """Return what is wrong with the weights that the student starts from. Nothing else would show it.
 
         - They were trained with other settings, or on the classes in another order.
@@ -114,15 +116,16 @@ class StudentCheckpointer(DurableCheckpointer):
 
         Args:
             cfg: the student's config.
+            replaced: names of tensors that head transfer replaces afterwards.
         """
-        path, problems = cfg.MODEL.WEIGHTS, self.check_settings(cfg)
+        path, problems = cfg.MODEL.WEIGHTS, self.check_settings(cfg, images_alone=True)
         trained, names = self.trained_with.classes, class_names(cfg)
-        # Head transfer replaces the layer that depends on the order.
-        if trained and names and is_reordered(trained, names) and not cfg.DISTILL.HEAD_TRANSFER:
+        keeps_classes = not any(name.endswith("cls_score.weight") for name in replaced)
+        if trained and names and is_reordered(trained, names) and keeps_classes:
             problems.append(
                 f"MODEL.WEIGHTS {path!r} was trained on the classes {some(trained)}, and DATASETS.TRAIN has them in "
-                f"another order: {some(names)}. So each class starts from another. Give the data the order of that "
-                "training (in COCO JSON, by category id)."
+                f"another order: {some(names)}. So a class starts from the weights of another class. Give the data "
+                "the order of that training (in COCO JSON, by category id)."
             )
         left = [name for name in self.unloaded if name.startswith("backbone.bottom_up.")]
         if path and left:

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 
 from ..teacher import FrozenTeacher
 from .preprocessing import USUAL, Preprocessing, preprocessing_of, with_channels_swapped
-from .sample_score import SampleScore, score_on_sample, side_in_training
+from .sample_score import SampleScore, score_on_sample
 
 # Other preprocessing counts as right if it beats the teacher's own by so many points of AP on so many images. On fewer
 # images chance has more effect, so the gain must be larger.
@@ -48,8 +48,8 @@ def judge_teacher(cfg: CfgNode, teacher: FrozenTeacher, dataset: str, count: int
         best_score = scores[best]
         text += f"; it would be {best_score.ap:.1f} with {best}"
     problems = _problems_of(cfg, score, best, best_score)
-    side = side_in_training(cfg)
-    if side is not None and not 1 / OTHER_SIZE < side / score.side < OTHER_SIZE:
+    side = score.side_in_training
+    if side is not None and not 1 / OTHER_SIZE <= side / score.side <= OTHER_SIZE:
         seen = score_on_sample(cfg, teacher, dataset, count, as_in_training=True)
         text += f". At the size that it sees in training (short side {seen.side} for {score.side}): AP {seen.ap:.1f}"
         if not problems and seen.ap < MOST_LOSS * score.ap:

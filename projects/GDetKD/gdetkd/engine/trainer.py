@@ -26,7 +26,7 @@ from ..distiller import GDetKD
 from ..errors import GDetKDError
 from ..random_state import random_state
 from ..structures import DetectorSpec
-from ..teacher import FrozenTeacher, transfer_heads
+from ..teacher import FrozenTeacher, transfer_heads, transferable
 from .auto_weights import AutoWeights
 from .catch_up import EvaluationNote
 from .config_doubts import config_doubts
@@ -72,8 +72,6 @@ class DistillTrainer(BareTrainer):
         check_values(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         check_values(cfg)  # scaling rounds
-        for doubt in config_doubts(cfg):
-            logger.warning(doubt)
         self.cfg = cfg
         images_per_process(cfg, comm.get_world_size())
         check_architecture(cfg)
@@ -82,6 +80,8 @@ class DistillTrainer(BareTrainer):
         check_unlabeled(cfg)
         check_student_classes(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         model = self.build_model(cfg)
+        for doubt in config_doubts(cfg):
+            logger.warning(doubt)
         self.student: nn.Module = model.student if isinstance(model, GDetKD) else model
         self.distiller: Optional[GDetKD] = model if isinstance(model, GDetKD) else None
         self.teacher: Optional[FrozenTeacher] = None if self.distiller is None else self.distiller.teacher
@@ -244,10 +244,16 @@ class DistillTrainer(BareTrainer):
                 self.max_iter = self.start_iter
             return
         check_same_student(self.student, self.cfg.MODEL.WEIGHTS)
-        for problem in self.checkpointer.start_problems(self.cfg):
+        for problem in self.start_problems():
             logger.warning(problem)
         if self.cfg.DISTILL.HEAD_TRANSFER and self.teacher is not None:
             transfer_heads(self.teacher.model, self.student)
+
+    def start_problems(self) -> List[str]:
+        """Return what is wrong with the weights that were loaded to start from."""
+        transfers = self.cfg.DISTILL.HEAD_TRANSFER and self.teacher is not None
+        replaced = transferable(self.teacher.model, self.student) if transfers else []
+        return self.checkpointer.start_problems(self.cfg, replaced)
 
     def train(self) -> Any:
         if self.cfg.DISTILL.EVAL_TEACHER and self.teacher is not None and self.start_iter == 0:

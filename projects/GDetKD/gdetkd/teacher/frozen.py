@@ -51,8 +51,9 @@ class FrozenTeacher:
         self.sha256, trained_with = load_weights(self.model, self.file.weights)
         if other := self.file.other_settings(trained_with.settings):
             logger.warning(
-                "The teacher's weights %r were trained with other settings than the teacher has now: %s. So it may be "
-                "worth little. Set them as in its training, in its config file or by DISTILL.TEACHER.OPTS.",
+                "The teacher's weights %r were trained with other settings: %s. So it sees images or places boxes in "
+                "another way than in its training. Set the values of its training, in its config file or by "
+                "DISTILL.TEACHER.OPTS.",
                 self.file.weights,
                 "; ".join(other),
             )
