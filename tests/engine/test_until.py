@@ -9,12 +9,11 @@ from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
-from conftest import ALL_LOSSES, make_batch, make_cfg
+from conftest import ALL_LOSSES, make_batch
 from gdetkd import DistillTrainer, GDetKD
 from gdetkd.engine.check import Check
 from gdetkd.errors import GDetKDError
 from gdetkd.study.comparison import Comparison
-from gdetkd.study.folder import deciding_keys
 from gdetkd.study.step_time import measure_pair
 from test_feature_cache import counted
 from test_processes import fail_on_rank_1, have_equal_parameters, run_in_processes, train_rank
@@ -152,9 +151,3 @@ def test_nothing_is_logged_of_losses_that_are_no_longer_computed(distill_cfg):
 def test_the_check_says_it(distill_cfg):
     assert "After 50% of them the student trains alone (DISTILL.UNTIL)" in Check(distill_cfg(UNTIL)).run()
     assert "DISTILL.UNTIL" not in Check(distill_cfg()).run()
-
-
-def test_an_earlier_run_distilled_to_the_end():
-    assert "DISTILL.UNTIL" not in deciding_keys(make_cfg({"DISTILL.LOSSES": ("SGFI",)}).dump())
-    assert "DISTILL.UNTIL" in deciding_keys(make_cfg({"DISTILL.LOSSES": ("SGFI",), "DISTILL.UNTIL": 0.5}).dump())
-    assert "DISTILL.UNTIL" not in deciding_keys(make_cfg({"DISTILL.UNTIL": 0.5}).dump())

@@ -17,7 +17,7 @@ from gdetkd.errors import GDetKDError
 from gdetkd.study.charts import longer_baselines
 from gdetkd.study.comparison import Comparison
 from gdetkd.study.executors import LocalExecutor
-from gdetkd.study.folder import deciding_keys, fingerprint
+from gdetkd.study.folder import fingerprint
 from gdetkd.study.methods import ablation, method_opts
 from gdetkd.study.picture import curves_of
 from gdetkd.study.run import stretched
@@ -364,4 +364,3 @@ def test_patience_that_is_off_does_not_change_a_run(tmp_path):
     off, on = (Comparison(CONFIG, opts, tmp_path, []).runs["none", 1][0] for opts in ([], PATIENT[:2]))
     same = Comparison(CONFIG, ["TEST.PATIENCE", "0"], tmp_path, []).runs["none", 1][0]
     assert fingerprint(off) == fingerprint(same) != fingerprint(on)
-    assert "TEST.PATIENCE" not in deciding_keys(off.config().dump())
