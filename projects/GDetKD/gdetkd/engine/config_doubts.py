@@ -1,7 +1,7 @@
 """Find values of a config that are valid alone, but do not fit together."""
 
 import math
-from typing import List
+from typing import List, Tuple
 
 from detectron2.config import CfgNode
 
@@ -51,12 +51,20 @@ def _scaled(cfg: CfgNode) -> str:
     return " (scaled by SOLVER.REFERENCE_WORLD_SIZE)" if cfg.SOLVER.REFERENCE_WORLD_SIZE else ""
 
 
-def _other_test_size(cfg: CfgNode) -> str:
+def sizes_in_training(cfg: CfgNode) -> Tuple[int, ...]:
+    """Return the short sides, in pixels, to which training resizes whole images.
+
+    There are none if an image may keep the size of its file, or if training crops: a crop shows its objects at another
+    scale.
+    """
     sizes = cfg.INPUT.MIN_SIZE_TRAIN
-    sizes = sizes if isinstance(sizes, (tuple, list)) else (sizes,)
-    test = cfg.INPUT.MIN_SIZE_TEST
-    # 0 is the size of the file. A crop shows its objects at another scale.
-    if not cfg.DATASETS.TEST or not test or not sizes or not all(sizes) or cfg.INPUT.CROP.ENABLED:
+    sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
+    return () if cfg.INPUT.CROP.ENABLED or not all(sizes) else sizes
+
+
+def _other_test_size(cfg: CfgNode) -> str:
+    sizes, test = sizes_in_training(cfg), cfg.INPUT.MIN_SIZE_TEST
+    if not cfg.DATASETS.TEST or not test or not sizes:  # 0 is the size of the file
         return ""
     if min(sizes) / MOST_SIZE_RATIO <= test <= MOST_SIZE_RATIO * max(sizes):
         return ""

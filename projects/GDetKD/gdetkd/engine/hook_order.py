@@ -6,13 +6,11 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PreciseBN
 from detectron2.utils import comm
 
-from ..data.class_names import class_names
 from ..metrics_file import score_prefix
 from .catch_up import CatchUp, EvaluationNote
 from .hooks import EvaluationHook, KeepBest, RandomState, Stopwatch
 from .patience import Patience
 from .precise_bn import PreciseStatistics
-from .resume import RunRecord
 from .stopping import AgreedStop, StopRequest
 
 
@@ -50,7 +48,7 @@ def order_hooks(
     evaluation, best = EvaluationHook(period, evaluate), None
     if cfg.TEST.KEEP_BEST and cfg.DATASETS.TEST and comm.is_main_process():
         metric = f"{score_prefix(cfg)}bbox/AP"
-        run = RunRecord(cfg, class_names(cfg))
+        run = trainer.checkpointer.checkpointables["run"]
         best = KeepBest(period, trainer.student, cfg.OUTPUT_DIR, cfg.DATASETS.TEST[0], run, metric)
     estimate = precise[0] if precise else None
     catch_up = CatchUp(period, note, evaluation, best, estimate, request, random_state, patience)

@@ -15,6 +15,7 @@ from ..data.catalog import load_dataset
 from ..data.headers import for_evaluation
 from ..errors import GDetKDError
 from ..teacher import FrozenTeacher
+from .config_doubts import sizes_in_training
 from .preprocessing import FlippedChannels, Preprocessing, teacher_sees
 from .teacher_evaluation import evaluate_on, teachers_classes_in
 
@@ -68,7 +69,7 @@ def score_on_sample(
             )
         resize = _resize_as_in_training(cfg)
         loader = _loader_of(teacher, images, resize) if as_in_training else teacher.file.test_loader(sample)
-        first = next(iter(loader))[0]
+        first = loader.dataset[0]  # an iterator would start the loader's processes
         with tempfile.TemporaryDirectory() as folder:
             shown = FlippedChannels(loader) if flip else loader
             results = evaluate_on(cfg, teacher, sample, folder, shown)["bbox"]
@@ -86,11 +87,10 @@ def score_on_sample(
 def _resize_as_in_training(cfg: CfgNode) -> Optional[T.ResizeShortestEdge]:
     """Return how images are resized to the size that a teacher sees in training. Of several sizes it is the middle.
 
-    None: they keep the size of their files, or training crops them, so that their objects have another scale.
+    None: there is no such size (`sizes_in_training`).
     """
-    sizes, scale = cfg.INPUT.MIN_SIZE_TRAIN, cfg.DISTILL.TEACHER.SCALE
-    sizes = sizes if isinstance(sizes, (tuple, list)) else (sizes,)
-    if not sizes or not all(sizes) or cfg.INPUT.CROP.ENABLED:
+    sizes, scale = sizes_in_training(cfg), cfg.DISTILL.TEACHER.SCALE
+    if not sizes:
         return None
     return T.ResizeShortestEdge(round(scale * (min(sizes) + max(sizes)) / 2), round(scale * cfg.INPUT.MAX_SIZE_TRAIN))
 
